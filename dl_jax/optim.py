@@ -1,0 +1,154 @@
+"""What Optax lacks. SGD, momentum, Adam, AdamW and clipping come from Optax; ours go into the same chains."""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dl_jax.errors import InputError, nearest
+from dl_jax.losses import Where, chosen, is_kernel, require_penalties
+from dl_jax.train import Array, Measurements, StopRule, Tree
+
+
+def warmup_cosine(peak: float, steps: int, warmup: float = 0.05, final: float = 0.0) -> optax.Schedule:
+    """Learning rate of a run of `steps`: linear up to `peak` over the fraction `warmup` of it, then half a cosine down.
+
+    Up to step w = round(warmup · steps) it is peak · (s + 1) / (w + 1), so that step 0 is not spent at rate 0; then
+    final + (peak − final)/2 · (1 + cos(π (s − w) / (steps − w))) (Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5);
+    from s = steps on it stays at `final`. `peak` and `final` are learning rates.
+
+    Raises InputError where `steps` < 1 or `warmup` is outside [0, 1).
+    """
+    if steps < 1:
+        raise InputError(f"warmup_cosine: steps is {steps}, expected 1 or more; give the length of the run")
+    if not 0 <= warmup < 1:
+        raise InputError(f"warmup_cosine: warmup is {warmup}, expected a fraction of the run in [0, 1); 0.05 is usual")
+    w = min(round(warmup * steps), steps - 1)
+    return optax.warmup_cosine_decay_schedule(peak / (w + 1), peak, w, steps, final)
+
+
+def frozen(tx: optax.GradientTransformation, where: Where) -> optax.GradientTransformation:
+    """`tx` for all parameters but those that `where` chooses: these stay bit-identical and have no optimiser slots.
+
+    Wraps the whole chain, so that weight decay inside it does not touch them either. Raises InputError, at init, where
+    `where` chooses nothing.
+    """
+    # Not optax.set_to_zero: -0.0 + 0.0 is 0.0, whereas adding -0.0 changes no number.
+    keep = optax.stateless(lambda updates, params: jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates))
+
+    def labels(params: Tree) -> Tree:
+        return jax.tree.map(lambda yes: "frozen" if yes else "trained", chosen(params, where))
+
+    return optax.partition({"trained": tx, "frozen": keep}, labels)
+
+
+class ProximalState(NamedTuple):
+    """State of `proximal_elastic_net`."""
+
+    step: Array  # int32 []
+
+
+def proximal_elastic_net(
+    learning_rate: optax.ScalarOrSchedule, l1: float, l2: float = 0.0, where: Where = is_kernel
+) -> optax.GradientTransformation:
+    """Moves the weights that the chain before it reached by the proximal operator of t · (l1 · Σ |w| + l2/2 · Σ w²).
+
+    w ← sign(z) · max(|z| − t·l1, 0) / (1 + t·l2), where z = w + update and t is the learning rate (Parikh & Boyd 2014,
+    "Proximal Algorithms", section 6.5). Goes last in the chain; its zeros are exact. After `optax.sgd(t)` this is
+    proximal gradient descent (ISTA, Beck & Teboulle 2009) and has the minimiser of `losses.elastic_net`; after an
+    adaptive optimiser it is a decoupled shrinkage, as AdamW's decay is.
+
+    Raises InputError for a negative weight and, at init, where `where` chooses nothing.
+    """
+    require_penalties("proximal_elastic_net", l1, l2)
+
+    def init(params: Tree) -> ProximalState:
+        chosen(params, where)
+        return ProximalState(jnp.zeros([], jnp.int32))
+
+    def update(updates: Tree, state: ProximalState, params: Tree | None = None) -> tuple[Tree, ProximalState]:
+        if params is None:
+            raise ValueError("proximal_elastic_net: update got no params, expected those that the updates are added to")
+        t = jnp.asarray(learning_rate(state.step) if callable(learning_rate) else learning_rate)
+
+        def shrink(p: Array, u: Array, yes: bool) -> Array:
+            z = p + u
+            new = jnp.sign(z) * jnp.maximum(jnp.abs(z) - t * l1, 0) / (1 + t * l2)
+            return (new - p).astype(u.dtype) if yes else u  # p + (0 - p) is exactly 0
+
+        updates = jax.tree.map(shrink, params, updates, chosen(params, where))
+        return updates, ProximalState(state.step + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
+class Stopping(NamedTuple):
+    """State of `early_stopping`: numpy arrays, [] or [S], saved with the training state."""
+
+    best: np.ndarray  # float32; infinite before the first finite measurement
+    best_step: np.ndarray  # int32; -1 before the first finite measurement
+    waited: np.ndarray  # int32, measurements since the best one
+    stopped: np.ndarray  # bool, for good
+
+
+def early_stopping(
+    metric: str, patience: int, min_delta: float = 0.0, *, mode: Literal["min", "max"], lanes: int | None = None
+) -> StopRule:
+    """Stops after `patience` measurements in a row that do not improve the best one by more than `min_delta`.
+
+    `metric` names one of the measurements; `mode` says whether the lowest or the highest is best. NaN and infinity are
+    never an improvement. With `lanes` = S, the number of seeds under `per_seed`, the measurement is [S] and each lane
+    stops on its own; its state has these shapes from the start, as a checkpoint to restore needs. Comparisons are made
+    in float32, in which the best one is saved, so that a resumed run decides as an undisturbed one.
+
+    Raises InputError for bad arguments, and in `update` where the metric was not measured or has another shape.
+    """
+    if patience < 1:
+        raise InputError(f"early_stopping: patience is {patience}, expected 1 or more measurements without improvement")
+    if not min_delta >= 0:
+        raise InputError(f"early_stopping: min_delta is {min_delta}, expected 0 or more, in the unit of the metric")
+    if mode not in ("min", "max"):
+        raise InputError(f"early_stopping: mode is {mode!r}, expected 'min' or 'max'")
+    sign = np.float32(1 if mode == "min" else -1)
+    shape = () if lanes is None else (lanes,)
+
+    def init() -> Stopping:
+        return Stopping(
+            best=np.full(shape, sign * np.inf, np.float32),
+            best_step=np.full(shape, -1, np.int32),
+            waited=np.zeros(shape, np.int32),
+            stopped=np.zeros(shape, bool),
+        )
+
+    def update(state: Stopping, measured: Measurements, step: int) -> Stopping:
+        value = _measured(measured, metric, shape)
+        before = np.asarray(state.best, np.float32)
+        stopped = np.asarray(state.stopped)
+        better = np.isfinite(value) & (sign * value < sign * before - np.float32(min_delta)) & ~stopped
+        waited = np.where(better, 0, np.asarray(state.waited) + ~stopped)
+        return Stopping(
+            best=np.where(better, value, before).astype(np.float32),
+            best_step=np.where(better, step, state.best_step).astype(np.int32),
+            waited=waited.astype(np.int32),
+            stopped=np.asarray(stopped | (waited >= patience)),
+        )
+
+    return StopRule(init, update)
+
+
+def _measured(measured: Measurements, metric: str, shape: tuple[int, ...]) -> np.ndarray:  # -> float32 [] or [S]
+    if metric not in measured:
+        known = ", ".join(sorted(measured))
+        raise InputError(
+            f"early_stopping: {metric!r} is not measured, expected one of {known}{nearest(metric, measured)}"
+        )
+    with np.errstate(over="ignore"):
+        value = np.asarray(measured[metric]).astype(np.float32)
+    if value.shape != shape:
+        raise InputError(
+            f"early_stopping: {metric!r} has shape {value.shape}, expected {shape}; "
+            "pass lanes = the number of seeds, or None for a single run"
+        )
+    return value

@@ -1,0 +1,351 @@
+"""State, the train step, the loop, and evaluation. Nothing here knows a model, a data set or a method.
+
+Four kinds of function, each closed under composition:
+
+    loss   (variables, batch, key) -> (scalar, (collections, metrics))
+    tx     optax.GradientTransformation
+    step   (state, batch) -> (state, metrics)
+    batch  (key, batch) -> batch
+"""
+
+import collections
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+Tree = Any
+Array = jax.Array
+Batch = Mapping[str, Any]  # every leaf is [B, ...]
+Metrics = Mapping[str, Array]  # scalars, or [S] under per_seed
+Loss = Callable[[Tree, Batch, Array], tuple[Array, tuple[Tree, Metrics]]]
+Batches = Callable[[int], Batch]  # step -> batch
+Measurements = dict[str, np.ndarray]
+
+IN_FLIGHT = 2  # unbounded dispatch has hung simulated devices, and hides a NaN for as long
+
+
+class State(NamedTuple):
+    """All that a run must remember. Arrays only: it can be jitted, vmapped, donated, sharded and saved as it is."""
+
+    step: Array  # int32 [], or [S] under per_seed
+    params: Tree
+    extra: Tree  # collections that no gradient trains: {"batch_stats": ...}, an EMA, codebooks
+    opt_state: Tree
+    key: Array  # typed PRNG key, never advanced: a step's key is fold_in(key, step)
+
+    @property
+    def variables(self) -> Tree:
+        return {"params": self.params, **self.extra}
+
+
+Step = Callable[[State, Batch], tuple[State, Metrics]]
+
+
+class Watch(NamedTuple):
+    """Measures the variables every `every` steps and at the end."""
+
+    every: int
+    measure: Callable[[Tree], Measurements]
+
+
+class StopRule(NamedTuple):
+    """Early stopping as two pure functions on the host; the rule's state is saved with the training state.
+
+    `update(rule_state, measurements, step)` sees what `Watch` measured. The state has a field `stopped`, bool [] or [S].
+    """
+
+    init: Callable[[], Any]
+    update: Callable[[Any, Measurements, int], Any]
+
+
+class Recorder:
+    """What `fit` tells a run, and asks of it. This one records nothing."""
+
+    skip_nonfinite: bool = False  # leave out a step whose metrics are not finite, instead of stopping
+
+    def start(self, tree: Tree, steps: int) -> Tree:
+        """Returns what to begin from: `tree`, or what an earlier attempt at the same fit had reached."""
+        return tree
+
+    def stepped(self, step: int) -> bool:
+        """Called after each step; whether to save now."""
+        return False
+
+    def report(self, step: int, metrics: Measurements) -> None: ...
+
+    def save(self, step: int, tree: Tree, measured: Measurements) -> None: ...
+
+    def finish(self, step: int, tree: Tree) -> None:
+        """The fit is complete at `step`."""
+
+    def last_saved(self) -> str:
+        """Where the newest checkpoint is, in words."""
+        return "nothing was saved"
+
+
+class NonFiniteError(ArithmeticError):
+    """A metric of the train step became NaN or infinite."""
+
+
+def init_state(key: Array, variables: Tree, tx: optax.GradientTransformation) -> State:
+    """A state at step 0 from what `module.init` returned."""
+    extra = {name: value for name, value in variables.items() if name != "params"}
+    return State(jnp.zeros([], jnp.int32), variables["params"], extra, tx.init(variables["params"]), key)
+
+
+def make_step(loss: Loss, tx: optax.GradientTransformation, microbatches: int = 1) -> Step:
+    """The usual step: one gradient of `loss`, one update by `tx`.
+
+    The step's key is `fold_in(state.key, state.step)`, so nothing depends on history. With `microbatches` = k the
+    gradient is the mean over k parts of the batch, one after the other: k times less memory for activations.
+    """
+    gradient = _accumulated(_gradient(loss), microbatches) if microbatches > 1 else _gradient(loss)
+
+    def step(state: State, batch: Batch) -> tuple[State, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        (value, (extra, metrics)), grads = gradient(state.params, state.extra, batch, key)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        state = State(state.step + 1, params, {**state.extra, **extra}, opt_state, state.key)
+        return state, {"loss": value, "grad_norm": optax.tree.norm(grads), **metrics}
+
+    return step
+
+
+def _gradient(loss: Loss):
+    """(params, extra, batch, key) -> ((value, (extra, metrics)), grads)."""
+    return jax.value_and_grad(lambda params, extra, *rest: loss({"params": params, **extra}, *rest), has_aux=True)
+
+
+def _accumulated(gradient, k: int):
+    """The mean of `gradient` over k interleaved parts of the batch; `extra` passes from part to part."""
+
+    def accumulate(params, extra, batch, key):
+        # Part i holds rows i, i + k, ...: every device keeps its share of every part.
+        parts = jax.tree.map(lambda x: x.reshape(-1, k, *x.shape[1:]).swapaxes(0, 1), batch)  # [k, B / k, ...]
+
+        def part(extra, i_batch):
+            i, batch = i_batch
+            (value, (new, metrics)), grads = gradient(params, extra, batch, jax.random.fold_in(key, i))
+            return {**extra, **new}, (value, metrics, grads)
+
+        def add(carry, i_batch):
+            extra, total = carry
+            extra, result = part(extra, i_batch)
+            return (extra, jax.tree.map(jnp.add, total, result)), None
+
+        first = part(extra, (0, jax.tree.map(lambda x: x[0], parts)))
+        rest = (jnp.arange(1, k), jax.tree.map(lambda x: x[1:], parts))
+        (extra, total), _ = jax.lax.scan(add, first, rest)
+        value, metrics, grads = jax.tree.map(lambda x: x / k, total)
+        return (value, (extra, metrics)), grads
+
+    return accumulate
+
+
+def per_seed(step: Step) -> Step:
+    """Trains a stack of states [S, ...] on a stack of batches [S, B, ...]: one lane a seed, its data order its own."""
+    return jax.vmap(step)
+
+
+def scanned(step: Step, k: int) -> Step:
+    """Runs k steps in one call on stacked batches [k, B, ...]; its metrics are the means over the k steps."""
+
+    def steps(state: State, batches: Batch) -> tuple[State, Metrics]:
+        state, metrics = jax.lax.scan(step, state, batches, length=k)
+        return state, jax.tree.map(lambda m: m.mean(0), metrics)
+
+    return steps
+
+
+def gathered(step: Step, records: Batch) -> Step:
+    """A step on batches {"index": int [...]} that reads its rows from `records` [N, ...], resident on the device.
+
+    Goes outermost: the records must reach the compiled step as an argument, not as a constant.
+    """
+    return jax.tree_util.Partial(functools.partial(_gather_and_step, step), records)
+
+
+def _gather_and_step(step: Step, records: Batch, state: State, batch: Batch) -> tuple[State, Metrics]:
+    return step(state, {name: column[batch["index"]] for name, column in records.items()})
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["names"])
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """One step's metrics in a single array, so that the host fetches once."""
+
+    names: tuple[str, ...]
+    values: Array  # float32 [M] or [M, S]
+
+
+def _where(lanes: Array, new: Tree, old: Tree) -> Tree:
+    """Per lane, `new` or `old`; `lanes` is bool [] or [S], leaves are [...] or [S, ...]."""
+    return jax.tree.map(lambda n, o: jnp.where(lanes.reshape(lanes.shape + (1,) * (n.ndim - lanes.ndim)), n, o), new, old)
+
+
+@functools.partial(jax.jit, static_argnames=("skip", "freeze"), donate_argnames=("state",))
+def _advance(step: Any, state: State, batch: Batch, stopped: Array, skip: bool, freeze: bool) -> tuple[State, _Row]:
+    new, metrics = step(state, batch)
+    names = tuple(sorted(metrics))
+    values = jnp.stack([metrics[name].astype(jnp.float32) for name in names])
+    if skip:
+        new = _where(jnp.isfinite(values).all(0), new, state._replace(step=new.step))
+    if freeze:
+        new = _where(~stopped, new, state)
+    return new, _Row(names, values)
+
+
+class _Window:
+    """The metrics since the last report; their means are taken in float64 over the finite steps."""
+
+    def __init__(self) -> None:
+        self.rows: list[np.ndarray] = []  # each [M] or [M, S]
+        self.names: tuple[str, ...] = ()
+        self.began, self.waited = time.perf_counter(), 0.0
+
+    def add(self, step: int, row: _Row, stopped: np.ndarray, run: Recorder) -> None:
+        """Waits for the step. Raises NonFiniteError."""
+        values = np.asarray(row.values, np.float64)
+        self.names = row.names
+        self.rows.append(values)
+        lost = ~(np.isfinite(values) | stopped)
+        hopeless = len(self.rows) >= 10 and not np.isfinite(self.rows[-10:]).all(1).any()
+        if lost.any() and (hopeless or not run.skip_nonfinite):
+            bad = ", ".join(f"{n} is {v}" for n, v, b in zip(row.names, values.tolist(), lost, strict=True) if b.any())
+            raise NonFiniteError(
+                f"{bad} at step {step}{' and in the 9 steps before' if hopeless else ''}, expected finite numbers; "
+                f"{run.last_saved()}; lower the learning rate{'' if hopeless else ' or use --on-nan skip'}"
+            )
+
+    def means(self, stride: int, skip: bool) -> Measurements:
+        rows = np.stack(self.rows)  # [n, M] or [n, M, S]
+        whole = np.isfinite(rows).all(1, keepdims=True)  # [n, 1] or [n, 1, S]
+        means = np.where(whole, rows, 0).sum(0) / np.maximum(whole.sum(0), 1)  # [M] or [M, S]
+        seconds = time.perf_counter() - self.began
+        rates = {"steps_per_second": stride * len(rows) / seconds, "data_wait": self.waited / seconds}
+        skipped = {"skipped": (~whole[:, 0]).sum(0)} if skip else {}
+        return {**dict(zip(self.names, means, strict=True)), **{k: np.asarray(v) for k, v in (rates | skipped).items()}}
+
+
+def fit(
+    step: Step,
+    state: State,
+    batches: Batches,
+    *,
+    steps: int,
+    run: Recorder | None = None,
+    every: int = 100,
+    watch: Watch | None = None,
+    stop: StopRule | None = None,
+) -> State:
+    """Drives `step` until `state.step` is `steps`, or `stop` has stopped every lane. The only loop in the codebase.
+
+    `batches(i)` is the batch of step i. Metrics are reported as means over `every` steps. The caller's `state` stays
+    usable. How far one call advances (1, or k for `scanned(step, k)`) is read off `state.step` after the first call.
+
+    Raises ValueError where `steps`, `every` or `watch.every` is not a multiple of that, NonFiniteError where a metric or
+    a parameter about to be saved is not finite.
+    """
+    run = run or Recorder()
+    step = jax.tree_util.Partial(step)
+    saved = run.start({"state": state, "stop": stop.init() if stop else {}}, steps)
+    state, rule = jax.tree.map(jnp.copy, saved["state"]), saved["stop"]  # our copy, so that donation eats no caller's
+    i, stride, window, pending = _count(state), 0, _Window(), collections.deque()
+
+    def stopped() -> np.ndarray:
+        return np.asarray(rule.stopped if stop else False)
+
+    def settle(most: int) -> None:
+        while len(pending) > most:
+            window.add(*pending.popleft(), run)
+
+    while i < steps and not stopped().all():
+        asked = time.perf_counter()
+        batch = batches(i)
+        window.waited += time.perf_counter() - asked
+        settle(IN_FLIGHT - 1)
+        state, row = _advance(step, state, batch, stopped(), run.skip_nonfinite, stop is not None)
+        stride = stride or _checked_stride(_count(state) - i, i, steps, every, watch)
+        i += stride
+        pending.append((i, row, stopped()))
+        measured = {}
+        if i % every == 0 or i == steps:
+            settle(0)
+            run.report(i, window.means(stride, run.skip_nonfinite))
+            window = _Window()
+        if watch and (i % watch.every == 0 or i == steps):
+            measured = watch.measure(state.variables)
+            run.report(i, measured)
+            rule = stop.update(rule, measured, i) if stop else rule
+        if run.stepped(i):
+            settle(0)
+            _require_finite(state.params, i, run)
+            run.save(i, {"state": state, "stop": rule}, measured)
+    settle(0)
+    run.finish(i, {"state": state, "stop": rule})
+    return state
+
+
+def _count(state: State) -> int:
+    """The furthest lane's step."""
+    return int(np.max(np.asarray(state.step)))
+
+
+def _checked_stride(stride: int, i: int, steps: int, every: int, watch: Watch | None) -> int:
+    if stride < 1:
+        raise ValueError(f"the step advanced state.step by {stride}, expected 1 or more: add to state.step in the step")
+    wanted = {"steps": steps - i, "every": every, "watch.every": watch.every if watch else stride}
+    for name, value in wanted.items():
+        if value % stride:
+            raise ValueError(f"{name} leaves {value} steps, expected a multiple of the {stride} steps of one call")
+    return stride
+
+
+def _require_finite(params: Tree, step: int, run: Recorder) -> None:
+    if not _all_finite(params):
+        raise NonFiniteError(
+            f"a parameter is NaN or infinite at step {step}, expected finite numbers; {run.last_saved()}; "
+            "lower the learning rate"
+        )
+
+
+@jax.jit
+def _all_finite(params: Tree) -> Array:
+    return jnp.all(jnp.array([jnp.isfinite(p).all() for p in jax.tree.leaves(params)]))
+
+
+def evaluate(
+    metrics: Callable[[Tree, Batch, Array], Mapping[str, tuple[Array, Array]]],
+    variables: Tree,
+    batches: Iterable[Batch],
+    key: Array,
+) -> Measurements:
+    """Sum over weight of each metric, over all batches: exact over every example, whatever the batch size.
+
+    `metrics(variables, batch, key) -> {name: (sum, weight)}`; a leading [S] axis is kept. Batch i gets the key
+    `fold_in(key, i)`. Pass the same function each time: it is compiled once.
+    """
+    measure = jax.jit(metrics)
+    total: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    pending: collections.deque = collections.deque()
+
+    def settle(most: int) -> None:
+        while len(pending) > most:
+            for name, pair in pending.popleft().items():
+                value, weight = (np.asarray(x, np.float64) for x in pair)
+                value_before, weight_before = total.get(name, (0.0, 0.0))
+                total[name] = (value_before + value, weight_before + weight)
+
+    for i, batch in enumerate(batches):
+        settle(IN_FLIGHT - 1)
+        pending.append(measure(variables, batch, jax.random.fold_in(key, i)))
+    settle(0)
+    return {name: np.asarray(value / weight) for name, (value, weight) in total.items()}
