@@ -1,6 +1,6 @@
 """What Optax lacks. SGD, momentum, Adam, AdamW and clipping come from Optax; ours go into the same chains."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,7 @@ def proximal_elastic_net(
         chosen(params, where)
         return ProximalState(jnp.zeros([], jnp.int32))
 
-    def update(updates: Tree, state: ProximalState, params: Tree | None = None) -> tuple[Tree, ProximalState]:
+    def update(updates: Tree, state: Any, params: Tree | None = None) -> tuple[Tree, ProximalState]:
         if params is None:
             raise ValueError("proximal_elastic_net: update got no params, expected those that the updates are added to")
         t = jnp.asarray(learning_rate(state.step) if callable(learning_rate) else learning_rate)
@@ -90,7 +90,7 @@ class Stopping(NamedTuple):
     best: np.ndarray  # float32; infinite before the first finite measurement
     best_step: np.ndarray  # int32; -1 before the first finite measurement
     waited: np.ndarray  # int32, measurements since the best one
-    stopped: np.ndarray  # bool, for good
+    stopped: np.ndarray  # bool
 
 
 def early_stopping(
@@ -132,7 +132,7 @@ def early_stopping(
             best=np.where(better, value, before).astype(np.float32),
             best_step=np.where(better, step, state.best_step).astype(np.int32),
             waited=waited.astype(np.int32),
-            stopped=np.asarray(stopped | (waited >= patience)),
+            stopped=np.asarray(waited >= patience),  # for good: a stopped lane waits no more and improves no more
         )
 
     return StopRule(init, update)

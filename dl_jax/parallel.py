@@ -4,7 +4,7 @@
 BatchNorm's statistics are global.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from dl_jax.train import Batch, Batches, Loss, Metrics, State, Step, Tree, make_
 AXIS = "data"
 
 
-def data_mesh(devices: list[jax.Device] | None = None) -> Mesh:
+def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """All devices of all processes (or `devices`) in one axis."""
     devices = jax.devices() if devices is None else devices
     # Auto: with Explicit axes, the default, a Linen CNN with Dropout raises ShardingTypeError.

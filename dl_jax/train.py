@@ -58,7 +58,8 @@ class Watch(NamedTuple):
 class StopRule(NamedTuple):
     """Early stopping as two pure functions on the host; the rule's state is saved with the training state.
 
-    `update(rule_state, measurements, step)` sees what `Watch` measured. The state has a field `stopped`, bool [] or [S].
+    `update(rule_state, measurements, step)` sees what `Watch` measured. The state has a field `stopped`: bool, [] or
+    [S].
     """
 
     init: Callable[[], Any]
@@ -188,7 +189,11 @@ class _Row:
 
 def _where(lanes: Array, new: Tree, old: Tree) -> Tree:
     """Per lane, `new` or `old`; `lanes` is bool [] or [S], leaves are [...] or [S, ...]."""
-    return jax.tree.map(lambda n, o: jnp.where(lanes.reshape(lanes.shape + (1,) * (n.ndim - lanes.ndim)), n, o), new, old)
+
+    def choose(n: Array, o: Array) -> Array:
+        return jnp.where(lanes.reshape(lanes.shape + (1,) * (n.ndim - lanes.ndim)), n, o)
+
+    return jax.tree.map(choose, new, old)
 
 
 @functools.partial(jax.jit, static_argnames=("skip", "freeze"), donate_argnames=("state",))
@@ -213,7 +218,7 @@ class _Window:
 
     def add(self, step: int, row: _Row, stopped: np.ndarray, run: Recorder) -> None:
         """Waits for the step. Raises NonFiniteError."""
-        values = np.asarray(row.values, np.float64)
+        values: np.ndarray = np.asarray(row.values, np.float64)
         self.names = row.names
         self.rows.append(values)
         lost = ~(np.isfinite(values) | stopped)
@@ -227,7 +232,7 @@ class _Window:
 
     def means(self, stride: int, skip: bool) -> Measurements:
         rows = np.stack(self.rows)  # [n, M] or [n, M, S]
-        whole = np.isfinite(rows).all(1, keepdims=True)  # [n, 1] or [n, 1, S]
+        whole = np.asarray(np.isfinite(rows).all(1, keepdims=True))  # [n, 1] or [n, 1, S]
         means = np.where(whole, rows, 0).sum(0) / np.maximum(whole.sum(0), 1)  # [M] or [M, S]
         seconds = time.perf_counter() - self.began
         rates = {"steps_per_second": stride * len(rows) / seconds, "data_wait": self.waited / seconds}
@@ -251,14 +256,15 @@ def fit(
     `batches(i)` is the batch of step i. Metrics are reported as means over `every` steps. The caller's `state` stays
     usable. How far one call advances (1, or k for `scanned(step, k)`) is read off `state.step` after the first call.
 
-    Raises ValueError where `steps`, `every` or `watch.every` is not a multiple of that, NonFiniteError where a metric or
-    a parameter about to be saved is not finite.
+    Raises ValueError where `steps`, `every` or `watch.every` is not a multiple of that, NonFiniteError where a metric,
+    or a parameter about to be saved, is not finite.
     """
     run = run or Recorder()
     step = jax.tree_util.Partial(step)
     saved = run.start({"state": state, "stop": stop.init() if stop else {}}, steps)
     state, rule = jax.tree.map(jnp.copy, saved["state"]), saved["stop"]  # our copy, so that donation eats no caller's
-    i, stride, window, pending = _count(state), 0, _Window(), collections.deque()
+    i, stride, window = _count(state), 0, _Window()
+    pending: collections.deque[tuple[int, _Row, np.ndarray]] = collections.deque()
 
     def stopped() -> np.ndarray:
         return np.asarray(rule.stopped if stop else False)

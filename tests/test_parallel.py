@@ -35,9 +35,7 @@ class Plain(nn.Module):
 
 def loss_of(model):
     def loss(variables, batch, key):
-        logits, new = model.apply(
-            variables, batch["image"], train=True, rngs={"dropout": key}, mutable=["batch_stats"]
-        )
+        logits, new = model.apply(variables, batch["image"], train=True, rngs={"dropout": key}, mutable=["batch_stats"])
         return losses.cross_entropy(logits, batch["label"]).mean(), (new, {})
 
     return loss

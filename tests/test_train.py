@@ -170,7 +170,9 @@ def test_gathered_equals_batches_from_the_host_and_passes_records_as_an_argument
     index = lambda i: {"index": (np.arange(8) + i * 8) % 64}
     stack = lambda f: (lambda i: jax.tree.map(lambda *x: np.stack(x), f(i), f(i + 1))) if pairs else f
     resident = gathered(wrap(step), jax.tree.map(jnp.asarray, RECORDS))
-    equal(fit(wrap(step), start(), stack(rows), steps=6, every=2), fit(resident, start(), stack(index), steps=6, every=2))
+    equal(
+        fit(wrap(step), start(), stack(rows), steps=6, every=2), fit(resident, start(), stack(index), steps=6, every=2)
+    )
     large = {"x": jnp.ones((100_000, WIDTH)), "y": jnp.ones(100_000)}
     text = jax.jit(lambda s, *a: s(*a)).lower(gathered(step, large), start(), index(0)).as_text()
     assert len(text) < 100_000  # a captured constant would be printed in full

@@ -1,0 +1,201 @@
+"""What a train step costs: the loop over the bare step, the input pipeline over the step, JAX against PyTorch.
+
+    python benchmarks/train_step.py            some ten minutes on 2 cores; PyTorch's rows where torch is installed
+    python benchmarks/train_step.py --quick    a minute, to see that it runs; its ratios mean little
+
+Each row is a ratio measured in one run, its contestants interleaved. Times per step are medians.
+"""
+
+import argparse
+import functools
+import importlib.util
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # contestants import this module from processes of their own
+
+from benchmarks.contest import Block, Contestant, Times, compete, ratio
+
+BATCH = 128
+EPOCH = 468  # steps over MNIST's 60,000 digits
+
+
+def pictures(n: int = BATCH) -> dict[str, np.ndarray]:
+    """image float32 [n, 28, 28, 1], label int32 [n]: the cost of a step does not depend on what is in them."""
+    random = np.random.default_rng(0)
+    return {
+        "image": random.random((n, 28, 28, 1), np.float32),
+        "label": random.integers(0, 10, n).astype(np.int32),
+    }
+
+
+def problem(lenet: bool):
+    """(train step, initial state) of LeNet-5 as published or of the dropout MLP 1200-1200, SGD with momentum."""
+    import jax
+    import optax
+
+    from dl_jax import losses
+    from dl_jax.models.lenet import LeNet5, map_loss
+    from dl_jax.models.mlp import MLP
+    from dl_jax.train import init_state, make_step
+
+    model = LeNet5() if lenet else MLP((1200, 1200), dropout=0.5)
+    per_example = functools.partial(map_loss, rubbish=10.0) if lenet else losses.cross_entropy
+
+    def loss(variables, batch, key):
+        image = batch["image"] if batch["image"].dtype == np.float32 else batch["image"].astype(np.float32) / 255
+        logits = model.apply(variables, image, train=True, rngs={"dropout": key})
+        return per_example(logits, batch["label"]).mean(), ({}, {})
+
+    tx = optax.sgd(1e-3, momentum=0.9)
+    variables = jax.jit(lambda key: model.init(key, pictures(1)["image"], train=False))(jax.random.key(0))
+    return make_step(loss, tx), init_state(jax.random.key(1), variables, tx)
+
+
+def with_fit(lenet: bool, batches=None) -> Block:
+    """Steps driven by `fit`, as an experiment does."""
+    import jax
+
+    from dl_jax.train import fit
+
+    step, state = problem(lenet)
+    resident = jax.device_put(pictures())
+    batches = batches or (lambda i: resident)
+
+    def block(n: int) -> None:
+        nonlocal state
+        state = jax.block_until_ready(fit(step, state, batches, steps=int(state.step) + n))
+
+    block(5)
+    return block
+
+
+def bare(lenet: bool) -> Block:
+    """The same compiled step in the barest loop."""
+    import jax
+
+    step, state = problem(lenet)
+    step, batch = jax.jit(step, donate_argnums=0), jax.device_put(pictures())
+
+    def block(n: int) -> None:
+        nonlocal state
+        for _ in range(n):
+            state, _ = step(state, batch)
+        jax.block_until_ready(state)
+
+    block(5)
+    return block
+
+
+def from_disk() -> Block:
+    """`fit` on shuffled batches of 60,000 memory-mapped uint8 pictures, cast in the step."""
+    return with_fit(True, stream())
+
+
+def stream():
+    from dl_jax import data, parallel
+
+    return parallel.placed(data.batches(memory_mapped(), BATCH, seed=0), parallel.data_mesh())
+
+
+def memory_mapped() -> dict[str, np.ndarray]:
+    """MNIST's columns as `data.load` gives them, in kind and size."""
+    import tempfile
+
+    folder = Path(tempfile.mkdtemp())
+    np.save(folder / "image.npy", np.random.default_rng(0).integers(0, 256, (60_000, 28, 28, 1), np.uint8))
+    return {"image": np.load(folder / "image.npy", mmap_mode="r"), "label": np.zeros(60_000, np.int32)}
+
+
+def pipeline_alone() -> Block:
+    """Batches on the device, and nothing done with them."""
+    import jax
+
+    batches, at = stream(), 0
+
+    def block(n: int) -> None:
+        nonlocal at
+        for at in range(at, at + n):
+            batch = batches(at)
+        jax.block_until_ready(batch)
+
+    block(5)
+    return block
+
+
+def torch_step(lenet: bool, compiled: bool) -> Block:
+    """The same network, loss and optimiser in PyTorch, channels last."""
+    from benchmarks.torch_nets import train_block
+
+    block = train_block(lenet, compiled, pictures())
+    block(5)
+    return block
+
+
+def first_step_seconds() -> float:
+    """From starting Python to the end of the first step of `experiments/vision/lenet.py`, programs cached."""
+    program = Path(__file__).with_name("first_step.py")
+    seconds = []
+    for _ in range(4):
+        began = time.time()
+        done = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True)
+        seconds.append(float(done.stdout.split()[-1]) - began)
+    return float(np.median(seconds[1:]))  # the first may have compiled
+
+
+def contestants(torch: bool) -> dict[str, Contestant]:
+    mine: dict[str, Contestant] = {
+        "MLP bare": functools.partial(bare, False),
+        "MLP fit": functools.partial(with_fit, False),
+        "LeNet-5 bare": functools.partial(bare, True),
+        "LeNet-5 fit": functools.partial(with_fit, True),
+        "LeNet-5 fit from disk": from_disk,
+        "pipeline alone": pipeline_alone,
+    }
+    theirs: dict[str, Contestant] = {
+        f"{name} torch {kind}": functools.partial(torch_step, lenet, kind == "compiled")
+        for name, lenet in (("MLP", False), ("LeNet-5", True))
+        for kind in ("eager", "compiled")
+    }
+    return {**mine, **(theirs if torch else {})}
+
+
+def rows(times: dict[str, Times], torch: bool) -> list[tuple[str, str, str]]:
+    """(what, measured, goal)."""
+    table = [
+        (f"fit / bare step, {name}", f"{ratio(times[f'{name} fit'], times[f'{name} bare']):.3f}", "<= 1.03")
+        for name in ("MLP", "LeNet-5")
+    ]
+    per_epoch = ratio(times["LeNet-5 fit from disk"], times["LeNet-5 bare"])
+    table.append((f"epoch of LeNet-5 from disk / {EPOCH} bare steps", f"{per_epoch:.3f}", "<= 1.1"))
+    supply = ratio(times["LeNet-5 bare"], times["pipeline alone"])
+    table.append(("examples/s of the pipeline / of the LeNet-5 step", f"{supply:.1f}", "> 1"))
+    for name, goal in (("MLP", ">= 2.2"), ("LeNet-5", ">= 0.7, ambition 1.0")) if torch else ():
+        rivals = [times[f"{name} torch {kind}"] for kind in ("eager", "compiled")]
+        best = min(rivals, key=lambda t: np.median(t.seconds))
+        table.append((f"{name}: faster PyTorch / fit", f"{ratio(best, times[f'{name} fit']):.2f}", goal))
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few and short rounds, without PyTorch")
+    quick = parser.parse_args().quick
+    torch = importlib.util.find_spec("torch") is not None and not quick
+    times = compete(contestants(torch), *((5, 2) if quick else (100, 15)))
+    for name, (seconds, peak) in times.items():
+        print(f"{name:<24} {1e3 * np.median(seconds):8.2f} ms/step {BATCH / np.median(seconds):10.0f} examples/s {peak:6.0f} MiB")
+    print()
+    for what, measured, goal in rows(times, torch):
+        print(f"{what:<48} {measured:>8}   goal {goal}")
+    print(f"{'seconds from start to first step':<48} {first_step_seconds():8.2f}   goal <= 2.5")
+    if not torch:
+        print("no rows against PyTorch: " + ("left out by --quick" if quick else "torch is not installed"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""`python -m dl_jax.data prepare NAME` and `python -m dl_jax.data list`."""
+
+import sys
+
+import tyro
+
+from dl_jax.data.prepare import prepare
+from dl_jax.data.source import Prepared, data_folder, prepared, split_sizes
+from dl_jax.errors import InputError
+
+
+def prepare_set(name: tyro.conf.Positional[str], data_dir: str | None = None) -> None:
+    """Download and prepare a TFDS data set, in array_record format.
+
+    Args:
+        name: TFDS's name of the set, such as mnist or glue/sst2.
+        data_dir: Folder to prepare it in [default: $TFDS_DATA_DIR, else ~/tensorflow_datasets].
+    """
+    print(_summary(prepare(name, data_dir)))
+
+
+def list_sets(data_dir: str | None = None) -> None:
+    """List the prepared data sets.
+
+    Args:
+        data_dir: Folder to look in [default: $TFDS_DATA_DIR, else ~/tensorflow_datasets].
+    """
+    found = prepared(data_dir)
+    print(f"{len(found)} prepared in {data_folder(data_dir)}; digits is always there")
+    for each in found:
+        print(_summary(each))
+
+
+def _summary(found: Prepared) -> str:
+    try:
+        splits = ", ".join(f"{split} {size}" for split, size in split_sizes(found).items())
+    except InputError as e:
+        splits = str(e)
+    return f"{found.name} {found.version}: {splits}"
+
+
+def main() -> int:
+    try:
+        tyro.extras.subcommand_cli_from_dict({"prepare": prepare_set, "list": list_sets}, prog="python -m dl_jax.data")
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""`load`: a split as columns in memory, decoded once and kept on disk as memory-mapped .npy files."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+
+from dl_jax.data.batches import Columns
+from dl_jax.data.files import locked
+from dl_jax.data.records import Example, Records, stack
+from dl_jax.data.source import Feature, Prepared, cache_entry, find
+from dl_jax.errors import InputError
+
+BUDGET = 2 * 10**9  # bytes
+_CHUNK = 256  # examples decoded at a time
+_PATIENCE = 2.0  # seconds without a progress bar
+
+
+def load(
+    name: str, split: str, data_dir: str | None = None, cache_dir: str | None = None, *, budget: int = BUDGET
+) -> Columns:
+    """A split of a prepared TFDS set as read-only columns [N, ...], in TFDS's order.
+
+    Images are uint8 [N, H, W, C], class labels int32 [N], text bytes of the longest one's width; other tensors keep
+    their dtype. A column whose examples differ in length is padded with zeros to [N, L, ...] and has a companion
+    `<column>/length`, int32 [N]. Nested features are called `outer/inner`. `split` is TFDS's: `train`, `train[:90%]`,
+    `train+test`. `digits` is always there; other sets are looked for in `data_dir` (see `source.data_folder`).
+
+    The first call decodes and writes below the cache folder (see `files.cache_folder`), later ones map the files.
+    Raises InputError for a set, split or file that is missing or damaged, examples that make no column, and columns of
+    more than `budget` bytes, for which there is `stream`.
+    """
+    found = find(name, data_dir, cache_dir)
+    split = "".join(split.split())
+    place = cache_entry(found, cache_dir) / _folder_name(split)
+    columns = _read(place)
+    if columns is None:
+        with locked(place.with_suffix(".lock")):
+            columns = _read(place)  # another process may have been first
+            if columns is None:
+                _write(_decode(found, split, budget), place)
+                columns = _read(place)
+    if columns is None:
+        raise InputError(
+            f"the cache in {place} cannot be read back, expected what was just written: delete that folder"
+        )
+    size = sum(column.nbytes for column in columns.values())
+    if size > budget:
+        raise InputError(_too_large(found, split, size, budget))
+    return columns
+
+
+def _folder_name(split: str) -> str:
+    readable = re.sub(r"\W+", "_", split)[:40]
+    return f"{readable}-{hashlib.sha256(split.encode()).hexdigest()[:8]}"
+
+
+def _read(place: Path) -> Columns | None:
+    """The columns in a cache folder; None unless all are there and whole."""
+    try:
+        names = json.loads((place / "columns.json").read_text())
+        return {name: np.asarray(np.load(place / _file_name(name), mmap_mode="r")) for name in names}
+    except (OSError, ValueError):
+        return None
+
+
+def _write(columns: Columns, place: Path) -> None:
+    """All or nothing: the folder appears under its name when it is complete and on disk."""
+    for leftover in place.parent.glob(f"{place.name}.*.tmp"):  # of a process that was killed; the lock is ours
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial = Path(tempfile.mkdtemp(suffix=".tmp", prefix=f"{place.name}.", dir=place.parent))
+    try:
+        for name, column in columns.items():
+            with open(partial / _file_name(name), "wb") as file:
+                np.save(file, column, allow_pickle=False)
+                file.flush()
+                os.fsync(file.fileno())
+        (partial / "columns.json").write_text(json.dumps(list(columns)))
+        shutil.rmtree(place, ignore_errors=True)  # a damaged one
+        partial.rename(place)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _file_name(column: str) -> str:
+    return quote(column, safe="") + ".npy"
+
+
+def _decode(found: Prepared, split: str, budget: int) -> Columns:
+    records = Records(found, split)
+    n = len(records)
+    columns: Columns = {}
+    for start in _shown(range(0, n, _CHUNK), n, f"decoding {found.name} {split}"):
+        chunk = _padded(records.read(range(start, min(start + _CHUNK, n))), records.features)
+        room = {name: _room(columns.get(name), part, n) for name, part in chunk.items()}
+        size = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in room.values())
+        if size > budget:
+            raise InputError(_too_large(found, split, size, budget))
+        for name, part in chunk.items():
+            columns[name] = _resized(columns.get(name), *room[name])
+            rows = columns[name][start : start + len(part)]
+            rows[tuple(map(slice, part.shape))] = part
+    return columns
+
+
+def _too_large(found: Prepared, split: str, size: int, budget: int) -> str:
+    return (
+        f"{found.name} {split} takes {size / 1e6:,.0f} MB or more when decoded, expected at most {budget / 1e6:,.0f}: "
+        "read it with data.stream, or load a slice of it"
+    )
+
+
+def _padded(examples: list[Example], features: dict[str, Feature]) -> Columns:
+    """Columns [B, ...] of a few examples, ragged ones padded to the longest and followed by their lengths."""
+    lengths = {name: np.array([len(e[name]) for e in examples], np.int32) for name, f in features.items() if f.ragged}
+    longest = {name: max(1, int(length.max())) for name, length in lengths.items()}
+    padded = [e | {name: _lengthened(e[name], most) for name, most in longest.items()} for e in examples]
+    return stack(padded) | {f"{name}/length": length for name, length in lengths.items()}
+
+
+def _lengthened(value: np.ndarray, length: int) -> np.ndarray:
+    out = np.zeros((length, *value.shape[1:]), value.dtype)
+    out[: len(value)] = value
+    return out
+
+
+def _room(column: np.ndarray | None, part: np.ndarray, n: int) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype that hold both `column` [N, ...] and `part` [B, ...]."""
+    if column is None:
+        return (n, *part.shape[1:]), part.dtype
+    return tuple(map(max, column.shape, part.shape)), np.result_type(column, part)
+
+
+def _resized(column: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    if column is not None and column.shape == shape and column.dtype == dtype:
+        return column
+    out = np.zeros(shape, dtype)
+    if column is not None:
+        out[tuple(map(slice, column.shape))] = column
+    return out
+
+
+def _shown(starts: range, total: int, label: str) -> Iterator[int]:
+    """Yields from `starts`; shows on stderr how far it is once it has taken a while."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(file=sys.stderr, soft_wrap=True)
+    progress = Progress(console=console, transient=True)
+    began, task = time.monotonic(), None
+    try:
+        for start in starts:
+            yield start
+            if task is None and time.monotonic() - began > _PATIENCE:
+                task = progress.add_task(label, total=total)
+                if console.is_terminal:
+                    progress.start()
+                else:
+                    console.print(f"{label}: {total} examples, once", highlight=False)
+            if task is not None:
+                progress.update(task, completed=start + starts.step)
+    finally:
+        if progress.live.is_started:  # stopping writes an empty line otherwise
+            progress.stop()

@@ -1,0 +1,83 @@
+"""The bundled set `digits`: scikit-learn's 1,797 scans of 8x8 pixels as a TFDS set that prepares itself, offline.
+
+The scans are the test part of UCI's "Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, 1998). A
+pixel counts ink from 0 to 16 and is stored as 255 / 16 x ink, rounded half up, which `round(pixel x 16 / 255)` undoes.
+The last 360 scans in scikit-learn's order are the split `test`, the other 1,437 are `train`. A writer's digits stand
+next to each other, so that few writers are in both splits, as most would be after shuffling.
+"""
+
+import contextlib
+import importlib.util
+import io
+from pathlib import Path
+
+import numpy as np
+
+from dl_jax.data.files import locked
+
+NAME, VERSION, TEST = "digits", "1.0.0", 360
+
+
+def scans() -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [1797, 8, 8, 1] and labels uint8 [1797], in scikit-learn's order."""
+    # The file itself: scikit-learn's own loader gives the same numbers, but importing it takes two seconds.
+    spec = importlib.util.find_spec("sklearn")
+    assert spec is not None
+    assert spec.origin is not None
+    table = np.loadtxt(Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz", np.uint16, delimiter=",")
+    ink, label = table[:, :-1], table[:, -1].astype(np.uint8)
+    return ((ink * 255 + 8) // 16).astype(np.uint8).reshape(-1, 8, 8, 1), label
+
+
+def prepared(cache: Path) -> Path:
+    """The folder of the prepared set below the folder `cache`; prepares it first, in about a second, if need be."""
+    folder = cache / "tfds" / NAME / VERSION
+    if not folder.is_dir():
+        with locked(folder.parent.with_suffix(".lock")):
+            if not folder.is_dir():  # nor has another process prepared it meanwhile
+                _prepare(cache / "tfds")
+    return folder
+
+
+def _prepare(root: Path) -> None:
+    import PIL.Image
+    import tensorflow_datasets as tfds
+
+    def png(image: np.ndarray) -> bytes:  # TFDS needs TensorFlow to encode an array, but not to store bytes
+        file = io.BytesIO()
+        PIL.Image.fromarray(image[..., 0]).save(file, "PNG")
+        return file.getvalue()
+
+    class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = NAME
+        VERSION = tfds.core.Version(VERSION)
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            features = {
+                "image": tfds.features.Image(shape=(8, 8, 1), encoding_format="png"),
+                "label": tfds.features.ClassLabel(num_classes=10),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self,
+                description="scikit-learn's 8x8 scans of handwritten digits",
+                features=tfds.features.FeaturesDict(features),
+                supervised_keys=("image", "label"),
+            )
+
+        def _split_generators(self, dl_manager):
+            images, labels = scans()
+            return {
+                "train": self._generate_examples(images[:-TEST], labels[:-TEST]),
+                "test": self._generate_examples(images[-TEST:], labels[-TEST:]),
+            }
+
+        def _generate_examples(self, images, labels):
+            for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+                yield i, {"image": png(image), "label": int(label)}
+
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # where TFDS announces a download that is none
+            Digits(data_dir=root, file_format="array_record").download_and_prepare()
+    finally:
+        tfds.enable_progress_bar()

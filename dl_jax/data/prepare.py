@@ -1,0 +1,55 @@
+"""Prepares data sets with TFDS's own builders, in the record format that is read without TensorFlow."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+from dl_jax.data.digits import NAME
+from dl_jax.data.files import locked
+from dl_jax.data.source import Prepared, data_folder, find, lookup, tfds_names
+from dl_jax.errors import InputError, nearest
+
+
+def prepare(name: str, data_dir: str | None = None) -> Prepared:
+    """Downloads and prepares the TFDS set `name` in `data_dir`, unless it is there; returns where it is.
+
+    Safe when several processes start at once: one prepares, the others wait. Raises InputError where TFDS cannot
+    prepare it: an unknown name, no TensorFlow where the set needs it, a network or disk that fails.
+    """
+    if name == NAME:
+        return find(name)
+    root = data_folder(data_dir)
+    lock_name = re.sub(r"\W", "_", name)
+    with locked(root / f".{lock_name}.lock"):
+        found = lookup(name, root)
+        if not found:
+            _download_and_prepare(name, root)
+            found = lookup(name, root)
+    if not found:
+        raise InputError(f"TFDS prepared {name}, but not as an array_record set in {root}: look there")
+    return found
+
+
+def _download_and_prepare(name: str, root: Path) -> None:
+    import tensorflow_datasets as tfds
+
+    try:
+        tfds.builder(name, data_dir=root, file_format="array_record").download_and_prepare()
+    except Exception as e:  # of many kinds: TFDS's own, the network's, the disk's
+        raise InputError(_reason(name, root, e)) from e
+
+
+def _reason(name: str, root: Path, e: Exception) -> str:
+    import tensorflow_datasets as tfds
+
+    unknown = isinstance(e, tfds.core.DatasetNotFoundError)
+    known = name.partition("/")[0].partition(":")[0] in tfds_names()
+    if importlib.util.find_spec("tensorflow") is None and ("tensorflow" in str(e).lower() if not unknown else known):
+        return (
+            f"preparing {name} needs TensorFlow, expected it to be installed: pip install 'dl_jax[prepare]' (in a "
+            "clone: pip install -e '.[prepare]'), then repeat this command; training does not need it"
+        )
+    if unknown:
+        return f"data set {name} is not one that TFDS prepares, expected one of its names{nearest(name, tfds_names())}"
+    reason = " ".join(str(e).split())[:300]
+    return f"TFDS could not prepare {name} in {root} ({type(e).__name__}: {reason}): mend that and repeat the command"

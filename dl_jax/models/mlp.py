@@ -1,0 +1,36 @@
+"""The multi-layer perceptron."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+
+class MLP(nn.Module):
+    """Fully connected layers with ReLU, each followed by dropout, then a linear layer that gives the logits.
+
+    hidden: units of each hidden layer. dropout: probability that a hidden unit is dropped in training (needs the
+    random stream "dropout").
+    """
+
+    hidden: tuple[int, ...]
+    classes: int = 10
+    dropout: float = 0.0
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, image: jax.Array, *, train: bool) -> jax.Array:
+        x = image.reshape(len(image), -1)  # [B, H * W * C]
+        for units in self.hidden:
+            x = nn.relu(nn.Dense(units, dtype=self.dtype)(x))
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return nn.Dense(self.classes, dtype=self.dtype)(x).astype(jnp.float32)
+
+
+def examples() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
+    """A tiny instance with a batch of inputs, for the tests of the whole zoo."""
+    image = np.random.default_rng(0).random((3, 8, 8, 1), np.float32)
+    return {"MLP": (MLP(hidden=(16, 12), classes=5, dropout=0.5), {"image": image})}

@@ -1,0 +1,146 @@
+"""A run: where one fit records itself, and from where it resumes.
+
+    <workdir>/[child/...]  metrics.jsonl · TensorBoard events · checkpoints/
+
+Only process 0 writes text; all processes take part in checkpoints.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from etils import epath
+
+from dl_jax import checkpoint, report, terminal
+from dl_jax.train import Measurements, Recorder, Tree
+
+PREEMPTED = 143  # 128 + SIGTERM, so that a supervisor restarts the run
+
+
+class Preempted(SystemExit):
+    """The run was told to end, and everything is saved."""
+
+    def __init__(self) -> None:
+        super().__init__(PREEMPTED)
+
+
+def never(step: int) -> bool:
+    """No pre-emption."""
+    return False
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a run and its children have in common."""
+
+    seeds: tuple[int, ...] = (0,)
+    data_dir: str | None = None
+    cache_dir: str | None = None
+    skip_nonfinite: bool = False
+    checkpoint_every: int = 1000  # steps
+    batch_size: int | None = None  # examples in a step
+    preempted: Callable[[int], bool] = never  # asked once after each step; the same answer on all processes
+
+
+class Run(Recorder):
+    """Holds one fit. A script with several fits gives each a child: `fit(..., run=run / "teacher")`.
+
+    Without a directory it shows progress and keeps nothing.
+    """
+
+    def __init__(self, directory: epath.Path | None = None, settings: Settings = Settings(), name: str = "") -> None:
+        self.directory, self.settings, self.name = directory, settings, name
+        self.skip_nonfinite = settings.skip_nonfinite
+        self._children: dict[str, Run] = {}
+        self._checkpoints: checkpoint.Checkpoints | None = None
+        self._board: report.TensorBoard | None = None
+        self._lines: report.JsonLines | None = None
+        self._progress: terminal.Progress | None = None
+        self._step = -1  # the last one heard of; -1 before the fit
+        self._saved: int | None = None
+        self._ending = False
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return self.settings.seeds
+
+    def __truediv__(self, name: str) -> "Run":
+        """The child of this name, in a folder of its own."""
+        if name not in self._children:
+            directory = self.directory / name if self.directory else None
+            self._children[name] = Run(directory, self.settings, f"{self.name}/{name}".lstrip("/"))
+        return self._children[name]
+
+    def start(self, tree: Tree, steps: int) -> Tree:
+        if self._step >= 0:
+            raise RuntimeError(f"run {self.name!r} already holds a fit; give each fit a child: run / 'name'")
+        if self.directory:
+            self._checkpoints = checkpoint.Checkpoints(str(self.directory / "checkpoints"))
+            restored = self._checkpoints.restore(tree)
+            self._saved, tree = restored or (None, tree)
+        self._step = self._saved or 0
+        if jax.process_index() == 0:
+            self._progress = terminal.Progress(self.name or "train", self._step, steps, self.settings.batch_size)
+            if self.directory:
+                self._lines = report.JsonLines(self.directory / "metrics.jsonl", self._step)
+                self._board = report.TensorBoard(self.directory, self._step)
+        return tree
+
+    def stepped(self, step: int) -> bool:
+        before, self._step = self._step, step
+        if self._progress:
+            self._progress.update(step)
+        if not self._checkpoints:
+            return False
+        self._ending = self.settings.preempted(step)
+        every = self.settings.checkpoint_every
+        return self._ending or step // every > before // every
+
+    def save(self, step: int, tree: Tree, measured: Measurements) -> None:
+        assert self._checkpoints, "only a run with a directory asks for a save"
+        if self._lines:
+            self._lines.flush()
+        if self._board:
+            self._board.flush()
+        scalars = {name: float(value) for name, value in measured.items() if np.ndim(value) == 0}
+        self._checkpoints.save(step, tree, scalars)
+        self._saved = step
+        if self._ending:
+            self._checkpoints.wait()
+            raise Preempted
+
+    def report(self, step: int, metrics: Measurements) -> None:
+        if self._progress:
+            self._progress.update(step, metrics)
+        if self._lines:
+            self._lines.write(step, metrics)
+        if self._board:
+            self._board.scalars(step, metrics)
+
+    def finish(self, step: int, tree: Tree) -> None:
+        if self._checkpoints:
+            if self._saved != step:
+                self.save(step, tree, {})
+            self._checkpoints.wait()
+        if self._progress:
+            self._progress.close()
+            self._progress = None
+
+    def last_saved(self) -> str:
+        if self._saved is None:
+            return "nothing was saved"
+        return f"the last good checkpoint is step {self._saved} in {self.directory}/checkpoints"
+
+    @property
+    def board(self) -> "report.TensorBoard | None":
+        """For pictures; None without a directory, and on all processes but the first."""
+        return self._board
+
+    def close(self) -> None:
+        """Ends what this run and its children still write."""
+        with contextlib.ExitStack() as stack:
+            for end in (*self._children.values(), self._progress, self._lines, self._board, self._checkpoints):
+                if end:
+                    stack.callback(end.close)

@@ -1,0 +1,270 @@
+"""The command line of an experiment: flags, exit statuses, the folder of a run, and one clear line for bad input."""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dl_jax import checkpoint
+from dl_jax.claims import Claim
+from dl_jax.launch import command, launch, name_of, parse
+from dl_jax.run import Run, Settings
+from dl_jax.train import fit, init_state, make_step
+from dl_jax.workdir import differences
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A line fitted to four points."""
+
+    dataset: str = "points"  # what it learns from
+    steps: int = 12  # train steps
+    batch_size: int = 4  # examples per step
+    learning_rate: float = 0.1  # of SGD
+    poison: int = -1  # step whose batch is NaN
+    width: int = 1  # of the parameter
+    hidden_bug: bool = False  # whether main crashes
+
+
+PRESETS = {"paper": Config(), "quick": Config(steps=4)}
+CLAIMS = (
+    Claim("slope", "Nobody 1900", "Table 1", 3.0, 0.2, better="higher", seeds=1),
+    Claim("slope", "Nobody 1900", "Table 2", 9.0, 0.2, seeds=1, given={"dataset": "moon"}),
+)
+
+
+def loss(variables, batch, key):
+    return ((variables["params"]["w"].sum() * batch["x"] - batch["y"]) ** 2).mean(), ({}, {})
+
+
+def main(cfg: Config, run: Run):
+    if cfg.hidden_bug:
+        raise RuntimeError("a bug")
+    x = np.float32([-1, 0.5, 1, 2])
+    tx = optax.sgd(cfg.learning_rate)
+    step = make_step(loss, tx)
+    slopes = []
+    for seed in run.seeds:
+        state = init_state(jax.random.key(seed), {"params": {"w": jnp.zeros(cfg.width)}}, tx)
+        batches = lambda i: {"x": x, "y": np.where(i == cfg.poison, np.nan, 3 * x).astype(np.float32)}
+        state = fit(step, state, batches, steps=cfg.steps, run=run / f"seed{seed}", every=4)
+        slopes.append(state.params["w"].sum())
+    return {"slope": np.array(slopes)}
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Runs the experiment with these flags; gives (exit status, stdout, stderr)."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def run(*flags: str):
+        monkeypatch.setattr(sys, "argv", ["experiment.py", *flags])
+        before = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(SystemExit) as ended:
+            launch(main, PRESETS, CLAIMS)
+        signal.signal(signal.SIGTERM, before)
+        return (ended.value.code, *capsys.readouterr())
+
+    return run
+
+
+def one_line(stderr: str) -> str:
+    (line,) = [line for line in stderr.splitlines() if line.startswith("error:")]
+    assert "Traceback" not in stderr
+    return line
+
+
+def test_a_run_ends_with_the_table_and_the_result(call, tmp_path):
+    status, out, err = call("--preset", "paper", "--seeds", "2", "--workdir", str(tmp_path / "run"))
+    assert status == 0
+    assert "reproduced" in out
+    assert "not applicable: needs dataset=moon" in out
+    assert "seed1" in err
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["seeds"] == [0, 1]
+    assert result["config"]["steps"] == 12
+    assert result["measured"]["slope"]["n"] == 2
+    assert [claim["verdict"] for claim in result["claims"]] == ["reproduced", "not applicable"]
+    assert result["command"] == "python experiments/test_launch.py --preset paper --seeds 2"
+    assert str(tmp_path) not in json.dumps(result)
+    assert (tmp_path / "run/test_launch.py").read_text() == Path(__file__).read_text()
+    assert json.loads((tmp_path / "run/config.json").read_text())["preset"] == "paper"
+    lines = [json.loads(line) for line in (tmp_path / "run/seed0/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 8, 12]
+
+
+def test_the_default_preset_is_quick_and_never_judged(call):
+    status, out, _ = call("--seeds", "1")
+    assert status == 0
+    assert "not applicable: needs preset paper" in out
+
+
+def test_a_missed_claim_is_status_3(call):
+    status, out, _ = call("--preset", "paper", "--seeds", "1", "--learning-rate", "1e-4")
+    assert status == 3
+    assert "not reproduced" in out
+
+
+def test_a_finished_run_is_restored_without_a_step(call, tmp_path, monkeypatch):
+    flags = ("--preset", "paper", "--seeds", "1", "--workdir", str(tmp_path))
+    call(*flags)
+    first = json.loads((tmp_path / "result.json").read_text())["measured"]
+    monkeypatch.setattr(sys.modules[__name__], "loss", None)  # another step would fail
+    assert call(*flags)[0] == 0
+    assert json.loads((tmp_path / "result.json").read_text())["measured"] == first
+
+
+def test_a_crash_is_status_1_with_its_traceback(call):
+    status, _, err = call("--hidden-bug")
+    assert status == 1
+    assert "RuntimeError: a bug" in err
+    assert "Traceback" in err
+
+
+def test_nan_names_the_step_and_keeps_the_checkpoint(call, tmp_path):
+    flags = ("--preset", "paper", "--seeds", "1", "--workdir", str(tmp_path), "--checkpoint-every", "4")
+    status, _, err = call(*flags, "--poison", "6")
+    assert status == 2
+    line = one_line(err)
+    assert "loss is nan at step 7" in line
+    assert f"the last good checkpoint is step 4 in {tmp_path}/seed0/checkpoints" in line
+    step, tree = checkpoint.load(str(tmp_path / "seed0/checkpoints"))
+    assert step == 4
+    assert np.isfinite(tree["state"]["params"]["w"]).all()
+
+
+def test_nan_can_be_skipped(call, tmp_path):
+    status, _, _ = call(
+        "--preset", "paper", "--seeds", "1", "--workdir", str(tmp_path), "--poison", "6", "--on-nan", "skip"
+    )
+    assert status == 0
+    assert '"skipped": 1' in (tmp_path / "seed0/metrics.jsonl").read_text()
+
+
+def test_another_config_in_the_folder_names_the_field(call, tmp_path):
+    call("--seeds", "1", "--workdir", str(tmp_path))
+    status, _, err = call("--seeds", "1", "--workdir", str(tmp_path), "--learning-rate", "0.2")
+    assert status == 2
+    assert "learning_rate is 0.1 there, 0.2 here" in one_line(err)
+    status, _, err = call("--seeds", "2", "--workdir", str(tmp_path))
+    assert "seeds is [0] there, [0, 1] here" in one_line(err)
+
+
+def test_another_experiment_in_the_folder_is_named(call, tmp_path):
+    call("--seeds", "1", "--workdir", str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "experiment": "audio/whale"}))
+    assert "experiment is audio/whale there, test_launch here" in one_line(
+        call("--seeds", "1", "--workdir", str(tmp_path))[2]
+    )
+
+
+def test_a_checkpoint_of_another_architecture_names_the_leaf(call, tmp_path):
+    call("--seeds", "1", "--workdir", str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["config"]["width"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    status, _, err = call("--seeds", "1", "--workdir", str(tmp_path), "--width", "3")
+    assert status == 2
+    assert "state/params/w: checkpoint (1,), model (3,)" in one_line(err)
+
+
+def test_a_folder_that_cannot_be_written(call, tmp_path):
+    (tmp_path / "file").write_text("")
+    status, _, err = call("--workdir", str(tmp_path / "file" / "run"))
+    assert status == 2
+    assert "cannot be written" in one_line(err)
+
+
+def test_a_folder_in_use(call, tmp_path):
+    import filelock
+
+    with filelock.FileLock(tmp_path / ".lock"):
+        status, _, err = call("--seeds", "1", "--workdir", str(tmp_path))
+    assert status == 2
+    assert "is in use by another process" in one_line(err)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--seeds", "0"), "--seeds 0, expected 1 or more"),
+        (("--process-id", "1"), "missing: --coordinator, --processes"),
+    ],
+)
+def test_flags_out_of_range(call, flags, expected):
+    status, _, err = call(*flags)
+    assert status == 2
+    assert expected in one_line(err)
+
+
+def test_a_wrong_flag_names_the_nearest(call):
+    status, _, err = call("--stepz", "3")
+    assert status == 2
+    assert "--steps" in err
+
+
+def test_help_explains_every_flag(call):
+    status, out, _ = call("--help")
+    assert status == 0
+    for text in ("--learning-rate", "of SGD", "--workdir", "--seeds", "--on-nan", "examples per step"):
+        assert text in out
+
+
+def test_sigterm_saves_and_exits_with_143(call, tmp_path, monkeypatch):
+    flags = ("--preset", "paper", "--seeds", "1", "--workdir", str(tmp_path), "--steps", "40")
+    plain = loss
+
+    def interrupted(variables, batch, key):
+        jax.debug.callback(lambda: os.kill(os.getpid(), signal.SIGTERM))
+        return plain(variables, batch, key)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules[__name__], "loss", interrupted)
+        assert call(*flags)[0] == 143
+    step, _ = checkpoint.load(str(tmp_path / "seed0/checkpoints"))
+    assert 1 <= step < 40
+    assert not (tmp_path / "result.json").exists()
+    assert call(*flags)[0] == 0
+
+
+def test_parse_applies_flags_on_the_preset():
+    name, config, common = parse(["--preset=quick", "--learning-rate", "3"], PRESETS, "")
+    assert (name, config, common.seeds) == ("quick", dataclasses.replace(PRESETS["quick"], learning_rate=3.0), 5)
+
+
+def test_the_command_leaves_out_where_things_lie():
+    found = command("vision/lenet", ["--workdir", "/a b", "--seeds", "5", "--data-dir=/x", "--dataset", "my set"])
+    assert found == "python experiments/vision/lenet.py --seeds 5 --dataset 'my set'"
+
+
+def test_name_of_a_script():
+    assert name_of(Path("/home/me/project/experiments/vision/lenet.py")) == "vision/lenet"
+    assert name_of(Path("/tmp/mine.py")) == "mine"
+
+
+def test_differences_names_nested_fields_and_missing_ones():
+    assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 3, "d": 2}}) == [
+        "b is 1 there, 3 here",
+        "c is 2 there, not set here",
+        "d is not set there, 2 here",
+    ]
+
+
+def test_a_run_holds_one_fit():
+    tx = optax.sgd(0.1)
+    state = init_state(jax.random.key(0), {"params": {"w": jnp.zeros(1)}}, tx)
+    batches = lambda i: {"x": np.ones(4, np.float32), "y": np.ones(4, np.float32)}
+    run = Run(settings=Settings())
+    fit(make_step(loss, tx), state, batches, steps=1, run=run / "a")
+    fit(make_step(loss, tx), state, batches, steps=1, run=run / "b")
+    with pytest.raises(RuntimeError, match="run 'a' already holds a fit"):
+        fit(make_step(loss, tx), state, batches, steps=2, run=run / "a")
