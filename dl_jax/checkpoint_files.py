@@ -71,15 +71,11 @@ def prepare(root: epath.Path) -> None:
 
 def tidy(root: epath.Path) -> None:
     """Removes what a killed or failed save left, and brings back what it was to replace."""
-    for path in root.iterdir():
+    for path in _entries(root):
         if _is_unfinished(path):
             path.rmtree()
-    for path in root.glob("replaced-*"):
-        place = root / path.name.removeprefix("replaced-")
-        if place.exists():
-            path.rmtree()
-        else:
-            path.rename(place)
+        elif path.name.startswith("replaced-"):
+            _undo(path, root / path.name.removeprefix("replaced-"))
 
 
 def prune(root: epath.Path, keep: int, best: Best | None) -> None:
@@ -101,9 +97,7 @@ def set_aside(root: epath.Path, step: int, label: str) -> None:
 
 def steps(root: epath.Path) -> list[int]:
     """The steps that were written to the end, newest first."""
-    if not root.exists():
-        return []
-    done = (path for path in root.iterdir() if path.name.isdecimal() and path.is_dir() and not _is_unfinished(path))
+    done = (path for path in _entries(root) if path.name.isdecimal() and path.is_dir() and not _is_unfinished(path))
     return sorted((int(path.name) for path in done), reverse=True)
 
 
@@ -236,6 +230,21 @@ def _location(state: epath.Path, path: str) -> dict[str, Any]:
     base = folder if "://" in folder else {"driver": "file", "path": folder}
     store = {"driver": "ocdbt", "base": base, "path": f"{path.replace('/', '.')}/"}
     return {"driver": "zarr", "kvstore": store}
+
+
+def _entries(root: epath.Path) -> list[epath.Path]:
+    try:
+        return list(root.iterdir())
+    except (FileNotFoundError, NotADirectoryError):  # object storage has no empty directories
+        return []
+
+
+def _undo(replaced: epath.Path, place: epath.Path) -> None:
+    """Back to its place, unless the one that was to replace it is there."""
+    if place.exists() and not _is_unfinished(place):
+        replaced.rmtree()
+    else:
+        replaced.rename(place)
 
 
 def _is_unfinished(path: epath.Path) -> bool:

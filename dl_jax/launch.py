@@ -77,7 +77,7 @@ def launch(main: Main, presets: Mapping[str, Any], claims: Sequence[Claim]) -> N
         keep_freed_memory()
         distributed = join_processes(common)
         cache_programs(common.cache_dir)
-        status = run_experiment(main, script, preset, config, common, claims, distributed)
+        status = run_experiment(main, script, presets, preset, config, common, claims, distributed)
     except (InputError, NonFiniteError) as error:
         if common.debug:
             traceback.print_exc()
@@ -126,7 +126,14 @@ def preset_of(arguments: Sequence[str], presets: Mapping[str, Any]) -> str:
 
 
 def run_experiment(
-    main: Main, script: Path, preset: str, config: Any, common: Common, claims: Sequence[Claim], distributed: bool
+    main: Main,
+    script: Path,
+    presets: Mapping[str, Any],
+    preset: str,
+    config: Any,
+    common: Common,
+    claims: Sequence[Claim],
+    distributed: bool,
 ) -> int:
     """Runs `main` and records what it measured; gives the exit status."""
     if common.seeds < 1:
@@ -147,13 +154,15 @@ def run_experiment(
         )
         with contextlib.closing(Run(directory, settings)) as run:
             measured = {name: np.asarray(values, float).ravel().tolist() for name, values in main(config, run).items()}
+        ran = described(preset, config, presets[preset], claims)
         record = {
             **identity,
+            "preset": ran,
             "command": command(identity["experiment"], sys.argv[1:]),
             **code,
             "dataset": fields.get("dataset"),
             "measured": {name: summary(values) for name, values in measured.items()},
-            "claims": judge(claims, measured, preset=preset, config=fields),
+            "claims": judge(claims, measured, preset=ran, config=fields),
             "device": device(),
             "versions": versions(),
             "wall_seconds": round(time.perf_counter() - began, 1),
@@ -170,6 +179,13 @@ def keep(record: Mapping[str, Any], directory: epath.Path) -> None:
     (directory / "result.json").write_text(json.dumps(record, indent=2) + "\n")
     with contextlib.closing(TensorBoard(directory, 0)) as board:
         board.hparams(record["config"], {name: stats["mean"] for name, stats in record["measured"].items()})
+
+
+def described(preset: str, config: Any, default: Any, claims: Sequence[Claim]) -> str:
+    """The preset's name, and what was changed in it: only the fields that a claim is given may vary freely."""
+    given = {name for claim in claims for name in claim.given}
+    changed = [name for name, value in vars(default).items() if name not in given and value != getattr(config, name)]
+    return f"{preset}, changed: {', '.join(changed)}" if changed else preset
 
 
 def name_of(script: Path) -> str:

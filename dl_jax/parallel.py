@@ -27,8 +27,16 @@ def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def replicated(tree: Tree, mesh: Mesh) -> Tree:
-    """`tree` in full on every device. Every process passes the same values."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    """`tree` in full on every device of every process. Every process passes the same values."""
+    sharding = NamedSharding(mesh, PartitionSpec())
+
+    def put(leaf: Any) -> jax.Array:  # device_put takes no typed key to another process's devices
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+        values = np.asarray(leaf)
+        return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
+    return jax.tree.map(put, tree)
 
 
 def process_rows(batch_size: int, mesh: Mesh) -> slice:

@@ -115,7 +115,7 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, microbatches: int = 
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         state = State(state.step + 1, params, {**state.extra, **extra}, opt_state, state.key)
-        return state, {"loss": value, "grad_norm": optax.tree.norm(grads), **metrics}
+        return state, {**metrics, "loss": value, "grad_norm": optax.tree.norm(grads)}
 
     return step
 

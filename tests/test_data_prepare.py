@@ -64,8 +64,12 @@ def test_preparing_makes_a_set_that_loads(tmp_path):
     found = prepare("dl_jax_words", str(tmp_path))
     assert found == prepare("dl_jax_words", str(tmp_path))
     assert DlJaxWords.prepared == before + 1  # the second time it was there
+    description = found.folder / "dataset_info.json"
     words = data.load("dl_jax_words", "train", str(tmp_path), str(tmp_path / "cache"))["word"]
     assert sorted(words) == [b"one", b"three", b"two"]
+    description.write_text(description.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(InputError, match="is stored as tfrecord"):
+        prepare("dl_jax_words", str(tmp_path))
 
 
 @pytest.mark.skipif(bool(__import__("importlib.util").util.find_spec("tensorflow")), reason="TensorFlow is installed")
@@ -100,6 +104,6 @@ def test_an_unknown_set_exits_with_status_2(tmp_path):
     failed = command("prepare", "mnits", "--data-dir", str(tmp_path))
     assert failed.returncode == 2
     assert failed.stdout == ""
-    assert failed.stderr.startswith("error: data set mnits is not one that TFDS prepares")
+    assert failed.stderr.startswith("error: data set mnits is unknown to TFDS")
     assert "did you mean" in failed.stderr
     assert failed.stderr.count("\n") == 1

@@ -107,10 +107,23 @@ def test_the_default_preset_is_quick_and_never_judged(call):
     assert "not applicable: needs preset paper" in out
 
 
-def test_a_missed_claim_is_status_3(call):
-    status, out, _ = call("--preset", "paper", "--seeds", "1", "--learning-rate", "1e-4")
+def test_a_missed_claim_is_status_3(call, monkeypatch):
+    monkeypatch.setitem(PRESETS, "paper", Config(learning_rate=1e-4))
+    status, out, _ = call("--preset", "paper", "--seeds", "1")
     assert status == 3
     assert "not reproduced" in out
+
+
+def test_a_preset_that_was_changed_answers_no_claim(call):
+    status, out, _ = call("--preset", "paper", "--seeds", "1", "--learning-rate", "1e-4", "--dataset", "moon")
+    assert status == 0
+    assert "not applicable: needs preset paper" in out
+
+
+def test_what_a_claim_is_given_is_no_change_of_the_preset(call):
+    status, out, _ = call("--preset", "paper", "--seeds", "1", "--dataset", "moon")
+    assert status == 0
+    assert "better than claimed" in out
 
 
 def test_a_finished_run_is_restored_without_a_step(call, tmp_path, monkeypatch):

@@ -7,8 +7,8 @@ stream(7)                                            # the batch of step 7, the 
 
 from dl_jax.data.batches import Columns, Stream, batches, epoch, per_seed, windows
 from dl_jax.data.columns import load
+from dl_jax.data.describe import Feature, Info, info
 from dl_jax.data.image import check_images, check_labels, enlarge
-from dl_jax.data.source import Feature, Info, info
 from dl_jax.data.streaming import stream
 
 __all__ = [

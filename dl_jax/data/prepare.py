@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dl_jax.data.digits import NAME
 from dl_jax.data.files import locked
-from dl_jax.data.source import Prepared, data_folder, find, lookup, tfds_names
+from dl_jax.data.source import Prepared, data_folder, find, lookup, one_line, split_sizes, tfds_names
 from dl_jax.errors import InputError, nearest
 
 
@@ -26,7 +26,8 @@ def prepare(name: str, data_dir: str | None = None) -> Prepared:
             _download_and_prepare(name, root)
             found = lookup(name, root)
     if not found:
-        raise InputError(f"TFDS prepared {name}, but not as an array_record set in {root}: look there")
+        raise InputError(f"TFDS prepared {name}, but no set of that name is in {root}: `python -m dl_jax.data list`")
+    split_sizes(found)  # refuses what is there in another format, or damaged
     return found
 
 
@@ -43,13 +44,13 @@ def _reason(name: str, root: Path, e: Exception) -> str:
     import tensorflow_datasets as tfds
 
     unknown = isinstance(e, tfds.core.DatasetNotFoundError)
-    known = name.partition("/")[0].partition(":")[0] in tfds_names()
-    if importlib.util.find_spec("tensorflow") is None and ("tensorflow" in str(e).lower() if not unknown else known):
+    listed = name.partition("/")[0].partition(":")[0] in tfds_names()
+    hidden = listed if unknown else "tensorflow" in str(e).lower()  # some sets TFDS finds only with TensorFlow
+    if hidden and importlib.util.find_spec("tensorflow") is None:
         return (
             f"preparing {name} needs TensorFlow, expected it to be installed: pip install 'dl_jax[prepare]' (in a "
             "clone: pip install -e '.[prepare]'), then repeat this command; training does not need it"
         )
     if unknown:
-        return f"data set {name} is not one that TFDS prepares, expected one of its names{nearest(name, tfds_names())}"
-    reason = " ".join(str(e).split())[:300]
-    return f"TFDS could not prepare {name} in {root} ({type(e).__name__}: {reason}): mend that and repeat the command"
+        return f"data set {name} is unknown to TFDS, expected one of its names{nearest(name, tfds_names())}"
+    return f"TFDS could not prepare {name} in {root} ({type(e).__name__}: {one_line(e)}): mend that, then try again"

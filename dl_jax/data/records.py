@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from dl_jax.data.source import Feature, Prepared, columns, flat, open_builder
+from dl_jax.data.describe import Feature, columns, flat, open_builder
+from dl_jax.data.source import Prepared
 from dl_jax.errors import InputError, nearest
 
 Example = dict[str, np.ndarray]

@@ -1,0 +1,65 @@
+"""One of several processes that train the same small network; process 0 prints what came out.
+
+    python two.py COORDINATOR PROCESSES PROCESS_ID DEVICES FOLDER [STEP_TO_FAIL_AT]
+"""
+
+import sys
+
+import jax
+
+coordinator, processes, process_id, devices, folder = sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5]
+fail_at = int(sys.argv[6]) if len(sys.argv) > 6 else -1
+jax.config.update("jax_num_cpu_devices", devices)
+
+from dl_jax import parallel
+
+if processes > 1:
+    parallel.initialize(coordinator, processes, process_id)
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+
+from dl_jax import data, losses
+from dl_jax.launch import leave
+from dl_jax.run import Run, Settings
+from dl_jax.train import fit, init_state, make_step
+
+RECORDS = {
+    "x": np.random.default_rng(0).normal(size=(64, 5)).astype(np.float32),
+    "label": np.random.default_rng(1).integers(0, 3, 64).astype(np.int32),
+}
+
+
+def loss(variables, batch, key):
+    logits = batch["x"] @ variables["params"]["w"] + 0.1 * jax.random.normal(key, (len(batch["x"]), 3))
+    return losses.cross_entropy(logits, batch["label"]).mean(), ({}, {})
+
+
+mesh = parallel.data_mesh()
+tx = optax.adam(0.05)
+state = parallel.replicated(init_state(jax.random.key(0), {"params": {"w": jnp.zeros((5, 3))}}, tx), mesh)
+rows = parallel.process_rows(16, mesh)
+stream = parallel.placed(data.batches(RECORDS, 16, seed=3, rows=rows), mesh)
+
+
+def batches(step):
+    if step == fail_at and process_id == 1:
+        raise RuntimeError("a bug in one process")
+    return stream(step)
+
+
+run = Run(epath.Path(folder), Settings(checkpoint_every=5))
+steps = int(sys.argv[7]) if len(sys.argv) > 7 else 12
+try:
+    state = fit(make_step(loss, tx), state, batches, steps=steps, run=run, every=4)
+except RuntimeError as error:
+    print(error, file=sys.stderr, flush=True)
+    leave(1, processes > 1)
+run.close()
+if jax.process_index() == 0:
+    print(json.dumps(np.asarray(state.params["w"].addressable_data(0)).tolist()), flush=True)
+leave(0, processes > 1)

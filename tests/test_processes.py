@@ -1,0 +1,58 @@
+"""Two processes give what one gives; one that fails takes the other down."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+PROGRAM = Path(__file__).parent / "programs" / "two.py"
+
+
+def start(processes: int, devices: int, folder: Path, *more: str) -> list[subprocess.Popen[str]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    return [
+        subprocess.Popen(
+            [sys.executable, PROGRAM, address, str(processes), str(i), str(devices), folder, *more],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(processes)
+    ]
+
+
+def finish(running: list[subprocess.Popen[str]]) -> np.ndarray:
+    ends = [process.communicate(timeout=120) for process in running]
+    assert [process.returncode for process in running] == [0] * len(running), ends
+    return np.array(json.loads(ends[0][0].splitlines()[-1]))
+
+
+def test_two_processes_equal_one_and_resume_as_one(tmp_path):
+    one = finish(start(1, 4, tmp_path / "one"))
+    two = finish(start(2, 2, tmp_path / "two"))
+    np.testing.assert_allclose(one, two, atol=1e-6)
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
+    assert len(lines[0]) == len(lines[1]) == 3  # process 1 writes nothing
+    # Two processes went on to step 12; one with another number of devices takes their checkpoint to step 16.
+    longer = finish(start(1, 1, tmp_path / "two", "-1", "16"))
+    whole = finish(start(1, 4, tmp_path / "whole", "-1", "16"))
+    np.testing.assert_allclose(longer, whole, atol=1e-6)
+
+
+def test_a_process_that_fails_takes_the_other_down(tmp_path):
+    began = time.monotonic()
+    running = start(2, 1, tmp_path, "3")
+    ends = [process.communicate(timeout=100) for process in running]
+    assert time.monotonic() - began < 75  # starting up, and the 45 seconds promised
+    assert running[1].returncode == 1
+    assert "a bug in one process" in ends[1][1]
+    assert running[0].returncode != 0
