@@ -8,6 +8,7 @@ not open over a damaged metrics file. `checkpoint_files` says what lies on disk.
 import math
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -33,7 +34,8 @@ class Checkpoints:
         """
         self._name, self._root, self._keep, self._best = directory, files.absolute(directory), keep, best
         self._writer: Any = None  # made by the first save: importing Orbax takes a second
-        self._writing: int | None = None  # the step under way
+        self._finisher = ThreadPoolExecutor(1)
+        self._unfinished: Future[None] | None = None  # the save under way
         self._latest: files.Meta | None = None  # what this writer last saved or restored
         self._damaged: list[int] = []  # skipped by the last restore
         if jax.process_index() == 0:
@@ -71,7 +73,8 @@ class Checkpoints:
             self._writer.save(self._root / str(step), args=files.orbax_parts(nested(filled, decoded=False), meta))
         except OSError as error:
             raise self._failure(step, error) from error
-        self._writing, self._latest = step, meta
+        self._latest = meta
+        self._unfinished = self._finisher.submit(self._finish, step)
 
     def restore(self, like: Tree) -> tuple[int, Tree] | None:
         """The newest sound checkpoint and its step, each leaf placed as `like`'s is; None if there is none.
@@ -93,14 +96,26 @@ class Checkpoints:
         return found.meta["step"], jax.tree.unflatten(jax.tree.structure(like), placed)
 
     def wait(self) -> None:
-        """Until the save under way is on disk; then removes what need not stay.
+        """Until the save under way is on disk and what it makes superfluous is removed.
 
         Raises:
           InputError: the save failed; the checkpoints before it are as they were.
         """
-        if self._writing is None:
-            return
-        step, self._writing = self._writing, None
+        unfinished, self._unfinished = self._unfinished, None
+        if unfinished is not None:
+            unfinished.result()
+
+    def close(self) -> None:
+        """Waits, then ends the writer's threads. A program that ends without it may lose the save under way."""
+        try:
+            self.wait()
+        finally:
+            self._finisher.shutdown()
+            if self._writer is not None:
+                self._writer.close()
+
+    def _finish(self, step: int) -> None:
+        """In a thread of its own, because object storage takes seconds to remove a checkpoint."""
         try:
             self._writer.wait_until_finished()
         except Exception as error:  # TensorStore has no type of its own for, say, a full disk
@@ -108,14 +123,6 @@ class Checkpoints:
         if jax.process_index() == 0:
             files.tidy(self._root)
             files.prune(self._root, self._keep, self._best)
-
-    def close(self) -> None:
-        """Waits, then ends the writer's threads. A program that ends without it may lose the save under way."""
-        try:
-            self.wait()
-        finally:
-            if self._writer is not None:
-                self._writer.close()
 
     def _newest(self, model: Mapping[str, Spec]) -> files.Sound | None:
         found, damage = files.newest_sound(self._root, self._name, files.steps(self._root), model)

@@ -23,6 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tensorstore
+from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -544,9 +546,13 @@ def test_a_failed_write_is_told_by_wait_and_harms_nothing(tmp_path, monkeypatch)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         monkeypatch.setattr(checkpoints._writer, "wait_until_finished", fail)
-        checkpoints._writing = 2
-        with pytest.raises(InputError, match=rf"checkpoint {tmp_path}/2 was not written \(disk full\)"):
+        checkpoints._unfinished = checkpoints._finisher.submit(checkpoints._finish, 2)
+        with pytest.raises(InputError, match=rf"^checkpoint {tmp_path}/2 was not written \(disk full\); make room"):
             checkpoints.wait()
+        monkeypatch.undo()
+        monkeypatch.setattr(checkpoints._writer, "save", lambda *_, **__: fail())
+        with pytest.raises(InputError, match=rf"^checkpoint {tmp_path}/2 was not written \(disk full\); make room"):
+            checkpoints.save(2, state(2))
         monkeypatch.undo()
         checkpoints.save(3, state(3))
     assert on_disk(tmp_path) == ["1", "3"]
@@ -570,6 +576,25 @@ def test_paths_are_absolute_but_addresses_stay(tmp_path, monkeypatch):
         with pytest.raises(InputError, match=r"^checkpoint runs/x/1 does not fit"):
             checkpoints.restore({"y": jnp.ones(2)})
     assert load("runs/x")[0] == 1
+
+
+def test_on_object_storage_a_step_counts_once_it_is_marked(tmp_path):
+    bucket = tmp_path / "gs" / "bucket"
+    for name in ("3/commit_success.txt", "7/state", "damaged-9/commit_success.txt"):
+        (bucket / name).mkdir(parents=True)
+    local = lambda path: str(path).replace("gs://", f"{tmp_path}/gs/")
+    with epath.testing.mock_epath(
+        exists=lambda _, path: os.path.exists(local(path)),
+        isdir=lambda _, path: os.path.isdir(local(path)),
+        listdir=lambda _, path: os.listdir(local(path)),
+        rmtree=lambda _, path: shutil.rmtree(local(path)),
+    ):
+        assert checkpoint_files.steps(epath.Path("gs://bucket")) == [3]
+        checkpoint_files.tidy(epath.Path("gs://bucket"))
+    assert on_disk(bucket) == ["3", "damaged-9"]
+    address = checkpoint_files._location(epath.Path("gs://bucket/3/state"), "params/b%2Fc")
+    base = tensorstore.Spec(address).to_json()["kvstore"]["base"]
+    assert base == {"driver": "gcs", "bucket": "bucket", "path": "3/state/"}
 
 
 def test_saving_and_restoring_say_nothing(tmp_path, capfd, caplog):
