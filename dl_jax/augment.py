@@ -65,7 +65,7 @@ def pad_and_crop(padding: int) -> Augmentation:
             raise InputError(f"padding={padding}: expected less than the {h}x{w} image, or a window may miss it")
         padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
         corners = jax.random.randint(key, (b, 2), 0, 2 * padding + 1)
-        # On a CPU a slice per example takes half the time of a gather with index arithmetic.
+        # A slice per example: on a CPU faster than a gather with index arithmetic.
         return jax.vmap(lambda image, at: jax.lax.dynamic_slice(image, (at[0], at[1], 0), (h, w, c)))(padded, corners)
 
     return _on_images(transform)

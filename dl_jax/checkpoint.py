@@ -5,6 +5,7 @@ CheckpointManager is not used: it takes no step at or below the newest it sees, 
 not open over a damaged metrics file. `checkpoint_files` says what lies on disk.
 """
 
+import contextlib
 import math
 import warnings
 from collections.abc import Mapping
@@ -37,7 +38,7 @@ class Checkpoints:
         self._finisher = ThreadPoolExecutor(1)
         self._unfinished: Future[None] | None = None  # the save under way
         self._latest: files.Meta | None = None  # what this writer last saved or restored
-        self._damaged: list[int] = []  # skipped by the last restore
+        self._damaged: dict[int, str] = {}  # what the last restore skipped, and why
         if jax.process_index() == 0:
             try:
                 files.prepare(self._root)
@@ -89,6 +90,8 @@ class Checkpoints:
         leaves = named(like)
         model = {path: spec(leaf) for path, leaf in leaves.items()}
         found = self._newest(model) if jax.process_count() == 1 else self._agreed(model)
+        for step, why in self._damaged.items():
+            warnings.warn(f"skipped the damaged checkpoint {self._name}/{step}: {why}", stacklevel=2)
         if found is None:
             return None
         self._latest = found.meta
@@ -125,10 +128,7 @@ class Checkpoints:
             files.prune(self._root, self._keep, self._best)
 
     def _newest(self, model: Mapping[str, Spec]) -> files.Sound | None:
-        found, damage = files.newest_sound(self._root, self._name, files.steps(self._root), model)
-        self._damaged = list(damage)
-        for step, why in damage.items():
-            warnings.warn(f"skipped the damaged checkpoint {self._name}/{step}: {why}", stacklevel=3)
+        found, self._damaged = files.newest_sound(self._root, self._name, files.steps(self._root), model)
         return found
 
     def _agreed(self, model: Mapping[str, Spec]) -> files.Sound | None:
@@ -157,9 +157,9 @@ class Checkpoints:
 
     def _make_room(self, step: int) -> None:
         """Sets aside what stands in the way of `step`."""
-        for damaged in self._damaged:
+        for damaged in self._damaged.keys() & {*files.steps(self._root)}:  # but for what somebody removed by hand
             files.set_aside(self._root, damaged, "damaged")
-        self._damaged = []
+        self._damaged = {}
         newest = max(files.steps(self._root), default=-1)
         if newest == step and self._latest is not None and self._latest["step"] == step:
             files.set_aside(self._root, step, "replaced")
@@ -172,7 +172,8 @@ class Checkpoints:
     def _failure(self, step: int, error: Exception) -> InputError:
         self._latest = None
         if jax.process_index() == 0:
-            files.tidy(self._root)
+            with contextlib.suppress(Exception):  # the next writer tries again
+                files.tidy(self._root)
         return InputError(
             f"checkpoint {self._name}/{step} was not written ({files.reason(error)}); "
             "make room there or use another --workdir"

@@ -218,7 +218,7 @@ def _read_arrays(root: epath.Path, meta: Meta) -> dict[str, np.ndarray]:
     arrays = {}
     for path, (crc, shape, dtype) in meta["leaves"].items():
         stored = np.dtype("uint32" if dtype.startswith("key<") else dtype)
-        array = arrays[path] = found.get(path, np.zeros(shape, stored))
+        array = arrays[path] = found[path] if path in found else np.zeros(shape, stored)
         if array.shape != tuple(shape) or array.dtype != stored or crc not in (None, digest(array)):
             raise Damaged(f"{path} does not match its digest")
     return arrays

@@ -40,8 +40,10 @@ def require_writable(directory: epath.Path, workdir: str) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / ".writable").write_text("")
         (directory / ".writable").unlink()
-    except OSError as error:
-        reason = error.strerror or error
+    except ImportError as error:
+        raise InputError(f"--workdir {workdir} needs a package ({error}); pip install gcsfs for gs://") from error
+    except Exception as error:  # a bucket's client has errors of its own
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise InputError(f"--workdir {workdir} cannot be written ({reason}); choose a folder of yours") from error
 
 

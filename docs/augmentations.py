@@ -3,19 +3,19 @@
 python docs/augmentations.py
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
-from sklearn.datasets import load_digits, load_sample_image
 
 from dl_jax import augment
 
 DRAWS = 8
-SIZE = 32  # pixels
+SIZE = 32  # a picture's side in pixels
+ENLARGED = 2  # each of them is drawn as 2x2
+GAP = 6
+LABELS = 240  # the width of the labels' column
 
 DIGITS = {
     "flip()": augment.flip(),
@@ -45,42 +45,50 @@ COLOURS = {
 }
 
 
-def digits(count: int) -> jax.Array:
-    """The first scans of scikit-learn's digits, enlarged from 8x8: [count, SIZE, SIZE, 1]."""
-    scans = jnp.asarray(load_digits().images[:count] / 16, jnp.float32)
-    return jax.image.resize(scans, (count, SIZE, SIZE), "cubic").clip(0, 1)[..., None]
+def digits(count: int) -> np.ndarray:
+    """The first of scikit-learn's scans from the first 2 on, enlarged from 8x8: [count, SIZE, SIZE, 1]."""
+    from sklearn.datasets import load_digits
+
+    values, _ = load_digits(return_X_y=True)  # [1797, 64], 0 to 16
+    scans = jnp.asarray(values[2 : 2 + count].reshape(count, 8, 8) / 16, jnp.float32)
+    return np.asarray(jax.image.resize(scans, (count, SIZE, SIZE), "cubic").clip(0, 1))[..., None]
 
 
-def flower() -> jax.Array:
-    """A square of scikit-learn's photograph of a dahlia, averaged down: [2 * SIZE, 2 * SIZE, 3]."""
+def flower() -> np.ndarray:
+    """A square of scikit-learn's photograph of a dahlia, averaged down: [SIZE, SIZE, 3]."""
+    from sklearn.datasets import load_sample_image
+
     photograph = load_sample_image("flower.jpg")[40:360, 140:460] / 255
-    side = 2 * SIZE
-    step = photograph.shape[0] // side
-    return jnp.asarray(photograph.reshape(side, step, side, step, 3).mean((1, 3)), jnp.float32)
+    step = len(photograph) // SIZE
+    return photograph.reshape(SIZE, step, SIZE, step, 3).mean((1, 3)).astype(np.float32)
 
 
-def rows(augmentations: Mapping[str, augment.Augmentation], originals: list[jax.Array]) -> dict[str, np.ndarray]:
-    """The original and DRAWS draws for each augmentation: label -> [1 + DRAWS, H, W, C]."""
-    pictures = {}
-    for number, (label, augmentation) in enumerate(augmentations.items()):
-        original = originals[number % len(originals)]
-        batch = {"image": jnp.broadcast_to(original, (DRAWS, *original.shape))}
-        drawn = jax.jit(augmentation)(jax.random.key(number), batch)["image"]
-        pictures[label] = np.clip(np.concatenate([original[None], drawn]), 0, 1)
-    return pictures
+def row(number: int, augmentation: augment.Augmentation, original: np.ndarray) -> np.ndarray:
+    """The original and its draws side by side, on white: [H, W, 3] with values in [0, 1]."""
+    batch = {"image": np.broadcast_to(original, (DRAWS, *original.shape))}
+    drawn = jax.jit(augmentation)(jax.random.key(number), batch)["image"]
+    pictures = np.clip([original, *drawn], 0, 1).repeat(ENLARGED, 1).repeat(ENLARGED, 2)
+    pictures = np.broadcast_to(pictures, (*pictures.shape[:3], 3))
+    framed = np.pad(pictures, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=1)
+    return np.concatenate(list(framed), 1)
 
 
 def main() -> None:
-    pictures = rows(DIGITS, list(digits(10))) | rows(COLOURS, [flower()])
-    figure, axes = plt.subplots(len(pictures), 1 + DRAWS, figsize=(9.6, 0.76 * len(pictures) + 0.3), dpi=100)
-    for line, (label, images) in zip(axes, pictures.items(), strict=True):
-        for axis, image in zip(line, images, strict=True):
-            axis.imshow(image, cmap="gray", vmin=0, vmax=1)  # matplotlib ignores all but the image for colour
-            axis.set_axis_off()
-        line[0].text(-0.15, 0.5, label, transform=line[0].transAxes, ha="right", va="center", ma="left", fontsize=7)
-    axes[0, 0].set_title("original", fontsize=8)
-    axes[0, 1].set_title("draws", fontsize=8, loc="left")
-    figure.subplots_adjust(left=0.245, right=0.995, bottom=0.005, top=0.975, wspace=0.06, hspace=0.06)
+    import matplotlib.pyplot as plt
+
+    augmentations = DIGITS | COLOURS
+    originals = [*digits(len(DIGITS)), *[flower()] * len(COLOURS)]
+    rows = [row(n, f, image) for n, (f, image) in enumerate(zip(augmentations.values(), originals, strict=True))]
+    mosaic = np.concatenate(rows)
+    height, width = mosaic.shape[0] + 24, LABELS + mosaic.shape[1]
+    figure = plt.figure(figsize=(width / 100, height / 100), dpi=100)
+    figure.figimage(mosaic, LABELS, 0, origin="upper")
+    for n, label in enumerate(augmentations):
+        middle = mosaic.shape[0] - n * len(rows[0]) - SIZE * ENLARGED / 2
+        figure.text(8 / width, middle / height, label, va="center", fontsize=8)
+    for column, title in enumerate(("original", "draws")):
+        left = LABELS + column * (SIZE * ENLARGED + GAP)
+        figure.text(left / width, 1 - 16 / height, title, fontsize=8)
     # Without the software's name and version the file depends on the picture alone.
     figure.savefig(Path(__file__).with_suffix(".png"), metadata={"Software": None})
 

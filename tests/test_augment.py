@@ -247,7 +247,7 @@ def test_one_distortion_against_brute_force(make, value):
     np.testing.assert_allclose(result, brute_force(image, forward_map(**value)), atol=1e-5)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     degrees=st.floats(-180, 180),
     scale=st.floats(0.4, 2.5),
@@ -257,13 +257,14 @@ def test_one_distortion_against_brute_force(make, value):
 )
 def test_all_distortions_together_against_brute_force(**values):
     image = pictures(7, 9, 1)
-    result = applied(augment.affine(**{name: (v, v) for name, v in values.items()}), image[None])[0]
+    distort = augment.affine(**{name: (v, v) for name, v in values.items()})
+    result = distort(KEY, {"image": jnp.asarray(image[None])})["image"][0]  # jitted it would compile for each example
     np.testing.assert_allclose(result, brute_force(image, forward_map(**values)), atol=5e-5)
 
 
 def test_affine_draws_are_uniform_and_independent():
     """Read off a picture whose value is its x or y coordinate, undisturbed at the centre pixel and its neighbours."""
-    n, size = 4000, 21
+    n, size = 4000, 9
     y, x = np.mgrid[:size, :size].astype(np.float32) - size // 2
     ramp = np.broadcast_to(np.stack([x, y], -1), (n, size, size, 2))
     c = size // 2
@@ -281,9 +282,9 @@ def test_affine_draws_are_uniform_and_independent():
 
 
 def test_squeeze_keeps_the_area():
-    y, x = np.mgrid[:21, :21].astype(np.float32) - 10
-    result = applied(augment.affine(squeeze=(0.7, 1.4)), np.broadcast_to(np.stack([x, y], -1), (50, 21, 21, 2)))
-    width, height = result[:, 10, 11, 0], result[:, 11, 10, 1]
+    y, x = np.mgrid[:9, :9].astype(np.float32) - 4
+    result = applied(augment.affine(squeeze=(0.7, 1.4)), np.broadcast_to(np.stack([x, y], -1), (50, 9, 9, 2)))
+    width, height = result[:, 4, 5, 0], result[:, 5, 4, 1]
     np.testing.assert_allclose(width * height, 1, rtol=1e-4)
     assert (width > 1).any()
     assert (width < 1).any()
@@ -368,9 +369,9 @@ def test_noise_has_its_standard_deviation_and_is_not_clipped():
     assert result.min() < -0.6
 
 
-@pytest.mark.parametrize("size", [1, 4, 5, 8])
+@pytest.mark.parametrize("size", [1, 4, 8])
 def test_cutout_zeroes_the_clipped_square_alone(size):
-    h, w, n = 8, 9, 3000
+    h, w, n = 8, 9, 2000
     images = 0.1 + 0.9 * pictures(n, h, w, 2)
     result = applied(augment.cutout(size), images)
     hole = result == 0

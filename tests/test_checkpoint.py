@@ -411,10 +411,12 @@ def test_a_run_that_fell_back_saves_over_what_was_damaged(tmp_path):
     write(tmp_path, 10, 20, 30, keep=3)
     for step in (20, 30):
         (tmp_path / str(step) / "state" / "manifest.ocdbt").unlink()
+    (tmp_path / "40").mkdir()
     with opened(tmp_path, keep=3) as checkpoints:
         with pytest.warns(UserWarning, match="damaged"):
             assert checkpoints.restore(state(0))[0] == 10
-        assert on_disk(tmp_path) == ["10", "20", "30"]  # untouched until there is something newer
+        assert on_disk(tmp_path) == ["10", "20", "30", "40"]  # untouched until there is something newer
+        (tmp_path / "40").rmdir()  # by hand, meanwhile
         checkpoints.save(20, state(21))
         checkpoints.wait()
         assert on_disk(tmp_path) == ["10", "20", "damaged-20", "damaged-30"]
