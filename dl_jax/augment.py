@@ -86,7 +86,7 @@ def affine(
     (counter-clockwise), `translate` (pixels, one draw to the right and one downwards).
 
     With degrees left out it is the family of LeCun et al. 1998, Gradient-based learning applied to document
-    recognition, section III.A: translations, scaling, squeezing and horizontal shearing. The paper gives no ranges.
+    recognition, section III: translations, scaling, squeezing and horizontal shearing. The paper gives no ranges.
     """
     intervals = (
         _checked("degrees", degrees),

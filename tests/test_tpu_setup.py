@@ -328,9 +328,11 @@ def test_the_constraints_that_install_names_exist() -> None:
 def test_install_can_go_back_and_keeps_what_experiments_wrote(cloud: Cloud) -> None:
     assert cloud("install").returncode == 0
     (cloud.home() / "runs").mkdir()
+    (cloud.home() / "src" / "stale.py").touch()
     assert cloud("install", cloud.commit("HEAD~1")[:10]).returncode == 0
     assert (cloud.home() / "src" / "pyproject.toml").read_text() == "first"
     assert (cloud.home() / "runs").is_dir()
+    assert not (cloud.home() / "src" / "stale.py").exists()
 
 
 def test_install_of_an_unknown_commit_calls_nothing(cloud: Cloud) -> None:
