@@ -223,7 +223,7 @@ fetch() { # SOURCE [DESTINATION]
 
 name=${TPU_NAME:-} zone=${TPU_ZONE:-} project=${TPU_PROJECT:-}
 attempts=5 pause=5 dry=false
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
 
 while (($#)); do
   case $1 in
@@ -246,6 +246,7 @@ done
 command=$1
 shift
 
+if "$dry"; then name=${name:-name} zone=${zone:-zone}; fi # to look at, they need not exist
 [[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || die "--name '$name', expected the slice's name: lower-case letters, digits and hyphens"
 [[ $zone =~ ^[a-z0-9-]+$ ]] || die "--zone '$zone', expected a zone such as us-central2-b"
 [[ $attempts =~ ^[1-9][0-9]*$ ]] || die "--attempts '$attempts', expected a whole number from 1"

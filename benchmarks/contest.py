@@ -1,7 +1,7 @@
 """Contestants take turns: each lives in a process of its own and is timed in interleaved rounds.
 
-Load of the machine then hits all of them alike, and the median over rounds of a ratio is robust where a mean of times is
-not. All run with the same allocator setting (`host.keep_freed_memory`), which helps PyTorch as well.
+Load of the machine then hits all of them alike, and the median over rounds of a ratio is robust where a mean of times
+is not. All run with the same allocator setting (`host.keep_freed_memory`), which helps PyTorch as well.
 """
 
 import multiprocessing

@@ -219,6 +219,15 @@ def test_a_dry_run_prints_what_a_run_calls(cloud: Cloud) -> None:
     assert words.split("\0")[1:-1] == cloud.calls[-1]
 
 
+def test_a_dry_run_needs_no_slice(cloud: Cloud, tmp_path: Path) -> None:
+    linked = tmp_path / SCRIPT
+    linked.symlink_to(cloud.repository / SCRIPT)
+    command = ["bash", str(linked), "--dry-run", "install"]
+    done = subprocess.run(command, env=cloud.environment, capture_output=True, text=True, check=True)
+    assert "name:dl_jax.tar.gz --worker=all --zone=zone --quiet" in done.stdout
+    assert f" {cloud.repository} {cloud.commit()}\n" in done.stdout
+
+
 def test_every_call_names_slice_zone_and_project_and_asks_nothing(cloud: Cloud) -> None:
     cloud.answer(describe=[NOT_FOUND, READY])
     for command in COMMANDS.values():
@@ -452,6 +461,7 @@ def test_check_fails_where_a_worker_does(pod: Cloud) -> None:
         (["usage"], "unknown command 'usage'"),
         (["--force", "delete"], "unknown option '--force'"),
         (["--zone"], "--zone needs a value"),
+        (["--name", "", "delete"], "--name ''"),
         (["--name", "Pod!", "delete"], "--name 'Pod!'"),
         (["--zone", "", "delete"], "--zone ''"),
         (["--attempts", "0", "check"], "--attempts '0'"),
@@ -471,7 +481,7 @@ def test_wrong_use_is_one_line_and_calls_nothing(cloud: Cloud, arguments: list[s
 
 def test_without_gcloud_it_says_what_to_install(cloud: Cloud) -> None:
     (cloud.folder / "bin" / "gcloud").unlink()
-    for tool in ("bash", "git", "dirname"):
+    for tool in ("bash", "git", "dirname", "realpath"):
         (cloud.folder / "bin" / tool).symlink_to(shutil.which(tool) or "")
     environment = {**cloud.environment, "PATH": str(cloud.folder / "bin")}
     command = ["bash", str(cloud.repository / SCRIPT), *SLICE, "check"]

@@ -47,7 +47,10 @@ def rows(step, size=8):
     return {name: column[index] for name, column in RECORDS.items()}
 
 
-def start(seed=0, tx=optax.adam(0.1)):
+ADAM = optax.adam(0.1)
+
+
+def start(seed=0, tx=ADAM):
     w = jax.random.normal(jax.random.key(seed), (WIDTH,))
     return init_state(jax.random.key(seed), {"params": {"w": w}, "counter": {"seen": jnp.zeros([], jnp.int32)}}, tx)
 

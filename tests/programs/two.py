@@ -1,6 +1,6 @@
 """One of several processes that train the same small network; process 0 prints what came out.
 
-    python two.py COORDINATOR PROCESSES PROCESS_ID DEVICES FOLDER [STEP_TO_FAIL_AT]
+python two.py COORDINATOR PROCESSES PROCESS_ID DEVICES FOLDER [STEP_TO_FAIL_AT]
 """
 
 import sys
