@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import inspect
+import itertools
 import json
 import os
 import shlex
@@ -12,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -31,6 +32,19 @@ from dl_jax.train import NonFiniteError
 from dl_jax.workdir import work_directory
 
 Main = Callable[[Any, Run], Mapping[str, np.ndarray]]
+
+
+class Experiment(NamedTuple):
+    """What an experiment's file hands to `launch`."""
+
+    main: Main
+    presets: Mapping[str, Any]
+    claims: Sequence[Claim]
+
+    @property
+    def script(self) -> Path:
+        return Path(inspect.getfile(self.main)).resolve()
+
 
 BAD_INPUT, MISSED = 2, 3  # exit statuses
 
@@ -70,14 +84,13 @@ def launch(main: Main, presets: Mapping[str, Any], claims: Sequence[Claim]) -> N
 
     Exit status: 0 done, 1 a crash, 2 bad input, 3 an applicable claim was missed, 143 pre-empted after saving.
     """
-    script = Path(inspect.getfile(main)).resolve()
     preset, config, common = parse(sys.argv[1:], presets, inspect.getdoc(inspect.getmodule(main)) or "")
     distributed = False
     try:
         keep_freed_memory()
         distributed = join_processes(common)
         cache_programs(common.cache_dir)
-        status = run_experiment(main, script, presets, preset, config, common, claims, distributed)
+        status = run_experiment(Experiment(main, presets, claims), preset, config, common, distributed)
     except (InputError, NonFiniteError) as error:
         if common.debug:
             traceback.print_exc()
@@ -125,20 +138,12 @@ def preset_of(arguments: Sequence[str], presets: Mapping[str, Any]) -> str:
     return given[-1] if given and given[-1] in presets else "quick"
 
 
-def run_experiment(
-    main: Main,
-    script: Path,
-    presets: Mapping[str, Any],
-    preset: str,
-    config: Any,
-    common: Common,
-    claims: Sequence[Claim],
-    distributed: bool,
-) -> int:
+def run_experiment(experiment: Experiment, preset: str, config: Any, common: Common, distributed: bool) -> int:
     """Runs `main` and records what it measured; gives the exit status."""
     if common.seeds < 1:
         raise InputError(f"--seeds {common.seeds}, expected 1 or more")
-    began, code = time.perf_counter(), git_state(script.parent)
+    began, script = time.perf_counter(), experiment.script
+    code = git_state(script.parent)
     seeds = tuple(range(common.seed, common.seed + common.seeds))
     fields = dataclasses.asdict(config)
     identity = {"experiment": name_of(script), "preset": preset, "config": fields, "seeds": list(seeds)}
@@ -153,8 +158,9 @@ def run_experiment(
             preempted=preemption(distributed) if directory else never,
         )
         with contextlib.closing(Run(directory, settings)) as run:
-            measured = {name: np.asarray(values, float).ravel().tolist() for name, values in main(config, run).items()}
-        ran = described(preset, config, presets[preset], claims)
+            found = experiment.main(config, run)
+        measured = {name: np.asarray(values, float).ravel().tolist() for name, values in found.items()}
+        ran = described(preset, config, experiment.presets[preset], experiment.claims)
         record = {
             **identity,
             "preset": ran,
@@ -162,7 +168,7 @@ def run_experiment(
             **code,
             "dataset": fields.get("dataset"),
             "measured": {name: summary(values) for name, values in measured.items()},
-            "claims": judge(claims, measured, preset=ran, config=fields),
+            "claims": judge(experiment.claims, measured, preset=ran, config=fields),
             "device": device(),
             "versions": versions(),
             "wall_seconds": round(time.perf_counter() - began, 1),
@@ -212,7 +218,8 @@ def preemption(distributed: bool) -> Callable[[int], bool]:
     if distributed:  # JAX has its own handler there and agrees on a step
         from jax.experimental import multihost_utils
 
-        return multihost_utils.reached_preemption_sync_point
+        calls = itertools.count()  # of all fits: the processes agree on a number that must not start again
+        return lambda step: multihost_utils.reached_preemption_sync_point(next(calls))
     told: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
     return lambda step: bool(told)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+
+from dl_jax import checkpoint
 
 PROGRAM = Path(__file__).parent / "programs" / "two.py"
 
@@ -46,6 +49,19 @@ def test_two_processes_equal_one_and_resume_as_one(tmp_path):
     longer = finish(start(1, 1, tmp_path / "two", "-1", "16"))
     whole = finish(start(1, 4, tmp_path / "whole", "-1", "16"))
     np.testing.assert_allclose(longer, whole, atol=1e-6)
+
+
+def test_sigterm_to_one_saves_and_ends_both_at_the_same_step(tmp_path):
+    running = start(2, 1, tmp_path, "-1", "100000", "0.01")
+    lines = tmp_path / "metrics.jsonl"
+    while not (lines.exists() and lines.read_text()):
+        assert all(process.poll() is None for process in running)
+        time.sleep(0.1)
+    running[1].send_signal(signal.SIGTERM)
+    ends = [process.communicate(timeout=100) for process in running]
+    assert [process.returncode for process in running] == [143, 143], ends
+    step, tree = checkpoint.load(str(tmp_path / "checkpoints"))
+    assert tree["state"]["step"] == step < 100_000
 
 
 def test_a_process_that_fails_takes_the_other_down(tmp_path):

@@ -8,7 +8,7 @@ import sys
 import jax
 
 coordinator, processes, process_id, devices, folder = sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5]
-fail_at = int(sys.argv[6]) if len(sys.argv) > 6 else -1
+fail_at, steps, pause = [*map(float, sys.argv[6:]), *(-1, 12, 0)[len(sys.argv) - 6 :]]
 jax.config.update("jax_num_cpu_devices", devices)
 
 from dl_jax import parallel
@@ -17,6 +17,7 @@ if processes > 1:
     parallel.initialize(coordinator, processes, process_id)
 
 import json
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,8 +25,8 @@ import optax
 from etils import epath
 
 from dl_jax import data, losses
-from dl_jax.launch import leave
-from dl_jax.run import Run, Settings
+from dl_jax.launch import leave, preemption
+from dl_jax.run import PREEMPTED, Preempted, Run, Settings
 from dl_jax.train import fit, init_state, make_step
 
 RECORDS = {
@@ -49,13 +50,15 @@ stream = parallel.placed(data.batches(RECORDS, 16, seed=3, rows=rows), mesh)
 def batches(step):
     if step == fail_at and process_id == 1:
         raise RuntimeError("a bug in one process")
+    time.sleep(pause)
     return stream(step)
 
 
-run = Run(epath.Path(folder), Settings(checkpoint_every=5))
-steps = int(sys.argv[7]) if len(sys.argv) > 7 else 12
+run = Run(epath.Path(folder), Settings(checkpoint_every=5, preempted=preemption(processes > 1)))
 try:
-    state = fit(make_step(loss, tx), state, batches, steps=steps, run=run, every=4)
+    state = fit(make_step(loss, tx), state, batches, steps=int(steps), run=run, every=4)
+except Preempted:
+    leave(PREEMPTED, processes > 1)
 except RuntimeError as error:
     print(error, file=sys.stderr, flush=True)
     leave(1, processes > 1)
