@@ -1,25 +1,129 @@
-"""Operations whose fastest form depends on the machine."""
+"""Operations in the form that suits the machine: plain XLA operations on TPUs and GPUs, something faster on CPUs.
+
+XLA's CPU backend is slow at convolutions of few channels, at their gradients (inside `lax.scan` it falls back to a
+naive loop, https://github.com/jax-ml/jax/issues/12868) and at grouped convolutions, which is what a vmapped
+convolution becomes. Matrix products are fast everywhere.
+"""
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-conv_general_dilated = lax.conv_general_dilated
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+COPY = 150  # multiply-adds that take as long as copying one number into a tile; flat around the optimum
 
 
-def _windows(image: jax.Array, window: int) -> jax.Array:
-    b, h, w, c = image.shape
-    h, w = h // window, w // window
-    image = image[:, : h * window, : w * window]
-    return image.reshape(b, h, window, w, window, c)
+def conv_general_dilated(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    precision: Any = None,
+) -> jax.Array:
+    """`lax.conv_general_dilated`, for `nn.Conv(conv_general_dilated=...)`: the same arguments and result.
+
+    On a CPU, a plain image convolution (NHWC, HWIO) with no more input channels than its kernel has taps becomes a
+    banded matrix product, 1.1 to 3 times faster over a forward and backward pass. Every other convolution, and every
+    convolution on another platform, is lowered as it is. A non-finite input may spread to its neighbours in its image.
+    """
+    convolve = functools.partial(
+        lax.conv_general_dilated,
+        window_strides=window_strides,
+        padding=padding,
+        lhs_dilation=lhs_dilation,
+        rhs_dilation=rhs_dilation,
+        dimension_numbers=dimension_numbers,
+        feature_group_count=feature_group_count,
+        precision=precision,
+    )
+    layout = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    if (
+        lhs.ndim != 4
+        or layout != lax.conv_dimension_numbers(lhs.shape, rhs.shape, LAYOUT)
+        or feature_group_count != 1
+        or any(dilation != 1 for dilation in lhs_dilation or ())
+        or rhs.shape[2] > math.prod(rhs.shape[:2])
+    ):
+        return convolve(lhs, rhs)
+    dilation = tuple(rhs_dilation or (1, 1))
+    if isinstance(padding, str):
+        window = [(size - 1) * step + 1 for size, step in zip(rhs.shape[:2], dilation, strict=True)]
+        padding = lax.padtype_to_pads(lhs.shape[1:3], window, window_strides, padding)
+    product = functools.partial(
+        _banded_product, strides=tuple(window_strides), padding=padding, dilation=dilation, precision=precision
+    )
+    return lax.platform_dependent(lhs, rhs, cpu=product, default=convolve)
+
+
+def _banded_product(
+    image: jax.Array,  # [B, H, W, C]
+    kernel: jax.Array,  # [kh, kw, C, D]
+    *,
+    strides: tuple[int, int],
+    padding: Sequence[tuple[int, int]],
+    dilation: tuple[int, int],
+    precision: Any,
+) -> jax.Array:
+    """A convolution as one matrix product, [B, H', W', D].
+
+    A tile is what `outputs` neighbouring outputs of a row see: kh rows of `columns` pixels. Its product with the
+    kernel, repeated along the band [kh * columns * C, outputs * D], gives all of them. The product multiplies zeros
+    as well, but is wide enough to run at full speed, and copies far fewer numbers than one patch per output would.
+    """
+    (kh, kw, channels, maps), batch = kernel.shape, len(image)
+    height, width = (
+        (size + sum(pad) - (taps - 1) * step - 1) // stride + 1
+        for size, pad, taps, step, stride in zip(image.shape[1:3], padding, (kh, kw), dilation, strides, strict=True)
+    )
+
+    def pixels(outputs: int) -> int:
+        return (outputs - 1) * strides[1] + (kw - 1) * dilation[1] + 1
+
+    def cost(outputs: int) -> int:
+        return math.ceil(width / outputs) * pixels(outputs) * (outputs * maps + COPY)
+
+    outputs = min(range(1, width + 1), key=cost)
+    columns, tiles = pixels(outputs), math.ceil(width / outputs)
+    offsets = [tile * outputs * strides[1] for tile in range(tiles)]
+    overhang = offsets[-1] + columns - image.shape[2] - sum(padding[1])
+    edges = ((0, 0, 0), (*padding[0], 0), (padding[1][0], padding[1][1] + overhang, 0), (0, 0, 0))
+    image = lax.pad(image, jnp.zeros((), image.dtype), edges)
+    rows = jnp.stack([image[:, :, at : at + columns] for at in offsets], 2).reshape(*image.shape[:2], tiles, -1)
+    last = (height - 1) * strides[0] + 1
+    starts = [tap * dilation[0] for tap in range(kh)]
+    patches = jnp.stack([rows[:, at : at + last : strides[0]] for at in starts], 3)  # [B, H', tiles, kh, columns * C]
+
+    place = np.zeros((kw, columns, outputs), np.float32)  # one 1 for each tap of each output
+    for tap in range(kw):
+        for output in range(outputs):
+            place[tap, output * strides[1] + tap * dilation[1], output] = 1
+    band = jnp.einsum("ijcd,jwo->iwcod", kernel, place.astype(kernel.dtype), precision="highest")
+    product = jnp.matmul(
+        patches.reshape(batch * height * tiles, kh * columns * channels),
+        band.reshape(kh * columns * channels, outputs * maps),
+        precision=precision,
+    )
+    return product.reshape(batch, height, tiles * outputs, maps)[:, :, :width]
 
 
 def max_pool(image: jax.Array, window: int) -> jax.Array:
     """The maximum over non-overlapping square windows: [B, H, W, C] -> [B, H // window, W // window, C].
 
-    Rows and columns that fill no window are left out. A reshape and a maximum: the gradient of `lax.reduce_window` is
-    a select-and-scatter, 1.4 times the step of a LeNet on a CPU. Equal maxima share the gradient.
+    Rows and columns that fill no window are left out, and equal maxima share the gradient. The gradient of
+    `nn.max_pool` is a select-and-scatter, which takes a CPU 3 to 6 times longer.
     """
-    return _windows(image, window).max((2, 4))
+    return _pool(jnp.maximum, image, window)
 
 
 def sum_pool(image: jax.Array, window: int) -> jax.Array:
@@ -27,4 +131,10 @@ def sum_pool(image: jax.Array, window: int) -> jax.Array:
 
     Rows and columns that fill no window are left out.
     """
-    return _windows(image, window).sum((2, 4))
+    return _pool(operator.add, image, window)
+
+
+def _pool(combine: Callable[[Any, Any], Any], image: jax.Array, window: int) -> jax.Array:
+    height, width = (size // window * window for size in image.shape[1:3])
+    image = functools.reduce(combine, [image[:, i:height:window] for i in range(window)])
+    return functools.reduce(combine, [image[:, :, i:width:window] for i in range(window)])
