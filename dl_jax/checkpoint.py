@@ -18,6 +18,7 @@ import numpy as np
 from dl_jax import checkpoint_files as files
 from dl_jax.checkpoint_leaves import Spec, Tree, digest, named, nested, numbers, place, spec
 from dl_jax.errors import InputError
+from dl_jax.train import Best
 
 
 class Checkpoints:
@@ -27,7 +28,7 @@ class Checkpoints:
     Under several processes every method is called by all of them, and process 0 decides.
     """
 
-    def __init__(self, directory: str, *, keep: int = 2, best: files.Best | None = None):
+    def __init__(self, directory: str, *, keep: int = 2, best: Best | None = None):
         """Makes the directory and clears away what a killed writer left.
 
         Raises:

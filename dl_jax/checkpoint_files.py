@@ -14,15 +14,15 @@ import logging
 import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
 from dl_jax.checkpoint_leaves import Spec, Tree, differences, digest
 from dl_jax.errors import InputError
+from dl_jax.train import Best
 
-Best = tuple[str, Literal["min", "max"]]
 Meta = dict[str, Any]
 
 SCHEMA = 1

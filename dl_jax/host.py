@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+import dl_jax
 from dl_jax.data.files import cache_folder
 
 
@@ -53,5 +54,6 @@ def device() -> str:
 
 
 def versions() -> dict[str, str]:
-    packages = ("dl_jax", "jax", "jaxlib", "flax", "optax", "numpy")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
+    ours = {"python": platform.python_version(), "dl_jax": dl_jax.__version__}
+    return {**ours, **{name: importlib.metadata.version(name) for name in packages}}

@@ -21,14 +21,13 @@ import tyro
 from etils import epath
 
 from dl_jax import parallel
-from dl_jax.claims import MISSED as MISSING
-from dl_jax.claims import Claim, judge, summary
+from dl_jax.claims import MISSED, Claim, judge, summary
 from dl_jax.errors import InputError
 from dl_jax.host import cache_programs, device, git_state, keep_freed_memory, versions
 from dl_jax.report import TensorBoard
 from dl_jax.run import PREEMPTED, Preempted, Run, Settings, never
 from dl_jax.terminal import print_table
-from dl_jax.train import NonFiniteError
+from dl_jax.train import ArgumentError, NonFiniteError
 from dl_jax.workdir import work_directory
 
 Main = Callable[[Any, Run], Mapping[str, np.ndarray]]
@@ -46,7 +45,7 @@ class Experiment(NamedTuple):
         return Path(inspect.getfile(self.main)).resolve()
 
 
-BAD_INPUT, MISSED = 2, 3  # exit statuses
+BAD_INPUT, CLAIM_MISSED = 2, 3  # exit statuses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +90,7 @@ def launch(main: Main, presets: Mapping[str, Any], claims: Sequence[Claim]) -> N
         distributed = join_processes(common)
         cache_programs(common.cache_dir)
         status = run_experiment(Experiment(main, presets, claims), preset, config, common, distributed)
-    except (InputError, NonFiniteError) as error:
+    except (InputError, ArgumentError, NonFiniteError) as error:
         if common.debug:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
@@ -128,6 +127,8 @@ def parse(arguments: Sequence[str], presets: Mapping[str, Any], description: str
         frozen=True,
     )
     parsed: Any = tyro.cli(Arguments, args=list(arguments), description=description)
+    if parsed.preset != name:
+        raise SystemExit("error: --preset is given twice, expected once")
     return parsed.preset, parsed.config, parsed.common
 
 
@@ -140,13 +141,14 @@ def preset_of(arguments: Sequence[str], presets: Mapping[str, Any]) -> str:
 
 def run_experiment(experiment: Experiment, preset: str, config: Any, common: Common, distributed: bool) -> int:
     """Runs `main` and records what it measured; gives the exit status."""
-    if common.seeds < 1:
-        raise InputError(f"--seeds {common.seeds}, expected 1 or more")
+    for flag, value in {"--seeds": common.seeds, "--checkpoint-every": common.checkpoint_every}.items():
+        if value < 1:
+            raise InputError(f"{flag} {value}, expected 1 or more")
     began, script = time.perf_counter(), experiment.script
     code = git_state(script.parent)
     seeds = tuple(range(common.seed, common.seed + common.seeds))
     fields = dataclasses.asdict(config)
-    identity = {"experiment": name_of(script), "preset": preset, "config": fields, "seeds": list(seeds)}
+    identity = {"experiment": name_of(script), "preset": preset, "config": fields}
     with work_directory(common.workdir, identity, script, distributed) as directory:
         settings = Settings(
             seeds=seeds,
@@ -155,7 +157,7 @@ def run_experiment(experiment: Experiment, preset: str, config: Any, common: Com
             skip_nonfinite=common.on_nan == "skip",
             checkpoint_every=common.checkpoint_every,
             batch_size=fields.get("batch_size"),
-            preempted=preemption(distributed) if directory else never,
+            preempted=preemption(distributed) if directory or distributed else never,
         )
         with contextlib.closing(Run(directory, settings)) as run:
             found = experiment.main(config, run)
@@ -164,6 +166,7 @@ def run_experiment(experiment: Experiment, preset: str, config: Any, common: Com
         record = {
             **identity,
             "preset": ran,
+            "seeds": list(seeds),
             "command": command(identity["experiment"], sys.argv[1:]),
             **code,
             "dataset": fields.get("dataset"),
@@ -177,12 +180,19 @@ def run_experiment(experiment: Experiment, preset: str, config: Any, common: Com
             if directory:
                 keep(record, directory)
             print_table(record)
-    return MISSED if any(claim["verdict"] in MISSING for claim in record["claims"]) else 0
+    return CLAIM_MISSED if any(claim["verdict"] in MISSED for claim in record["claims"]) else 0
 
 
 def keep(record: Mapping[str, Any], directory: epath.Path) -> None:
-    """Writes result.json and the row in TensorBoard's table of hyper-parameters."""
-    (directory / "result.json").write_text(json.dumps(record, indent=2) + "\n")
+    """Writes result.json, unless it says the same already, and the row in TensorBoard's table of hyper-parameters.
+
+    A finished run that is called again takes no step: its record stays that of the attempt that measured.
+    """
+    result = directory / "result.json"
+    measured = json.loads(result.read_text())["measured"] if result.exists() else None
+    if measured == record["measured"]:
+        return
+    result.write_text(json.dumps(record, indent=2) + "\n")
     with contextlib.closing(TensorBoard(directory, 0)) as board:
         board.hparams(record["config"], {name: stats["mean"] for name, stats in record["measured"].items()})
 
@@ -200,28 +210,36 @@ def name_of(script: Path) -> str:
     return "/".join(parts[parts.index("experiments") + 1 :] if "experiments" in parts else parts[-1:])
 
 
-PLACES = ("--workdir", "--data-dir", "--cache-dir")  # where things lie changes no number, and is nobody's business
+WITH_VALUE = ("--workdir", "--data-dir", "--cache-dir", "--coordinator", "--processes", "--process-id")
+ALONE = ("--cluster", "--no-cluster", "--debug", "--no-debug")
 
 
 def command(experiment: str, arguments: Sequence[str]) -> str:
-    """The command that gives this result anywhere."""
+    """The command that gives this result anywhere: without where things lie and who takes part."""
     kept, skip = [], False
     for argument in arguments:
-        if not skip and argument.split("=")[0] not in PLACES:
+        flag = argument.split("=")[0].replace("_", "-")
+        if not skip and flag not in (*WITH_VALUE, *ALONE):
             kept.append(argument)
-        skip = not skip and argument in PLACES
+        skip = not skip and flag in WITH_VALUE and "=" not in argument
     return shlex.join(["python", f"experiments/{experiment}.py", *kept])
 
 
 def preemption(distributed: bool) -> Callable[[int], bool]:
-    """step -> whether SIGTERM has asked us to end, the same answer on every process."""
+    """step -> whether SIGTERM (or, of one process, Ctrl-C) has asked us to end, the same answer on every process."""
     if distributed:  # JAX has its own handler there and agrees on a step
         from jax.experimental import multihost_utils
 
         calls = itertools.count()  # of all fits: the processes agree on a number that must not start again
         return lambda step: multihost_utils.reached_preemption_sync_point(next(calls))
     told: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+
+    def note(number: int, frame: Any) -> None:
+        told.append(number)
+        signal.signal(number, signal.SIG_DFL)  # told again, the process ends at once
+
+    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGINT, note)
     return lambda step: bool(told)
 
 

@@ -1,8 +1,8 @@
 """Operations in the form that suits the machine: plain XLA operations on TPUs and GPUs, something faster on CPUs.
 
-XLA's CPU backend is slow at convolutions of few channels, at their gradients (inside `lax.scan` it falls back to a
-naive loop, https://github.com/jax-ml/jax/issues/12868) and at grouped convolutions, which is what a vmapped
-convolution becomes. Matrix products are fast everywhere.
+XLA's CPU backend is slow at convolutions of few channels, at the gradients of any convolution inside `lax.scan`
+(jax-ml/jax#12868), and at grouped convolutions, which is what a vmapped one becomes. Its matrix products are fast
+everywhere.
 """
 
 import functools
@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-LAYOUT = ("NHWC", "HWIO", "NHWC")
 COPY = 150  # multiply-adds that take as long as copying one number into a tile; flat around the optimum
 
 
@@ -47,45 +46,50 @@ def conv_general_dilated(
         feature_group_count=feature_group_count,
         precision=precision,
     )
-    layout = lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+    shape = jax.eval_shape(convolve, lhs, rhs).shape
     if (
         lhs.ndim != 4
-        or layout != lax.conv_dimension_numbers(lhs.shape, rhs.shape, LAYOUT)
+        or dimension_numbers is None
+        or lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
+        != lax.conv_dimension_numbers(lhs.shape, rhs.shape, ("NHWC", "HWIO", "NHWC"))
         or feature_group_count != 1
         or any(dilation != 1 for dilation in lhs_dilation or ())
         or rhs.shape[2] > math.prod(rhs.shape[:2])
+        or 0 in shape
     ):
         return convolve(lhs, rhs)
     dilation = tuple(rhs_dilation or (1, 1))
     if isinstance(padding, str):
-        window = [(size - 1) * step + 1 for size, step in zip(rhs.shape[:2], dilation, strict=True)]
+        window = [(taps - 1) * step + 1 for taps, step in zip(rhs.shape[:2], dilation, strict=True)]
         padding = lax.padtype_to_pads(lhs.shape[1:3], window, window_strides, padding)
-    product = functools.partial(
-        _banded_product, strides=tuple(window_strides), padding=padding, dilation=dilation, precision=precision
+    banded = functools.partial(
+        _banded_product,
+        size=shape[1:3],
+        strides=window_strides,
+        padding=padding,
+        dilation=dilation,
+        precision=precision,
     )
-    return lax.platform_dependent(lhs, rhs, cpu=product, default=convolve)
+    return lax.platform_dependent(lhs, rhs, cpu=banded, default=convolve)
 
 
 def _banded_product(
     image: jax.Array,  # [B, H, W, C]
     kernel: jax.Array,  # [kh, kw, C, D]
     *,
-    strides: tuple[int, int],
+    size: Sequence[int],  # H', W'
+    strides: Sequence[int],
     padding: Sequence[tuple[int, int]],
-    dilation: tuple[int, int],
+    dilation: Sequence[int],
     precision: Any,
 ) -> jax.Array:
     """A convolution as one matrix product, [B, H', W', D].
 
-    A tile is what `outputs` neighbouring outputs of a row see: kh rows of `columns` pixels. Its product with the
-    kernel, repeated along the band [kh * columns * C, outputs * D], gives all of them. The product multiplies zeros
-    as well, but is wide enough to run at full speed, and copies far fewer numbers than one patch per output would.
+    A tile is what some neighbouring outputs of a row see: kh rows of `columns` pixels. Its product with the kernel,
+    repeated along a band [kh * columns * C, outputs * D], gives them all. That multiplies zeros as well, but a wide
+    product runs at full speed, and far fewer numbers are copied than for one patch per output.
     """
-    (kh, kw, channels, maps), batch = kernel.shape, len(image)
-    height, width = (
-        (size + sum(pad) - (taps - 1) * step - 1) // stride + 1
-        for size, pad, taps, step, stride in zip(image.shape[1:3], padding, (kh, kw), dilation, strides, strict=True)
-    )
+    (height, width), (kh, kw, channels, maps), batch = size, kernel.shape, len(image)
 
     def pixels(outputs: int) -> int:
         return (outputs - 1) * strides[1] + (kw - 1) * dilation[1] + 1
@@ -95,20 +99,20 @@ def _banded_product(
 
     outputs = min(range(1, width + 1), key=cost)
     columns, tiles = pixels(outputs), math.ceil(width / outputs)
-    offsets = [tile * outputs * strides[1] for tile in range(tiles)]
-    overhang = offsets[-1] + columns - image.shape[2] - sum(padding[1])
+    lefts = [tile * outputs * strides[1] for tile in range(tiles)]
+    overhang = lefts[-1] + columns - image.shape[2] - sum(padding[1])  # of the last tile
     edges = ((0, 0, 0), (*padding[0], 0), (padding[1][0], padding[1][1] + overhang, 0), (0, 0, 0))
     image = lax.pad(image, jnp.zeros((), image.dtype), edges)
-    rows = jnp.stack([image[:, :, at : at + columns] for at in offsets], 2).reshape(*image.shape[:2], tiles, -1)
-    last = (height - 1) * strides[0] + 1
-    starts = [tap * dilation[0] for tap in range(kh)]
-    patches = jnp.stack([rows[:, at : at + last : strides[0]] for at in starts], 3)  # [B, H', tiles, kh, columns * C]
+    rows = jnp.stack([image[:, :, left : left + columns] for left in lefts], 2).reshape(*image.shape[:2], tiles, -1)
+    reach = (height - 1) * strides[0] + 1
+    tops = [tap * dilation[0] for tap in range(kh)]
+    patches = jnp.stack([rows[:, top : top + reach : strides[0]] for top in tops], 3)  # [B, H', tiles, kh, columns * C]
 
-    place = np.zeros((kw, columns, outputs), np.float32)  # one 1 for each tap of each output
+    place = np.zeros((kw, columns, outputs), kernel.dtype)  # 1 where a tap of an output falls on a column
     for tap in range(kw):
         for output in range(outputs):
             place[tap, output * strides[1] + tap * dilation[1], output] = 1
-    band = jnp.einsum("ijcd,jwo->iwcod", kernel, place.astype(kernel.dtype), precision="highest")
+    band = jnp.einsum("ijcd,jwo->iwcod", kernel, place, precision="highest")
     product = jnp.matmul(
         patches.reshape(batch * height * tiles, kh * columns * channels),
         band.reshape(kh * columns * channels, outputs * maps),

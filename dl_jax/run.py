@@ -13,8 +13,10 @@ import jax
 import numpy as np
 from etils import epath
 
-from dl_jax import checkpoint, report, terminal
-from dl_jax.train import Measurements, Recorder, Tree
+from dl_jax.checkpoint import Checkpoints
+from dl_jax.report import JsonLines, TensorBoard
+from dl_jax.terminal import Progress
+from dl_jax.train import Best, Measurements, Recorder, Tree
 
 PREEMPTED = 143  # 128 + SIGTERM, so that a supervisor restarts the run
 
@@ -54,10 +56,10 @@ class Run(Recorder):
         self.directory, self.settings, self.name = directory, settings, name
         self.skip_nonfinite = settings.skip_nonfinite
         self._children: dict[str, Run] = {}
-        self._checkpoints: checkpoint.Checkpoints | None = None
-        self._board: report.TensorBoard | None = None
-        self._lines: report.JsonLines | None = None
-        self._progress: terminal.Progress | None = None
+        self._checkpoints: Checkpoints | None = None
+        self._board: TensorBoard | None = None
+        self._lines: JsonLines | None = None
+        self._progress: Progress | None = None
         self._step = -1  # the last one heard of; -1 before the fit
         self._saved: int | None = None
         self._ending = False
@@ -73,33 +75,36 @@ class Run(Recorder):
             self._children[name] = Run(directory, self.settings, f"{self.name}/{name}".lstrip("/"))
         return self._children[name]
 
-    def start(self, tree: Tree, steps: int) -> Tree:
+    def start(self, tree: Tree, steps: int, best: Best | None) -> Tree:
         if self._step >= 0:
             raise RuntimeError(f"run {self.name!r} already holds a fit; give each fit a child: run / 'name'")
         if self.directory:
-            self._checkpoints = checkpoint.Checkpoints(str(self.directory / "checkpoints"))
+            self._checkpoints = Checkpoints(str(self.directory / "checkpoints"), best=best)
             restored = self._checkpoints.restore(tree)
             self._saved, tree = restored or (None, tree)
         self._step = self._saved or 0
         if jax.process_index() == 0:
-            self._progress = terminal.Progress(self.name or "train", self._step, steps, self.settings.batch_size)
+            self._progress = Progress(self.name or "train", self._step, steps, self.settings.batch_size)
             if self.directory:
-                self._lines = report.JsonLines(self.directory / "metrics.jsonl", self._step)
-                self._board = report.TensorBoard(self.directory, self._step)
+                self._lines = JsonLines(self.directory / "metrics.jsonl", self._step)
+                self._board = TensorBoard(self.directory, self._step)
         return tree
 
     def stepped(self, step: int) -> bool:
         before, self._step = self._step, step
         if self._progress:
             self._progress.update(step)
-        if not self._checkpoints:
-            return False
         self._ending = self.settings.preempted(step)
+        if not self._checkpoints:
+            if self._ending:
+                raise Preempted
+            return False
         every = self.settings.checkpoint_every
         return self._ending or step // every > before // every
 
     def save(self, step: int, tree: Tree, measured: Measurements) -> None:
-        assert self._checkpoints, "only a run with a directory asks for a save"
+        if not self._checkpoints:
+            return
         if self._lines:
             self._lines.flush()
         if self._board:
@@ -134,7 +139,7 @@ class Run(Recorder):
         return f"the last good checkpoint is step {self._saved} in {self.directory}/checkpoints"
 
     @property
-    def board(self) -> "report.TensorBoard | None":
+    def board(self) -> TensorBoard | None:
         """For pictures; None without a directory, and on all processes but the first."""
         return self._board
 

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,9 @@ Metrics = Mapping[str, Array]  # scalars, or [S] under per_seed
 Loss = Callable[[Tree, Batch, Array], tuple[Array, tuple[Tree, Metrics]]]
 Batches = Callable[[int], Batch]  # step -> batch
 Measurements = dict[str, np.ndarray]
+Best = tuple[str, Literal["min", "max"]]  # a measurement, and which end of it is good
 
+HOPELESS = 10  # steps in a row that are not finite; more are not skipped
 IN_FLIGHT = 2  # unbounded dispatch has hung simulated devices, and hides a NaN for as long
 
 
@@ -49,10 +51,14 @@ Step = Callable[[State, Batch], tuple[State, Metrics]]
 
 
 class Watch(NamedTuple):
-    """Measures the variables every `every` steps and at the end."""
+    """Measures the variables every `every` steps and at the end.
+
+    With `best`, ("error", "min") say, the checkpoint where that was best is kept beside the newest.
+    """
 
     every: int
     measure: Callable[[Tree], Measurements]
+    best: Best | None = None
 
 
 class StopRule(NamedTuple):
@@ -71,7 +77,7 @@ class Recorder:
 
     skip_nonfinite: bool = False  # leave out a step whose metrics are not finite, instead of stopping
 
-    def start(self, tree: Tree, steps: int) -> Tree:
+    def start(self, tree: Tree, steps: int, best: Best | None) -> Tree:
         """Returns what to begin from: `tree`, or what an earlier attempt at the same fit had reached."""
         return tree
 
@@ -92,7 +98,11 @@ class Recorder:
 
 
 class NonFiniteError(ArithmeticError):
-    """A metric of the train step became NaN or infinite."""
+    """A metric of the train step, or what it trained, became NaN or infinite."""
+
+
+class ArgumentError(ValueError):
+    """Numbers that do not fit together: steps, intervals, the size of a batch and its parts."""
 
 
 def init_state(key: Array, variables: Tree, tx: optax.GradientTransformation) -> State:
@@ -107,6 +117,8 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, microbatches: int = 
     The step's key is `fold_in(state.key, state.step)`, so nothing depends on history. With `microbatches` = k the
     gradient is the mean over k parts of the batch, one after the other: k times less memory for activations.
     """
+    if microbatches < 1:
+        raise ArgumentError(f"microbatches is {microbatches}, expected 1 or more; 1 takes the batch whole")
     gradient = _accumulated(_gradient(loss), microbatches) if microbatches > 1 else _gradient(loss)
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
@@ -129,6 +141,11 @@ def _accumulated(gradient, k: int):
     """The mean of `gradient` over k interleaved parts of the batch; `extra` passes from part to part."""
 
     def accumulate(params, extra, batch, key):
+        rows = {len(x) for x in jax.tree.leaves(batch)}
+        if any(n % k for n in rows):
+            raise ArgumentError(
+                f"a batch of {max(rows)} rows cannot be split into {k} microbatches, expected a multiple"
+            )
         # Part i holds rows i, i + k, ...: every device keeps its share of every part.
         parts = jax.tree.map(lambda x: x.reshape(-1, k, *x.shape[1:]).swapaxes(0, 1), batch)  # [k, B / k, ...]
 
@@ -212,9 +229,13 @@ class _Window:
     """The metrics since the last report; their means are taken in float64 over the finite steps."""
 
     def __init__(self) -> None:
-        self.rows: list[np.ndarray] = []  # each [M] or [M, S]
         self.names: tuple[str, ...] = ()
-        self.began, self.waited = time.perf_counter(), 0.0
+        self.lost_in_a_row: Any = 0  # steps, [] or [S]
+        self.reset()
+
+    def reset(self) -> None:
+        self.rows: list[np.ndarray] = []  # each [M] or [M, S]
+        self.began, self.waited, self.elsewhere = time.perf_counter(), 0.0, 0.0  # seconds
 
     def add(self, step: int, row: _Row, stopped: np.ndarray, run: Recorder) -> None:
         """Waits for the step. Raises NonFiniteError."""
@@ -222,19 +243,23 @@ class _Window:
         self.names = row.names
         self.rows.append(values)
         lost = ~(np.isfinite(values) | stopped)
-        hopeless = len(self.rows) >= 10 and not np.isfinite(self.rows[-10:]).all(1).any()
+        self.lost_in_a_row = np.where(lost.any(0), self.lost_in_a_row + 1, 0)
+        hopeless = self.lost_in_a_row.max() >= HOPELESS
         if lost.any() and (hopeless or not run.skip_nonfinite):
             bad = ", ".join(f"{n} is {v}" for n, v, b in zip(row.names, values.tolist(), lost, strict=True) if b.any())
+            before = f" and in the {HOPELESS - 1} steps before" if hopeless else ""
             raise NonFiniteError(
-                f"{bad} at step {step}{' and in the 9 steps before' if hopeless else ''}, expected finite numbers; "
-                f"{run.last_saved()}; lower the learning rate{'' if hopeless else ' or use --on-nan skip'}"
+                f"{bad} at step {step}{before}, expected finite numbers; {run.last_saved()}; lower the learning rate"
+                f"{'' if hopeless else ' or use --on-nan skip'}"
             )
 
     def means(self, stride: int, skip: bool) -> Measurements:
+        """NaN where no step was finite."""
         rows = np.stack(self.rows)  # [n, M] or [n, M, S]
         whole = np.asarray(np.isfinite(rows).all(1, keepdims=True))  # [n, 1] or [n, 1, S]
-        means = np.where(whole, rows, 0).sum(0) / np.maximum(whole.sum(0), 1)  # [M] or [M, S]
-        seconds = time.perf_counter() - self.began
+        count = whole.sum(0)
+        means = np.where(count > 0, np.where(whole, rows, 0).sum(0) / np.maximum(count, 1), np.nan)  # [M] or [M, S]
+        seconds = time.perf_counter() - self.began - self.elsewhere
         rates = {"steps_per_second": stride * len(rows) / seconds, "data_wait": self.waited / seconds}
         skipped = {"skipped": (~whole[:, 0]).sum(0)} if skip else {}
         return {**dict(zip(self.names, means, strict=True)), **{k: np.asarray(v) for k, v in (rates | skipped).items()}}
@@ -256,12 +281,13 @@ def fit(
     `batches(i)` is the batch of step i. Metrics are reported as means over `every` steps. The caller's `state` stays
     usable. How far one call advances (1, or k for `scanned(step, k)`) is read off `state.step` after the first call.
 
-    Raises ValueError where `steps`, `every` or `watch.every` is not a multiple of that, NonFiniteError where a metric,
-    or a parameter about to be saved, is not finite.
+    Raises ArgumentError where `steps`, `every` or `watch.every` is not a multiple of that, or a stop rule has nothing
+    to watch; NonFiniteError where a metric, or what was trained and is about to be saved or returned, is not finite.
     """
+    _require_intervals(every, watch, stop)
     run = run or Recorder()
     step = jax.tree_util.Partial(step)
-    saved = run.start({"state": state, "stop": stop.init() if stop else {}}, steps)
+    saved = run.start({"state": state, "stop": stop.init() if stop else {}}, steps, watch.best if watch else None)
     state, rule = jax.tree.map(jnp.copy, saved["state"]), saved["stop"]  # our copy, so that donation eats no caller's
     i, stride, window = _count(state), 0, _Window()
     pending: collections.deque[tuple[int, _Row, np.ndarray]] = collections.deque()
@@ -286,16 +312,21 @@ def fit(
         if i % every == 0 or i == steps:
             settle(0)
             run.report(i, window.means(stride, run.skip_nonfinite))
-            window = _Window()
+            window.reset()
         if watch and (i % watch.every == 0 or i == steps):
+            settle(0)
+            began = time.perf_counter()
             measured = watch.measure(state.variables)
+            window.elsewhere += time.perf_counter() - began
             run.report(i, measured)
             rule = stop.update(rule, measured, i) if stop else rule
-        if run.stepped(i):
+        due = run.stepped(i)
+        if due or (watch and watch.best and measured):
             settle(0)
-            _require_finite(state.params, i, run)
+            _require_finite(state, i, run)
             run.save(i, {"state": state, "stop": rule}, measured)
     settle(0)
+    _require_finite(state, i, run)
     run.finish(i, {"state": state, "stop": rule})
     return state
 
@@ -305,27 +336,36 @@ def _count(state: State) -> int:
     return int(np.max(np.asarray(state.step)))
 
 
+def _require_intervals(every: int, watch: Watch | None, stop: StopRule | None) -> None:
+    for name, value in {"every": every, "watch.every": watch.every if watch else 1}.items():
+        if value < 1:
+            raise ArgumentError(f"{name} is {value}, expected a number of steps, 1 or more")
+    if stop and not watch:
+        raise ArgumentError("a stop rule without a watch would never be asked; give fit both")
+
+
 def _checked_stride(stride: int, i: int, steps: int, every: int, watch: Watch | None) -> int:
     if stride < 1:
-        raise ValueError(f"the step advanced state.step by {stride}, expected 1 or more: add to state.step in the step")
+        raise ArgumentError(f"the step advanced state.step by {stride}, expected 1 or more: add to state.step in it")
     wanted = {"steps": steps - i, "every": every, "watch.every": watch.every if watch else stride}
     for name, value in wanted.items():
         if value % stride:
-            raise ValueError(f"{name} leaves {value} steps, expected a multiple of the {stride} steps of one call")
+            raise ArgumentError(f"{name} leaves {value} steps, expected a multiple of the {stride} steps of one call")
     return stride
 
 
-def _require_finite(params: Tree, step: int, run: Recorder) -> None:
-    if not _all_finite(params):
+def _require_finite(state: State, step: int, run: Recorder) -> None:
+    if not _all_finite((state.params, state.extra)):
         raise NonFiniteError(
-            f"a parameter is NaN or infinite at step {step}, expected finite numbers; {run.last_saved()}; "
-            "lower the learning rate"
+            f"a parameter or statistic is NaN or infinite at step {step}, expected finite numbers; "
+            f"{run.last_saved()}; lower the learning rate"
         )
 
 
 @jax.jit
-def _all_finite(params: Tree) -> Array:
-    return jnp.all(jnp.array([jnp.isfinite(p).all() for p in jax.tree.leaves(params)]))
+def _all_finite(tree: Tree) -> Array:
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.all(jnp.array([jnp.isfinite(x).all() for x in floats]))
 
 
 def evaluate(

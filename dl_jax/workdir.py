@@ -14,6 +14,8 @@ from etils import epath
 
 from dl_jax.errors import InputError
 
+DEEPEST = 3  # levels of child runs: cell / seed and one more
+
 
 @contextlib.contextmanager
 def work_directory(workdir: str | None, identity: dict, script: Path, distributed: bool) -> Iterator[epath.Path | None]:
@@ -62,19 +64,34 @@ def locked(directory: epath.Path, workdir: str) -> Iterator[None]:
 
 
 def claim_directory(directory: epath.Path, identity: dict, script: Path) -> None:
-    """Writes what this run is; raises InputError where the folder holds another one."""
+    """Writes what this run is; raises InputError where the folder holds the fits of another one."""
     config = directory / "config.json"
     wanted = json.loads(json.dumps(identity))
-    if config.exists():
-        found = json.loads(config.read_text())
-        differing = differences(found, wanted)
+    if has_begun(directory):
+        differing = differences(read_config(config), wanted)
         if differing:
             raise InputError(
                 f"--workdir {directory} holds another run: {'; '.join(differing)}; use those values, or another folder"
             )
         return
-    config.write_text(json.dumps(wanted, indent=2) + "\n")
     (directory / script.name).write_text(script.read_text())
+    (directory / "config.json.new").write_text(json.dumps(wanted, indent=2) + "\n")
+    (directory / "config.json.new").replace(config)
+
+
+def has_begun(directory: epath.Path) -> bool:
+    """Whether a fit is recorded here. A run that ended before its first fit leaves nothing to lose."""
+    return any(any(directory.glob("*/" * depth + "metrics.jsonl")) for depth in range(DEEPEST + 1))
+
+
+def read_config(config: epath.Path) -> dict[str, Any]:
+    """What the run in this folder is. Raises InputError where that cannot be read."""
+    try:
+        return json.loads(config.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{config} is missing or damaged ({error}), expected what the run is; restore it or use another folder"
+        ) from error
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

@@ -129,10 +129,10 @@ def test_what_a_claim_is_given_is_no_change_of_the_preset(call):
 def test_a_finished_run_is_restored_without_a_step(call, tmp_path, monkeypatch):
     flags = ("--preset", "paper", "--seeds", "1", "--workdir", str(tmp_path))
     call(*flags)
-    first = json.loads((tmp_path / "result.json").read_text())["measured"]
+    first = (tmp_path / "result.json").read_text()
     monkeypatch.setattr(sys.modules[__name__], "loss", None)  # another step would fail
     assert call(*flags)[0] == 0
-    assert json.loads((tmp_path / "result.json").read_text())["measured"] == first
+    assert (tmp_path / "result.json").read_text() == first
 
 
 def test_a_crash_is_status_1_with_its_traceback(call):
@@ -167,8 +167,26 @@ def test_another_config_in_the_folder_names_the_field(call, tmp_path):
     status, _, err = call("--seeds", "1", "--workdir", str(tmp_path), "--learning-rate", "0.2")
     assert status == 2
     assert "learning_rate is 0.1 there, 0.2 here" in one_line(err)
-    status, _, err = call("--seeds", "2", "--workdir", str(tmp_path))
-    assert "seeds is [0] there, [0, 1] here" in one_line(err)
+
+
+def test_more_seeds_go_on_in_the_same_folder(call, tmp_path):
+    flags = ("--preset", "paper", "--workdir", str(tmp_path))
+    call(*flags, "--seeds", "1")
+    assert call(*flags, "--seeds", "3")[0] == 0
+    assert json.loads((tmp_path / "result.json").read_text())["measured"]["slope"]["n"] == 3
+
+
+def test_a_run_that_never_began_gives_its_folder_free(call, tmp_path):
+    assert call("--hidden-bug", "--workdir", str(tmp_path))[0] == 1
+    assert call("--seeds", "1", "--workdir", str(tmp_path))[0] == 0
+
+
+def test_a_torn_config_is_one_line(call, tmp_path):
+    call("--seeds", "1", "--workdir", str(tmp_path))
+    (tmp_path / "config.json").write_text('{"experiment": ')
+    status, _, err = call("--seeds", "1", "--workdir", str(tmp_path))
+    assert status == 2
+    assert "config.json is missing or damaged" in one_line(err)
 
 
 def test_another_experiment_in_the_folder_is_named(call, tmp_path):
@@ -216,6 +234,7 @@ def test_a_folder_in_use(call, tmp_path):
     ("flags", "expected"),
     [
         (("--seeds", "0"), "--seeds 0, expected 1 or more"),
+        (("--checkpoint-every", "0"), "--checkpoint-every 0, expected 1 or more"),
         (("--process-id", "1"), "missing: --coordinator, --processes"),
     ],
 )
@@ -223,6 +242,16 @@ def test_flags_out_of_range(call, flags, expected):
     status, _, err = call(*flags)
     assert status == 2
     assert expected in one_line(err)
+
+
+def test_no_cluster_is_one_line(call, monkeypatch):
+    def initialize(*arguments, **options):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    status, _, err = call("--cluster")
+    assert status == 2
+    assert "cannot join a run of several processes (coordinator_address should be defined.)" in one_line(err)
 
 
 def test_a_wrong_flag_names_the_nearest(call):
@@ -261,8 +290,14 @@ def test_parse_applies_flags_on_the_preset():
 
 
 def test_the_command_leaves_out_where_things_lie():
-    found = command("vision/lenet", ["--workdir", "/a b", "--seeds", "5", "--data-dir=/x", "--dataset", "my set"])
-    assert found == "python experiments/vision/lenet.py --seeds 5 --dataset 'my set'"
+    flags = ["--workdir", "/a b", "--seeds", "5", "--data-dir=/x", "--data_dir", "/y", "--dataset", "my set"]
+    many = ["--coordinator", "host:1", "--processes=2", "--process_id", "0", "--debug"]
+    assert command("vision/lenet", [*flags, *many]) == "python experiments/vision/lenet.py --seeds 5 --dataset 'my set'"
+
+
+def test_two_presets_are_refused():
+    with pytest.raises(SystemExit, match="--preset is given twice"):
+        parse(["--preset=paper", "--preset", "quick"], PRESETS, "")
 
 
 def test_name_of_a_script():

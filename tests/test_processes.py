@@ -16,10 +16,14 @@ from dl_jax import checkpoint
 PROGRAM = Path(__file__).parent / "programs" / "two.py"
 
 
-def start(processes: int, devices: int, folder: Path, *more: str) -> list[subprocess.Popen[str]]:
+def free_address() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def start(processes: int, devices: int, folder: Path, *more: str) -> list[subprocess.Popen[str]]:
+    address = free_address()
     environment = {**os.environ, "XLA_FLAGS": ""}
     return [
         subprocess.Popen(
@@ -49,6 +53,21 @@ def test_two_processes_equal_one_and_resume_as_one(tmp_path):
     longer = finish(start(1, 1, tmp_path / "two", "-1", "16"))
     whole = finish(start(1, 4, tmp_path / "whole", "-1", "16"))
     np.testing.assert_allclose(longer, whole, atol=1e-6)
+
+
+def test_an_experiment_runs_on_two_processes(tmp_path):
+    script = PROGRAM.parents[2] / "experiments" / "vision" / "lenet.py"
+    flags = ["--preset", "smoke", "--seeds", "1", "--workdir", str(tmp_path), "--processes", "2"]
+    flags += ["--coordinator", free_address()]
+    commands = [[sys.executable, str(script), *flags, "--process-id", str(i)] for i in range(2)]
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    running = [subprocess.Popen(command, env=environment, text=True, **pipes) for command in commands]
+    ends = [process.communicate(timeout=200) for process in running]
+    assert [process.returncode for process in running] == [0, 0], ends
+    assert "test_error/plain" in ends[0][0]
+    assert "test_error" not in ends[1][0] + ends[1][1]
+    assert (tmp_path / "result.json").exists()
 
 
 def test_sigterm_to_one_saves_and_ends_both_at_the_same_step(tmp_path):

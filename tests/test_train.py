@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from dl_jax import metrics, optim
 from dl_jax.train import (
+    ArgumentError,
     NonFiniteError,
     Recorder,
     State,
@@ -231,20 +232,60 @@ def test_nan_skipped_is_as_if_the_step_had_not_changed_anything():
     assert np.isfinite(report["loss"])
 
 
-def test_skipping_for_ever_is_an_error():
+@pytest.mark.parametrize("every", [3, 100])
+def test_skipping_for_ever_is_an_error(every):
     always = lambda i: {**rows(i), "y": np.full(8, np.inf, np.float32)}
-    with pytest.raises(NonFiniteError, match="and in the 9 steps before"):
-        fit(make_step(loss, optax.adam(0.1)), start(), always, steps=100, run=Log(skip=True))
+    log = Log(skip=True)
+    with pytest.raises(NonFiniteError, match="at step 10 and in the 9 steps before"):
+        fit(make_step(loss, ADAM), start(), always, steps=100, run=log, every=every)
+    assert all(np.isnan(report["loss"]) for _, report in log.reports)
 
 
-def test_parameters_that_are_not_finite_are_not_saved():
+def test_one_lost_lane_among_others_is_an_error():
+    states = jax.tree.map(lambda *x: jnp.stack(x), start(0), start(1))
+    half = lambda i: {**{k: np.stack([v, v]) for k, v in rows(i).items()}, "y": np.float32([[1] * 8, [np.nan] * 8])}
+    with pytest.raises(NonFiniteError, match="loss is"):
+        fit(per_seed(make_step(loss, ADAM)), states, half, steps=100, run=Log(skip=True), every=4)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        ({"every": 0}, "every is 0"),
+        ({"watch": Watch(0, lambda variables: {})}, r"watch\.every is 0"),
+        ({"stop": optim.early_stopping("error", 1, mode="min")}, "a stop rule without a watch"),
+    ],
+)
+def test_intervals_that_make_no_sense(wrong, expected):
+    with pytest.raises(ArgumentError, match=expected):
+        fit(make_step(loss, ADAM), start(), rows, steps=2, **wrong)
+
+
+@pytest.mark.parametrize(("k", "expected"), [(0, "microbatches is 0"), (3, "a batch of 8 rows cannot be split into 3")])
+def test_microbatches_that_make_no_sense(k, expected):
+    with pytest.raises(ArgumentError, match=expected):
+        fit(make_step(loss, ADAM, microbatches=k), start(), rows, steps=1)
+
+
+def test_the_best_measurement_is_saved():
+    errors = iter([3.0, 1.0, 2.0])
+    log = Log()
+    watch = Watch(4, lambda variables: {"error": np.float32(next(errors))}, best=("error", "min"))
+    fit(make_step(loss, ADAM), start(), rows, steps=12, run=log, watch=watch)
+    assert [(step, float(measured["error"])) for step, _, measured in log.saves] == [(4, 3.0), (8, 1.0), (12, 2.0)]
+
+
+@pytest.mark.parametrize("place", ["params", "extra"])
+@pytest.mark.parametrize("save_at", [(2, 5), (2,)])
+def test_what_is_not_finite_is_neither_saved_nor_returned(place, save_at):
     def step(state, batch):
-        bad = jnp.where(state.step >= 3, jnp.nan, state.params["w"])
-        return state._replace(step=state.step + 1, params={"w": bad}), {"loss": jnp.zeros([])}
+        bad = {"w": jnp.where(state.step >= 3, jnp.nan, jnp.ones(2))}
+        return state._replace(step=state.step + 1, **{place: bad}), {"loss": jnp.zeros([])}
 
-    log = Log(save_at=(2, 5))
-    with pytest.raises(NonFiniteError, match="a parameter is NaN or infinite at step 5"):
-        fit(step, start(), rows, steps=10, run=log)
+    log, state = Log(save_at=save_at), start()._replace(**{place: {"w": jnp.ones(2)}})
+    at = 5 if 5 in save_at else 10
+    with pytest.raises(NonFiniteError, match=f"a parameter or statistic is NaN or infinite at step {at}"):
+        fit(step, state, rows, steps=10, run=log)
     assert [step for step, *_ in log.saves] == [2]
 
 

@@ -93,12 +93,10 @@ class TableConv(nn.Module):
         fan_in = np.array([25 * len(sources) for sources in self.inputs for _ in sources])
         kernel = self.param("kernel", fan_in_uniform(fan_in), (5, 5, len(slots)))
         bias = self.param("bias", nn.initializers.zeros, (maps_out,))
-        place = np.eye(maps_in * maps_out, dtype=np.float32)[slots]  # one 1 per row, so the product copies exactly
+        place = np.eye(maps_in * maps_out, dtype=np.float32)[slots]  # one 1 in each row: the product only copies
         dense = jnp.matmul(kernel, place, precision="highest").reshape(5, 5, maps_in, maps_out).astype(self.dtype)
-        layout = ("NHWC", "HWIO", "NHWC")
-        return ops.conv_general_dilated(image, dense, (1, 1), "VALID", dimension_numbers=layout) + bias.astype(
-            self.dtype
-        )
+        image = ops.conv_general_dilated(image, dense, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return image + bias.astype(self.dtype)
 
 
 class LeNet5(nn.Module):
@@ -127,7 +125,8 @@ class LeNet5(nn.Module):
         x = jnp.pad(image, ((0, 0), (border, border), (border, border), (0, 0)))
         x = (1.275 * x - 0.1).astype(self.dtype)  # [B, 32, 32, 1]
         c1 = nn.Conv(
-            *(6, (5, 5)),
+            features=6,
+            kernel_size=(5, 5),
             padding="VALID",
             dtype=self.dtype,
             kernel_init=fan_in_uniform(25),

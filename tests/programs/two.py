@@ -40,7 +40,7 @@ def loss(variables, batch, key):
     return losses.cross_entropy(logits, batch["label"]).mean(), ({}, {})
 
 
-mesh = parallel.data_mesh()
+mesh = parallel.data_mesh(jax.devices()[::2] + jax.devices()[1::2])  # as scattered as a TPU slice lists them
 tx = optax.adam(0.05)
 state = parallel.replicated(init_state(jax.random.key(0), {"params": {"w": jnp.zeros((5, 3))}}, tx), mesh)
 rows = parallel.process_rows(16, mesh)
