@@ -3,12 +3,14 @@
     python benchmarks/train_step.py            some ten minutes on 2 cores; PyTorch's rows where torch is installed
     python benchmarks/train_step.py --quick    a minute, to see that it runs; its ratios mean little
 
-Each row is a ratio measured in one run, its contestants interleaved. Times per step are medians.
+Each row is a ratio measured in one run, its contestants interleaved. Times per step are medians. Times are of the wall
+clock: run it on a machine that has nothing else to do.
 """
 
 import argparse
 import functools
 import importlib.util
+import os
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))  # contestants import this module from processes of their own
 
 from benchmarks.contest import Block, Contestant, Times, compete, ratio
+from dl_jax.host import processor
 
 BATCH = 128
 EPOCH = 468  # steps over MNIST's 60,000 digits
@@ -190,6 +193,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few and short rounds, without PyTorch")
     quick = parser.parse_args().quick
     torch = importlib.util.find_spec("torch") is not None and not quick
+    print(f"{os.cpu_count()} cores of {processor()}, load average {os.getloadavg()[0]:.1f} before the start")
     times = compete(contestants(torch), *((5, 2) if quick else (100, 15)))
     for name, (seconds, peak) in times.items():
         step = np.median(seconds)

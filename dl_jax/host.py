@@ -49,8 +49,19 @@ def git_state(folder: Path) -> dict[str, Any]:
 
 
 def device() -> str:
+    """What computes: "8 x TPU v4", "1 x cpu (2 cores of Intel(R) Xeon(R) Processor @ 2.50GHz)"."""
     kind, n = jax.devices()[0].device_kind, jax.device_count()
-    return f"{n} x {kind}" + (f" ({os.cpu_count()} cores {platform.machine()})" if kind == "cpu" else "")
+    return f"{n} x {kind}" + (f" ({os.cpu_count()} cores of {processor()})" if kind == "cpu" else "")
+
+
+def processor() -> str:
+    """The CPU's name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return (names or [platform.processor() or platform.machine()])[0]
 
 
 def versions() -> dict[str, str]:
