@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,12 @@ SCRIPTS = sorted(FOLDER.rglob("*.py"))
 
 
 def module(path: Path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = "experiment_" + "_".join(path.relative_to(FOLDER).with_suffix("").parts)
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
+    sys.modules[name] = loaded  # where inspect looks for the source
     spec.loader.exec_module(loaded)
     return loaded
 
