@@ -56,7 +56,7 @@ class Config:
 
 PRESETS = {
     "paper": Config(),
-    "quick": Config(dataset="digits", steps=300, distorted_steps=600, watch_every=300),
+    "quick": Config(dataset="digits", steps=400, distorted_steps=600, batch_size=64, warmup=0.3, watch_every=200),
     "smoke": Config(dataset="digits", train_split="train[:64]", test_split="test[:40]", steps=4, distorted_steps=4,
                     batch_size=16, watch_every=2),
 }  # fmt: skip
