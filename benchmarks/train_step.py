@@ -1,6 +1,6 @@
 """What a train step costs: the loop over the bare step, the input pipeline over the step, JAX against PyTorch.
 
-    python benchmarks/train_step.py            some ten minutes on 2 cores; PyTorch's rows where torch is installed
+    python benchmarks/train_step.py            some six minutes on 2 cores; PyTorch's rows where torch is installed
     python benchmarks/train_step.py --quick    a minute, to see that it runs; its ratios mean little
 
 Each row is a ratio measured in one run, its contestants interleaved. Times per step are medians. Times are of the wall
@@ -194,7 +194,7 @@ def main() -> None:
     quick = parser.parse_args().quick
     torch = importlib.util.find_spec("torch") is not None and not quick
     print(f"{os.cpu_count()} cores of {processor()}, load average {os.getloadavg()[0]:.1f} before the start")
-    times = compete(contestants(torch), *((5, 2) if quick else (100, 15)))
+    times = compete(contestants(torch), *((5, 2) if quick else (50, 11)))
     for name, (seconds, peak) in times.items():
         step = np.median(seconds)
         print(f"{name:<24} {1e3 * step:8.2f} ms/step {BATCH / step:10.0f} examples/s {peak:6.0f} MiB at most")
