@@ -108,7 +108,8 @@ class ArgumentError(ValueError):
 def init_state(key: Array, variables: Tree, tx: optax.GradientTransformation) -> State:
     """A state at step 0 from what `module.init` returned."""
     extra = {name: value for name, value in variables.items() if name != "params"}
-    return State(jnp.zeros([], jnp.int32), variables["params"], extra, tx.init(variables["params"]), key)
+    opt_state = jax.jit(tx.init)(variables["params"])  # one program, where eager zeros are one for each shape
+    return State(jnp.zeros([], jnp.int32), variables["params"], extra, opt_state, key)
 
 
 def make_step(loss: Loss, tx: optax.GradientTransformation, microbatches: int = 1) -> Step:
@@ -288,7 +289,7 @@ def fit(
     run = run or Recorder()
     step = jax.tree_util.Partial(step)
     saved = run.start({"state": state, "stop": stop.init() if stop else {}}, steps, watch.best if watch else None)
-    state, rule = jax.tree.map(jnp.copy, saved["state"]), saved["stop"]  # our copy, so that donation eats no caller's
+    state, rule = _copied(saved["state"]), saved["stop"]  # our copy, so that donation eats no caller's
     i, stride, window = _count(state), 0, _Window()
     pending: collections.deque[tuple[int, _Row, np.ndarray]] = collections.deque()
 
@@ -329,6 +330,11 @@ def fit(
     _require_finite(state, i, run)
     run.finish(i, {"state": state, "stop": rule})
     return state
+
+
+@jax.jit
+def _copied(state: State) -> State:
+    return jax.tree.map(jnp.copy, state)
 
 
 def _count(state: State) -> int:
