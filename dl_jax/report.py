@@ -161,12 +161,6 @@ class TensorBoard:
         figure.savefig(stream, format="png")
         self._png(name, step, stream.getvalue())
 
-    def text(self, name: str, step: int, text: str) -> None:
-        """A text, shown as Markdown."""
-        from tensorboardX.summary import text as text_summary
-
-        self._add(step, summary=text_summary(name, text))
-
     def flush(self) -> None:
         self._writer.flush()
         self._place.upload()

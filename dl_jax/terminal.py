@@ -61,13 +61,6 @@ class Progress:
             self._first = self._first or self._marks[0]
             self._draw(*self._marks[0], ends=False)
 
-    def note(self, text: str) -> None:
-        """Prints a line of text above the bar."""
-        if self._bar:
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(text, file=self._file, flush=True)
-
     def close(self) -> None:
         """Draws the last state with the mean speed. A second call does nothing."""
         if self._first:

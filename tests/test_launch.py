@@ -1,5 +1,6 @@
 """The command line of an experiment: flags, exit statuses, the folder of a run, and one clear line for bad input."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -12,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 
 from dl_jax import checkpoint
 from dl_jax.claims import Claim
 from dl_jax.launch import command, launch, name_of, parse
 from dl_jax.run import Run, Settings
-from dl_jax.train import fit, init_state, make_step
+from dl_jax.train import Watch, fit, init_state, make_step
 from dl_jax.workdir import differences
 
 
@@ -311,6 +313,19 @@ def test_differences_names_nested_fields_and_missing_ones():
         "c is 2 there, not set here",
         "d is not set there, 2 here",
     ]
+
+
+def test_a_run_keeps_its_best_checkpoint_beside_the_newest(tmp_path):
+    tx = optax.sgd(0.1)
+    state = init_state(jax.random.key(0), {"params": {"w": jnp.zeros(1)}}, tx)
+    batches = lambda i: {"x": np.ones(4, np.float32), "y": np.ones(4, np.float32)}
+    errors = iter([3.0, 1.0, np.nan, 2.0, 4.0, 5.0])
+    watch = Watch(2, lambda variables: {"error": np.float32(next(errors))}, best=("error", "min"))
+    with contextlib.closing(Run(epath.Path(tmp_path))) as run:
+        fit(make_step(loss, tx), state, batches, steps=12, run=run, watch=watch)
+    folder = tmp_path / "checkpoints"
+    assert checkpoint.best_step(str(folder)) == 4
+    assert sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) == [4, 10, 12]
 
 
 def test_a_run_holds_one_fit():
