@@ -84,6 +84,37 @@ def proximal_elastic_net(
     return optax.GradientTransformation(init, update)
 
 
+def max_norm(limit: float, where: Where = is_kernel) -> optax.GradientTransformation:
+    """Scales each unit's incoming weights back to the Euclidean norm `limit` where an update took them beyond it.
+
+    A unit is an entry of a kernel's last axis. Goes last in the chain (Srebro & Shraibman 2005; with dropout Hinton et
+    al. 2012, arXiv:1207.0580, section 2). Raises InputError where `limit` is not positive and, at init, where `where`
+    chooses nothing.
+    """
+    if not limit > 0:
+        raise InputError(f"max_norm: limit is {limit}, expected a positive norm; leave the transform out for none")
+
+    def init(params: Tree) -> optax.EmptyState:
+        chosen(params, where)
+        return optax.EmptyState()
+
+    def update(updates: Tree, state: Any, params: Tree | None = None) -> tuple[Tree, optax.EmptyState]:
+        if params is None:
+            raise ValueError("max_norm: update got no params, expected those that the updates are added to")
+
+        def project(p: Array, u: Array, yes: bool) -> Array:
+            if not yes:
+                return u
+            new = p + u  # [..., units]
+            squares = jnp.sum(new**2, axis=tuple(range(new.ndim - 1)), keepdims=True)
+            over = squares > limit**2
+            return jnp.where(over, new * limit * jax.lax.rsqrt(jnp.where(over, squares, 1.0)) - p, u)
+
+        return jax.tree.map(project, params, updates, chosen(params, where)), state
+
+    return optax.GradientTransformation(init, update)
+
+
 class Stopping(NamedTuple):
     """State of `early_stopping`: numpy arrays, [] or [S], saved with the training state."""
 

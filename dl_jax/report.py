@@ -63,7 +63,7 @@ class JsonLines:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._place = _Place(path)
         old = path.read_bytes() if path.exists() else b""
-        kept = b"".join(line for line in old.splitlines(keepends=True) if _belongs(line, resume_step))
+        kept = b"".join(_kept(old, resume_step))
         local = self._place.local
         if kept != old or not local.exists():
             new = local.with_name(local.name + ".new")
@@ -84,6 +84,16 @@ class JsonLines:
     def close(self) -> None:
         self._file.close()
         self._place.close()
+
+
+def read_lines(path: epath.PathLike, resume_step: int) -> list[dict[str, Any]]:
+    """The records that a `JsonLines` at `path` goes on from: those of steps up to `resume_step`."""
+    path = epath.Path(path)
+    return [json.loads(line) for line in _kept(path.read_bytes(), resume_step)] if path.exists() else []
+
+
+def _kept(content: bytes, resume_step: int) -> list[bytes]:
+    return [line for line in content.splitlines(keepends=True) if _belongs(line, resume_step)]
 
 
 def _belongs(line: bytes, resume_step: int) -> bool:

@@ -7,14 +7,16 @@ Only process 0 writes text; all processes take part in checkpoints.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
 from dl_jax.checkpoint import Checkpoints
-from dl_jax.report import JsonLines, TensorBoard
+from dl_jax.errors import InputError, nearest
+from dl_jax.report import JsonLines, TensorBoard, read_lines
 from dl_jax.terminal import Progress
 from dl_jax.train import Best, Measurements, Recorder, Tree
 
@@ -60,6 +62,7 @@ class Run(Recorder):
         self._board: TensorBoard | None = None
         self._lines: JsonLines | None = None
         self._progress: Progress | None = None
+        self._reported: list[tuple[int, Mapping[str, Any]]] = []
         self._step = -1  # the last one heard of; -1 before the fit
         self._saved: int | None = None
         self._ending = False
@@ -83,6 +86,9 @@ class Run(Recorder):
             restored = self._checkpoints.restore(tree)
             self._saved, tree = restored or (None, tree)
         self._step = self._saved or 0
+        if self.directory:
+            earlier = read_lines(self.directory / "metrics.jsonl", self._step)
+            self._reported = [(record["step"], record) for record in earlier]
         if jax.process_index() == 0:
             self._progress = Progress(self.name or "train", self._step, steps, self.settings.batch_size)
             if self.directory:
@@ -117,6 +123,7 @@ class Run(Recorder):
             raise Preempted
 
     def report(self, step: int, metrics: Measurements) -> None:
+        self._reported.append((step, metrics))
         if self._progress:
             self._progress.update(step, metrics)
         if self._lines:
@@ -132,6 +139,21 @@ class Run(Recorder):
         if self._progress:
             self._progress.close()
             self._progress = None
+
+    def history(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """What the fit reported as `name`, in earlier attempts too: steps int [n], values float64 [n] or [n, S].
+
+        What was not finite is NaN. Raises InputError if nothing of that name was reported.
+        """
+        found = [(step, metrics[name]) for step, metrics in self._reported if name in metrics]
+        if not found:
+            known = {key for _, metrics in self._reported for key in metrics}
+            raise InputError(
+                f"run {self.name!r} has no history of {name!r}, expected one of {', '.join(sorted(known))}"
+                f"{nearest(name, known)}"
+            )
+        values = np.array([value for _, value in found], np.float64)  # JSON's null becomes NaN
+        return np.array([step for step, _ in found]), np.where(np.isfinite(values), values, np.nan)
 
     def last_saved(self) -> str:
         if self._saved is None:

@@ -78,3 +78,13 @@ def test_other_labels_are_refused(label, message):
         data.check_labels({"label": np.array(label)}, "scans", classes=10)
     with pytest.raises(InputError, match="columns image, expected class labels"):
         data.check_labels({"image": np.zeros(3)}, "scans", classes=10)
+
+
+def test_grey_pictures_are_the_digits_enlarged_and_their_labels(tmp_path):
+    pictures = data.grey_pictures("digits", "train[:50]", cache_dir=str(tmp_path))
+    raw = data.load("digits", "train[:50]", cache_dir=str(tmp_path))
+    assert set(pictures) == {"image", "label"}
+    np.testing.assert_array_equal(pictures["image"], data.enlarge(raw["image"], 28))
+    np.testing.assert_array_equal(pictures["label"], raw["label"])
+    with pytest.raises(InputError, match="expected 0 to 4"):
+        data.grey_pictures("digits", "train[:50]", classes=5, cache_dir=str(tmp_path))

@@ -16,11 +16,11 @@ ORDER = (
     {"models", "data", "compress", "export"}
     | {"checkpoint", "checkpoint_files", "checkpoint_leaves"}
     | {"report", "terminal", "figures", "results", "record", "catalogue", "claims"},
-    {"train", "losses", "metrics", "optim", "augment", "parallel", "ops"},
+    {"train", "losses", "metrics", "optim", "augment", "parallel", "ops", "sample", "likelihood"},
     {"errors"},
 )
 ON_JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex", "qwix", "jax2onnx"}
-SLOW = {"orbax", "grain", "tensorflow_datasets", "matplotlib", "tensorboardX", "qwix", "jax2onnx", "onnxruntime"}
+SLOW = {"orbax", "grain", "tensorflow_datasets", "matplotlib", "tensorboardX", "qwix", "jax2onnx", "onnx", "onnxruntime", "scipy"}
 FOREIGN = {"tensorflow", "torch"}
 
 

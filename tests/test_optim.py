@@ -299,3 +299,33 @@ def test_proximal_needs_the_parameters():
     tx = optim.proximal_elastic_net(0.1, 1.0, where=is_kernel)
     with pytest.raises(ValueError, match="no params"):
         tx.update({"kernel": jnp.ones(2)}, tx.init({"kernel": jnp.ones(2)}))
+
+
+def test_max_norm_bounds_every_unit_and_leaves_the_others_alone():
+    random = np.random.default_rng(0)
+    for shape in ((5, 4), (3, 3, 2, 4)):
+        params = {"kernel": jnp.asarray(random.normal(size=shape), jnp.float32), "bias": jnp.full(4, 9.0)}
+        updates = {"kernel": jnp.asarray(random.normal(size=shape), jnp.float32), "bias": jnp.ones(4)}
+        free = np.asarray(params["kernel"] + updates["kernel"], np.float64)
+        norms = np.sqrt((free**2).sum(tuple(range(len(shape) - 1))))
+        limit = float(np.median(norms))  # two units are beyond it, two are not
+        tx = optim.max_norm(limit)
+        moved, _ = jax.jit(tx.update)(updates, tx.init(params), params)
+        new = np.asarray(optax.apply_updates(params, moved)["kernel"], np.float64)
+        np.testing.assert_allclose(new, np.where(norms > limit, free * limit / norms, free), rtol=1e-5)
+        np.testing.assert_array_equal(moved["bias"], updates["bias"])
+        inside = np.flatnonzero(norms < limit)
+        np.testing.assert_array_equal(moved["kernel"][..., inside], updates["kernel"][..., inside])
+
+
+def test_max_norm_of_a_unit_without_weights_has_a_finite_gradient_free_update():
+    params = {"kernel": jnp.zeros((3, 2))}
+    tx = optim.max_norm(1.0)
+    moved, _ = tx.update({"kernel": jnp.zeros((3, 2))}, tx.init(params), params)
+    np.testing.assert_array_equal(moved["kernel"], np.zeros((3, 2)))
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0, float("nan")])
+def test_max_norm_needs_a_positive_limit(limit):
+    with pytest.raises(InputError, match=r"max_norm: limit is .*expected a positive norm"):
+        optim.max_norm(limit)

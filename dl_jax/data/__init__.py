@@ -8,7 +8,7 @@ stream(7)                                            # the batch of step 7, the 
 from dl_jax.data.batches import Columns, Stream, batches, epoch, per_seed, windows
 from dl_jax.data.columns import load
 from dl_jax.data.describe import Feature, Info, info
-from dl_jax.data.image import check_images, check_labels, enlarge
+from dl_jax.data.image import check_images, check_labels, enlarge, grey_pictures
 from dl_jax.data.streaming import stream
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "check_labels",
     "enlarge",
     "epoch",
+    "grey_pictures",
     "info",
     "load",
     "per_seed",

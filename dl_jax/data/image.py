@@ -4,7 +4,26 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
+from dl_jax.data.columns import load
 from dl_jax.errors import InputError
+
+
+def grey_pictures(
+    name: str,
+    split: str,
+    size: int = 28,
+    classes: int = 10,
+    data_dir: str | None = None,
+    cache_dir: str | None = None,
+) -> dict[str, np.ndarray]:
+    """{"image": uint8 [N, size, size, 1], "label": int [N]} of a set of grey pictures of `size` or 8x8 pixels.
+
+    8x8 pictures, the bundled digits, are enlarged. Raises InputError for another kind of set.
+    """
+    records = load(name, split, data_dir, cache_dir)
+    check_images(records, name, sizes=(8, size))
+    check_labels(records, name, classes)
+    return {"image": enlarge(records["image"], size), "label": records["label"]}
 
 
 def enlarge(images: np.ndarray, size: int) -> np.ndarray:

@@ -12,18 +12,20 @@ from jax.typing import DTypeLike
 class MLP(nn.Module):
     """Fully connected layers with ReLU, each followed by dropout, then a linear layer that gives the logits.
 
-    hidden: units of each hidden layer. dropout: probability that a hidden unit is dropped in training (needs the
-    random stream "dropout").
+    hidden: units of each hidden layer. dropout, input_dropout: probability that a hidden unit, an input is dropped in
+    training (needs the random stream "dropout").
     """
 
     hidden: tuple[int, ...]
     classes: int = 10
     dropout: float = 0.0
+    input_dropout: float = 0.0
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, image: jax.Array, *, train: bool) -> jax.Array:
         x = image.reshape(len(image), -1)  # [B, H * W * C]
+        x = nn.Dropout(self.input_dropout, deterministic=not train)(x)
         for units in self.hidden:
             x = nn.relu(nn.Dense(units, dtype=self.dtype)(x))
             x = nn.Dropout(self.dropout, deterministic=not train)(x)

@@ -80,7 +80,8 @@ CLAIMS = (
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     mesh = parallel.data_mesh()
-    train, test = (load(cfg, run, split) for split in (cfg.train_split, cfg.test_split))
+    folders = {"data_dir": run.settings.data_dir, "cache_dir": run.settings.cache_dir}
+    train, test = (data.grey_pictures(cfg.dataset, split, **folders) for split in (cfg.train_split, cfg.test_split))
     model = LeNet5(dtype=jnp.dtype(cfg.compute_dtype))
     start = jax.jit(functools.partial(model.init, train=False))
     examine = functools.partial(examined, model.apply)
@@ -113,14 +114,6 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
             first = {name: column[:64] for name, column in train.items()}
             show(child, steps, see(key, first), np.rint(found["confusion"] * len(test["label"])))
     return {name: np.array(values) for name, values in errors.items()}
-
-
-def load(cfg: Config, run: Run, split: str) -> dict[str, np.ndarray]:
-    """image uint8 [N, 28, 28, 1], label int [N]."""
-    records = data.load(cfg.dataset, split, run.settings.data_dir, run.settings.cache_dir)
-    data.check_images(records, cfg.dataset, sizes=(8, 28))
-    data.check_labels(records, cfg.dataset, classes=10)
-    return {"image": data.enlarge(records["image"], 28), "label": records["label"]}
 
 
 def seen(key: jax.Array, batch: Mapping) -> Mapping:

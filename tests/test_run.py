@@ -1,0 +1,68 @@
+"""A run: what it remembers of its fit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from etils import epath
+
+from dl_jax.errors import InputError
+from dl_jax.run import Preempted, Run, Settings
+from dl_jax.train import Watch, fit, init_state, make_step
+
+
+def quadratic(run: Run, steps: int = 9):
+    """Fits one number, reports its loss at every step and twice the number at every third."""
+    loss = lambda variables, batch, key: ((variables["params"]["w"] - 1) ** 2, ({}, {}))
+    tx = optax.sgd(0.1)
+    state = init_state(jax.random.key(0), {"params": {"w": jnp.zeros([])}}, tx)
+    measure = lambda variables: {"double": 2 * np.asarray(variables["params"]["w"])}
+    return fit(make_step(loss, tx), state, lambda step: {}, steps=steps, run=run, every=1, watch=Watch(3, measure))
+
+
+def test_history_holds_every_report_of_a_name():
+    run = Run()
+    quadratic(run)
+    steps, losses = run.history("loss")
+    assert steps.tolist() == list(range(1, 10))
+    np.testing.assert_allclose(losses, 0.64 ** np.arange(9), rtol=1e-5)
+    steps, doubles = run.history("double")
+    assert steps.tolist() == [3, 6, 9]
+    np.testing.assert_allclose(doubles, 2 * (1 - 0.8 ** np.array([3, 6, 9])), rtol=1e-5)
+
+
+def test_history_is_that_of_an_undisturbed_run_after_a_resume_and_after_the_end(tmp_path):
+    whole = Run()
+    quadratic(whole)
+    interrupted = Run(epath.Path(tmp_path), Settings(checkpoint_every=2, preempted=lambda step: step == 4))
+    with pytest.raises(Preempted):
+        quadratic(interrupted)
+    interrupted.close()
+    for _ in range(2):  # goes on from step 4, then finds the fit complete
+        run = Run(epath.Path(tmp_path))
+        quadratic(run)
+        run.close()
+        for name in ("loss", "double"):
+            np.testing.assert_array_equal(run.history(name), whole.history(name))
+
+
+def test_history_keeps_the_seeds_apart_and_calls_nan_what_was_not_finite(tmp_path):
+    for _ in range(2):
+        run = Run(epath.Path(tmp_path))
+        tree = {"w": np.zeros(2)}
+        run.start(tree, 2, None)
+        if run.last_saved() == "nothing was saved":
+            run.report(1, {"error": np.array([0.5, np.inf])})
+            run.save(2, tree, {})
+        run.close()
+        steps, errors = run.history("error")
+        assert steps.tolist() == [1]
+        np.testing.assert_array_equal(errors, [[0.5, np.nan]])
+
+
+def test_a_wrong_name_is_one_clear_error():
+    run = Run()
+    quadratic(run)
+    with pytest.raises(InputError, match=r"no history of 'los', expected one of .*loss.*; did you mean loss"):
+        run.history("los")
