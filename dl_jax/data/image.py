@@ -11,10 +11,11 @@ from dl_jax.errors import InputError
 def grey_pictures(
     name: str,
     split: str,
-    size: int = 28,
-    classes: int = 10,
     data_dir: str | None = None,
     cache_dir: str | None = None,
+    *,
+    size: int = 28,
+    classes: int = 10,
 ) -> dict[str, np.ndarray]:
     """{"image": uint8 [N, size, size, 1], "label": int [N]} of a set of grey pictures of `size` or 8x8 pixels.
 

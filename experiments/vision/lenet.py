@@ -80,8 +80,8 @@ CLAIMS = (
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     mesh = parallel.data_mesh()
-    folders = {"data_dir": run.settings.data_dir, "cache_dir": run.settings.cache_dir}
-    train, test = (data.grey_pictures(cfg.dataset, split, **folders) for split in (cfg.train_split, cfg.test_split))
+    folders = run.settings.data_dir, run.settings.cache_dir
+    train, test = (data.grey_pictures(cfg.dataset, split, *folders) for split in (cfg.train_split, cfg.test_split))
     model = LeNet5(dtype=jnp.dtype(cfg.compute_dtype))
     start = jax.jit(functools.partial(model.init, train=False))
     examine = functools.partial(examined, model.apply)

@@ -1,0 +1,1 @@
+"""Smaller models: pruned, quantised, distilled, encoded, and measured for what they are."""

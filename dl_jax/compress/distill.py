@@ -1,0 +1,47 @@
+"""Distillation: a student learns the probabilities that a teacher gives to all classes, the wrong ones too."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dl_jax import losses
+from dl_jax.errors import InputError
+from dl_jax.train import Array
+
+
+def soft(student_logits: Array, teacher_logits: Array, temperature: float) -> Array:  # [B, ..., C] twice -> [B, ...]
+    """T² · cross-entropy between softmax(teacher / T) and softmax(student / T), in nats.
+
+    The gradient of the cross-entropy shrinks as 1/T², so that the factor keeps its weight against the hard labels the
+    same at every temperature (Hinton, Vinyals & Dean 2015, arXiv:1503.02531, section 2). The teacher gets no gradient.
+    Raises InputError where the two disagree on the classes or the temperature is not positive.
+    """
+    if not temperature > 0:
+        raise InputError(f"soft: temperature is {temperature}, expected a positive number; 1 leaves the logits alone")
+    if student_logits.shape[-1] != teacher_logits.shape[-1]:
+        raise InputError(
+            f"soft: the student has {student_logits.shape[-1]} classes and the teacher {teacher_logits.shape[-1]}, "
+            "expected the same; train both on the same labels"
+        )
+    targets = jax.nn.softmax(jax.lax.stop_gradient(teacher_logits).astype(jnp.float32) / temperature)
+    return temperature**2 * losses.soft_cross_entropy(student_logits / temperature, targets)
+
+
+def matched_bias(logits: np.ndarray, group: np.ndarray, frequency: float) -> float:  # [N, C], bool [C]
+    """What to add to the logits of the classes in `group` so that a fraction `frequency` of the N examples falls there.
+
+    Undoes a bias that was learned from a set with too few of these classes, or too many. Raises InputError where
+    `group` is none or all of the classes, or the frequency is no fraction.
+    """
+    if not 0 < np.count_nonzero(group) < logits.shape[1]:
+        raise InputError(
+            f"matched_bias: {np.count_nonzero(group)} of {logits.shape[1]} classes, expected some, not all"
+        )
+    if not 0 <= frequency <= 1:
+        raise InputError(f"matched_bias: frequency is {frequency}, expected a fraction in [0, 1]")
+    return float(np.quantile(margins(logits, group), frequency))
+
+
+def margins(logits: np.ndarray, group: np.ndarray) -> np.ndarray:  # [N, C], bool [C] -> [N]
+    """By how much the best class outside `group` leads the best one inside: the bias that it takes to turn each."""
+    return logits[:, ~group].max(1) - logits[:, group].max(1)
