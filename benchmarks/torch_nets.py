@@ -3,15 +3,19 @@
 Images are [B, 1, 28, 28]. `load` puts our parameters into a twin, so that a test can hold the two equal.
 """
 
+import functools
 from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
+from benchmarks.problems import HIDDEN, VOCABULARY
 from dl_jax.models import lenet
 
+Tensors = Mapping[str, torch.Tensor]
 Params = dict[str, dict[str, np.ndarray]]
 
 
@@ -80,30 +84,117 @@ def map_loss(logits: torch.Tensor, labels: torch.Tensor, rubbish: float) -> torc
     return torch.logsumexp(others, -1) - logits.gather(1, labels[:, None])[:, 0]
 
 
-def train_block(lenet: bool, compiled: bool, batch: Mapping[str, np.ndarray]) -> Callable[[int], None]:
-    """Trains LeNet-5, or the dropout MLP 1200-1200, n steps on one batch; channels last, which is never slower here.
+class VAE(nn.Module):
+    """`dl_jax.models.vae.VAE` of one hidden layer."""
 
-    batch: image float32 [B, 28, 28, 1], label int [B].
-    """
-    model = LeNet5() if lenet else MLP((1200, 1200), dropout=0.5)
+    def __init__(self, hidden: int, latents: int, pixels: int = 784) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Flatten(), nn.Linear(pixels, hidden), nn.Tanh(), nn.Linear(hidden, 2 * latents))
+        self.decoder = nn.Sequential(nn.Linear(latents, hidden), nn.Tanh(), nn.Linear(hidden, pixels))
+
+    def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits [B, pixels], mean and log variance [B, latents]."""
+        mean, log_sigma = self.encoder(image).chunk(2, -1)
+        noise = torch.randn_like(mean) if self.training else torch.zeros_like(mean)
+        return self.decoder(mean + torch.exp(log_sigma) * noise), mean, 2 * log_sigma
+
+    def load(self, params: dict[str, Params]) -> None:
+        for twin, ours in ((self.encoder, params["encoder"]), (self.decoder, params["decoder"])):
+            dense = [layer for layer in twin if isinstance(layer, nn.Linear)]
+            for i, layer in enumerate(dense):
+                _copy(layer, ours[f"Dense_{i}"])
+
+
+class CharLM(nn.Module):
+    """`dl_jax.models.rnn.CharLM`; `cell` is nn.RNN, nn.GRU or nn.LSTM."""
+
+    def __init__(self, cell: Callable[..., nn.Module], vocabulary: int, hidden: int, layers: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, hidden)
+        self.recurrent = cell(hidden, hidden, layers, batch_first=True)
+        self.dense = nn.Linear(hidden, vocabulary)
+
+    def forward(self, token: torch.Tensor) -> torch.Tensor:
+        return self.dense(self.recurrent(self.embed(token))[0])
+
+    def load(self, params: dict[str, Any]) -> None:
+        """Where the cell has one bias for both projections it goes into the input's."""
+        with torch.no_grad():
+            self.embed.weight.copy_(torch.tensor(np.asarray(params["Embed_0"]["embedding"])))
+            for name, weight in self.recurrent.named_parameters():  # weight_ih_l0, bias_hh_l1, ...
+                kind, side, layer = name.split("_")
+                ours = params["Recurrent_0"][f"forward_{layer[1:]}"]
+                ours = ours["input"] if side == "ih" else ours
+                if kind == "weight":
+                    weight.copy_(torch.tensor(np.asarray(ours["kernel"]).T.copy()))
+                else:
+                    weight.copy_(torch.tensor(np.asarray(ours["bias"]))) if "bias" in ours else weight.zero_()
+        _copy(self.dense, params["Dense_0"])
+
+
+def cross_entropy(model: nn.Module, batch: Tensors) -> torch.Tensor:
+    return functional.cross_entropy(model(batch["image"]), batch["label"])
+
+
+def reading_loss(model: nn.Module, batch: Tensors) -> torch.Tensor:
+    return map_loss(model(batch["image"]), batch["label"], 10.0).mean()
+
+
+def negative_elbo(model: nn.Module, batch: Tensors) -> torch.Tensor:
+    logits, mean, log_var = model(batch["image"])
+    pixels = functional.binary_cross_entropy_with_logits(logits, batch["image"].flatten(1), reduction="sum")
+    return (pixels + 0.5 * (mean**2 + log_var.exp() - log_var - 1).sum()) / len(mean)
+
+
+def next_character(model: nn.Module, batch: Tensors) -> torch.Tensor:
+    return functional.cross_entropy(model(batch["token"]).flatten(0, 1), batch["target"].flatten())
+
+
+class Twin(NamedTuple):
+    """A network, its loss and its optimiser."""
+
+    model: Callable[[], nn.Module]
+    loss: Callable[[nn.Module, Tensors], torch.Tensor]
+    optimizer: Callable[[Any], torch.optim.Optimizer]
+
+
+SGD = functools.partial(torch.optim.SGD, lr=1e-3, momentum=0.9, foreach=True)
+ADAM = functools.partial(torch.optim.Adam, lr=1e-3, foreach=True)
+language = functools.partial(CharLM, vocabulary=VOCABULARY, hidden=HIDDEN, layers=2)
+TWINS = {
+    "MLP": Twin(functools.partial(MLP, (1200, 1200), dropout=0.5), cross_entropy, SGD),
+    "LeNet-5": Twin(LeNet5, reading_loss, SGD),
+    "VAE": Twin(functools.partial(VAE, 500, 20), negative_elbo, ADAM),
+    "RNN": Twin(functools.partial(language, nn.RNN), next_character, ADAM),
+    "GRU": Twin(functools.partial(language, nn.GRU), next_character, ADAM),
+    "LSTM": Twin(functools.partial(language, nn.LSTM), next_character, ADAM),
+}
+
+
+def train_block(twin: Twin, compiled: bool, batch: Mapping[str, np.ndarray]) -> Callable[[int], None]:
+    """Trains `twin` n steps on one batch; pictures channels last, which is never slower here."""
+    model = twin.model()
     nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)
-    image = torch.from_numpy(batch["image"]).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-    label = torch.from_numpy(batch["label"]).long()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, foreach=True)
-
-    def loss(image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        logits = model(image)
-        return map_loss(logits, label, 10.0).mean() if lenet else functional.cross_entropy(logits, label)
-
+    tensors = {name: tensor(column) for name, column in batch.items()}
+    optimizer = twin.optimizer(model.parameters())
+    loss = functools.partial(twin.loss, model)
     objective = torch.compile(loss) if compiled else loss
 
     def block(n: int) -> None:
         for _ in range(n):
             optimizer.zero_grad(set_to_none=True)
-            objective(image, label).backward()
+            objective(tensors).backward()
             optimizer.step()
 
+    block(5)
     return block
+
+
+def tensor(column: np.ndarray) -> torch.Tensor:
+    """Integers as int64, pictures [B, H, W, C] as [B, C, H, W]."""
+    if np.issubdtype(column.dtype, np.integer):
+        return torch.from_numpy(column).long()
+    return torch.from_numpy(column).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
 
 def _squash(x: torch.Tensor) -> torch.Tensor:

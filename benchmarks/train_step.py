@@ -1,6 +1,6 @@
 """What a train step costs: the loop over the bare step, the input pipeline over the step, JAX against PyTorch.
 
-    python benchmarks/train_step.py            some six minutes on 2 cores; PyTorch's rows where torch is installed
+    python benchmarks/train_step.py            some fifteen minutes on 2 cores; PyTorch's rows where torch is installed
     python benchmarks/train_step.py --quick    a minute, to see that it runs; its ratios mean little
 
 Each row is a ratio measured in one run, its contestants interleaved. Times per step are medians. Times are of the wall
@@ -15,59 +15,26 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # contestants import this module from processes of their own
 
 from benchmarks.contest import Block, Contestant, Times, compete, ratio
+from benchmarks.problems import BATCH, PROBLEMS
 from dl_jax.host import processor
 
-BATCH = 128
 EPOCH = 468  # steps over MNIST's 60,000 digits
 
 
-def pictures(n: int = BATCH) -> dict[str, np.ndarray]:
-    """image float32 [n, 28, 28, 1], label int32 [n]: the cost of a step does not depend on what is in them."""
-    random = np.random.default_rng(0)
-    return {
-        "image": random.random((n, 28, 28, 1), np.float32),
-        "label": random.integers(0, 10, n).astype(np.int32),
-    }
-
-
-def problem(lenet: bool):
-    """(train step, initial state) of LeNet-5 as published or of the dropout MLP 1200-1200, SGD with momentum."""
-    import jax
-    import optax
-
-    from dl_jax import losses
-    from dl_jax.models.lenet import LeNet5, map_loss
-    from dl_jax.models.mlp import MLP
-    from dl_jax.train import init_state, make_step
-
-    model = LeNet5() if lenet else MLP((1200, 1200), dropout=0.5)
-    per_example = functools.partial(map_loss, rubbish=10.0) if lenet else losses.cross_entropy
-
-    def loss(variables, batch, key):
-        image = batch["image"] if batch["image"].dtype == np.float32 else batch["image"].astype(np.float32) / 255
-        logits: Any = model.apply(variables, image, train=True, rngs={"dropout": key})
-        return per_example(logits, batch["label"]).mean(), ({}, {})
-
-    tx = optax.sgd(1e-3, momentum=0.9)
-    variables = jax.jit(lambda key: model.init(key, pictures(1)["image"], train=False))(jax.random.key(0))
-    return make_step(loss, tx), init_state(jax.random.key(1), variables, tx)
-
-
-def with_fit(lenet: bool, batches=None) -> Block:
+def with_fit(name: str, batches=None) -> Block:
     """Steps driven by `fit`, as an experiment does."""
     import jax
 
     from dl_jax.train import fit
 
-    step, state = problem(lenet)
-    resident = jax.device_put(pictures())
+    step, state = PROBLEMS[name].step()
+    resident = jax.device_put(PROBLEMS[name].batch())
     batches = batches or (lambda i: resident)
 
     def block(n: int) -> None:
@@ -78,12 +45,12 @@ def with_fit(lenet: bool, batches=None) -> Block:
     return block
 
 
-def bare(lenet: bool) -> Block:
+def bare(name: str) -> Block:
     """The same compiled step in the barest loop."""
     import jax
 
-    step, state = problem(lenet)
-    step, batch = jax.jit(step, donate_argnums=0), jax.device_put(pictures())
+    step, state = PROBLEMS[name].step()
+    step, batch = jax.jit(step, donate_argnums=0), jax.device_put(PROBLEMS[name].batch())
 
     def block(n: int) -> None:
         nonlocal state
@@ -97,7 +64,7 @@ def bare(lenet: bool) -> Block:
 
 def from_disk() -> Block:
     """`fit` on shuffled batches of 60,000 memory-mapped uint8 pictures, cast in the step."""
-    return with_fit(True, stream())
+    return with_fit("LeNet-5", stream())
 
 
 def stream():
@@ -130,13 +97,11 @@ def pipeline_alone() -> Block:
     return block
 
 
-def torch_step(lenet: bool, compiled: bool) -> Block:
-    """The same network, loss and optimiser in PyTorch, channels last."""
-    from benchmarks.torch_nets import train_block
+def in_torch(name: str, compiled: bool) -> Block:
+    """The same network, loss and optimiser in PyTorch."""
+    from benchmarks import torch_nets
 
-    block = train_block(lenet, compiled, pictures())
-    block(5)
-    return block
+    return torch_nets.train_block(torch_nets.TWINS[name], compiled, PROBLEMS[name].batch())
 
 
 def first_step_seconds() -> float:
@@ -156,16 +121,14 @@ def first_step_seconds() -> float:
 
 def contestants(torch: bool) -> dict[str, Contestant]:
     mine: dict[str, Contestant] = {
-        "MLP bare": functools.partial(bare, False),
-        "MLP fit": functools.partial(with_fit, False),
-        "LeNet-5 bare": functools.partial(bare, True),
-        "LeNet-5 fit": functools.partial(with_fit, True),
+        **{f"{name} bare": functools.partial(bare, name) for name in ("MLP", "LeNet-5")},
+        **{f"{name} fit": functools.partial(with_fit, name) for name in PROBLEMS},
         "LeNet-5 fit from disk": from_disk,
         "pipeline alone": pipeline_alone,
     }
     theirs: dict[str, Contestant] = {
-        f"{name} torch {kind}": functools.partial(torch_step, lenet, kind == "compiled")
-        for name, lenet in (("MLP", False), ("LeNet-5", True))
+        f"{name} torch {kind}": functools.partial(in_torch, name, kind == "compiled")
+        for name in PROBLEMS
         for kind in ("eager", "compiled")
     }
     return {**mine, **(theirs if torch else {})}
@@ -181,10 +144,10 @@ def rows(times: dict[str, Times], torch: bool) -> list[tuple[str, str, str]]:
     table.append((f"epoch of LeNet-5 from disk / {EPOCH} bare steps", f"{per_epoch:.3f}", "<= 1.1"))
     supply = ratio(times["LeNet-5 bare"], times["pipeline alone"])
     table.append(("examples/s of the pipeline / of the LeNet-5 step", f"{supply:.1f}", "> 1"))
-    for name, goal in (("MLP", ">= 2.2"), ("LeNet-5", ">= 0.7, ambition 1.0")) if torch else ():
+    for name, problem in PROBLEMS.items() if torch else ():
         rivals = [times[f"{name} torch {kind}"] for kind in ("eager", "compiled")]
         best = min(rivals, key=lambda t: np.median(t.seconds))
-        table.append((f"{name}: faster PyTorch / fit", f"{ratio(best, times[f'{name} fit']):.2f}", goal))
+        table.append((f"{name}: faster PyTorch / fit", f"{ratio(best, times[f'{name} fit']):.2f}", problem.goal))
     return table
 
 
@@ -197,7 +160,7 @@ def main() -> None:
     times = compete(contestants(torch), *((5, 2) if quick else (50, 11)))
     for name, (seconds, peak) in times.items():
         step = np.median(seconds)
-        print(f"{name:<24} {1e3 * step:8.2f} ms/step {BATCH / step:10.0f} examples/s {peak:6.0f} MiB at most")
+        print(f"{name:<24} {1e3 * step:8.2f} ms/step {peak:6.0f} MiB at most")
     print()
     for what, measured, goal in rows(times, torch):
         print(f"{what:<48} {measured:>8}   goal {goal}")

@@ -33,8 +33,11 @@ def conv_general_dilated(
     """`lax.conv_general_dilated`, for `nn.Conv(conv_general_dilated=...)`: the same arguments and result.
 
     On a CPU, a plain image convolution (NHWC, HWIO) with no more input channels than its kernel has taps becomes a
-    banded matrix product, 1.1 to 3 times faster over a forward and backward pass. Every other convolution, and every
-    convolution on another platform, is lowered as it is. A non-finite input may spread to its neighbours in its image.
+    banded matrix product, 1.1 to 3 times faster over a forward and backward pass. A plain convolution of sequences
+    (NWC, WIO) with more input channels than taps becomes a product with patches: 1.3 to 2.7 times faster vmapped over
+    kernels and 20 times inside a scan, where it otherwise is 0.6 to 1.7 times as fast. Every other convolution, and
+    every convolution on another platform, is lowered as it is. A non-finite input may spread to its neighbours in its
+    image.
     """
     convolve = functools.partial(
         lax.conv_general_dilated,
@@ -47,30 +50,50 @@ def conv_general_dilated(
         precision=precision,
     )
     shape = jax.eval_shape(convolve, lhs, rhs).shape
+    layout = {3: ("NWC", "WIO", "NWC"), 4: ("NHWC", "HWIO", "NHWC")}.get(lhs.ndim)
+    few_channels = rhs.shape[-2] <= math.prod(rhs.shape[:-2])
     if (
-        lhs.ndim != 4
+        layout is None
         or dimension_numbers is None
         or lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
-        != lax.conv_dimension_numbers(lhs.shape, rhs.shape, ("NHWC", "HWIO", "NHWC"))
+        != lax.conv_dimension_numbers(lhs.shape, rhs.shape, layout)
         or feature_group_count != 1
         or any(dilation != 1 for dilation in lhs_dilation or ())
-        or rhs.shape[2] > math.prod(rhs.shape[:2])
+        or few_channels != (lhs.ndim == 4)
         or 0 in shape
     ):
         return convolve(lhs, rhs)
-    dilation = tuple(rhs_dilation or (1, 1))
+    dilation = tuple(rhs_dilation or (1,) * (lhs.ndim - 2))
     if isinstance(padding, str):
-        window = [(taps - 1) * step + 1 for taps, step in zip(rhs.shape[:2], dilation, strict=True)]
-        padding = lax.padtype_to_pads(lhs.shape[1:3], window, window_strides, padding)
-    banded = functools.partial(
-        _banded_product,
-        size=shape[1:3],
+        window = [(taps - 1) * step + 1 for taps, step in zip(rhs.shape[:-2], dilation, strict=True)]
+        padding = lax.padtype_to_pads(lhs.shape[1:-1], window, window_strides, padding)
+    products = functools.partial(
+        _banded_product if lhs.ndim == 4 else _patch_product,
+        size=shape[1:-1],
         strides=window_strides,
         padding=padding,
         dilation=dilation,
         precision=precision,
     )
-    return lax.platform_dependent(lhs, rhs, cpu=banded, default=convolve)
+    return lax.platform_dependent(lhs, rhs, cpu=products, default=convolve)
+
+
+def _patch_product(
+    sequence: jax.Array,  # [B, T, C]
+    kernel: jax.Array,  # [k, C, D]
+    *,
+    size: Sequence[int],  # T'
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+    precision: Any,
+) -> jax.Array:
+    """A convolution of sequences as one matrix product with what each output sees, [B, T', D]."""
+    sequence = lax.pad(sequence, jnp.zeros((), sequence.dtype), ((0, 0, 0), (*padding[0], 0), (0, 0, 0)))
+    reach = (size[0] - 1) * strides[0] + 1
+    firsts = [tap * dilation[0] for tap in range(len(kernel))]
+    patches = jnp.concatenate([sequence[:, first : first + reach : strides[0]] for first in firsts], -1)  # [B, T', k C]
+    return jnp.matmul(patches, kernel.reshape(-1, kernel.shape[-1]), precision=precision)
 
 
 def _banded_product(
@@ -89,7 +112,7 @@ def _banded_product(
     repeated along a band [kh * columns * C, outputs * D], gives them all. That multiplies zeros as well, but a wide
     product runs at full speed, and far fewer numbers are copied than for one patch per output.
     """
-    (height, width), (kh, kw, channels, maps), batch = size, kernel.shape, len(image)
+    (height, width), (kh, kw, channels, maps), batch = size, kernel.shape, image.shape[0]
 
     def pixels(outputs: int) -> int:
         return (outputs - 1) * strides[1] + (kw - 1) * dilation[1] + 1
@@ -139,6 +162,9 @@ def sum_pool(image: jax.Array, window: int) -> jax.Array:
 
 
 def _pool(combine: Callable[[Any, Any], Any], image: jax.Array, window: int) -> jax.Array:
-    height, width = (size // window * window for size in image.shape[1:3])
-    image = functools.reduce(combine, [image[:, i:height:window] for i in range(window)])
-    return functools.reduce(combine, [image[:, :, i:width:window] for i in range(window)])
+    for axis in (1, 2):
+        end = image.shape[axis] // window * window
+        # Slices: indexing becomes a gather where the batch size is unknown, as in an exported file.
+        taps = [lax.slice_in_dim(image, min(i, end), end, window, axis) for i in range(window)]
+        image = functools.reduce(combine, taps)
+    return image

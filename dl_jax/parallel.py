@@ -4,7 +4,7 @@
 BatchNorm's statistics are global.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -58,10 +58,13 @@ def process_rows(batch_size: int, mesh: Mesh) -> slice:
     return slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
 
 
-def place(batch: Mapping[str, np.ndarray], mesh: Mesh, axis: int = 0) -> Batch:
-    """One global batch from every process's rows; `axis` is where the rows are (1 for [S, B, ...])."""
+def place(rows: Tree, mesh: Mesh, axis: int = 0) -> Tree:
+    """One global array from every process's rows, of a batch or of a state that has rows, such as a carry.
+
+    `axis` is where the rows are in each leaf (1 for [S, B, ...]).
+    """
     sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
-    return {name: jax.make_array_from_process_local_data(sharding, column) for name, column in batch.items()}
+    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), rows)
 
 
 def placed(batches: Batches, mesh: Mesh, axis: int = 0) -> Batches:

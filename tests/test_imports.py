@@ -20,7 +20,18 @@ ORDER = (
     {"errors"},
 )
 ON_JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex", "qwix", "jax2onnx"}
-SLOW = {"orbax", "grain", "tensorflow_datasets", "matplotlib", "tensorboardX", "qwix", "jax2onnx", "onnx", "onnxruntime", "scipy"}
+SLOW = {
+    "orbax",
+    "grain",
+    "tensorflow_datasets",
+    "matplotlib",
+    "tensorboardX",
+    "qwix",
+    "jax2onnx",
+    "onnx",
+    "onnxruntime",
+    "scipy",
+}
 FOREIGN = {"tensorflow", "torch"}
 
 

@@ -66,6 +66,28 @@ def test_convolution_equals_xla(name):
     assert_close(ours, xla)
 
 
+SEQUENCES = ("NWC", "WIO", "NWC")
+
+
+@settings(deadline=None, max_examples=12, derandomize=True)
+@given(
+    size=st.integers(1, 14),
+    taps=st.integers(1, 4),
+    more=st.integers(1, 4),
+    stride=st.integers(1, 3),
+    dilation=st.integers(1, 3),
+    padding=st.sampled_from(["SAME", "VALID"]) | st.tuples(st.tuples(st.integers(-1, 6), st.integers(-1, 3))),
+)
+def test_any_convolution_of_sequences_equals_xla(size, taps, more, stride, dilation, padding):
+    sequence, kernel = draw(2, size, taps + more), draw(taps, taps + more, 3, seed=1)
+    arguments = ((stride,), padding, None, (dilation,), SEQUENCES)
+    ours, xla = (
+        value_and_gradients(lambda x, w, f=f: f(x, w, *arguments), sequence, kernel)
+        for f in (ops.conv_general_dilated, lax.conv_general_dilated)
+    )
+    assert_close(ours, xla)
+
+
 @settings(deadline=None, max_examples=12, derandomize=True)
 @given(
     size=st.tuples(st.integers(1, 11), st.integers(1, 11)),
@@ -112,22 +134,41 @@ def forward_and_backward(image, kernel):
     return jax.vjp(same, image, kernel)[1](same(image, kernel))
 
 
-def lowered(platform, function=forward_and_backward):
-    arguments = jnp.ones((2, 6, 6, 2)), jnp.ones((3, 3, 2, 4))
+IMAGES = jnp.ones((2, 6, 6, 2)), jnp.ones((3, 3, 2, 4))
+
+
+def causal(sequence, kernel):
+    return ops.conv_general_dilated(sequence, kernel, (1,), ((4, 0),), rhs_dilation=(2,), dimension_numbers=SEQUENCES)
+
+
+def causal_forward_and_backward(sequence, kernel):
+    return jax.vjp(causal, sequence, kernel)[1](causal(sequence, kernel))
+
+
+both = pytest.mark.parametrize(
+    ("function", "arguments"),
+    [(forward_and_backward, IMAGES), (causal_forward_and_backward, (jnp.ones((2, 9, 4)), jnp.ones((3, 4, 5))))],
+    ids=["images", "sequences"],
+)
+
+
+def lowered(platform, function, arguments):
     return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
 
 
+@both
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_accelerators_get_plain_convolutions(platform):
-    text = lowered(platform)
+def test_accelerators_get_plain_convolutions(platform, function, arguments):
+    text = lowered(platform, function, arguments)
     assert text.count("stablehlo.convolution") == 3  # forward, and one for each gradient
     assert "dot_general" not in text
 
 
-def test_cpu_gets_no_convolution_even_vmapped():
-    assert "stablehlo.convolution" not in lowered("cpu")
-    vmapped = jax.vmap(forward_and_backward)
-    assert "stablehlo.convolution" not in lowered("cpu", lambda x, w: vmapped(jnp.stack([x, x]), jnp.stack([w, w])))
+@both
+def test_cpu_gets_no_convolution_even_vmapped(function, arguments):
+    assert "stablehlo.convolution" not in lowered("cpu", function, arguments)
+    members = [jnp.stack([leaf, leaf]) for leaf in arguments]
+    assert "stablehlo.convolution" not in lowered("cpu", jax.vmap(function), members)
 
 
 def test_one_export_serves_all_platforms():
@@ -145,7 +186,10 @@ def test_one_export_serves_all_platforms():
         ((2, 6, 6, 32), (3, 3, 32, 4), {"dimension_numbers": LAYOUT}),  # more channels than taps
         ((2, 6, 6, 4), (3, 3, 1, 4), {"dimension_numbers": LAYOUT, "feature_group_count": 4}),
         ((2, 6, 6, 2), (3, 3, 2, 4), {"dimension_numbers": LAYOUT, "lhs_dilation": (2, 2)}),
-        ((2, 6, 2), (3, 2, 4), {"dimension_numbers": ("NWC", "WIO", "NWC")}),
+        ((2, 6, 2), (3, 2, 4), {"dimension_numbers": SEQUENCES}),  # no more channels than taps
+        ((2, 6, 4), (3, 1, 4), {"dimension_numbers": SEQUENCES, "feature_group_count": 4}),
+        ((2, 4, 6), (5, 4, 3), {"dimension_numbers": ("NCW", "OIW", "NCW")}),
+        ((2, 4, 4, 4, 9), (2, 2, 2, 9, 3), {"dimension_numbers": ("NWHDC", "WHDIO", "NWHDC")}),
         ((2, 2, 6, 6), (4, 2, 3, 3), {}),  # the default layout, NCHW
         ((2, 2, 6, 6), (4, 2, 3, 3), {"dimension_numbers": ("NCHW", "OIHW", "NCHW")}),
     ],

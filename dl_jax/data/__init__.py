@@ -5,6 +5,7 @@ stream = data.batches(records, batch_size=128, seed=0)
 stream(7)                                            # the batch of step 7, the same at any time and on any host
 """
 
+from dl_jax.data import text
 from dl_jax.data.batches import Columns, Stream, batches, epoch, per_seed, windows
 from dl_jax.data.columns import load
 from dl_jax.data.describe import Feature, Info, info
@@ -26,5 +27,6 @@ __all__ = [
     "load",
     "per_seed",
     "stream",
+    "text",
     "windows",
 ]

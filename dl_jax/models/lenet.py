@@ -137,7 +137,7 @@ class LeNet5(nn.Module):
         x = squash(Subsampling(self.dtype, name="S2")(x))  # [B, 14, 14, 6]
         x = squash(TableConv(C3_INPUTS, self.dtype, name="C3")(x))  # [B, 10, 10, 16]
         x = squash(Subsampling(self.dtype, name="S4")(x))  # [B, 5, 5, 16]
-        x = x.reshape(len(x), 400)  # C5's 5 x 5 kernels see the whole of S4: a dense layer
+        x = x.reshape(x.shape[0], 400)  # C5's 5 x 5 kernels see the whole of S4: a dense layer
         x = squash(nn.Dense(120, dtype=self.dtype, kernel_init=fan_in_uniform(400), name="C5")(x))
         x = squash(nn.Dense(84, dtype=self.dtype, kernel_init=fan_in_uniform(120), name="F6")(x))
         return -((x.astype(jnp.float32)[:, None] - digit_codes()) ** 2).sum(-1)
@@ -176,7 +176,7 @@ class LeNetCaffe(nn.Module):
         dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=init)
         x = ops.max_pool(conv(20)(image), 2)  # [B, 12, 12, 20]
         x = ops.max_pool(conv(50)(x), 2)  # [B, 4, 4, 50]
-        x = nn.relu(dense(500)(x.reshape(len(x), -1)))
+        x = nn.relu(dense(500)(x.reshape(x.shape[0], -1)))
         return dense(self.classes)(x).astype(jnp.float32)
 
 

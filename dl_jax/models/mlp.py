@@ -24,7 +24,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array, *, train: bool) -> jax.Array:
-        x = image.reshape(len(image), -1)  # [B, H * W * C]
+        x = image.reshape(image.shape[0], -1)  # [B, H * W * C]
         x = nn.Dropout(self.input_dropout, deterministic=not train)(x)
         for units in self.hidden:
             x = nn.relu(nn.Dense(units, dtype=self.dtype)(x))

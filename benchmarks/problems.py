@@ -1,0 +1,139 @@
+"""What benchmarks/train_step.py times: six networks, each a train step on one batch.
+
+Their PyTorch twins are in torch_nets.py. Sizes are those of the comparisons that are usual for them: Hinton's MLP of
+1200-1200 units with dropout, Kingma's VAE of 500 units and 20 latents, LeNet-5 as published, and a language model of
+two recurrent layers of 256 units on 32 sequences of 64 characters.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+BATCH = 128  # pictures
+SEQUENCES, LENGTH, VOCABULARY = 32, 64, 96
+HIDDEN = 256  # units of a recurrent layer, and width of a character's vector
+Batch = Mapping[str, np.ndarray]
+
+
+class Problem(NamedTuple):
+    """Functions of modules, so that a process of its own can import what it runs."""
+
+    batch: Callable[[], Batch]
+    step: Callable[[], tuple[Any, Any]]  # our train step and its initial state
+    goal: str  # how many times faster than PyTorch ours is to be
+
+
+def pictures(n: int = BATCH) -> dict[str, np.ndarray]:
+    """image float32 [n, 28, 28, 1], label int32 [n]: the cost of a step does not depend on what is in them."""
+    random = np.random.default_rng(0)
+    return {
+        "image": random.random((n, 28, 28, 1), np.float32),
+        "label": random.integers(0, 10, n).astype(np.int32),
+    }
+
+
+def text() -> dict[str, np.ndarray]:
+    """token and target int32 [B, T]."""
+    characters = np.random.default_rng(0).integers(0, VOCABULARY, (SEQUENCES, LENGTH + 1)).astype(np.int32)
+    return {"token": characters[:, :-1], "target": characters[:, 1:]}
+
+
+def mlp_step():
+    from dl_jax import losses
+    from dl_jax.models.mlp import MLP
+
+    return classifier_step(MLP((1200, 1200), dropout=0.5), losses.cross_entropy)
+
+
+def lenet_step():
+    from dl_jax.models.lenet import LeNet5, map_loss
+
+    return classifier_step(LeNet5(), functools.partial(map_loss, rubbish=10.0))
+
+
+def classifier_step(model: Any, per_example: Callable[..., Any]):
+    """Dropout or not, SGD with momentum; uint8 pictures are cast on the device."""
+    import jax
+    import optax
+
+    def loss(variables, batch, key):
+        image = batch["image"] if batch["image"].dtype == np.float32 else batch["image"].astype(np.float32) / 255
+        logits = model.apply(variables, image, train=True, rngs={"dropout": key})
+        return per_example(logits, batch["label"]).mean(), ({}, {})
+
+    variables = jax.jit(lambda key: model.init(key, pictures(1)["image"], train=False))(jax.random.key(0))
+    return _step(loss, variables, optax.sgd(1e-3, momentum=0.9))
+
+
+def vae_step():
+    import jax
+    import optax
+
+    from dl_jax import likelihood
+    from dl_jax.models.vae import VAE
+
+    model = VAE(latents=20, hidden=(500,))
+    apply: Callable[..., Any] = model.apply
+
+    def loss(variables, batch, key):
+        conditional = lambda x, z: likelihood.bernoulli_log_prob(apply(variables, z, method=VAE.decode), x)
+        given = likelihood.LatentModel(functools.partial(apply, variables, method=VAE.encode), conditional)
+        return -likelihood.elbo(given, batch["image"], key).mean(), ({}, {})
+
+    variables = jax.jit(lambda key: model.init(key, pictures(1)["image"], train=False))(jax.random.key(0))
+    return _step(loss, variables, optax.adam(1e-3))
+
+
+def rnn_step():
+    from dl_jax.models.rnn import VANILLA
+
+    return language_step(VANILLA)
+
+
+def gru_step():
+    from dl_jax.models.rnn import GRU
+
+    return language_step(GRU)
+
+
+def lstm_step():
+    from dl_jax.models.rnn import LSTM
+
+    return language_step(LSTM)
+
+
+def language_step(cell: Any):
+    import jax
+    import optax
+
+    from dl_jax import losses
+    from dl_jax.models.rnn import CharLM
+
+    model = CharLM(VOCABULARY, HIDDEN, layers=2, cell=cell)
+
+    def loss(variables, batch, key):
+        logits, _ = model.apply(variables, batch["token"], train=True)
+        return losses.cross_entropy(logits, batch["target"]).mean(), ({}, {})
+
+    variables = jax.jit(lambda key: model.init(key, text()["token"], train=False))(jax.random.key(0))
+    return _step(loss, variables, optax.adam(1e-3))
+
+
+def _step(loss, variables, tx):
+    import jax
+
+    from dl_jax.train import init_state, make_step
+
+    return make_step(loss, tx), init_state(jax.random.key(1), variables, tx)
+
+
+PROBLEMS = {
+    "MLP": Problem(pictures, mlp_step, ">= 2.2"),
+    "LeNet-5": Problem(pictures, lenet_step, ">= 0.9"),
+    "VAE": Problem(pictures, vae_step, ">= 2.2"),
+    "RNN": Problem(text, rnn_step, ">= 1.4"),
+    "GRU": Problem(text, gru_step, ">= 1.4"),
+    "LSTM": Problem(text, lstm_step, ">= 0.9"),
+}

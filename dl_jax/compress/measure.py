@@ -1,0 +1,87 @@
+"""What a compressed model costs: bytes on disk, parameters, latency."""
+
+import gzip
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dl_jax.errors import InputError
+
+Tree = Any
+
+
+class Size(NamedTuple):
+    """The bytes of a file."""
+
+    raw: int  # as it lies on disk
+    gzip: int  # after gzip at level 9, without a time stamp: the same file always gives the same number
+
+
+class Counts(NamedTuple):
+    """The numbers in a tree of arrays."""
+
+    parameters: int
+    nonzeros: int
+
+
+class Latency(NamedTuple):
+    """How long one call takes, in seconds."""
+
+    p50: float
+    p95: float
+
+
+def size(path: str | os.PathLike[str]) -> Size:
+    """The size of the file `path`. Raises InputError where it cannot be read."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as e:
+        raise InputError(f"cannot measure {path} ({e.strerror or e}): expected a file; write it first") from e
+    return Size(len(data), len(gzip.compress(data, compresslevel=9, mtime=0)))
+
+
+def counts(params: Tree) -> Counts:
+    """All numbers in `params`, and those that are not exactly zero. NaN counts as a non-zero."""
+    leaves = jax.tree.leaves(params)
+    return Counts(sum(np.size(leaf) for leaf in leaves), sum(int(jnp.count_nonzero(leaf)) for leaf in leaves))
+
+
+def latency(
+    functions: Mapping[str, Callable[..., Any]], *inputs: Any, rounds: int = 100, warm_up: int = 10
+) -> dict[str, Latency]:
+    """The latency of each of `functions` when called as `function(*inputs)`, by name.
+
+    The batch size is that of `inputs`. A call ends when its results are ready. Each function is called `warm_up` times
+    first, which also compiles it. Then every round calls all functions once, in turns from the first to the last and
+    from the last to the first, so that whatever else the machine does falls on all of them alike. Give JAX functions
+    jitted; NumPy inputs make the copy to the device part of the time, as in serving.
+
+    Args:
+      functions: what to compare, at least one.
+      inputs: the same arrays for all of them.
+      rounds: timed calls of each function, at least 1. Below 20, p95 is close to the maximum.
+      warm_up: calls before that, at least 1.
+
+    Raises:
+      InputError: no functions, or `rounds` or `warm_up` below 1.
+    """
+    if not functions:
+        raise InputError("there is no function to measure; expected at least one")
+    if rounds < 1 or warm_up < 1:
+        raise InputError(f"rounds={rounds}, warm_up={warm_up}: expected at least 1 of each")
+    for function in functions.values():
+        for _ in range(warm_up):
+            jax.block_until_ready(function(*inputs))
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(rounds):
+        for name in list(functions)[:: -1 if turn % 2 else 1]:
+            start = time.perf_counter()
+            jax.block_until_ready(functions[name](*inputs))
+            seconds[name].append(time.perf_counter() - start)
+    return {name: Latency(*map(float, np.quantile(each, (0.5, 0.95)))) for name, each in seconds.items()}

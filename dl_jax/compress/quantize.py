@@ -1,0 +1,202 @@
+"""Quantisation to 1 to 8 bits: weights symmetric per output channel, activations on calibrated ranges.
+
+    after training    {**variables, "params": dequantize(quantize(params, 8)), "ranges": calibrate(apply, ...)}
+    in training       with_params(with_activations(loss, 8), fake(4)), with the ranges among the state's `extra`
+    evaluation        with_activations(metric, 8)
+
+`fake` and `with_activations` compute in floating point what integers would: x ≈ scale · (q − zero), with zero = 0 for
+weights (Jacob et al. 2018, arXiv:1712.05877, sections 2.1 and 3; Krishnamoorthi 2018, arXiv:1806.08342, section 2).
+Gradients go straight through the rounding (Bengio et al. 2013, arXiv:1308.3432).
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dl_jax.errors import InputError
+from dl_jax.losses import Where, chosen, is_kernel
+from dl_jax.models.intercept import inputs, with_inputs
+from dl_jax.train import Array, Batch, Tree
+
+RANGES = "ranges"  # the collection in which variables carry them
+
+
+class Quantized(NamedTuple):
+    """A weight as integers: values · scale."""
+
+    values: Array  # int8 [..., C], -q .. q with q = 2^(bits - 1) - 1; for 1 bit -1 and 1
+    scale: Array  # float32 [1, ..., 1, C]
+
+
+class Range(NamedTuple):
+    """The smallest and the largest input of a layer."""
+
+    low: Array  # float32 []
+    high: Array  # float32 []
+
+
+def fake(bits: int, where: Where = is_kernel) -> Callable[[Tree], Tree]:
+    """params -> `dequantize(quantize(params, bits, where))`, to the bit, with the gradient of the identity.
+
+    For `losses.with_params`. Raises InputError for bits outside 1 .. 8 and, when called, where `where` chooses nothing.
+    """
+    require_bits(bits)
+
+    def f(params: Tree) -> Tree:
+        return jax.tree.map(
+            lambda w, yes: _straight_through(w, _floats(_integers(w, bits))) if yes else w,
+            params,
+            chosen(params, where),
+        )
+
+    return f
+
+
+def quantize(params: Tree, bits: int, where: Where = is_kernel) -> Tree:
+    """`params` with each chosen weight as `Quantized`, every output channel (entry of the last axis) on its own grid.
+
+    The grid is symmetric around an exact 0, and its ends are the channel's largest magnitude: scale = max |w| / q. With
+    1 bit there is no 0: w becomes ± mean |w| of its channel (Rastegari et al. 2016, arXiv:1603.05279, equation 6), and
+    0 becomes +. Map it over seeds with `jax.vmap`. Raises InputError as `fake` does.
+    """
+    require_bits(bits)
+    return jax.tree.map(lambda w, yes: _integers(w, bits) if yes else w, params, chosen(params, where))
+
+
+def dequantize(params: Tree) -> Tree:
+    """The weights that `quantize` stored, in float32; other leaves are left as they are."""
+    return jax.tree.map(
+        lambda leaf: _floats(leaf) if isinstance(leaf, Quantized) else leaf,
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, Quantized),
+    )
+
+
+def _integers(w: Array, bits: int) -> Quantized:
+    axes = tuple(range(w.ndim - 1))
+    if bits == 1:
+        scale = jnp.abs(w).mean(axes, keepdims=True)
+        return Quantized(jnp.where(w < 0, -1, 1).astype(jnp.int8), scale.astype(jnp.float32))
+    end, _ = _grid(bits)
+    # Not a division: XLA turns one by a constant into a product, and compiled code would differ in the last bit.
+    scale = jnp.abs(w).max(axes, keepdims=True) * np.float32(1 / end)
+    steps = jnp.round(w / jnp.where(scale > 0, scale, 1))
+    return Quantized(jnp.clip(steps, -end, end).astype(jnp.int8), scale.astype(jnp.float32))
+
+
+def _floats(q: Quantized) -> Array:
+    return q.values * q.scale
+
+
+def _grid(bits: int) -> tuple[int, int]:
+    """The largest integer and the step between two, of weights."""
+    return (2 ** (bits - 1) - 1, 1) if bits > 1 else (1, 2)
+
+
+@jax.custom_jvp
+def _straight_through(x: Array, value: Array) -> Array:
+    """`value`, with the gradient of `x`."""
+    return value
+
+
+_straight_through.defjvp(lambda primals, tangents: (primals[1], tangents[0]))
+
+
+def pack(values: np.ndarray, bits: int) -> np.ndarray:  # int8 [...] -> uint8 [ceil(N * bits / 8)]
+    """The values of a `Quantized` at `bits` each, in C order, the first in the high bits: int4 is two to a byte.
+
+    Raises InputError for bits outside 1 .. 8 and for values that are not of their grid.
+    """
+    require_bits(bits)
+    end, step = _grid(bits)
+    wide = np.asarray(values).ravel().astype(np.int16)
+    if wide.size and (abs(wide).max() > end or ((wide + end) % step).any()):
+        raise InputError(f"pack: values from {wide.min()} to {wide.max()}, expected those of {bits} bits")
+    codes = ((wide + end) // step).astype(np.uint8)
+    return np.packbits(np.unpackbits(codes[:, None], axis=1)[:, 8 - bits :])
+
+
+def unpack(packed: np.ndarray, bits: int, shape: tuple[int, ...]) -> np.ndarray:  # uint8 [n] -> int8 `shape`
+    """What `pack` got. Raises InputError where `packed` has not the bytes of this shape."""
+    require_bits(bits)
+    size = int(np.prod(shape))
+    if packed.shape != (-(-size * bits // 8),):
+        raise InputError(f"unpack: {packed.shape} bytes for {size} values of {bits} bits, expected what pack gave")
+    end, step = _grid(bits)
+    table = np.zeros((size, 8), np.uint8)
+    table[:, 8 - bits :] = np.unpackbits(packed, count=size * bits).reshape(size, bits)
+    return (np.packbits(table, axis=1).reshape(shape).astype(np.int16) * step - end).astype(np.int8)
+
+
+def calibrate(apply: Callable[[Tree, Batch], Any], variables: Tree, batches: Iterable[Batch]) -> dict[str, Range]:
+    """{path of a layer with a kernel: the range of its inputs over `batches`}; goes into variables["ranges"].
+
+    `apply(variables, batch)` runs the model. For a stack of seeds: jax.vmap(lambda v: calibrate(apply, v, batches)).
+    Raises InputError for no batches, and as `intercept.with_inputs` does.
+    """
+    seen = jax.jit(lambda variables, batch: {path: _range(xs) for path, xs in inputs(apply)(variables, batch).items()})
+    ranges: dict[str, Range] | None = None
+    for batch in batches:
+        found = seen(variables, batch)
+        ranges = {path: _union([ranges[path], found[path]]) for path in found} if ranges else found
+    if ranges is None:
+        raise InputError("calibrate: no batches, expected at least one; give some of the training set")
+    return ranges
+
+
+def _range(xs: list[Array]) -> Range:
+    return _union([Range(x.min().astype(jnp.float32), x.max().astype(jnp.float32)) for x in xs])
+
+
+def _union(ranges: list[Range]) -> Range:
+    return Range(jnp.stack([r.low for r in ranges]).min(0), jnp.stack([r.high for r in ranges]).max(0))
+
+
+def with_activations(function: Callable[..., Any], bits: int) -> Callable[..., Any]:
+    """function(variables, ...) with the inputs of its layers rounded to the calibrated variables["ranges"].
+
+    For a loss, a metric or `module.apply`, around any model. Each layer with a kernel sees `rounded` inputs. Raises
+    InputError for bits outside 1 .. 8 and, when called, where the ranges are missing or those of another model.
+    """
+    require_bits(bits)
+
+    def quantized(variables: Tree, *args: Any, **kwargs: Any) -> Any:
+        if RANGES not in variables:
+            raise InputError(f"the variables have no collection {RANGES!r}, expected one; call `calibrate` first")
+        others = {name: tree for name, tree in variables.items() if name != RANGES}
+
+        def f(path: str, x: Array) -> Array:
+            if path not in variables[RANGES]:
+                known = ", ".join(variables[RANGES])
+                raise InputError(f"layer {path!r} has no range, expected one of {known}; calibrate this very model")
+            return rounded(x, variables[RANGES][path], bits)
+
+        return with_inputs(function, f)(others, *args, **kwargs)
+
+    return quantized
+
+
+def rounded(x: Array, bounds: Range, bits: int) -> Array:
+    """x on 2^bits equal steps over `bounds`, widened to hold 0 and shifted so that 0 is exact; clipped to them.
+
+    The gradient is that of the identity, and 0 where x was clipped (Jacob et al. 2018, equation 12 and section 3.1).
+    """
+    levels = 2**bits - 1
+    low, high = jnp.minimum(bounds.low, 0), jnp.maximum(bounds.high, 0)
+    scale = (high - low) * np.float32(1 / levels)
+    scale = jnp.where(scale > 0, scale, 1)
+    zero = jnp.round(-low / scale)
+    steps = jnp.round(x.astype(jnp.float32) / scale)
+    q = jnp.clip(steps + zero, 0, levels)
+    kept = (steps + zero >= 0) & (steps + zero <= levels)
+    passed = jnp.where(kept, x, jax.lax.stop_gradient(x))
+    return _straight_through(passed, ((q - zero) * scale).astype(x.dtype))
+
+
+def require_bits(bits: int) -> None:
+    """Raises InputError for bits outside 1 .. 8."""
+    if not (isinstance(bits, int) and 1 <= bits <= 8):
+        raise InputError(f"bits is {bits}, expected a whole number from 1 to 8; 8 rarely loses accuracy")

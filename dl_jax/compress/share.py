@@ -1,0 +1,84 @@
+"""Weight sharing: the weights of a layer become a few values, found by k-means and then trained.
+
+Han, Mao & Dally 2016, "Deep compression" (arXiv:1510.00149), section 3.
+
+    codebooks, clusters = share.cluster(params, bits=6)
+    loss = losses.with_params(loss, share.expanded(clusters))      # its parameters are the codebooks
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dl_jax.errors import InputError
+from dl_jax.losses import Where, chosen, is_kernel
+from dl_jax.train import Array, Tree
+
+ROUNDS = 1000  # of k-means at most; a layer takes some dozens
+
+
+class Shared(NamedTuple):
+    """Two trees like the parameters. A leaf that is not shared is itself in the first and None in the second."""
+
+    codebooks: Tree  # float [K], ascending
+    clusters: Tree  # int32, of the leaf's shape: 0 where a weight is zero and stays it, k for value k - 1 of its book
+
+
+def cluster(params: Tree, bits: int, where: Where = is_kernel) -> Shared:
+    """Each chosen leaf's non-zero weights as 2^bits values of its own; values are not shared between leaves.
+
+    On the host. Raises InputError where `bits` is not in 1 .. 8, `where` chooses nothing or a weight is not finite.
+    """
+    if bits not in range(1, 9):
+        raise InputError(f"share: bits is {bits}, expected 1 to 8; 6 shares 64 values in each layer")
+    yes = chosen(params, where)
+    host = jax.tree.map(np.asarray, params)
+    codebooks = jax.tree.map(lambda w, share: k_means(w[w != 0], 1 << bits) if share else w, host, yes)
+    clusters = jax.tree.map(lambda w, share, book: _clusters(w, book) if share else None, host, yes, codebooks)
+    return Shared(codebooks, clusters)
+
+
+def expanded(clusters: Tree) -> Callable[[Tree], Tree]:
+    """codebooks -> params. A value's gradient is the sum over its cluster (equation 3)."""
+
+    def expand(values: Array, assigned: Any) -> Array:
+        if assigned is None:
+            return values
+        return jnp.concatenate([jnp.zeros_like(values[:1]), values])[assigned]
+
+    return lambda codebooks: jax.tree.map(expand, codebooks, clusters)
+
+
+def k_means(weights: np.ndarray, k: int) -> np.ndarray:  # [n], in any order -> [k] of the same type, ascending
+    """Values that lower the sum of squared distances to the nearest one until no weight changes its cluster (Lloyd).
+
+    They start evenly spaced from the least weight to the greatest: the paper's "linear initialisation", which keeps the
+    few large weights well represented. A value with no weight stays where it is; without weights all are zero.
+    """
+    if not weights.size:
+        return np.zeros(k, weights.dtype)
+    if not np.isfinite(weights).all():
+        raise InputError("share: a weight is NaN or infinite, expected finite weights; train without divergence first")
+    ordered = np.sort(weights.astype(np.float64))
+    sums = np.concatenate([[0.0], np.cumsum(ordered)])
+    values, edges = np.linspace(ordered[0], ordered[-1], k), None
+    for _ in range(ROUNDS):
+        before, edges = edges, np.concatenate([[0], np.searchsorted(ordered, _borders(values)), [ordered.size]])
+        if np.array_equal(before, edges):
+            break
+        counts = np.diff(edges)
+        values = np.where(counts, np.diff(sums[edges]) / np.maximum(counts, 1), values)
+    return values.astype(weights.dtype)
+
+
+def _clusters(weights: np.ndarray, values: np.ndarray) -> np.ndarray:  # [...], ascending [k] -> int32 [...]
+    nearest = np.searchsorted(_borders(values), weights)
+    return np.where(weights == 0, 0, nearest + 1).astype(np.int32)
+
+
+def _borders(values: np.ndarray) -> np.ndarray:  # ascending [k] -> [k - 1]
+    """Halfway between neighbours."""
+    return (values[:-1] + values[1:]) / 2

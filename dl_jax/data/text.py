@@ -1,0 +1,125 @@
+"""A text as ids, and its windows for truncated back-propagation.
+
+An id is a byte: the vocabulary is the same for every text, no character is unknown, and what a text does not use costs
+nothing once its logits have sunk. In ASCII texts, as these are, a byte is a character.
+"""
+
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+
+from dl_jax.data.batches import Columns, Stream, check_batch, order
+from dl_jax.data.columns import load as load_columns
+from dl_jax.errors import InputError, nearest
+
+VOCABULARY = 256
+STANDARD_LIBRARY = "standard_library"
+SIZE = 1_000_000  # bytes of the standard library that are read, at most
+
+_SPLITS = {"train": range(8), "validation": (8,), "test": (9,)}  # of every ten files
+
+
+def encode(text: str) -> np.ndarray:
+    """Ids uint8 [N] of a text in UTF-8."""
+    return np.frombuffer(text.encode(), np.uint8)
+
+
+def decode(ids: np.ndarray) -> str:
+    """The text of ids [N]; bytes that are no UTF-8 become U+FFFD."""
+    return bytes(ids.astype(np.uint8)).decode(errors="replace")
+
+
+def load(name: str, split: str, data_dir: str | None = None, cache_dir: str | None = None) -> np.ndarray:
+    """A split as ids uint8 [N]: of `standard_library`, or the column `text` of a TFDS set, its records line by line.
+
+    `standard_library` is the source text of the running Python's own top-level modules, in the order of their names up
+    to `SIZE` bytes; of every ten files the ninth is for validation and the tenth for testing. It is always there, and
+    differs from one Python to the next. Raises InputError as `data.load` does, where there is no such column, and where
+    this Python has no such split or no source text.
+    """
+    if name == STANDARD_LIBRARY:
+        return _standard_library(split)
+    records = load_columns(name, split, data_dir, cache_dir)
+    if "text" not in records or records["text"].dtype.kind != "S":
+        found = ", ".join(f"{column} ({values.dtype})" for column, values in records.items())
+        raise InputError(
+            f"data set {name} has the columns {found}, expected bytes in column 'text'; choose another --dataset, "
+            f"{STANDARD_LIBRARY} is always there"
+        )
+    return np.frombuffer(b"\n".join(records["text"].tolist()), np.uint8)
+
+
+def _standard_library(split: str) -> np.ndarray:
+    if split not in _SPLITS:
+        raise InputError(
+            f"{STANDARD_LIBRARY} has no split {split!r}, expected {', '.join(_SPLITS)}{nearest(split, _SPLITS)}"
+        )
+    folder = Path(sysconfig.get_path("stdlib"))
+    files = sorted(folder.glob("[a-z]*.py"))
+    if not files:
+        raise InputError(
+            f"this Python has no source text in {folder}, expected its standard library; choose another --dataset"
+        )
+    chosen, left = [], SIZE
+    for i, file in enumerate(files):
+        source = file.read_bytes()[:left]
+        left -= len(source)
+        if i % 10 in _SPLITS[split]:
+            chosen.append(source)
+    return np.frombuffer(b"".join(chosen), np.uint8)
+
+
+def windows(ids: np.ndarray, batch_size: int, length: int, seed: int, rows: slice = slice(None)) -> Stream:
+    """Windows of a text of ids [N] for ever: step -> {"token", "target": int32 [B, T], "first": bool [B]}.
+
+    The text is cut into B = `batch_size` stretches, one to a row, and a stretch into windows of T = `length` characters
+    that follow each other step by step; `target` is the character after each token. Row b starts at the window of its
+    stretch that (seed, b) draws and comes back to the beginning after the last, so that every pass shows every window
+    once. `first` says which rows do not continue what they showed in the step before: there, a carried state starts
+    anew. A stretch that T does not divide leaves out its end, fewer than T characters.
+
+    Like `data.batches` a pure function of the step, and `rows` is this process's part. Raises InputError for a text of
+    fewer than B T + 1 characters, a length or batch size below 1, rows outside the batch or a negative seed.
+    """
+    check_batch(batch_size, rows)
+    _check_length(length)
+    stretch = (len(ids) - 1) // batch_size
+    count = stretch // length  # windows in a stretch
+    if count < 1:
+        raise InputError(
+            f"a text of {len(ids)} characters is too short for {batch_size} rows of {length}, expected at least "
+            f"{batch_size * length + 1}: use a longer text, or a smaller --batch-size or --length"
+        )
+    starts = order(count, seed)(0, batch_size)[rows]  # [B]
+    begins = np.arange(batch_size)[rows] * stretch  # [B]
+
+    def batch(step: int) -> Columns:
+        window = (starts + step) % count  # [B]
+        shown = ids[(begins + window * length)[:, None] + np.arange(length + 1)].astype(np.int32)  # [B, T + 1]
+        return {"token": shown[:, :-1], "target": shown[:, 1:], "first": (window == 0) | (step == 0)}
+
+    return batch
+
+
+def reading(ids: np.ndarray, length: int) -> Columns:
+    """One pass over a text of ids [N] as W windows of one row, in order: {"token", "target": int32 [W, 1, T], ...}.
+
+    Every character but the first is a target once; `mask` float32 [W, 1, T] is 0 in the padding at the end. `first`
+    bool [W, 1] holds in the first window alone, as in `windows`. Raises InputError for a text of fewer than 2
+    characters or a length below 1.
+    """
+    _check_length(length)
+    n = len(ids) - 1
+    if n < 1:
+        raise InputError(f"a text of {len(ids)} characters, expected 2 or more; choose a split that is not empty")
+    count = -(-n // length)
+    positions = np.arange(count * length).reshape(count, 1, length)
+    shown = [ids[np.minimum(positions + i, n)].astype(np.int32) for i in (0, 1)]
+    first = (np.arange(count) == 0)[:, None]
+    return {"token": shown[0], "target": shown[1], "first": first, "mask": (positions < n).astype(np.float32)}
+
+
+def _check_length(length: int) -> None:
+    if length < 1:
+        raise InputError(f"a window of {length} characters, expected 1 or more; use a positive --length")

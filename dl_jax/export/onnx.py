@@ -1,0 +1,222 @@
+"""ONNX files for ONNX Runtime: float, and quantised to int8. `pip install 'dl_jax[export]'`."""
+
+import contextlib
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dl_jax.errors import InputError
+from dl_jax.export import Input, baked, check, read, symbolic, write
+from dl_jax.export.plain import plain
+
+TYPES = {  # ONNX Runtime's name -> numpy's
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(int32)": "int32",
+    "tensor(int8)": "int8",
+    "tensor(uint8)": "uint8",
+    "tensor(bool)": "bool",
+}
+
+
+def export(
+    apply: Callable[..., Any],
+    variables: Any,
+    inputs: Sequence[Any],
+    path: str | os.PathLike[str],
+    *,
+    tolerance: float = 1e-5,
+) -> float:
+    """Writes `apply(variables, *inputs)` for any batch size to the ONNX file `path`, if it computes the same.
+
+    The file is opened in ONNX Runtime and compared with `apply` at the highest precision, on the first example alone
+    and on all examples twice over. The difference is the largest absolute one of any output, relative to the largest
+    absolute output where that exceeds 1.
+
+    Args:
+      apply: pure and traceable with a batch of unknown size: `x.shape[0]`, not `len(x)`. Gives one array, or a tuple of
+        them.
+      variables: become constants of the file.
+      inputs: examples [B, ...], not all alike.
+      path: is replaced if it exists.
+      tolerance: the largest difference allowed.
+
+    Returns:
+      The difference. The first export of a process takes some seconds more: jax2onnx is slow to import.
+
+    Raises:
+      InputError: the difference exceeds `tolerance` (nothing is written), the examples do not share a batch axis, the
+        packages are missing, or the file cannot be written.
+    """
+    try:
+        import jax2onnx
+    except ImportError as e:
+        raise _missing(e) from e
+
+    function, shapes = baked(apply, variables), symbolic(inputs)
+    with _quiet():
+        data = jax2onnx.to_onnx(plain(function, shapes), shapes).SerializeToString()
+    predict = _predictor(*_session(data))
+    examples = [np.asarray(each, shape.dtype) for each, shape in zip(inputs, shapes, strict=True)]
+    batches = [each[:1] for each in examples], [np.concatenate([each, each]) for each in examples]
+    with jax.default_matmul_precision("highest"):
+        difference = max(_difference(predict(*batch), jax.jit(function)(*batch)) for batch in batches)
+    if difference > tolerance:
+        raise InputError(
+            f"ONNX Runtime differs from JAX by {difference:.1e}, expected at most {tolerance:.0e}: {path} is not "
+            "written; find the operation that the two define differently, or raise the tolerance"
+        )
+    write(path, data)
+    return difference
+
+
+def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
+    """The function in the ONNX file `path`, on the CPU: NumPy arrays [B, ...] -> one array, or a tuple of them.
+
+    Raises:
+      InputError: the file cannot be read or is not an ONNX model, or ONNX Runtime is missing. The function raises it
+        for inputs of other shapes or types.
+    """
+    return _predictor(*_opened(path))
+
+
+def quantized(
+    path: str | os.PathLike[str], batches: Iterable[Sequence[np.ndarray]], out: str | os.PathLike[str]
+) -> None:
+    """Writes the float ONNX file `path` with its convolutions and dense layers in int8 to the file `out`.
+
+    Their weights are symmetric and scaled per output channel; their inputs and outputs are unsigned and scaled per
+    tensor to the range that they take on `batches`. Everything else stays in float, with conversions around it that a
+    runtime fuses where it can (the QDQ format). What the model loses has to be measured, on the machine that will run
+    it: an x86 CPU without VNNI saturates sums of large products.
+
+    Args:
+      path: a model as `export` writes it.
+      batches: calibration data, the inputs of one call each; some hundred training examples in all.
+      out: is replaced if it exists; may be `path`.
+
+    Raises:
+      InputError: there are no batches or they do not fit the model, `path` is not an ONNX model, a package is missing,
+        or `out` cannot be written.
+    """
+    _, expected = _opened(path)
+    feeds = [_named(expected, batch) for batch in batches]
+    if not feeds:
+        raise InputError(
+            "the calibration set is empty, expected at least one batch; give some hundred training examples"
+        )
+    try:
+        import onnx
+        from onnxruntime import quantization
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+    except ImportError as e:
+        raise _missing(e) from e
+
+    class Feeds(quantization.CalibrationDataReader):
+        def get_next(self) -> Any:
+            return feeds.pop(0) if feeds else None
+
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        prepared, small = Path(folder, "prepared.onnx"), Path(folder, "quantized.onnx")
+        # Folds constants, and a bias into the product before it.
+        quant_pre_process(Path(path), prepared, skip_symbolic_shape=True)
+        quantization.quantize_static(
+            _with_flat_biases(onnx.load(prepared)),
+            small,
+            Feeds(),
+            quant_format=quantization.QuantFormat.QDQ,
+            op_types_to_quantize=["Conv", "Gemm", "MatMul", "Relu"],  # a runtime fuses the last with the one before
+            per_channel=True,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+        )
+        data = small.read_bytes()
+    _session(data)  # what does not open is not written
+    write(out, data)
+
+
+def _with_flat_biases(model: Any) -> Any:
+    """[1, N] -> [N], as the quantiser wants them."""
+    biases = {node.input[2] for node in model.graph.node if node.op_type == "Gemm" and len(node.input) > 2}
+    for tensor in model.graph.initializer:
+        if tensor.name in biases:
+            del tensor.dims[:-1]
+    del model.graph.value_info[:]  # the shapes as they were; the quantiser infers them again
+    return model
+
+
+def _difference(found: Any, expected: Any) -> float:
+    """The largest |found - expected| over max(1, largest |expected|); infinite for other shapes and for NaN."""
+    found, expected = ([np.asarray(each, np.float64) for each in jax.tree.leaves(y)] for y in (found, expected))
+    if [each.shape for each in found] != [each.shape for each in expected]:
+        return math.inf
+    errors = [np.where(a == b, 0, np.abs(a - b)) for a, b in zip(found, expected, strict=True)]
+    scale = max(1.0, *(np.abs(each).max() for each in expected))
+    difference = max(each.max() for each in errors) / scale
+    return float(difference) if np.isfinite(difference) else math.inf
+
+
+def _session(data: bytes) -> tuple[Any, dict[str, Input]]:
+    """ONNX Runtime's session of a model, on the CPU, and what the model takes by name."""
+    try:
+        import onnxruntime
+    except ImportError as e:
+        raise _missing(e) from e
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    # Threads that sleep between calls: spinning, they would slow down whatever runs next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    expected = {
+        each.name: Input(
+            tuple(size if isinstance(size, int) else None for size in each.shape),
+            TYPES.get(str(each.type), str(each.type)),
+        )
+        for each in session.get_inputs()
+    }
+    return session, expected
+
+
+def _opened(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Input]]:
+    data = read(path)
+    try:
+        return _session(data)
+    except InputError:
+        raise
+    except Exception as e:
+        raise InputError(f"{path} is not an ONNX model that ONNX Runtime can open; export the model again") from e
+
+
+def _predictor(session: Any, expected: Mapping[str, Input]) -> Callable[..., Any]:
+    def predict(*inputs: Any) -> Any:
+        outputs = session.run(None, _named(expected, inputs))
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    return predict
+
+
+def _named(expected: Mapping[str, Input], inputs: Sequence[Any]) -> dict[str, np.ndarray]:
+    check(list(expected.values()), inputs)
+    return dict(zip(expected, map(np.asarray, inputs), strict=True))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps packages that log through the root logger from giving it a handler of their own, which would print."""
+    root, handler = logging.getLogger(), logging.NullHandler()
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+
+
+def _missing(error: ImportError) -> InputError:
+    return InputError(f"ONNX needs {error.name}, which is not installed; run: pip install 'dl_jax[export]'")

@@ -1,0 +1,361 @@
+"""Recurrent networks: vanilla RNN, LSTM and GRU, stacked and bidirectional, over sequences of any length.
+
+A cell is pointwise arithmetic between two matrix products: x, the input's projection [B, G H], and the state's,
+h [B, G H], where G gates of H units lie side by side. The input's is one product over all steps, before the scan; so is
+the gradient of the state's kernel, after the scan back (`recur`).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jax.typing import DTypeLike
+
+from dl_jax.errors import InputError
+
+Array = jax.Array
+State = tuple[Array, ...]  # of one layer and direction: (h,) or (h, c), float32 [B, H] each
+Carry = tuple[State, ...]  # of all: layer after layer, forward before backward
+
+
+class Cell(NamedTuple):
+    """One step and its derivative. `forward` also gives what `backward` needs again.
+
+    `backward` takes that, h before and after the step, and the gradient of the state after it. It gives the gradients
+    of the state before it, without what goes through the state's projection, and of x. From that of x follows that of
+    the state's projection, by `recurrent`.
+    """
+
+    gates: int
+    states: int  # arrays in the state; h is the first
+    bias: bool  # whether the state's projection has its own bias; else it would add to the input's
+    forward: Callable[[State, Array, Array], tuple[State, State]]
+    backward: Callable[[State, Array, Array, State], tuple[State, Array]]
+    recurrent: Callable[[State, Array], Array]
+
+
+def _tanh_step(state: State, x: Array, h: Array) -> tuple[State, State]:
+    return (jnp.tanh(x + h),), ()
+
+
+def _tanh_back(saved: State, before: Array, after: Array, grad: State) -> tuple[State, Array]:
+    return (jnp.zeros_like(before),), grad[0] * (1 - after**2)
+
+
+def _lstm_step(state: State, x: Array, h: Array) -> tuple[State, State]:
+    i, f, g, o = jnp.split(x + h, 4, axis=-1)
+    i, f, g, o = nn.sigmoid(i), nn.sigmoid(f), jnp.tanh(g), nn.sigmoid(o)
+    c = f * state[1] + i * g
+    squashed = jnp.tanh(c)
+    return (o * squashed, c), (i, f, g, o, state[1], squashed)
+
+
+def _lstm_back(saved: State, before: Array, after: Array, grad: State) -> tuple[State, Array]:
+    i, f, g, o, c, squashed = saved
+    dh, dc = grad
+    dc = dc + dh * o * (1 - squashed**2)
+    gates = dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g**2), dh * squashed * o * (1 - o)
+    return (jnp.zeros_like(before), dc * f), jnp.concatenate(gates, -1)
+
+
+def _gru_step(state: State, x: Array, h: Array) -> tuple[State, State]:
+    (xr, xz, xn), (hr, hz, hn) = jnp.split(x, 3, axis=-1), jnp.split(h, 3, axis=-1)
+    r, z = nn.sigmoid(xr + hr), nn.sigmoid(xz + hz)
+    n = jnp.tanh(xn + r * hn)
+    return ((1 - z) * n + z * state[0],), (r, z, n, hn)
+
+
+def _gru_back(saved: State, before: Array, after: Array, grad: State) -> tuple[State, Array]:
+    r, z, n, hn = saved
+    (dh,) = grad
+    dn = dh * (1 - z) * (1 - n**2)
+    gates = dn * hn * r * (1 - r), dh * (before - n) * z * (1 - z), dn
+    return (dh * z,), jnp.concatenate(gates, -1)
+
+
+def _gru_recurrent(saved: State, dx: Array) -> Array:
+    """The reset gate scales the candidate's projection of the state."""
+    r, units = saved[0], saved[0].shape[-1]
+    return jnp.concatenate([dx[..., : 2 * units], dx[..., 2 * units :] * r], -1)
+
+
+def _same(saved: State, dx: Array) -> Array:
+    return dx
+
+
+VANILLA = Cell(1, 1, False, _tanh_step, _tanh_back, _same)
+"""h' = tanh(x + h) (Elman 1990)."""
+LSTM = Cell(4, 2, False, _lstm_step, _lstm_back, _same)
+"""c' = σ(f) c + σ(i) tanh(g), h' = σ(o) tanh(c') (Gers et al. 2000, no peepholes). Gates in the order i, f, g, o."""
+GRU = Cell(3, 1, True, _gru_step, _gru_back, _gru_recurrent)
+"""h' = (1 − z) tanh(xn + r hn) + z h, the reset gate r after the product, as cuDNN and PyTorch have it; Cho et al. 2014
+(arXiv:1406.1078) reset before it and swap z and 1 − z. Gates in the order r, z, n."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def recur(
+    cell: Cell,
+    kernel: Array,  # [H, G H]
+    bias: Array | None,  # [G H], if the cell has one
+    x: Array,  # [T, B, G H], the input's projection, in the kernel's dtype
+    state: State,  # before the first step
+    valid: Array | None,  # bool [T, B, 1]; elsewhere the state stays
+) -> tuple[Array, State]:
+    """h after every step, float32 [T, B, H], and the state after the last.
+
+    Its gradient takes that of `kernel` in one product over all steps, where the one of `lax.scan` adds one up per step.
+    It has no forward-mode derivative.
+    """
+    step = _step(cell, kernel, bias)
+
+    def body(state: State, inputs: tuple[Array, Array | None]) -> tuple[State, Array]:
+        state, _ = step(state, *inputs)
+        return state, state[0]
+
+    state, h = lax.scan(body, state, (x, valid))
+    return h, state
+
+
+def _step(cell: Cell, kernel: Array, bias: Array | None) -> Callable[..., tuple[State, State]]:
+    def step(state: State, x: Array, valid: Array | None) -> tuple[State, State]:
+        h = _product(state[0], kernel)
+        new, saved = cell.forward(state, x.astype(jnp.float32), h if bias is None else h + bias)
+        return _where(valid, new, state), saved
+
+    return step
+
+
+def _recur_forward(cell: Cell, kernel, bias, x, state, valid):
+    step = _step(cell, kernel, bias)
+
+    def body(state: State, inputs: tuple[Array, Array | None]) -> tuple[State, tuple[Array, State]]:
+        state, saved = step(state, *inputs)
+        return state, (state[0], saved)
+
+    last, (h, saved) = lax.scan(body, state, (x, valid))
+    return (h, last), (kernel, bias, state[0], valid, h, saved)
+
+
+def _recur_backward(cell: Cell, residuals, grads):
+    kernel, bias, first, valid, h, saved = residuals
+    dh, dlast = grads
+    before = jnp.concatenate([first[None], h[:-1]])
+
+    def body(grad: State, inputs) -> tuple[State, Array]:
+        dh, saved, before, after, valid = inputs
+        grad = (grad[0] + dh, *grad[1:])
+        (dbefore, *rest), dx = cell.backward(saved, before, after, grad)
+        dx = _where(valid, dx, jnp.zeros_like(dx))
+        new = (dbefore + _product(cell.recurrent(saved, dx), kernel.T), *rest)
+        return _where(valid, new, grad), dx
+
+    dfirst, dx = lax.scan(body, dlast, (dh, saved, before, h, valid), reverse=True)
+    dh = cell.recurrent(saved, dx)  # [T, B, G H]
+    dkernel = lax.dot_general(before.astype(kernel.dtype), dh.astype(kernel.dtype), (((0, 1), (0, 1)), ((), ())))
+    dbias = None if bias is None else dh.sum((0, 1)).astype(bias.dtype)
+    return dkernel, dbias, dx.astype(kernel.dtype), dfirst, None
+
+
+recur.defvjp(_recur_forward, _recur_backward)
+
+
+def _product(h: Array, kernel: Array) -> Array:  # float32 [B, N], in the kernel's precision
+    return jnp.matmul(h.astype(kernel.dtype), kernel, preferred_element_type=jnp.float32)
+
+
+def _where(valid: Array | None, new: Any, old: Any) -> Any:
+    return new if valid is None else jax.tree.map(lambda a, b: jnp.where(valid, a, b), new, old)
+
+
+class Layer(nn.Module):
+    """One layer in one direction. Weights and biases start uniform in ± 1/√H, as PyTorch's do."""
+
+    cell: Cell
+    hidden: int
+    reverse: bool
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Array, state: State, valid: Array | None) -> tuple[Array, State]:  # [T, B, D] -> [T, B, H]
+        if self.reverse:  # through the padding first, which leaves the state as it is
+            x, valid = x[::-1], None if valid is None else valid[::-1]
+
+        def draw(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+            return jax.random.uniform(key, shape, dtype, -1, 1) / np.sqrt(self.hidden)
+
+        units = self.cell.gates * self.hidden
+        x = nn.Dense(units, dtype=self.dtype, kernel_init=draw, bias_init=draw, name="input")(x)
+        kernel = self.param("kernel", draw, (self.hidden, units)).astype(self.dtype)
+        bias = self.param("bias", draw, (units,)).astype(self.dtype) if self.cell.bias else None
+        h, state = recur(self.cell, kernel, bias, x, state, valid)
+        return (h[::-1] if self.reverse else h), state  # not lax.scan in reverse, which has no ONNX form
+
+
+class Recurrent(nn.Module):
+    """Layers of `cell`, each over the outputs of the one below: x [B, T, D] -> y float32 [B, T, H · directions].
+
+    hidden: units H of a layer and direction. dropout: probability that an output is dropped on its way to the next
+    layer in training (needs the random stream "dropout"). With `bidirectional` every layer reads forward and, with
+    weights of its own, backward, and gives both outputs side by side.
+
+    lengths: int [B], how much of each sequence is there. What follows has no effect, its outputs are 0, the state
+    returned is that after the last valid step, and the backward direction starts there. Raises InputError where they
+    are known when traced and outside [1, T]; unknown ones above T count as T.
+    carry: the state before the first step (`initial_carry`, zeros, if None); the one after the last is returned.
+    `dtype` is that of the matrix products; states are float32.
+    """
+
+    cell: Cell
+    hidden: int
+    layers: int = 1
+    bidirectional: bool = False
+    dropout: float = 0.0
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Array, lengths: Array | None = None, carry: Carry | None = None, *, train: bool
+    ) -> tuple[Array, Carry]:
+        batch, steps, _ = x.shape
+        valid = None if lengths is None else _valid(lengths, steps)  # [T, B, 1]
+        carry = self.initial_carry(batch) if carry is None else carry
+        directions = 1 + self.bidirectional
+        x, last = _where(valid, x.swapaxes(0, 1), 0.0), []  # [T, B, D]; nothing times NaN in the padding is NaN
+        for layer in range(self.layers):
+            if layer:
+                x = nn.Dropout(self.dropout, deterministic=not train)(x)
+            outputs = []
+            for reverse in range(directions):
+                name = f"{'backward' if reverse else 'forward'}_{layer}"
+                run = Layer(self.cell, self.hidden, bool(reverse), self.dtype, name=name)
+                y, state = run(x, carry[layer * directions + reverse], valid)
+                outputs.append(y)
+                last.append(state)
+            x = jnp.concatenate(outputs, -1)
+        x = _where(valid, x, 0.0)
+        return x.swapaxes(0, 1), tuple(last)
+
+    def initial_carry(self, batch: int) -> Carry:
+        """Zeros for `batch` sequences."""
+        return initial_carry(self.cell, self.hidden, self.layers * (1 + self.bidirectional), batch)
+
+
+def initial_carry(cell: Cell, hidden: int, runs: int, batch: int) -> Carry:
+    """Zeros [B, H] for every state of every layer and direction, `runs` in all."""
+    return ((jnp.zeros((batch, hidden)),) * cell.states,) * runs
+
+
+def _valid(lengths: Array, steps: int) -> Array:  # int [B] -> bool [T, B, 1]
+    if not isinstance(lengths, Tracer) and ((low := np.min(lengths)) < 1 or (low := np.max(lengths)) > steps):
+        raise InputError(f"a sequence has length {low}, expected 1 to {steps}, the steps of the batch; trim or pad it")
+    return (jnp.arange(steps)[:, None] < jnp.asarray(lengths))[..., None]
+
+
+def with_forget_bias(variables: Any, bias: float) -> Any:
+    """Variables of an LSTM whose forget gates start at `bias`: a large one remembers, 1 is usual.
+
+    Gers et al. 2000; Jozefowicz et al. 2015, "An Empirical Exploration of Recurrent Network Architectures".
+    """
+
+    def change(path: jax.tree_util.KeyPath, leaf: Array) -> Array:
+        if jax.tree_util.keystr(path[-2:], simple=True, separator="/") != "input/bias":
+            return leaf
+        i, f, g, o = jnp.split(leaf, 4)
+        return jnp.concatenate([i, jnp.full_like(f, bias), g, o])
+
+    return jax.tree_util.tree_map_with_path(change, variables)
+
+
+class SequenceClassifier(nn.Module):
+    """Embedding, recurrent layers and a linear layer on the last valid state: tokens int [B, T] -> logits [B, classes].
+
+    embedding: width of a token's vector. The other fields are those of `Recurrent`.
+    """
+
+    vocabulary: int
+    classes: int
+    embedding: int
+    hidden: int
+    layers: int = 1
+    cell: Cell = LSTM
+    bidirectional: bool = False
+    dropout: float = 0.0
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Array, lengths: Array | None = None, *, train: bool) -> Array:
+        x = nn.Embed(self.vocabulary, self.embedding, dtype=self.dtype)(tokens)
+        recurrent = Recurrent(self.cell, self.hidden, self.layers, self.bidirectional, self.dropout, self.dtype)
+        _, carry = recurrent(x, lengths, train=train)
+        x = jnp.concatenate([state[0] for state in carry[-1 - self.bidirectional :]], -1)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return nn.Dense(self.classes, dtype=self.dtype)(x).astype(jnp.float32)
+
+
+class SequenceTagger(nn.Module):
+    """Recurrent layers and a linear layer on every output: x [B, T, D] -> float32 [B, T, outputs], and the last state.
+
+    The fields and the state are those of `Recurrent`; dropout acts on the last layer's outputs too.
+    """
+
+    outputs: int
+    hidden: int
+    layers: int = 1
+    cell: Cell = LSTM
+    dropout: float = 0.0
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, carry: Carry | None = None, *, train: bool) -> tuple[Array, Carry]:
+        recurrent = Recurrent(self.cell, self.hidden, self.layers, dropout=self.dropout, dtype=self.dtype)
+        x, carry = recurrent(x, carry=carry, train=train)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return nn.Dense(self.outputs, dtype=self.dtype)(x).astype(jnp.float32), carry
+
+
+class CharLM(nn.Module):
+    """A language model of characters: tokens int [B, T] -> logits of the next ones [B, T, V], and the carried state.
+
+    The state after one piece of text, given back as `carry`, continues it. The fields are those of `SequenceTagger`.
+    """
+
+    vocabulary: int
+    hidden: int
+    layers: int = 1
+    cell: Cell = LSTM
+    dropout: float = 0.0
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: Array, carry: Carry | None = None, *, train: bool) -> tuple[Array, Carry]:
+        x = nn.Embed(self.vocabulary, self.hidden, dtype=self.dtype)(tokens)
+        tagger = SequenceTagger(self.vocabulary, self.hidden, self.layers, self.cell, self.dropout, self.dtype)
+        return tagger(x, carry, train=train)
+
+    def initial_carry(self, batch: int) -> Carry:
+        """Zeros for `batch` texts."""
+        return initial_carry(self.cell, self.hidden, self.layers, batch)
+
+
+def examples() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
+    """Tiny instances with a batch of inputs each, for the tests of the whole zoo."""
+    rng = np.random.default_rng(0)
+    x, tokens = rng.standard_normal((3, 6, 4), np.float32), rng.integers(0, 7, (3, 6), np.int32)
+    ragged = {"lengths": np.array([6, 2, 4], np.int32)}
+    return {
+        "RNN": (Recurrent(VANILLA, 5), {"x": x}),
+        "LSTM": (Recurrent(LSTM, 5, layers=2, dropout=0.5), {"x": x, **ragged}),
+        "GRU": (Recurrent(GRU, 5, bidirectional=True), {"x": x, **ragged}),
+        "SequenceClassifier": (
+            SequenceClassifier(7, classes=3, embedding=4, hidden=5, bidirectional=True),
+            {"tokens": tokens, **ragged},
+        ),
+        "SequenceTagger": (SequenceTagger(3, hidden=5), {"x": x}),
+        "CharLM": (CharLM(7, hidden=5, layers=2, cell=GRU), {"tokens": tokens}),
+    }

@@ -1,0 +1,88 @@
+"""The networks that the benchmarks time compute the same here and in PyTorch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.problems import PROBLEMS, pictures, text
+from dl_jax import losses
+from dl_jax.models import lenet
+from dl_jax.models.mlp import MLP
+from dl_jax.models.rnn import GRU, LSTM, VANILLA, CharLM
+from dl_jax.models.vae import VAE
+
+torch = pytest.importorskip("torch", reason="the benchmarks compare with PyTorch, which is not installed")
+torch.set_num_threads(1)  # its threads spin while they wait for each other
+
+
+def twins():
+    from benchmarks import torch_nets
+
+    return torch_nets
+
+
+def shifted(model, *inputs):
+    """Parameters that are nowhere zero, so that none can be forgotten."""
+    variables = jax.jit(lambda: model.init(jax.random.key(0), *inputs, train=False))()
+    return jax.tree.map(lambda leaf: 2 * leaf + 0.1, variables["params"])
+
+
+def torch_pictures(image):
+    return torch.from_numpy(image).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "twin"),
+    [(lenet.LeNet5(), lambda: twins().LeNet5()), (MLP((30, 20)), lambda: twins().MLP((30, 20)))],
+    ids=["LeNet-5", "MLP"],
+)
+def test_classifiers(model, twin):
+    image, labels = pictures(3)["image"], np.array([3, 0, 9])
+    params = shifted(model, image)
+    twin = twin()
+    twin.load(params)
+    ours = model.apply({"params": params}, image, train=False)
+    theirs = twin(torch_pictures(image)).detach()
+    np.testing.assert_allclose(theirs, ours, rtol=1e-5, atol=1e-4)
+    criteria = twins().map_loss(theirs, torch.from_numpy(labels), 10.0), lenet.map_loss(ours, jnp.array(labels), 10.0)
+    np.testing.assert_allclose(*criteria, rtol=1e-5, atol=1e-4)
+
+
+def test_vae():
+    model, image = VAE(latents=5, hidden=(30,)), pictures(3)["image"]
+    params = shifted(model, image)
+    twin = twins().VAE(30, 5).eval()
+    twin.load(params)
+    for ours, theirs in zip(
+        model.apply({"params": params}, image, train=False), twin(torch_pictures(image)), strict=True
+    ):
+        np.testing.assert_allclose(theirs.detach().flatten(1), ours.reshape(3, -1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
+def test_language_models(cell):
+    batch = {name: column[:3, :7] for name, column in text().items()}
+    model = CharLM(96, 8, layers=2, cell={"RNN": VANILLA, "GRU": GRU, "LSTM": LSTM}[cell])
+    params = shifted(model, batch["token"])
+    twin = twins().CharLM(getattr(torch.nn, cell), 96, 8, 2)
+    twin.load(params)
+    logits, _ = model.apply({"params": params}, batch["token"], train=False)
+    np.testing.assert_allclose(twin(torch.from_numpy(batch["token"]).long()).detach(), logits, rtol=1e-4, atol=1e-4)
+    tensors = {name: torch.from_numpy(column.copy()).long() for name, column in batch.items()}
+    theirs = twins().next_character(twin, tensors).detach()
+    np.testing.assert_allclose(theirs, losses.cross_entropy(logits, batch["target"]).mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_both_train_on_every_problem(name):
+    """A step each; both losses of the VAE are negative bounds at the start, some 784 log 2 nats."""
+    batch = PROBLEMS[name].batch()
+    step, state = PROBLEMS[name].step()
+    new, metrics = jax.jit(step)(state, batch)
+    assert int(new.step) == 1
+    twin = twins().TWINS[name]
+    model = twin.model()
+    theirs = twin.loss(model, {key: twins().tensor(column) for key, column in batch.items()})
+    np.testing.assert_allclose(theirs.detach(), metrics["loss"], rtol=0.3)
+    twins().train_block(twin, False, batch)(1)
