@@ -14,6 +14,7 @@ README = (ROOT / "README.md").read_text()
 INSTALL_AND_TEST = {
     "python3 -m venv .venv && . .venv/bin/activate && pip install -e . "
     "&& python experiments/vision/lenet.py --dataset digits",  # what follows the installation is run below
+    "pip install -e '.[export]'",
     "pip install -e '.[test]' && python -m pytest",
 }
 SHORTER = {  # flags that cut a command down to seconds
@@ -22,6 +23,7 @@ SHORTER = {  # flags that cut a command down to seconds
         "--seeds 1 --steps 2 --distorted-steps 2 --watch-every 2"
     ),
     "python experiments/vision/lenet.py --help": "",
+    "python experiments/compression/pipeline.py": "--preset smoke --seeds 2",
     "python -m dl_jax.data prepare mnist": "",
     "python benchmarks/train_step.py": "--quick",
     "./tpu_setup.sh --dry-run install": "",
