@@ -34,6 +34,10 @@ def initialised(model, x=X):
     return jax.tree.map(lambda leaf: 3 * leaf, variables)
 
 
+def compiled(model, variables, *inputs, train=False, rngs=None):
+    return jax.jit(lambda *arguments: model.apply(*arguments, train=train, rngs=rngs))(variables, *inputs)
+
+
 def assert_close(actual, expected, tolerance=2e-5):
     for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert np.shape(one) == np.shape(other)
@@ -73,7 +77,7 @@ def in_numpy(cell, params, x, state):
 def test_a_layer_is_its_equations(cell):
     model = Recurrent(cell, 5)
     variables, carry = initialised(model), carry_of(model)
-    y, last = model.apply(variables, X, None, carry, train=False)
+    y, last = compiled(model, variables, X, None, carry)
     for row in range(3):
         state = jax.tree.map(lambda leaf, row=row: leaf[row], carry[0])
         outputs, state = in_numpy(cell, variables["params"]["forward_0"], X[row], state)
@@ -85,7 +89,7 @@ def test_layers_and_directions_are_layers_side_by_side(cell):
     """The second layer reads both outputs of the first; backward is forward over the reversed sequence."""
     model = Recurrent(cell, 5, layers=2, bidirectional=True)
     variables, carry = initialised(model), carry_of(model)
-    y, last = model.apply(variables, X, None, carry, train=False)
+    y, last = compiled(model, variables, X, None, carry)
     for row in range(3):
         x, states = X[row], iter(jax.tree.map(lambda leaf, row=row: leaf[row], carry))
         expected = []
@@ -183,9 +187,9 @@ def test_a_padded_batch_equals_its_sequences_one_by_one(cell, bidirectional):
 def test_the_carry_continues_a_sequence(cell):
     model = Recurrent(cell, 5, layers=2)
     variables = initialised(model)
-    whole, last = model.apply(variables, X, train=False)
-    first, carry = model.apply(variables, X[:, :2], train=False)
-    second, carry = model.apply(variables, X[:, 2:], None, carry, train=False)
+    whole, last = compiled(model, variables, X)
+    first, carry = compiled(model, variables, X[:, :2])
+    second, carry = compiled(model, variables, X[:, 2:], None, carry)
     assert_close((jnp.concatenate([first, second], 1), carry), (whole, last), 1e-6)
 
 
@@ -202,8 +206,8 @@ def test_lengths_outside_the_padding_are_refused(lengths, wrong):
 def test_unknown_lengths_beyond_the_padding_count_as_its_end():
     model = Recurrent(GRU, 5, bidirectional=True)
     variables = initialised(model)
-    long = jax.jit(lambda lengths: model.apply(variables, X, lengths, train=False))(np.array([9, 6, 7]))
-    assert_close(long, model.apply(variables, X, train=False), 1e-6)
+    long = compiled(model, variables, X, np.array([9, 6, 7]))
+    assert_close(long, compiled(model, variables, X), 1e-6)
 
 
 def test_seeds_as_an_axis_equal_one_by_one():
@@ -232,14 +236,14 @@ def test_dropout_acts_between_layers_in_training_only():
     variables = initialised(model)
 
     def outputs(key):
-        return model.apply(variables, X, train=True, rngs={"dropout": jax.random.key(key)})
+        return compiled(model, variables, X, train=True, rngs={"dropout": jax.random.key(key)})
 
     (one, (lower, _)), (other, (lower_too, _)) = outputs(0), outputs(1)
     assert (one != other).any()
     np.testing.assert_array_equal(lower[0], lower_too[0])  # the first layer's own state
     assert (one != 0).all()  # nothing is dropped after the last
-    still = model.apply(variables, X, train=False)
-    assert_close(model.clone(dropout=0.0).apply(variables, X, train=True), still, 1e-6)
+    still = compiled(model, variables, X)
+    assert_close(compiled(model.clone(dropout=0.0), variables, X, train=True), still, 1e-6)
 
 
 def test_the_classifier_reads_the_last_valid_state_of_both_directions():
@@ -248,25 +252,24 @@ def test_the_classifier_reads_the_last_valid_state_of_both_directions():
     variables = jax.jit(lambda: model.init(jax.random.key(0), tokens, LENGTHS, train=False))()
     params = variables["params"]
     recurrent = Recurrent(GRU, 5, layers=2, bidirectional=True)
-    y, _ = recurrent.apply(
-        {"params": params["Recurrent_0"]}, params["Embed_0"]["embedding"][tokens], LENGTHS, train=False
-    )
+    embedded = params["Embed_0"]["embedding"][tokens]
+    y, _ = compiled(recurrent, {"params": params["Recurrent_0"]}, embedded, LENGTHS)
     ends = np.concatenate([y[np.arange(3), LENGTHS - 1, :5], y[:, 0, 5:]], -1)
     expected = ends @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"]
-    assert_close(model.apply(variables, tokens, LENGTHS, train=False), expected, 1e-6)
+    assert_close(compiled(model, variables, tokens, LENGTHS), expected, 1e-6)
 
 
 def test_the_language_model_sees_the_past_alone_and_carries_it():
     model = CharLM(7, hidden=5, layers=2)
     tokens = np.random.default_rng(0).integers(0, 7, (2, 6), np.int32)
     variables = jax.jit(lambda: model.init(jax.random.key(0), tokens, train=False))()
-    logits, last = model.apply(variables, tokens, train=False)
+    logits, last = compiled(model, variables, tokens)
     changed = tokens.copy()
     changed[:, 3] = (changed[:, 3] + 1) % 7
-    differs = (model.apply(variables, changed, train=False)[0] != logits).any((0, 2))
+    differs = (compiled(model, variables, changed)[0] != logits).any((0, 2))
     np.testing.assert_array_equal(differs, [False, False, False, True, True, True])
-    first, carry = model.apply(variables, tokens[:, :4], model.initial_carry(2), train=False)
-    second, carry = model.apply(variables, tokens[:, 4:], carry, train=False)
+    first, carry = compiled(model, variables, tokens[:, :4], model.initial_carry(2))
+    second, carry = compiled(model, variables, tokens[:, 4:], carry)
     assert_close((jnp.concatenate([first, second], 1), carry), (logits, last), 1e-6)
 
 
@@ -276,7 +279,7 @@ def test_the_forget_bias_says_how_much_of_the_state_is_kept(bias, kept):
     zeros = jax.tree.map(jnp.zeros_like, initialised(model))
     variables = rnn.with_forget_bias(zeros, bias)
     carry = carry_of(model)
-    _, last = model.apply(variables, X[:, :1], None, carry, train=False)
+    _, last = compiled(model, variables, X[:, :1], None, carry)
     for (_, before), (_, after) in zip(carry, last, strict=True):
         np.testing.assert_allclose(after, kept * before, atol=1e-6)  # every other gate and weight is zero
     changed = sum(int((a != b).sum()) for a, b in zip(*map(jax.tree.leaves, (variables, zeros)), strict=True))

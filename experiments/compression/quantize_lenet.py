@@ -1,0 +1,160 @@
+"""Eight bits cost LeNet-300-100 nothing; two bits cost it little where it was trained with them, and a lot where not.
+
+Jacob et al. 2018, "Quantization and training of neural networks for efficient integer-arithmetic-only inference"
+(arXiv:1712.05877), sections 2 and 3; Krishnamoorthi 2018, "Quantizing deep convolutional networks for efficient
+inference: a whitepaper" (arXiv:1806.08342), abstract.
+
+    python experiments/compression/quantize_lenet.py --dataset mnist --preset paper --seeds 5 --workdir runs/quantize
+
+Expected: with 8-bit weights and activations at most 0.2 points more test errors than in floating point, after training
+and in training; quantisation-aware training ahead at 4 and at 2 bits, paired over seeds. Five seeds took 22 minutes on
+2 CPU cores that were shared with much other work, and gave 1.50 % at 8 bits as in floating point, and 1.94 against
+29.3 % at 2. At 4 bits neither way loses anything, so that the order is missed.
+
+Both papers measure on ImageNet and COCO, so what is reproduced is the mechanism: there is no number of theirs to meet,
+and 0.2 points are our margin. Weights are symmetric per output channel, activations have 8 bits on ranges that 1,000
+training digits gave. All networks of a seed are the same at first, and are then trained on with the same digits in the
+same order: in floating point (`error/float`, which rounded is `error/ptq...`) or at some number of bits
+(`error/qat...`). What is tested came back from packed integers, `kilobytes/...` of them. The learning rates were chosen
+on the last 10 % of the training set, where rounding to 4 bits cost nothing even after training: there is little to win.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dl_jax import data, losses, metrics, optim, parallel
+from dl_jax.claims import Claim
+from dl_jax.compress import quantize
+from dl_jax.launch import launch
+from dl_jax.models.lenet import LeNet300
+from dl_jax.run import Run
+from dl_jax.train import State, evaluate, fit, init_state, make_step, per_seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    dataset: str = "mnist"  # TFDS name of a set of ten classes of 28x28 or 8x8 grey images
+    train_split: str = "train"  # TFDS split to learn from
+    test_split: str = "test"  # TFDS split to test on
+    steps: int = 6000  # train steps in floating point: 10 passes over 60,000 digits
+    tuning_steps: int = 3000  # train steps after that, in floating point and at each number of bits
+    batch_size: int = 100  # examples per step, over all devices
+    learning_rate: float = 0.1  # at its peak
+    tuning_rate: float = 0.02  # learning rate after that, at its peak
+    momentum: float = 0.9  # of SGD
+    bits: tuple[int, ...] = (8, 4, 2)  # bits of a weight
+    activation_bits: int = 8  # bits of an activation
+    calibration: int = 1000  # training examples that give the ranges of the activations
+
+
+PRESETS = {
+    "paper": Config(),
+    "quick": Config(dataset="digits", steps=600, tuning_steps=300, batch_size=50),
+    "smoke": Config(dataset="digits", train_split="train[:64]", test_split="test[:40]", steps=4, tuning_steps=2,
+                    batch_size=16, calibration=32),
+}  # fmt: skip
+
+GIVEN = {"dataset": "mnist"}
+JACOB, KRISHNAMOORTHI = "Jacob et al. 2018", "Krishnamoorthi 2018"
+MECHANISM = "mechanism row, no number of the paper: it reports ImageNet and COCO; the margin is ours"
+ORDER = "the paper: on ImageNet 4-bit weights lose 2 % to 10 % with it; here both sides have trained for as long"
+CLAIMS = (
+    Claim("error/ptq8", JACOB, "section 2, 8 bits after training", 0, 0.2, "points", given=GIVEN,
+          versus="error/float", note=MECHANISM),
+    Claim("error/qat8", JACOB, "section 3, 8 bits in training", 0, 0.2, "points", given=GIVEN, versus="error/float",
+          note=MECHANISM),
+    Claim("error/qat4", KRISHNAMOORTHI, "abstract, 4-bit weights", None, 0, given=GIVEN, versus="error/ptq4",
+          note=ORDER),
+    Claim("error/qat2", KRISHNAMOORTHI, "abstract, carried on to 2 bits", None, 0, given=GIVEN, versus="error/ptq2",
+          note=ORDER),
+)  # fmt: skip
+
+
+def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
+    mesh = parallel.data_mesh()
+    folders = run.settings.data_dir, run.settings.cache_dir
+    train, test = (data.grey_pictures(cfg.dataset, split, *folders) for split in (cfg.train_split, cfg.test_split))
+    rows = parallel.process_rows(cfg.batch_size, mesh)
+    some = {name: column[: cfg.calibration] for name, column in train.items()}
+    exam, calibration = (
+        [parallel.place(batch, mesh) for batch in data.epoch(records, cfg.batch_size, rows)] for records in (test, some)
+    )
+    streams = [data.batches(train, cfg.batch_size, seed, rows) for seed in run.seeds]
+    batches = parallel.placed(data.per_seed(streams), mesh, axis=1)
+    key_init, key = jnp.stack([jax.random.split(jax.random.key(seed)) for seed in run.seeds], 1)  # [S], [S]
+
+    model = LeNet300()
+    read = functools.partial(logits, model.apply)
+    read_rounded = quantize.with_activations(read, cfg.activation_bits)
+    ranges = jax.vmap(lambda variables: quantize.calibrate(read, variables, calibration))
+    error = functools.partial(errors, exam)
+
+    def train_on(child: Run, loss: losses.Loss, variables: Any, begin: int, steps: int, rate: float) -> State:
+        tx = optax.sgd(optim.warmup_cosine(rate, steps), cfg.momentum)
+        states = jax.jit(jax.vmap(lambda key, variables: init_state(key, variables, tx)))(key, variables)
+        step, stream = per_seed(make_step(loss, tx)), lambda i: batches(begin + i)
+        return fit(step, parallel.replicated(states, mesh), stream, steps=steps, run=child)
+
+    tune = functools.partial(train_on, begin=cfg.steps, steps=cfg.tuning_steps, rate=cfg.tuning_rate)
+    start = jax.jit(jax.vmap(lambda key: model.init(key, jnp.zeros((1, 28, 28, 1)), train=False)))(key_init)
+    loss = functools.partial(reading_loss, read)
+    first = train_on(run / "first", loss, start, 0, cfg.steps, cfg.learning_rate).variables
+    tuned = tune(run / "float", loss, first).variables
+    first, rounding = ({**variables, quantize.RANGES: ranges(variables)} for variables in (first, tuned))
+
+    found = {"error/float": error(read, tuned), "kilobytes/float": kilobytes(tuned["params"], len(run.seeds))}
+    for bits in cfg.bits:
+        loss = losses.with_params(functools.partial(reading_loss, read_rounded), quantize.fake(bits))
+        aware = tune(run / f"qat{bits}", loss, first).variables
+        for name, variables in {"ptq": rounding, "qat": aware}.items():
+            params, found[f"kilobytes/{bits}"] = from_a_file(variables["params"], bits)
+            found[f"error/{name}{bits}"] = error(read_rounded, {**variables, "params": params})
+    return found
+
+
+def logits(apply: Callable[..., Any], variables: Any, batch: Mapping) -> jax.Array:
+    return apply(variables, batch["image"].astype(jnp.float32) / 255, train=False)  # [B, 10]
+
+
+def reading_loss(read: Callable[..., Any], variables, batch, key):
+    return losses.cross_entropy(read(variables, batch), batch["label"]).mean(), ({}, {})
+
+
+def errors(exam: list, read: Callable[..., Any], variables: Any) -> np.ndarray:  # variables [S, ...] -> [S]
+    """Test error in per cent."""
+
+    def wrong(variables, batch, key):
+        lanes = jax.vmap(lambda variables: read(variables, batch))(variables)  # [S, B, 10]
+        return {"error": jax.vmap(lambda y: metrics.error_rate(y, batch["label"], batch["mask"]))(lanes)}
+
+    return 100 * evaluate(wrong, variables, exam, jax.random.key(0))["error"]
+
+
+def from_a_file(params: Any, bits: int) -> tuple[Any, np.ndarray]:
+    """The weights [S, ...] that come back from packed integers; the kilobytes [S] of these, the scales and biases."""
+
+    def of_weights(f: Callable[..., Any], *trees: Any) -> Any:
+        is_weight = lambda leaf: isinstance(leaf, quantize.Quantized)
+        change = lambda leaf, *others: f(leaf, *others) if is_weight(leaf) else leaf
+        return jax.tree.map(change, *trees, is_leaf=is_weight)
+
+    integers = jax.vmap(lambda params: quantize.quantize(params, bits))(params)
+    file = of_weights(lambda q: q._replace(values=quantize.pack(q.values, bits)), integers)
+    back = of_weights(lambda f, q: q._replace(values=quantize.unpack(f.values, bits, q.values.shape)), file, integers)
+    return quantize.dequantize(back), kilobytes(file, len(jax.tree.leaves(params)[0]))
+
+
+def kilobytes(file: Any, seeds: int) -> np.ndarray:
+    """The same for every seed: [S]."""
+    return np.full(seeds, sum(leaf.nbytes for leaf in jax.tree.leaves(file)) / seeds / 1000)
+
+
+if __name__ == "__main__":
+    launch(main, PRESETS, CLAIMS)
