@@ -119,17 +119,18 @@ class CharLM(nn.Module):
 
     def load(self, params: dict[str, Any]) -> None:
         """Where the cell has one bias for both projections it goes into the input's."""
+        tagger = params["SequenceTagger_0"]
         with torch.no_grad():
             self.embed.weight.copy_(torch.tensor(np.asarray(params["Embed_0"]["embedding"])))
             for name, weight in self.recurrent.named_parameters():  # weight_ih_l0, bias_hh_l1, ...
                 kind, side, layer = name.split("_")
-                ours = params["Recurrent_0"][f"forward_{layer[1:]}"]
+                ours = tagger["Recurrent_0"][f"forward_{layer[1:]}"]
                 ours = ours["input"] if side == "ih" else ours
                 if kind == "weight":
                     weight.copy_(torch.tensor(np.asarray(ours["kernel"]).T.copy()))
                 else:
                     weight.copy_(torch.tensor(np.asarray(ours["bias"]))) if "bias" in ours else weight.zero_()
-        _copy(self.dense, params["Dense_0"])
+        _copy(self.dense, tagger["Dense_0"])
 
 
 def cross_entropy(model: nn.Module, batch: Tensors) -> torch.Tensor:

@@ -5,7 +5,6 @@ they nest: `draw(key, nucleus(temperature(logits, 0.8), 0.9))`.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp

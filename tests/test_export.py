@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.export
 import jax.numpy as jnp
@@ -324,6 +325,15 @@ def test_a_missing_package_comes_with_the_command(package, small, tmp_path, monk
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(InputError, match=rf"ONNX needs {package}, .* run: pip install 'dl_jax\[export\]'"):
         onnx.export(*small, tmp_path / "model.onnx")
+
+
+def test_exporting_leaves_jax_as_it_was(small, tmp_path):
+    """Exporters replace functions while they trace."""
+    modules = (jax, jnp, lax, jax.nn, jax.random, nn)
+    before = [dict(vars(module)) for module in modules]
+    onnx.export(*small, tmp_path / "model.onnx")
+    after = [vars(module) for module in modules]
+    assert [name for b, a in zip(before, after, strict=True) for name in b if a[name] is not b[name]] == []
 
 
 def test_exporting_leaves_logging_as_it_was(small, tmp_path):

@@ -100,7 +100,7 @@ def test_the_guides_program_predicts(tmp_path):
     flags = "--preset smoke --seeds 1 --steps 8 --distorted-steps 8 --workdir runs/lenet"
     done = run(f"python experiments/vision/lenet.py {flags}", tmp_path)
     assert done.returncode == 0, done.stderr
-    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/guide.md").read_text(), re.S)
+    program, _ = re.findall(r"```python\n(.*?)```", (ROOT / "docs/guide.md").read_text(), re.S)
     check = "assert digits.shape == (len(images),) and step == 8"
     environment = {**os.environ, "XLA_FLAGS": ""}
     done = subprocess.run([sys.executable, "-c", f"{program}\n{check}"], cwd=tmp_path, env=environment)

@@ -7,9 +7,11 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dl_jax.errors import InputError
@@ -61,7 +63,7 @@ def export(
         raise _missing(e) from e
 
     function, shapes = baked(apply, variables), symbolic(inputs)
-    with _quiet():
+    with _quiet(), _restored(jnp):
         data = jax2onnx.to_onnx(plain(function, shapes), shapes).SerializeToString()
     predict = _predictor(*_session(data))
     examples = [np.asarray(each, shape.dtype) for each, shape in zip(inputs, shapes, strict=True)]
@@ -216,6 +218,16 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         root.removeHandler(handler)
+
+
+@contextlib.contextmanager
+def _restored(module: ModuleType) -> Iterator[None]:
+    """Undoes what happens to the module's names: jax2onnx leaves behind a `jnp.cumsum` that takes no axis by place."""
+    before = dict(vars(module))
+    try:
+        yield
+    finally:
+        vars(module).update(before)
 
 
 def _missing(error: ImportError) -> InputError:
