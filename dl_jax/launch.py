@@ -134,7 +134,7 @@ def parse(arguments: Sequence[str], presets: Mapping[str, Any], description: str
 
 def preset_of(arguments: Sequence[str], presets: Mapping[str, Any]) -> str:
     """The preset gives the other flags their defaults, so it is looked up before they are parsed."""
-    given = [b for a, b in zip(arguments, [*arguments[1:], ""], strict=True) if a == "--preset"]
+    given = [b for a, b in itertools.pairwise([*arguments, ""]) if a == "--preset"]
     given += [a.removeprefix("--preset=") for a in arguments if a.startswith("--preset=")]
     return given[-1] if given and given[-1] in presets else "quick"
 

@@ -297,6 +297,11 @@ def test_the_command_leaves_out_where_things_lie():
     assert command("vision/lenet", [*flags, *many]) == "python experiments/vision/lenet.py --seeds 5 --dataset 'my set'"
 
 
+def test_no_flags_are_the_quick_preset_with_its_defaults():
+    name, config, common = parse([], PRESETS, "")
+    assert (name, config, common.seeds) == ("quick", PRESETS["quick"], 5)
+
+
 def test_two_presets_are_refused():
     with pytest.raises(SystemExit, match="--preset is given twice"):
         parse(["--preset=paper", "--preset", "quick"], PRESETS, "")

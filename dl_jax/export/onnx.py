@@ -211,13 +211,16 @@ def _named(expected: Mapping[str, Input], inputs: Sequence[Any]) -> dict[str, np
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps packages that log through the root logger from giving it a handler of their own, which would print."""
-    root, handler = logging.getLogger(), logging.NullHandler()
+    """Keeps packages from printing through a root logger that has no handler yet, and onnx_ir's warnings to itself."""
+    root, handler, chatty = logging.getLogger(), logging.NullHandler(), logging.getLogger("onnx_ir")
+    level = chatty.level
     root.addHandler(handler)
+    chatty.setLevel(logging.ERROR)
     try:
         yield
     finally:
         root.removeHandler(handler)
+        chatty.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -80,17 +80,17 @@ PRESETS = {
 
 PAPER, GIVEN = "Bai et al. 2018", {"dataset": "jsb_chorales"}
 CELLS = ("lstm", "gru", "rnn", "tcn")
-OTHER_ROWS: dict[str, tuple[str, float, tuple[float | None, ...]]] = {  # unit, tolerance, claimed
+OTHER_ROWS: dict[str, tuple[str, float, tuple[float | None, ...]]] = {  # unit, least tolerance, claimed
     "Seq. MNIST": ("%", 1.0, (87.2, 96.2, 21.5, 99.0)),
     "Permuted MNIST": ("%", 1.0, (85.7, 87.3, 25.3, 97.2)),
     "Adding problem T=600": ("squared error", 1e-4, (0.164, 5.3e-5, 0.177, 5.8e-5)),
     "Copy memory T=1000": ("nats", 1e-4, (0.0204, 0.0197, 0.0202, 3.5e-5)),
     "Nottingham": ("nats/frame", 0.15, (3.29, 3.46, 4.05, 3.07)),
-    "Word-level PTB": ("perplexity", 1.0, (78.93, 92.48, 114.50, 88.68)),
-    "Word-level Wiki-103": ("perplexity", 0.5, (48.4, None, None, 45.19)),
-    "Word-level LAMBADA": ("perplexity", 40.0, (4186.0, None, 14725.0, 1279.0)),
-    "Char-level PTB": ("bits/character", 0.02, (1.36, 1.37, 1.48, 1.31)),
-    "Char-level text8": ("bits/character", 0.02, (1.50, 1.53, 1.69, 1.45)),
+    "Word-level PTB": ("perplexity", 0.0, (78.93, 92.48, 114.50, 88.68)),
+    "Word-level Wiki-103": ("perplexity", 0.0, (48.4, None, None, 45.19)),
+    "Word-level LAMBADA": ("perplexity", 0.0, (4186.0, None, 14725.0, 1279.0)),
+    "Char-level PTB": ("bits/character", 0.01, (1.36, 1.37, 1.48, 1.31)),
+    "Char-level text8": ("bits/character", 0.01, (1.50, 1.53, 1.69, 1.45)),
 }
 CLAIMS = (
     *(Claim(f"test_nll/{cell}", PAPER, f"Table 1, JSB Chorales, {cell.upper()}", claimed, 0.15, "nats/frame",
@@ -99,9 +99,9 @@ CLAIMS = (
     *(Claim(f"test_nll/{one}", PAPER, f"Table 1, JSB Chorales, {one.upper()} beats {other.upper()}", None, 0,
             "nats/frame", given=GIVEN, versus=f"test_nll/{other}")
       for one, other in (("tcn", "lstm"), ("tcn", "gru"), ("lstm", "rnn"), ("gru", "rnn"))),
-    *(Claim(f"{row}/{cell}", PAPER, f"Table 1, {row}, {cell.upper()}", claimed, tolerance, unit, given=GIVEN,
-            better="higher" if unit == "%" else "lower", note="another task than this experiment's")
-      for row, (unit, tolerance, numbers) in OTHER_ROWS.items()
+    *(Claim(f"{row}/{cell}", PAPER, f"Table 1, {row}, {cell.upper()}", claimed, max(least, 0.01 * claimed), unit,
+            given=GIVEN, better="higher" if unit == "%" else "lower", note="another task than this experiment's")
+      for row, (unit, least, numbers) in OTHER_ROWS.items()
       for cell, claimed in zip(CELLS, numbers, strict=True) if claimed is not None),
 )  # fmt: skip
 
