@@ -15,8 +15,8 @@ Both papers measure on ImageNet and COCO, so what is reproduced is the mechanism
 and 0.2 points are our margin. Weights are symmetric per output channel, activations have 8 bits on ranges that 1,000
 training digits gave. All networks of a seed are the same at first, and are then trained on with the same digits in the
 same order: in floating point (`error/float`, which rounded is `error/ptq...`) or at some number of bits
-(`error/qat...`). What is tested came back from packed integers, `kilobytes/...` of them. The learning rate of the second
-training was chosen on the last 10 % of the training set, the first one's was not chosen.
+(`error/qat...`). What is tested came back from packed integers, `kilobytes/...` of them. The second
+training's learning rate was chosen on the last 10 % of the training set; the first one's is a guess.
 """
 
 import dataclasses
