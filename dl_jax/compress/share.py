@@ -64,7 +64,7 @@ def k_means(weights: np.ndarray, k: int) -> np.ndarray:  # [n], in any order -> 
         raise InputError("share: a weight is NaN or infinite, expected finite weights; train without divergence first")
     ordered = np.sort(weights.astype(np.float64))
     sums = np.concatenate([[0.0], np.cumsum(ordered)])
-    values, edges = np.linspace(ordered[0], ordered[-1], k), None
+    values, edges = np.linspace(ordered[0], ordered[-1], k), np.zeros(0, np.int64)
     for _ in range(ROUNDS):
         before, edges = edges, np.concatenate([[0], np.searchsorted(ordered, _borders(values)), [ordered.size]])
         if np.array_equal(before, edges):

@@ -17,7 +17,7 @@ VOCABULARY = 256
 STANDARD_LIBRARY = "standard_library"
 SIZE = 1_000_000  # bytes of the standard library that are read, at most
 
-_SPLITS = {"train": range(8), "validation": (8,), "test": (9,)}  # of every ten files
+_SPLITS = {"train": (0, 8), "validation": (8, 9), "test": (9, 10)}  # tenths of it
 
 
 def encode(text: str) -> np.ndarray:
@@ -34,7 +34,7 @@ def load(name: str, split: str, data_dir: str | None = None, cache_dir: str | No
     """A split as ids uint8 [N]: of `standard_library`, or the column `text` of a TFDS set, its records line by line.
 
     `standard_library` is the source text of the running Python's own top-level modules, in the order of their names up
-    to `SIZE` bytes; of every ten files the ninth is for validation and the tenth for testing. It is always there, and
+    to `SIZE` bytes: eight tenths to learn from, then one for validation and one for testing. It is always there, and
     differs from one Python to the next. Raises InputError as `data.load` does, where there is no such column, and where
     this Python has no such split or no source text.
     """
@@ -61,13 +61,14 @@ def _standard_library(split: str) -> np.ndarray:
         raise InputError(
             f"this Python has no source text in {folder}, expected its standard library; choose another --dataset"
         )
-    chosen, left = [], SIZE
-    for i, file in enumerate(files):
-        source = file.read_bytes()[:left]
-        left -= len(source)
-        if i % 10 in _SPLITS[split]:
-            chosen.append(source)
-    return np.frombuffer(b"".join(chosen), np.uint8)
+    sources, size = [], 0
+    for file in files:
+        if size < SIZE:
+            sources.append(file.read_bytes())
+            size += len(sources[-1])
+    ids = np.frombuffer(b"".join(sources)[:SIZE], np.uint8)
+    start, stop = (len(ids) * tenth // 10 for tenth in _SPLITS[split])
+    return ids[start:stop]
 
 
 def windows(ids: np.ndarray, batch_size: int, length: int, seed: int, rows: slice = slice(None)) -> Stream:

@@ -193,7 +193,8 @@ class Layer(nn.Module):
         x = nn.Dense(units, dtype=self.dtype, kernel_init=draw, bias_init=draw, name="input")(x)
         kernel = self.param("kernel", draw, (self.hidden, units)).astype(self.dtype)
         bias = self.param("bias", draw, (units,)).astype(self.dtype) if self.cell.bias else None
-        h, state = recur(self.cell, kernel, bias, x, state, valid)
+        result: Any = recur(self.cell, kernel, bias, x, state, valid)
+        h, state = result
         return (h[::-1] if self.reverse else h), state  # not lax.scan in reverse, which has no ONNX form
 
 
