@@ -4,6 +4,7 @@
 BatchNorm's statistics are global.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,12 +21,19 @@ from dl_jax.train import Batch, Batches, Loss, Metrics, State, Step, Tree, make_
 AXIS = "data"
 
 
-def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
+def data_mesh(devices: Sequence[Any] | None = None, *, batch_size: int | None = None) -> Mesh:
     """All devices of all processes (or `devices`) in one axis, process after process.
 
+    With a `batch_size`, which a paper may have fixed, as many of each process's devices as divide it: 5 of 8 for 100.
     Not `jax.make_mesh`: it follows the wires of a TPU slice, and then a process's rows are not contiguous.
     """
     devices = sorted(jax.devices() if devices is None else devices, key=lambda d: (d.process_index, d.id))
+    if batch_size:
+        processes = [list(own) for _, own in itertools.groupby(devices, key=lambda d: d.process_index)]
+        each = min(map(len, processes))
+        while each > 1 and batch_size % (each * len(processes)):
+            each -= 1
+        devices = [device for own in processes for device in own[:each]]
     # Auto: with Explicit axes, the default, a Linen CNN with Dropout raises ShardingTypeError.
     return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
 

@@ -1,5 +1,7 @@
 """n devices are one device, for the step, the augmentation's randomness and BatchNorm; pmap is jit."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -122,6 +124,20 @@ def test_pmapped_equals_jit():
 def test_a_batch_that_the_devices_do_not_divide_is_named(size):
     with pytest.raises(InputError, match=rf"batch size {size} cannot be split over 8 devices, .*--batch-size \d+"):
         parallel.process_rows(size, parallel.data_mesh())
+
+
+@pytest.mark.parametrize(("size", "devices"), [(128, 8), (100, 5), (60, 6), (1, 1), (11, 1)])
+def test_a_mesh_for_a_batch_has_as_many_devices_as_divide_it(size, devices):
+    mesh = parallel.data_mesh(batch_size=size)
+    assert mesh.devices.tolist() == jax.devices()[:devices]
+    assert parallel.process_rows(size, mesh) == slice(0, size)
+
+
+def test_each_process_gives_as_many_devices_to_a_mesh():
+    device = dataclasses.make_dataclass("Device", ["process_index", "id"], frozen=True)
+    scattered = [device(p, 4 * p + i) for i in range(4) for p in (1, 0)]
+    assert [d.id for d in parallel.data_mesh(scattered, batch_size=18).devices] == [0, 1, 2, 4, 5, 6]
+    assert [d.id for d in parallel.data_mesh(scattered, batch_size=5).devices] == [0, 4]  # process_rows refuses these
 
 
 def test_process_rows_of_one_process_are_all():
