@@ -1,7 +1,11 @@
 """Shared fixtures. The environment is set before JAX is imported: 8 simulated devices and a compilation cache."""
 
+import importlib.util
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -21,3 +25,20 @@ def tfds_dir() -> str:
     if not folder or not Path(folder, "mnist").is_dir():
         pytest.skip("TFDS_DATA_DIR holds no prepared mnist")
     return folder
+
+
+@pytest.fixture(scope="session")
+def load_experiment() -> Callable[[str], ModuleType]:
+    """The module of an experiment by its name, "text/char_lm"."""
+
+    def load(name: str) -> ModuleType:
+        unique = "experiment_" + name.replace("/", "_")
+        spec = importlib.util.spec_from_file_location(unique, ROOT / "experiments" / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where dataclasses and inspect look
+        spec.loader.exec_module(module)
+        return module
+
+    return load

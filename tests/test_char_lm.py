@@ -1,9 +1,6 @@
 """The carried state of a language model: what crosses a window, what does not, and what is sharded and saved."""
 
 import dataclasses
-import importlib.util
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +15,10 @@ from dl_jax.models.rnn import GRU, LSTM, CharLM
 from dl_jax.run import Preempted, Run, Settings
 from dl_jax.train import fit, make_step, per_seed
 
-PATH = Path(__file__).parents[1] / "experiments" / "text" / "char_lm.py"
-
 
 @pytest.fixture(scope="module")
-def char_lm():
-    spec = importlib.util.spec_from_file_location("experiment_text_char_lm", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def char_lm(load_experiment):
+    return load_experiment("text/char_lm")
 
 
 IDS = np.random.default_rng(0).integers(0, 9, 161).astype(np.uint8)
@@ -80,7 +69,8 @@ def training(char_lm, steps, run=None, devices=None, seeds=(3, 4)):
     mesh = parallel.data_mesh(devices)
     rows = parallel.process_rows(8, mesh)
     batches = parallel.placed(data.per_seed([text.windows(IDS, 8, 5, seed, rows) for seed in seeds]), mesh, axis=1)
-    states = char_lm.begin(MODEL, TX, 8, seeds)
+    keys = jnp.stack([jax.random.split(jax.random.key(seed)) for seed in seeds])
+    states = char_lm.begin(MODEL, TX, 8, keys)
     states = parallel.replicated(states, mesh)._replace(extra=parallel.place(states.extra, mesh, axis=1))
     step = per_seed(make_step(lambda v, b, k: char_lm.window_loss(MODEL, v, b, k), TX))
     return fit(step, states, batches, steps=steps, run=run)

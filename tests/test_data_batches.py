@@ -139,3 +139,10 @@ def test_a_negative_seed_is_refused():
 def test_a_column_called_mask_is_refused():
     with pytest.raises(InputError, match="column 'mask'"):
         data.epoch({"mask": np.zeros(3)}, 2)
+
+
+def test_a_later_stream_goes_on_where_another_ended():
+    stream = data.batches({"index": np.arange(10)}, 4, seed=0)
+    later = data.later(stream, 3)
+    for step in range(4):
+        np.testing.assert_array_equal(later(step)["index"], stream(3 + step)["index"])

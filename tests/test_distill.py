@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from dl_jax.compress import distill
 from dl_jax.errors import InputError
+from dl_jax.run import Run
 
 
 def logits(seed: int, *shape: int) -> np.ndarray:
@@ -75,3 +76,50 @@ def test_the_bias_makes_the_group_as_frequent_as_asked(seed, frequency, inside):
 def test_a_bias_that_cannot_be_matched(group, frequency):
     with pytest.raises(InputError, match=r"matched_bias: .*expected"):
         distill.matched_bias(logits(0, 9, 3), np.array(group, bool), frequency)
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 99), inside=st.integers(1, 4))
+def test_the_fewest_errors_are_those_of_the_best_of_all_biases(seed, inside):
+    outputs, group = logits(seed, 40, 5).astype(np.float64), np.arange(5) < inside
+    labels = np.random.default_rng(seed).integers(0, 5, 40)
+    turns = np.sort(distill.margins(outputs, group))
+    between = [turns[0] - 1, *(turns[1:] + turns[:-1]) / 2, turns[-1] + 1]
+    brute = min(int(((outputs + bias * group).argmax(1) != labels).sum()) for bias in between)
+    assert distill.fewest_errors(outputs, group, labels) == brute
+
+
+def test_the_loss_follows_the_teacher_alone():
+    apply = lambda variables, image, train, rngs: image.reshape(len(image), -1) @ variables["params"]["w"]
+    batch = {"image": np.full((4, 2, 2, 1), 51, np.uint8), "teacher_logits": logits(1, 4, 3)}
+    found, (collections, metrics) = distill.loss(apply, 4.0)(
+        {"params": {"w": logits(2, 4, 3)}}, batch, jax.random.key(0)
+    )
+    student = np.full((4, 4), 0.2, np.float32) @ logits(2, 4, 3)
+    np.testing.assert_allclose(found, distill.soft(student, batch["teacher_logits"], 4.0).mean(), rtol=1e-5)
+    assert collections == metrics == {}
+
+
+def test_a_wrong_temperature_is_found_before_any_training():
+    with pytest.raises(InputError, match=r"temperature is 0\.0, expected a positive"):
+        distill.loss(lambda *given, **settings: None, 0.0)
+
+
+def test_the_student_without_threes_is_shown_none(load_experiment, monkeypatch):
+    """Its transfer set holds no 3, whatever the teacher says; the other students see every digit."""
+    module, shown = load_experiment("compression/distill_mnist"), {}
+    train_as_before = module.trained
+
+    def trained(cfg, run, seed, name, model, loss, records, *rest):
+        shown[name] = records
+        return train_as_before(cfg, run, seed, name, model, loss, records, *rest)
+
+    monkeypatch.setattr(module, "trained", trained)
+    found = module.main(module.PRESETS["smoke"], Run())
+    assert set(shown["no_three"]["label"]) == {0, 1, 2, 4, 5, 6, 7, 8, 9}
+    assert set(shown["sevens_eights"]["label"]) == {7, 8}
+    assert set(shown["plain"]["label"]) == set(shown["distilled"]["label"]) == set(range(10))
+    kept = shown["distilled"]["label"] != 3
+    for name in ("image", "label", "teacher_logits"):
+        np.testing.assert_array_equal(shown["no_three"][name], shown["distilled"][name][kept])
+    assert found["errors/no_three/bias_tuned_on_test"] <= found["errors/no_three/bias"]

@@ -1,9 +1,7 @@
 """Every file in experiments/ runs its smoke preset and says what it claims. A deleted file deletes its tests."""
 
-import importlib.util
 import inspect
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,20 +14,9 @@ FOLDER = Path(__file__).parents[1] / "experiments"
 SCRIPTS = sorted(FOLDER.rglob("*.py"))
 
 
-def module(path: Path):
-    name = "experiment_" + "_".join(path.relative_to(FOLDER).with_suffix("").parts)
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules[name] = loaded  # where inspect looks for the source
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
 @pytest.fixture(params=SCRIPTS, ids=lambda path: str(path.relative_to(FOLDER)))
-def experiment(request):
-    return module(request.param)
+def experiment(request, load_experiment):
+    return load_experiment(str(request.param.relative_to(FOLDER).with_suffix("")))
 
 
 def test_smoke(experiment):

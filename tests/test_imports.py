@@ -16,7 +16,8 @@ ORDER = (
     {"models", "data", "compress", "export"}
     | {"checkpoint", "checkpoint_files", "checkpoint_leaves"}
     | {"report", "terminal", "figures", "results", "record", "catalogue", "claims"},
-    {"train", "losses", "metrics", "optim", "augment", "parallel", "ops", "sample", "likelihood"},
+    {"train", "losses", "metrics", "optim", "augment", "parallel", "ops", "sample", "likelihood"}
+    | {"classify", "lanes"},
     {"errors"},
 )
 ON_JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex", "qwix", "jax2onnx"}

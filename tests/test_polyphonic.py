@@ -1,8 +1,6 @@
 """experiments/music/polyphonic.py: the likelihood of frames, their masks, and seeds as lanes."""
 
 import dataclasses
-import importlib.util
-import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -12,18 +10,10 @@ import pytest
 from dl_jax.errors import InputError
 from dl_jax.run import Run, Settings
 
-PATH = Path(__file__).parents[1] / "experiments" / "music" / "polyphonic.py"
-
 
 @pytest.fixture(scope="module")
-def polyphonic():
-    spec = importlib.util.spec_from_file_location("polyphonic", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["polyphonic"] = module
-    spec.loader.exec_module(module)
-    return module
+def polyphonic(load_experiment):
+    return load_experiment("music/polyphonic")
 
 
 NOTES = np.random.default_rng(0).integers(0, 2, (3, 5, 4)).astype(np.uint8)

@@ -51,7 +51,25 @@ def zeros(params):
     return [int((kernel == 0).sum()) for kernel in kernels(params)]
 
 
-# smallest and nonzeros
+# rounds, smallest and nonzeros
+
+
+def test_rounds_take_the_same_fraction_of_the_survivors_each_time():
+    params = {
+        "a": {"kernel": jax.random.normal(KEY, (40, 50)), "bias": jnp.ones(50)},
+        "b": {"kernel": jnp.ones((9, 9))},
+    }
+    sparsity, left = prune.rounds(params, (0.0625, 1.0)), []
+    for progress in (0.25, 0.5, 0.75, 1.0):
+        params = prune.smallest(params, sparsity(progress))
+        left.append([int(n) for n in prune.nonzeros(params).values()])
+    assert left == [[1000, 81], [500, 81], [250, 81], [125, 81]]
+
+
+@pytest.mark.parametrize("kept", [(0.1,), (0.1, 0.2, 0.3), (0.1, 0.0), (1.1, 0.5), (0.1, float("nan"))])
+def test_rounds_need_a_share_for_each_kernel(kept):
+    with pytest.raises(InputError, match=r"rounds: .*expected"):
+        prune.rounds(network(KEY), kept)
 
 
 @settings(deadline=None, max_examples=30)

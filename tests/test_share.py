@@ -27,7 +27,7 @@ VALUES = np.array([-1.00, 0.00, 1.50, 2.00])
 
 
 def test_the_figure_of_the_paper() -> None:
-    codebooks, clusters = share.cluster({"kernel": WEIGHTS}, bits=2)
+    codebooks, clusters = share.cluster({"kernel": WEIGHTS}, values=4)
     np.testing.assert_allclose(codebooks["kernel"], VALUES, atol=1e-6)
     assert (clusters["kernel"] == np.where(WEIGHTS == 0, 0, INDEX + 1)).all()  # our zeros are pruned weights
 
@@ -46,12 +46,12 @@ def test_clusters_are_expanded_to_their_values() -> None:
         "a": {"kernel": np.where(rng.random((30, 20)) < 0.3, rng.normal(size=(30, 20)), 0).astype(np.float32)},
         "b": {"kernel": np.zeros((2, 2), np.float32), "bias": np.ones(3, np.float32)},
     }
-    codebooks, clusters = share.cluster(params, bits=3)
+    codebooks, clusters = share.cluster(params, values=7)
     found = share.expanded(clusters)(codebooks)
     assert jax.tree.structure(found) == jax.tree.structure(params)
     kernel = np.asarray(found["a"]["kernel"])
     assert ((kernel == 0) == (params["a"]["kernel"] == 0)).all()
-    assert len(np.unique(kernel[kernel != 0])) <= 8
+    assert len(np.unique(kernel[kernel != 0])) <= 7
     assert (found["b"]["kernel"] == 0).all()
     assert (found["b"]["bias"] == 1).all()
     distance = np.abs(params["a"]["kernel"][..., None] - codebooks["a"]["kernel"]).min(-1)
@@ -85,7 +85,7 @@ def problem(seed: int):
     """A pruned, shared network [40, 3] and what it answers: a batch of [64, 40] and [64, 3]."""
     key = jax.random.key(seed)
     params = prune.smallest({"kernel": jax.random.normal(key, (40, 3)), "bias": jnp.arange(3.0)}, 0.5)
-    found = share.cluster(params, bits=2)
+    found = share.cluster(params, values=4)
     x = jax.random.normal(jax.random.fold_in(key, 1), (64, 40))
     answer = share.expanded(found.clusters)(found.codebooks)
     return found, {"x": x, "y": x @ answer["kernel"] + answer["bias"]}
@@ -120,10 +120,16 @@ def test_training_finds_the_shared_values_again() -> None:
         jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-5), lanes, params)
 
 
-@pytest.mark.parametrize("bits", [0, 9, -1, 2.5])
-def test_bits_out_of_range(bits: int) -> None:
-    with pytest.raises(InputError, match=f"bits is {bits}, expected 1 to 8"):
-        share.cluster({"kernel": WEIGHTS}, bits)
+@pytest.mark.parametrize("values", [0, 257, -1, 2.5])
+def test_a_number_of_values_out_of_range(values: int) -> None:
+    with pytest.raises(InputError, match=f"values is {values}, expected 1 to 256"):
+        share.cluster({"kernel": WEIGHTS}, values)
+
+
+def test_one_value_is_the_mean_of_the_weights() -> None:
+    codebooks, clusters = share.cluster({"kernel": WEIGHTS}, values=1)
+    np.testing.assert_allclose(codebooks["kernel"], [WEIGHTS[WEIGHTS != 0].mean()], rtol=1e-6)
+    assert (clusters["kernel"] == (WEIGHTS != 0)).all()
 
 
 def test_weights_that_are_not_finite() -> None:

@@ -9,7 +9,7 @@ and stays so. Masks are bool and in the optimiser's state: mapped over seeds, do
 For layers on different schedules put one `magnitude` for each after the other, with different `where`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,11 +35,27 @@ def smallest(params: Tree, sparsity: Sparsity, where: Where = is_kernel) -> Tree
         if not yes:
             return leaf
         share = sparsity(path, leaf) if callable(sparsity) else sparsity
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        _require_sparsity(f"smallest: sparsity of {name}", share)
+        _require_sparsity(f"smallest: sparsity of {_name(path)}", share)
         return jnp.where(_largest(jnp.abs(leaf), round(share * leaf.size)), leaf, 0)
 
     return jax.tree_util.tree_map_with_path(prune, params, chosen(params, where))
+
+
+def rounds(params: Tree, kept: Sequence[float]) -> Callable[[float], Sparsity]:
+    """progress -> sparsity, for pruning in rounds: each takes the same fraction of what the one before left.
+
+    At progress 1 the share `kept[i]` is left of the i-th kernel of `params`, at progress p its power kept[i]^p. Raises
+    InputError unless there is one share in (0, 1] for each kernel.
+    """
+    names = list(_layers(params, is_kernel))
+    if len(names) != len(kept):
+        raise InputError(
+            f"rounds: {len(kept)} shares are kept of {len(names)} kernels, expected one for each of {', '.join(names)}"
+        )
+    for share in kept:
+        _require_sparsity("rounds: 1 - the share that is kept", 1 - share)
+    shares = dict(zip(names, kept, strict=True))
+    return lambda progress: lambda path, leaf: 1 - shares[_name(path)] ** progress
 
 
 def nonzeros(params: Tree, where: Where = is_kernel) -> dict[str, Array]:
@@ -47,9 +63,7 @@ def nonzeros(params: Tree, where: Where = is_kernel) -> dict[str, Array]:
 
     Raises InputError where `where` chooses nothing.
     """
-    leaves = zip(jax.tree.leaves_with_path(params), jax.tree.leaves(chosen(params, where)), strict=True)
-    named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for (path, leaf), yes in leaves if yes}
-    return {name: jnp.count_nonzero(leaf) for name, leaf in named.items()}
+    return {name: jnp.count_nonzero(leaf) for name, leaf in _layers(params, where).items()}
 
 
 class Pruned(NamedTuple):
@@ -169,6 +183,16 @@ def _refreshed_lanes(lanes: int, mapped: Any, *arguments: Any) -> tuple[Tree, Tr
         due.any(), jax.vmap(refresh), lambda due, share, masks, weights: masks, due, share, masks, weights
     )
     return masks, jax.tree.map(lambda mask: True, masks)
+
+
+def _layers(params: Tree, where: Where) -> dict[str, Any]:
+    """The chosen leaves by path."""
+    leaves = zip(jax.tree.leaves_with_path(params), jax.tree.leaves(chosen(params, where)), strict=True)
+    return {_name(path): leaf for (path, leaf), yes in leaves if yes}
+
+
+def _name(path: jax.tree_util.KeyPath) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _required(name: str, params: Tree | None) -> Tree:

@@ -2,7 +2,7 @@
 
 Han, Mao & Dally 2016, "Deep compression" (arXiv:1510.00149), section 3.
 
-    codebooks, clusters = share.cluster(params, bits=6)
+    codebooks, clusters = share.cluster(params, values=63)         # with zero they take indices of 6 bits
     loss = losses.with_params(loss, share.expanded(clusters))      # its parameters are the codebooks
 """
 
@@ -27,16 +27,16 @@ class Shared(NamedTuple):
     clusters: Tree  # int32, of the leaf's shape: 0 where a weight is zero and stays it, k for value k - 1 of its book
 
 
-def cluster(params: Tree, bits: int, where: Where = is_kernel) -> Shared:
-    """Each chosen leaf's non-zero weights as 2^bits values of its own; values are not shared between leaves.
+def cluster(params: Tree, values: int, where: Where = is_kernel) -> Shared:
+    """Each chosen leaf's non-zero weights as at most `values` different ones; they are not shared between leaves.
 
-    On the host. Raises InputError where `bits` is not in 1 .. 8, `where` chooses nothing or a weight is not finite.
+    On the host. Raises InputError where `values` is not in 1 .. 256, `where` chooses nothing or a weight is not finite.
     """
-    if bits not in range(1, 9):
-        raise InputError(f"share: bits is {bits}, expected 1 to 8; 6 shares 64 values in each layer")
+    if values not in range(1, 257):
+        raise InputError(f"share: values is {values}, expected 1 to 256 in a layer; 63 and zero take 6 bits")
     yes = chosen(params, where)
     host = jax.tree.map(np.asarray, params)
-    codebooks = jax.tree.map(lambda w, share: k_means(w[w != 0], 1 << bits) if share else w, host, yes)
+    codebooks = jax.tree.map(lambda w, share: k_means(w[w != 0], values) if share else w, host, yes)
     clusters = jax.tree.map(lambda w, share, book: _clusters(w, book) if share else None, host, yes, codebooks)
     return Shared(codebooks, clusters)
 

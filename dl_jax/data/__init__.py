@@ -6,7 +6,7 @@ stream(7)                                            # the batch of step 7, the 
 """
 
 from dl_jax.data import text
-from dl_jax.data.batches import Columns, Stream, batches, epoch, per_seed, windows
+from dl_jax.data.batches import Columns, Stream, batches, epoch, later, per_seed, windows
 from dl_jax.data.columns import load
 from dl_jax.data.describe import Feature, Info, info
 from dl_jax.data.image import check_images, check_labels, enlarge, grey_pictures
@@ -24,6 +24,7 @@ __all__ = [
     "epoch",
     "grey_pictures",
     "info",
+    "later",
     "load",
     "per_seed",
     "stream",

@@ -60,6 +60,11 @@ def batches(records: Mapping[str, np.ndarray], batch_size: int, seed: int, rows:
     return batch
 
 
+def later(stream: Stream, begin: int) -> Stream:
+    """`stream` from step `begin` on: the next stage of a training goes on in the data where the one before ended."""
+    return lambda step: stream(begin + step)
+
+
 class Epoch:
     """The batches of one pass; may be iterated any number of times. See `epoch`."""
 

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dl_jax import augment, data, losses, optim, parallel
+from dl_jax import augment, classify, data, losses, optim, parallel
 from dl_jax.claims import Claim
 from dl_jax.compress import distill
 from dl_jax.launch import launch
@@ -90,14 +90,11 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     train, test = (data.grey_pictures(cfg.dataset, split, *folders) for split in (cfg.train_split, cfg.test_split))
     big = MLP(cfg.teacher_hidden, dropout=cfg.dropout, input_dropout=cfg.input_dropout)
     small = MLP(cfg.student_hidden)
-    jittered = augment.compose(seen, augment.pad_and_crop(cfg.jitter))
-    teach = losses.with_batch(functools.partial(hard_loss, big.apply), jittered)
-    alone = losses.with_batch(functools.partial(hard_loss, small.apply), seen)
-    follow = functools.partial(soft_loss, small.apply, cfg.temperature)
-    both = losses.weighted_sum(
-        {"soft": (1.0, follow), "hard": (cfg.hard_weight, functools.partial(hard_loss, small.apply))}
-    )
-    distilled = losses.with_batch(both, seen)
+    jittered = augment.compose(classify.unit, augment.pad_and_crop(cfg.jitter))
+    teach = losses.with_batch(classify.loss(big.apply), jittered)
+    alone = classify.loss(small.apply)
+    follow = distill.loss(small.apply, cfg.temperature)
+    both = losses.weighted_sum({"soft": (1.0, follow), "hard": (cfg.hard_weight, alone)})
     found = []
     for seed in run.seeds:
         train_on = functools.partial(trained, cfg, run, seed)
@@ -108,7 +105,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
         )
         exam = lambda apply, state: outputs(apply, state, test["image"])
         plain = student("plain", alone, train)
-        whole = student("distilled", distilled, answers)
+        whole = student("distilled", both, answers)
         errors = {
             "errors/teacher": wrong(exam(big.apply, teacher), test["label"]),
             "errors/plain": wrong(exam(small.apply, plain), test["label"]),
@@ -118,13 +115,13 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
             ("no_three", THREE, ~THREE),
             ("sevens_eights", SEVENS_EIGHTS, SEVENS_EIGHTS),
         ):
-            state = student(name, distilled, only(answers, seen_classes))
+            state = student(name, both, only(answers, seen_classes))
             on_train, on_test = outputs(small.apply, state, train["image"]), exam(small.apply, state)
             bias = distill.matched_bias(on_train, group, float(group[train["label"]].mean()))
             errors |= {
                 f"errors/{name}": wrong(on_test, test["label"]),
                 f"errors/{name}/bias": wrong(on_test + bias * group, test["label"]),
-                f"errors/{name}/bias_tuned_on_test": fewest_wrong(on_test, group, test["label"]),
+                f"errors/{name}/bias_tuned_on_test": distill.fewest_errors(on_test, group, test["label"]),
             }
             if name == "no_three":
                 threes = test["label"] == 3
@@ -146,7 +143,7 @@ def trained(
     last: list[optax.GradientTransformation],
 ) -> State:
     """`model` after its passes over `records`; `last` goes behind SGD."""
-    mesh = parallel.data_mesh()
+    mesh = parallel.data_mesh(batch_size=cfg.batch_size)
     steps = epochs * len(records["label"]) // cfg.batch_size
     tx = optax.chain(optax.sgd(optim.warmup_cosine(cfg.learning_rate, steps), cfg.momentum), *last)
     key_init, key = jax.random.split(jax.random.fold_in(jax.random.key(seed), sum(model.hidden)))
@@ -164,36 +161,14 @@ def only(records: Mapping[str, np.ndarray], classes: np.ndarray) -> dict[str, np
     return {name: column[kept] for name, column in records.items()}
 
 
-def seen(key: jax.Array, batch: Mapping) -> Mapping:
-    """Grey levels from 0 .. 255 to [0, 1]."""
-    return {**batch, "image": batch["image"].astype(jnp.float32) / 255}
-
-
-def hard_loss(apply: Callable[..., Any], variables, batch, key):
-    logits = apply(variables, batch["image"], train=True, rngs={"dropout": key})  # [B, 10]
-    error = (logits.argmax(-1) != batch["label"]).mean()
-    return losses.cross_entropy(logits, batch["label"]).mean(), ({}, {"error": error})
-
-
-def soft_loss(apply: Callable[..., Any], temperature: float, variables, batch, key):
-    logits = apply(variables, batch["image"], train=True)
-    return distill.soft(logits, batch["teacher_logits"], temperature).mean(), ({}, {})
-
-
 def outputs(apply: Callable[..., Any], state: State, images: np.ndarray) -> np.ndarray:
     """Logits [N, 10] of uint8 images [N, H, W, 1]."""
-    read = jax.jit(lambda variables, images: apply(variables, images.astype(jnp.float32) / 255, train=False))
+    read = jax.jit(lambda variables, images: apply(variables, classify.to_unit(images), train=False))
     return np.concatenate([read(state.variables, images[i : i + 1000]) for i in range(0, len(images), 1000)])
 
 
 def wrong(logits: np.ndarray, labels: np.ndarray) -> int:
     return int((logits.argmax(1) != labels).sum())
-
-
-def fewest_wrong(logits: np.ndarray, group: np.ndarray, labels: np.ndarray) -> int:
-    """The errors with the bias of the classes in `group` that gives the fewest on these very examples."""
-    shifts = np.quantile(distill.margins(logits, group), np.linspace(0, 1, 201))
-    return min(wrong(logits + shift * group, labels) for shift in shifts)
 
 
 if __name__ == "__main__":
