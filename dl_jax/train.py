@@ -144,9 +144,7 @@ def _accumulated(gradient, k: int):
     def accumulate(params, extra, batch, key):
         rows = {len(x) for x in jax.tree.leaves(batch)}
         if any(n % k for n in rows):
-            raise ArgumentError(
-                f"a batch of {max(rows)} rows cannot be split into {k} microbatches, expected a multiple"
-            )
+            raise ArgumentError(f"a batch of {max(rows)} rows cannot be split into {k} parts, expected a multiple")
         # Part i holds rows i, i + k, ...: every device keeps its share of every part.
         parts = jax.tree.map(lambda x: x.reshape(-1, k, *x.shape[1:]).swapaxes(0, 1), batch)  # [k, B / k, ...]
 
@@ -217,8 +215,7 @@ def _where(lanes: Array, new: Tree, old: Tree) -> Tree:
 @functools.partial(jax.jit, static_argnames=("skip", "freeze"), donate_argnames=("state",))
 def _advance(step: Any, state: State, batch: Batch, stopped: Array, skip: bool, freeze: bool) -> tuple[State, _Row]:
     new, metrics = step(state, batch)
-    names = tuple(sorted(metrics))
-    values = jnp.stack([metrics[name].astype(jnp.float32) for name in names])
+    names, values = tuple(sorted(metrics)), jnp.stack([metrics[n].astype(jnp.float32) for n in sorted(metrics)])
     if skip:
         new = _where(jnp.isfinite(values).all(0), new, state._replace(step=new.step))
     if freeze:
