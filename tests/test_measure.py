@@ -73,6 +73,10 @@ def test_the_functions_take_turns_forwards_and_backwards(monkeypatch):
     assert "".join(name for name, *_ in clock.called) == "aabbcc" + "abc" + "cba" + "abc"
 
 
+def test_any_key_is_a_name():
+    assert set(measure.latency({("int8", 1): lambda: 0, 2: lambda: 0}, rounds=1, warm_up=1)) == {("int8", 1), 2}
+
+
 def test_a_call_ends_when_its_result_is_there(monkeypatch):
     clock, ready = Clock(monkeypatch), jax.block_until_ready
 

@@ -16,6 +16,7 @@ from dl_jax.losses import with_params
 from dl_jax.models.intercept import inputs, with_inputs
 from dl_jax.models.lenet import LeNet5, LeNetCaffe
 from dl_jax.models.mlp import MLP
+from dl_jax.models.rnn import GRU, LSTM, VANILLA, SequenceClassifier
 from dl_jax.train import init_state, make_step, per_seed
 
 BITS = range(1, 9)
@@ -159,6 +160,7 @@ def test_values_and_bytes_that_do_not_fit():
         fake,
         lambda bits: quantize.quantize({"kernel": weights()}, bits),
         lambda bits: with_activations(print, bits),
+        lambda bits: rounded(jnp.zeros(3), Range(jnp.float32(0), jnp.float32(1)), bits),
         lambda bits: quantize.pack(np.zeros(3, np.int8), bits),
         lambda bits: quantize.unpack(np.zeros(3, np.uint8), bits, (3,)),
     ],
@@ -341,3 +343,31 @@ def test_ranges_that_are_missing_or_of_another_model():
     ranges = calibrate(other_apply, other, [IMAGE])
     with pytest.raises(InputError, match="layer 'Dense_2' has no range, expected one of Dense_0, Dense_1; calibrate"):
         with_activations(apply, 8)({**variables, "ranges": ranges}, IMAGE)
+
+
+@pytest.mark.parametrize("cell", [VANILLA, LSTM, GRU], ids=["VANILLA", "LSTM", "GRU"])
+def test_a_recurrent_layer_rounds_both_kernels_and_its_input_once(cell):
+    model = SequenceClassifier(7, classes=3, embedding=4, hidden=5, layers=2, cell=cell)
+    tokens = np.random.default_rng(0).integers(0, 7, (3, 6), np.int32)
+    variables = jax.jit(lambda: model.init(jax.random.key(0), tokens, train=False))()
+    apply = lambda variables, tokens: model.apply(variables, tokens, train=False)
+
+    found = inputs(apply)(variables, tokens)
+    layers = [f"Recurrent_0/forward_{i}/input" for i in range(2)]
+    assert {path: [x.shape for x in xs] for path, xs in found.items()} == {
+        layers[0]: [(6, 3, 4)],
+        layers[1]: [(6, 3, 5)],
+        "Dense_0": [(3, 5)],
+    }
+    ranges = calibrate(apply, variables, [tokens])
+    seen = with_activations(inputs(apply), 2)({**variables, "ranges": ranges}, tokens)
+    (embedded,) = found[layers[0]]
+    np.testing.assert_array_equal(seen[layers[0]][0], rounded(embedded, ranges[layers[0]], 2))
+
+    params, exact = fake(2)(variables["params"]), variables["params"]
+    for layer in ("forward_0", "forward_1"):
+        ours, theirs = params["Recurrent_0"][layer], exact["Recurrent_0"][layer]
+        for mine, exactly in ((ours, theirs), (ours["input"], theirs["input"])):
+            np.testing.assert_array_equal(mine["kernel"], faked(exactly["kernel"], 2))
+            assert "bias" not in mine or mine["bias"] is exactly["bias"]
+    assert params["Embed_0"]["embedding"] is exact["Embed_0"]["embedding"]

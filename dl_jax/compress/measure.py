@@ -3,9 +3,9 @@
 import gzip
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ import numpy as np
 from dl_jax.errors import InputError
 
 Tree = Any
+Name = TypeVar("Name", bound=Hashable)
 
 
 class Size(NamedTuple):
@@ -53,8 +54,8 @@ def counts(params: Tree) -> Counts:
 
 
 def latency(
-    functions: Mapping[str, Callable[..., Any]], *inputs: Any, rounds: int = 100, warm_up: int = 10
-) -> dict[str, Latency]:
+    functions: Mapping[Name, Callable[..., Any]], *inputs: Any, rounds: int = 100, warm_up: int = 10
+) -> dict[Name, Latency]:
     """The latency of each of `functions` when called as `function(*inputs)`, by name.
 
     The batch size is that of `inputs`. A call ends when its results are ready. Each function is called `warm_up` times
@@ -78,7 +79,7 @@ def latency(
     for function in functions.values():
         for _ in range(warm_up):
             jax.block_until_ready(function(*inputs))
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    seconds: dict[Name, list[float]] = {name: [] for name in functions}
     for turn in range(rounds):
         for name in list(functions)[:: -1 if turn % 2 else 1]:
             start = time.perf_counter()

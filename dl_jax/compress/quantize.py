@@ -7,6 +7,8 @@
 `fake` and `with_activations` compute in floating point what integers would: x ≈ scale · (q − zero), with zero = 0 for
 weights (Jacob et al. 2018, arXiv:1712.05877, sections 2.1 and 3; Krishnamoorthi 2018, arXiv:1806.08342, section 2).
 Gradients go straight through the rounding (Bengio et al. 2013, arXiv:1308.3432).
+
+Of a recurrent layer both kernels are weights; of its activations the inputs are rounded and the state is not.
 """
 
 from collections.abc import Callable, Iterable
@@ -158,8 +160,9 @@ def _union(ranges: list[Range]) -> Range:
 def with_activations(function: Callable[..., Any], bits: int) -> Callable[..., Any]:
     """function(variables, ...) with the inputs of its layers rounded to the calibrated variables["ranges"].
 
-    For a loss, a metric or `module.apply`, around any model. Each layer with a kernel sees `rounded` inputs. Raises
-    InputError for bits outside 1 .. 8 and, when called, where the ranges are missing or those of another model.
+    For a loss, a metric or `module.apply`, around any model. The layers that `intercept.with_inputs` meets see
+    `rounded` inputs. Raises InputError for bits outside 1 .. 8 and, when called, where the ranges are missing or those
+    of another model.
     """
     require_bits(bits)
 
@@ -183,7 +186,9 @@ def rounded(x: Array, bounds: Range, bits: int) -> Array:
     """x on 2^bits equal steps over `bounds`, widened to hold 0 and shifted so that 0 is exact; clipped to them.
 
     The gradient is that of the identity, and 0 where x was clipped (Jacob et al. 2018, equation 12 and section 3.1).
+    Raises InputError for bits outside 1 .. 8.
     """
+    require_bits(bits)
     levels = 2**bits - 1
     low, high = jnp.minimum(bounds.low, 0), jnp.maximum(bounds.high, 0)
     scale = (high - low) * np.float32(1 / levels)
@@ -197,6 +202,6 @@ def rounded(x: Array, bounds: Range, bits: int) -> Array:
 
 
 def require_bits(bits: int) -> None:
-    """Raises InputError for bits outside 1 .. 8."""
+    """Raises InputError for bits outside 1 .. 8: what an experiment asks before it trains."""
     if not (isinstance(bits, int) and 1 <= bits <= 8):
         raise InputError(f"bits is {bits}, expected a whole number from 1 to 8; 8 rarely loses accuracy")

@@ -1,6 +1,6 @@
 """The inputs of a model's layers, from outside: seen or changed without a hook in the model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +17,10 @@ def with_inputs(function: Function, f: Callable[[str, jax.Array], jax.Array]) ->
     `function` is whatever calls `module.apply` in its turn: that method itself, a loss, a metric. The path names the
     layer as its parameters do: "Dense_0", "encoder/Conv_1". A layer that runs twice gets f twice, with one path.
 
+    A layer that holds others is not met, they are. So a recurrent one (`rnn.Layer`) is met in the projection of its
+    input, once for all steps: "Recurrent_0/forward_0/input". The state that its own kernel multiplies is neither seen
+    nor changed: no call of a layer takes it from one step to the next.
+
     Raises InputError, when called, where no layer is met: none has a kernel, or a jitted `apply` was compiled before.
     """
 
@@ -25,7 +29,7 @@ def with_inputs(function: Function, f: Callable[[str, jax.Array], jax.Array]) ->
 
         def change(next_function: Function, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
             layer = context.module
-            if context.method_name != "__call__" or not layer.has_variable("params", "kernel"):
+            if context.method_name != "__call__" or not _applies_a_kernel(layer):
                 return next_function(*args, **kwargs)
             path = "/".join(layer.path)
             met.append(path)
@@ -43,10 +47,16 @@ def with_inputs(function: Function, f: Callable[[str, jax.Array], jax.Array]) ->
     return intercepted
 
 
+def _applies_a_kernel(layer: nn.Module) -> bool:
+    """Whether its input meets a kernel of its own, rather than that of a layer inside."""
+    params = layer.variables.get("params", {})
+    return "kernel" in params and not any(isinstance(value, Mapping) for value in params.values())
+
+
 def inputs(function: Function) -> Callable[..., dict[str, list[jax.Array]]]:
     """What the layers with a kernel are given while `function` runs: {path: one array for each time that it ran}.
 
-    Its result is dropped. Raises InputError as `with_inputs` does.
+    Its result is dropped. Which layers, and when it raises InputError: see `with_inputs`.
     """
 
     def collect(*args: Any, **kwargs: Any) -> dict[str, list[jax.Array]]:
