@@ -5,10 +5,11 @@ is not. All run with the same allocator setting (`host.keep_freed_memory`), whic
 """
 
 import multiprocessing
-import resource
+import re
 import time
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,24 +17,35 @@ import numpy as np
 from dl_jax.host import keep_freed_memory
 
 Block = Callable[[int], None]  # does n steps and returns when they are done
-Contestant = Callable[[], Block]  # prepares and warms up; a function of a module, so that a new process can import it
+Contestant = Callable[[], Block]  # prepares and warms up; a function of a module that imports all it needs at its top
 
 
 class Times(NamedTuple):
     seconds: np.ndarray  # per step, one for each round [R]
-    peak_mib: float  # of memory, the process's own
+    peak_mib: float  # of memory, above what the process held after its imports
 
 
 def serve(contestant: Contestant, pipe: Connection) -> None:
     """The life of a contestant: prepares, then times a block of steps whenever asked."""
     keep_freed_memory()
+    held = mebibytes("VmRSS")  # with the module of `contestant`, which came with it
     block = contestant()
     pipe.send(None)
     while (steps := pipe.recv()) is not None:
         began = time.perf_counter()
         block(steps)
         pipe.send(time.perf_counter() - began)
-    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    pipe.send(mebibytes("VmHWM") - held)
+
+
+def mebibytes(field: str) -> float:
+    """Of memory that this process holds now ("VmRSS") or has held at most ("VmHWM"): proc(5), so on Linux.
+
+    Not getrusage(2), whose maximum starts from what the parent held.
+    """
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) / 1024
 
 
 def compete(contestants: Mapping[str, Contestant], steps: int, rounds: int) -> dict[str, Times]:

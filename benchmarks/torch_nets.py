@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.problems import HIDDEN, VOCABULARY
+from benchmarks.problems import HIDDEN, PROBLEMS, VOCABULARY
 from dl_jax.models import lenet
 
 Tensors = Mapping[str, torch.Tensor]
@@ -76,6 +76,28 @@ class LeNet5(nn.Module):
             for ours, name in ((self.s2, "S2"), (self.s4, "S4")):
                 for field, value in params[name].items():
                     ours[field].copy_(torch.tensor(np.asarray(value))[:, None, None])
+
+
+class CNN(nn.Module):
+    """`benchmarks.problems.CNN`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(1, 32, 3, padding=1), nn.Conv2d(32, 64, 3, padding=1)])
+        self.hidden, self.out = nn.Linear(7 * 7 * 64, 256), nn.Linear(256, 10)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        x = image
+        for conv in self.convs:
+            x = functional.avg_pool2d(functional.relu(conv(x)), 2)
+        x = x.permute(0, 2, 3, 1).flatten(1)  # [B, H W C]: no copy, as channels are last in memory
+        return self.out(functional.relu(self.hidden(x)))
+
+    def load(self, params: Params) -> None:
+        for i, conv in enumerate(self.convs):
+            _copy(conv, params[f"Conv_{i}"])
+        _copy(self.hidden, params["Dense_0"])
+        _copy(self.out, params["Dense_1"])
 
 
 def map_loss(logits: torch.Tensor, labels: torch.Tensor, rubbish: float) -> torch.Tensor:
@@ -159,12 +181,13 @@ class Twin(NamedTuple):
     optimizer: Callable[[Any], torch.optim.Optimizer]
 
 
-SGD = functools.partial(torch.optim.SGD, lr=1e-3, momentum=0.9, foreach=True)
-ADAM = functools.partial(torch.optim.Adam, lr=1e-3, foreach=True)
+SGD = functools.partial(torch.optim.SGD, lr=1e-3, momentum=0.9, fused=True)  # up to 3 times faster than by tensor
+ADAM = functools.partial(torch.optim.Adam, lr=1e-3, fused=True)
 language = functools.partial(CharLM, vocabulary=VOCABULARY, hidden=HIDDEN, layers=2)
 TWINS = {
     "MLP": Twin(functools.partial(MLP, (1200, 1200), dropout=0.5), cross_entropy, SGD),
     "LeNet-5": Twin(LeNet5, reading_loss, SGD),
+    "CNN": Twin(CNN, cross_entropy, SGD),
     "VAE": Twin(functools.partial(VAE, 500, 20), negative_elbo, ADAM),
     "RNN": Twin(functools.partial(language, nn.RNN), next_character, ADAM),
     "GRU": Twin(functools.partial(language, nn.GRU), next_character, ADAM),
@@ -172,8 +195,9 @@ TWINS = {
 }
 
 
-def train_block(twin: Twin, compiled: bool, batch: Mapping[str, np.ndarray]) -> Callable[[int], None]:
-    """Trains `twin` n steps on one batch; pictures channels last, which is never slower here."""
+def train_block(name: str, compiled: bool) -> Callable[[int], None]:
+    """Trains a twin n steps on one batch; pictures channels last, which is never slower here."""
+    twin, batch = TWINS[name], PROBLEMS[name].batch()
     model = twin.model()
     nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)
     tensors = {name: tensor(column) for name, column in batch.items()}

@@ -3,8 +3,17 @@
     python benchmarks/train_step.py            some fifteen minutes on 2 cores; PyTorch's rows where torch is installed
     python benchmarks/train_step.py --quick    a minute, to see that it runs; its ratios mean little
 
+What is timed, on the networks of problems.py:
+
+- `fit` and the barest loop around the same compiled step, for the MLP and LeNet-5;
+- LeNet-5 by `fit` on shuffled batches of memory-mapped pictures, and these batches alone;
+- every network by `fit`, and its twin in PyTorch, eager and compiled, with fused optimisers: the faster of the two
+  counts, and so does its memory;
+- starting an experiment, until its first step is done.
+
 Each row is a ratio measured in one run, its contestants interleaved. Times per step are medians. Times are of the wall
-clock: run it on a machine that has nothing else to do.
+clock: run it on a machine that has nothing else to do. Memory is the host's: a process's peak less what it held after
+its imports, so what compiling took is part of it.
 """
 
 import argparse
@@ -13,26 +22,27 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
+import jax
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # contestants import this module from processes of their own
 
 from benchmarks.contest import Block, Contestant, Times, compete, ratio
 from benchmarks.problems import BATCH, PROBLEMS
+from dl_jax import data, parallel
 from dl_jax.host import processor
+from dl_jax.train import fit
 
 EPOCH = 468  # steps over MNIST's 60,000 digits
 
 
 def with_fit(name: str, batches=None) -> Block:
     """Steps driven by `fit`, as an experiment does."""
-    import jax
-
-    from dl_jax.train import fit
-
     step, state = PROBLEMS[name].step()
     resident = jax.device_put(PROBLEMS[name].batch())
     batches = batches or (lambda i: resident)
@@ -47,8 +57,6 @@ def with_fit(name: str, batches=None) -> Block:
 
 def bare(name: str) -> Block:
     """The same compiled step in the barest loop."""
-    import jax
-
     step, state = PROBLEMS[name].step()
     step, batch = jax.jit(step, donate_argnums=0), jax.device_put(PROBLEMS[name].batch())
 
@@ -68,15 +76,11 @@ def from_disk() -> Block:
 
 
 def stream():
-    from dl_jax import data, parallel
-
     return parallel.placed(data.batches(memory_mapped(), BATCH, seed=0), parallel.data_mesh())
 
 
 def memory_mapped() -> dict[str, np.ndarray]:
     """MNIST's columns as `data.load` gives them, in kind and size."""
-    import tempfile
-
     folder = Path(tempfile.mkdtemp())
     np.save(folder / "image.npy", np.random.default_rng(0).integers(0, 256, (60_000, 28, 28, 1), np.uint8))
     return {"image": np.load(folder / "image.npy", mmap_mode="r"), "label": np.zeros(60_000, np.int32)}
@@ -84,8 +88,6 @@ def memory_mapped() -> dict[str, np.ndarray]:
 
 def pipeline_alone() -> Block:
     """Batches on the device, and nothing done with them."""
-    import jax
-
     batches, done = stream(), 0
 
     def block(n: int) -> None:
@@ -95,13 +97,6 @@ def pipeline_alone() -> Block:
 
     block(5)
     return block
-
-
-def in_torch(name: str, compiled: bool) -> Block:
-    """The same network, loss and optimiser in PyTorch."""
-    from benchmarks import torch_nets
-
-    return torch_nets.train_block(torch_nets.TWINS[name], compiled, PROBLEMS[name].batch())
 
 
 def first_step_seconds() -> float:
@@ -120,34 +115,45 @@ def first_step_seconds() -> float:
 
 
 def contestants(torch: bool) -> dict[str, Contestant]:
-    mine: dict[str, Contestant] = {
+    mine = {
         **{f"{name} bare": functools.partial(bare, name) for name in ("MLP", "LeNet-5")},
         **{f"{name} fit": functools.partial(with_fit, name) for name in PROBLEMS},
         "LeNet-5 fit from disk": from_disk,
         "pipeline alone": pipeline_alone,
     }
-    theirs: dict[str, Contestant] = {
-        f"{name} torch {kind}": functools.partial(in_torch, name, kind == "compiled")
+    if not torch:
+        return mine
+    from benchmarks import torch_nets
+
+    theirs = {
+        f"{name} torch {kind}": functools.partial(torch_nets.train_block, name, kind == "compiled")
         for name in PROBLEMS
         for kind in ("eager", "compiled")
     }
-    return {**mine, **(theirs if torch else {})}
+    return {**mine, **theirs}
 
 
-def rows(times: dict[str, Times], torch: bool) -> list[tuple[str, str, str]]:
-    """(what, measured, goal)."""
+class Row(NamedTuple):
+    what: str
+    measured: str
+    goal: str
+    memory: str = ""  # MiB, PyTorch's and ours
+
+
+def rows(times: dict[str, Times], torch: bool) -> list[Row]:
     table = [
-        (f"fit / bare step, {name}", f"{ratio(times[f'{name} fit'], times[f'{name} bare']):.3f}", "<= 1.03")
+        Row(f"fit / bare step, {name}", f"{ratio(times[f'{name} fit'], times[f'{name} bare']):.3f}", "<= 1.03")
         for name in ("MLP", "LeNet-5")
     ]
     per_epoch = ratio(times["LeNet-5 fit from disk"], times["LeNet-5 bare"])
-    table.append((f"epoch of LeNet-5 from disk / {EPOCH} bare steps", f"{per_epoch:.3f}", "<= 1.1"))
+    table.append(Row(f"epoch of LeNet-5 from disk / {EPOCH} bare steps", f"{per_epoch:.3f}", "<= 1.1"))
     supply = ratio(times["LeNet-5 bare"], times["pipeline alone"])
-    table.append(("examples/s of the pipeline / of the LeNet-5 step", f"{supply:.1f}", "> 1"))
+    table.append(Row("examples/s of the pipeline / of the LeNet-5 step", f"{supply:.1f}", "> 1"))
     for name, problem in PROBLEMS.items() if torch else ():
-        rivals = [times[f"{name} torch {kind}"] for kind in ("eager", "compiled")]
+        ours, rivals = times[f"{name} fit"], [times[f"{name} torch {kind}"] for kind in ("eager", "compiled")]
         best = min(rivals, key=lambda t: np.median(t.seconds))
-        table.append((f"{name}: faster PyTorch / fit", f"{ratio(best, times[f'{name} fit']):.2f}", problem.goal))
+        memory = f"{best.peak_mib:.0f} / {ours.peak_mib:.0f}"
+        table.append(Row(f"{name}: faster PyTorch / fit", f"{ratio(best, ours):.2f}", problem.goal, memory))
     return table
 
 
@@ -157,14 +163,14 @@ def main() -> None:
     quick = parser.parse_args().quick
     torch = importlib.util.find_spec("torch") is not None and not quick
     print(f"{os.cpu_count()} cores of {processor()}, load average {os.getloadavg()[0]:.1f} before the start")
-    times = compete(contestants(torch), *((5, 2) if quick else (50, 11)))
+    times = compete(contestants(torch), *((5, 2) if quick else (50, 9)))
     for name, (seconds, peak) in times.items():
-        step = np.median(seconds)
-        print(f"{name:<24} {1e3 * step:8.2f} ms/step {peak:6.0f} MiB at most")
-    print()
-    for what, measured, goal in rows(times, torch):
-        print(f"{what:<48} {measured:>8}   goal {goal}")
-    print(f"{'seconds from start to first step':<48} {first_step_seconds():8.2f}   goal <= 2.5")
+        print(f"{name:<24} {1e3 * np.median(seconds):8.2f} ms/step {peak:6.0f} MiB at most")
+    table = rows(times, torch)
+    table.append(Row("seconds from start to first step", f"{first_step_seconds():.2f}", "<= 2.5"))
+    print(f"\n{'':<48} {'measured':>8}   {'goal':<8} {'peak MiB, PyTorch / ours' if torch else ''}".rstrip())
+    for what, measured, goal, memory in table:
+        print(f"{what:<48} {measured:>8}   {goal:<8} {memory}".rstrip())
     if not torch:
         print("no rows against PyTorch: " + ("left out by --quick" if quick else "torch is not installed"))
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.problems import PROBLEMS, pictures, text
+from benchmarks.contest import compete
+from benchmarks.problems import CNN, PROBLEMS, pictures, text
 from dl_jax import losses
 from dl_jax.models import lenet
 from dl_jax.models.mlp import MLP
@@ -34,8 +35,12 @@ def torch_pictures(image):
 
 @pytest.mark.parametrize(
     ("model", "twin"),
-    [(lenet.LeNet5(), lambda: twins().LeNet5()), (MLP((30, 20)), lambda: twins().MLP((30, 20)))],
-    ids=["LeNet-5", "MLP"],
+    [
+        (lenet.LeNet5(), lambda: twins().LeNet5()),
+        (MLP((30, 20)), lambda: twins().MLP((30, 20))),
+        (CNN(), lambda: twins().CNN()),
+    ],
+    ids=["LeNet-5", "MLP", "CNN"],
 )
 def test_classifiers(model, twin):
     image, labels = pictures(3)["image"], np.array([3, 0, 9])
@@ -85,4 +90,21 @@ def test_both_train_on_every_problem(name):
     model = twin.model()
     theirs = twin.loss(model, {key: twins().tensor(column) for key, column in batch.items()})
     np.testing.assert_allclose(theirs.detach(), metrics["loss"], rtol=0.3)
-    twins().train_block(twin, False, batch)(1)
+    twins().train_block(name, False)(1)
+
+
+def hoard():
+    held = np.ones(16 << 20, np.float32)  # 64 MiB
+
+    def block(n):
+        assert held.size
+
+    return block
+
+
+def test_memory_is_what_a_contestant_adds_to_its_imports():
+    mine = np.ones(256 << 20, np.uint8)  # a child's maximum in getrusage would begin with these
+    times = compete({"hoard": hoard}, steps=3, rounds=2)["hoard"]
+    assert mine.size
+    assert times.seconds.shape == (2,)
+    assert 60 < times.peak_mib < 72
