@@ -1,6 +1,7 @@
 """Two players in one state: the networks, the step of two optimisers, `fit`, and the Parzen window that scores them."""
 
 import contextlib
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
-from test_experiments import FOLDER, module
 
+from dl_jax.errors import InputError
 from dl_jax.models.gan import Discriminator, Generator
 from dl_jax.run import Preempted, Run, Settings
 from dl_jax.train import fit, per_seed
@@ -20,8 +21,8 @@ REAL = RNG.integers(0, 256, (6, *SHAPE)).astype(np.uint8)
 
 
 @pytest.fixture(scope="module")
-def experiment():
-    return module(FOLDER / "generative/gan_mnist.py")
+def experiment(load_experiment):
+    return load_experiment("generative/gan_mnist")
 
 
 def players(experiment, dropout=0.5):
@@ -148,10 +149,27 @@ def test_parzen_window_against_float64(experiment):
     np.testing.assert_allclose(experiment.parzen(samples, valid, test), density(test, best), rtol=1e-4)
 
 
-def test_mixed_pictures_keep_each_pixels_levels_only(experiment):
-    pixels = np.stack([np.arange(1000), np.arange(1000), np.full(1000, 7)], 1).astype(np.float32)
-    drawn = experiment.mixed(pixels, 5000, 0)
-    assert drawn.shape == (5000, 3)
-    assert (drawn[:, 2] == 7).all()
-    np.testing.assert_allclose(drawn[:, :2].mean(0), 499.5, atol=20)
-    assert abs(np.corrcoef(drawn[:, 0], drawn[:, 1])[0, 1]) < 0.05
+def test_the_papers_batch_runs_on_eight_devices(experiment):
+    """On five of them: 100 is no multiple of 8."""
+    assert jax.device_count() == 8
+    config = dataclasses.replace(experiment.PRESETS["smoke"], train_split="train[:128]", batch_size=100)
+    assert np.isfinite(experiment.main(config, Run())["parzen/gan"])
+
+
+def test_an_untrained_net_does_not_meet_the_bars(experiment):
+    """Without a step the two generators are one; a seed's samples and real digits are its own."""
+    config = dataclasses.replace(
+        experiment.PRESETS["smoke"], train_split="train", test_split="test", samples=200, steps=0
+    )
+    found = experiment.main(config, Run(settings=Settings(seeds=(0, 1))))
+    np.testing.assert_array_equal(found["parzen/gan"], found["parzen/untrained"])
+    assert (found["parzen/untrained"] < found["parzen/digits_100"]).all()
+    assert (found["parzen/digits_100"] < found["parzen/training_digits"]).all()
+    assert all(len(set(values)) == 2 for values in found.values())
+
+
+@pytest.mark.parametrize("samples", [0, 65])
+def test_samples_that_cannot_be_scored(experiment, samples):
+    config = dataclasses.replace(experiment.PRESETS["smoke"], samples=samples)
+    with pytest.raises(InputError, match=f"samples={samples}, expected 1 to 64: as many digits of"):
+        experiment.main(config, Run())

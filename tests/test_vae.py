@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_experiments import FOLDER, module
 
 from dl_jax.errors import InputError
 from dl_jax.models.vae import VAE, ConvVAE, mean_picture_bias
@@ -24,8 +23,8 @@ def initialised(model, image=IMAGE["image"]):
 
 
 @pytest.fixture(scope="module")
-def experiment():
-    return module(FOLDER / "generative/vae_mnist.py")
+def experiment(load_experiment):
+    return load_experiment("generative/vae_mnist")
 
 
 def test_vae_has_the_papers_layers():
@@ -86,27 +85,11 @@ def test_any_number_of_samples_is_decoded_at_once(model):
     np.testing.assert_allclose(together[1, 2], decode(z[1, 2]), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("model", [VAE, ConvVAE])
-def test_the_output_bias_is_the_initialisers(model):
+def test_the_output_bias_is_the_initialisers():
     paint = lambda key, shape, dtype: jnp.full(shape, 3.5, dtype)
-    params = model(output_bias=paint, **SMALL).init(jax.random.key(0), SMALL_IMAGE, train=False)["params"]["decoder"]
-    last = "Dense_2" if model is VAE else "ConvTranspose_1"
+    params = VAE(output_bias=paint, **SMALL).init(jax.random.key(0), SMALL_IMAGE, train=False)["params"]["decoder"]
     painted = {name: bool((layer["bias"] == 3.5).all()) for name, layer in params.items()}
-    assert painted == {name: name == last for name in params}
-
-
-def test_training_decodes_a_sample():
-    model = VAE(hidden=(7,), **SMALL)
-    variables = initialised(model, SMALL_IMAGE)
-    draw = lambda key: model.apply(variables, SMALL_IMAGE, train=True, rngs={"latent": jax.random.key(key)})[0]
-    np.testing.assert_array_equal(draw(0), draw(0))
-    assert (draw(0) != draw(1)).all()
-    logits = jax.vmap(draw)(jnp.arange(4000))
-    mean, log_var = model.apply(variables, SMALL_IMAGE, method=VAE.encode)
-    z = mean + jnp.exp(log_var / 2) * jax.random.normal(jax.random.key(1), (4000, *mean.shape))
-    expected = model.apply(variables, z, method=VAE.decode)
-    np.testing.assert_allclose(logits.mean(0), expected.mean(0), atol=0.1)
-    np.testing.assert_allclose(logits.std(0), expected.std(0), atol=0.1)
+    assert painted == {"Dense_0": False, "Dense_1": False, "Dense_2": True}
 
 
 @pytest.mark.parametrize("model", [VAE, ConvVAE])
@@ -167,8 +150,9 @@ def test_pixels_are_drawn_anew_with_their_grey_level(experiment):
 
 def test_the_bias_starts_at_the_mean_picture():
     images = np.array([[[[0], [51], [255]]], [[[0], [102], [255]]]], np.uint8)
-    bias = mean_picture_bias(images)(None, (3,), jnp.float32)
-    np.testing.assert_allclose(jax.nn.sigmoid(bias), [0.001, 0.3, 0.999], rtol=1e-5)
+    model = VAE(hidden=(7,), latents=4, shape=(1, 3, 1), output_bias=mean_picture_bias(images))
+    params = model.init(jax.random.key(0), np.zeros((1, 1, 3, 1), np.float32), train=False)["params"]
+    np.testing.assert_allclose(jax.nn.sigmoid(params["decoder"]["Dense_1"]["bias"]), [0.001, 0.3, 0.999], rtol=1e-5)
 
 
 def test_a_lane_is_a_run_of_its_own(experiment):
@@ -180,11 +164,60 @@ def test_a_lane_is_a_run_of_its_own(experiment):
     assert both["nll/iwae-k3"][0] != both["nll/iwae-k3"][1]
 
 
+def test_no_key_serves_twice(experiment, monkeypatch):
+    """Not in the start, the training, the test and the pictures of a seed, and not in those of another seed."""
+    train, roots, pictures = experiment.fit, [], []
+
+    def fit(step, state, *rest, **options):
+        roots.extend(state.key)
+        return train(step, state, *rest, **options)
+
+    def evaluate(examine, variables, exam, key):
+        roots.append(key)
+        return {"nll": 0.0, "mean": np.zeros(4), "square": np.zeros(4)}
+
+    monkeypatch.setattr(experiment, "fit", fit)
+    monkeypatch.setattr(experiment, "evaluate", evaluate)
+    monkeypatch.setattr(experiment, "show", lambda *arguments: pictures.append(arguments[-1]))
+    config = dataclasses.replace(experiment.PRESETS["smoke"], vae_samples=())
+    experiment.main(config, Run(settings=Settings(seeds=(0, 1))))
+    starts = [jax.random.split(jax.random.key(seed), 4)[0] for seed in (0, 1)]
+    keys = [*starts, *pictures, *(jax.random.fold_in(root, i) for root in roots for i in range(8))]
+    assert len(keys) == 2 + 1 + 4 * 8
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == len(keys)
+
+
+def test_the_papers_batch_runs_on_eight_devices(experiment):
+    """On five of them: 20 and 100 are no multiples of 8."""
+    assert jax.device_count() == 8
+    sizes = {"batch_size": 20, "test_batch": 100, "test_split": "test[:120]"}
+    config = dataclasses.replace(experiment.PRESETS["smoke"], vae_samples=(), **sizes)
+    assert np.isfinite(experiment.main(config, Run())["nll/iwae-k3"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"test_chunk": 3}, "test_samples=4 in chunks of test_chunk=3, expected a multiple of the chunk; change one"),
+        ({"test_samples": 0}, "test_samples=0 in chunks of test_chunk=2, expected a multiple"),
+        ({"test_chunk": 0}, "the smallest number in test_chunk is 0, expected 1 or more"),
+        ({"latents": 0}, "the smallest number in latents is 0, expected 1 or more"),
+        ({"iwae_samples": (5, 0)}, "the smallest number in vae_samples or iwae_samples is 0, expected 1 or more"),
+        ({"vae_samples": (), "iwae_samples": ()}, "in vae_samples or iwae_samples is 0"),
+        ({"stages": ()}, "the smallest number in stages is 0, expected 1 or more"),
+    ],
+)
+def test_what_cannot_be_tested_is_not_trained(experiment, change, message, monkeypatch):
+    monkeypatch.setattr(experiment, "fit", lambda *_, **__: pytest.fail("it trained"))
+    with pytest.raises(InputError, match=message):
+        experiment.main(dataclasses.replace(experiment.PRESETS["smoke"], **change), Run())
+
+
 def test_sheets(experiment):
     model = VAE(hidden=(7,), latents=4, shape=(8, 12, 1))
     images = RNG.integers(0, 256, (50, 8, 12, 1)).astype(np.uint8)
     variables = initialised(model, SMALL_IMAGE)
-    found = experiment.sheets(model.apply, variables, images)
+    found = experiment.sheets(model.apply, variables, images, jax.random.key(0))
     assert {name: sheet.shape for name, sheet in found.items()} == dict.fromkeys(
         ("reconstructions", "samples", "interpolations"), (100, 8, 12, 1)
     )

@@ -30,14 +30,13 @@ class Autoencoder(nn.Module):
     """What the autoencoders here have in common: a subclass gives the two networks.
 
     `apply(..., method=VAE.encode)` and `decode` call one of them. The whole gives (logits, mean, log variance), decoded
-    from the mean; in training from a sample, which needs the random stream "latent".
+    from the mean: samples for training are drawn in `dl_jax.likelihood`.
 
     Raises InputError where there is no latent unit, and for pictures of another shape.
     """
 
     latents: int = 50  # units of z, L
     shape: tuple[int, int, int] = (28, 28, 1)  # of a picture: height, width, channels
-    output_bias: Initializer = nn.initializers.zeros  # gives the last layer's bias at the start
     dtype: DTypeLike = jnp.float32
 
     def networks(self) -> tuple[nn.Module, nn.Module]:
@@ -65,17 +64,17 @@ class Autoencoder(nn.Module):
 
     def __call__(self, image: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
         mean, log_var = self.encode(image)
-        noise = jax.random.normal(self.make_rng("latent"), mean.shape) if train else 0.0
-        return self.decode(mean + jnp.exp(log_var / 2) * noise), mean, log_var
+        return self.decode(mean), mean, log_var
 
 
 class VAE(Autoencoder):
     """Of dense tanh layers, `hidden` units each, the same on both sides: the paper's with one stochastic layer.
 
-    Kernels start uniform after Glorot and Bengio, biases at zero.
+    Kernels start uniform after Glorot and Bengio, biases at zero but for the last layer's, which is `output_bias`'s.
     """
 
     hidden: tuple[int, ...] = (200, 200)
+    output_bias: Initializer = nn.initializers.zeros
 
     def networks(self) -> tuple[nn.Module, nn.Module]:
         encoder = DenseEncoder(self.hidden, 2 * self.latents, self.dtype)
@@ -116,9 +115,8 @@ def tanh_layers(x: jax.Array, hidden: Sequence[int], dtype: DTypeLike) -> jax.Ar
 class ConvVAE(Autoencoder):
     """Of convolutions that halve the picture, one for each entry of `features`, and transposed ones that double it.
 
-    All kernels are 4 x 4 with stride 2, whose outputs overlap evenly; a 3 x 3 transposed convolution leaves a
-    checkerboard and has been seen to convert to another shape. Raises InputError for a picture that cannot be halved as
-    often.
+    All kernels are 4 x 4 with stride 2, whose outputs overlap evenly (Odena, Dumoulin and Olah, "Deconvolution and
+    Checkerboard Artifacts", Distill 2016). Raises InputError for a picture that cannot be halved as often.
     """
 
     features: tuple[int, ...] = (32, 64)
@@ -134,7 +132,7 @@ class ConvVAE(Autoencoder):
         smallest = (height // factor, width // factor, self.features[-1])
         backwards = (*reversed(self.features[:-1]), channels)
         encoder = ConvEncoder(self.features, 2 * self.latents, self.dtype)
-        return encoder, ConvDecoder(smallest, backwards, self.output_bias, self.dtype)
+        return encoder, ConvDecoder(smallest, backwards, self.dtype)
 
 
 class ConvEncoder(nn.Module):
@@ -155,15 +153,13 @@ class ConvEncoder(nn.Module):
 class ConvDecoder(nn.Module):
     smallest: tuple[int, int, int]  # what the dense layer gives: height, width, features
     features: tuple[int, ...]
-    output_bias: Initializer
     dtype: DTypeLike
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
         x = nn.Dense(math.prod(self.smallest), dtype=self.dtype)(z).reshape(*z.shape[:-1], *self.smallest)
-        for i, features in enumerate(self.features):
-            init = self.output_bias if i + 1 == len(self.features) else nn.initializers.zeros
-            layer = nn.ConvTranspose(features, (4, 4), strides=(2, 2), bias_init=init, dtype=self.dtype)
+        for features in self.features:
+            layer = nn.ConvTranspose(features, (4, 4), strides=(2, 2), dtype=self.dtype)
             x = layer(nn.relu(x))  # [..., 2 H, 2 W, features]
         return x
 

@@ -10,8 +10,9 @@ exits with 143, and the same command goes on from there.
 
     python experiments/generative/gan_mnist.py --dataset mnist --preset short --seeds 5 --workdir runs/gan-short
 
-trains networks of a quarter of the width on 2 CPU cores, and only claims that the net has learnt more than the grey
-levels of each pixel by itself.
+trains networks of a quarter of the width on 2 CPU cores. Its bars are our own, declared before the run: 10,000 samples
+score more than those from before the first step, and more than 100 real digits. One hundred was chosen on the
+validation split, where the untrained generator, which paints the mean picture, scores less.
 
 The number is the log density of the test digits under Gaussians around 10,000 samples, of a width chosen on 1,000
 digits that were not learnt from. It says little (Theis et al. 2016, "A note on the evaluation of generative models",
@@ -33,6 +34,7 @@ import optax
 
 from dl_jax import data, likelihood, parallel
 from dl_jax.claims import Claim
+from dl_jax.errors import InputError
 from dl_jax.launch import launch
 from dl_jax.models.gan import Discriminator, Generator
 from dl_jax.models.vae import mean_picture_bias
@@ -74,6 +76,9 @@ PRESETS = {
 
 PAPER = "Goodfellow et al. 2014"
 OTHERS = "another model, for comparison"
+OURS = "our bar"
+DECLARED = "for a small net and a short run, declared before it"
+FEW = 100  # real digits
 CLAIMS = (
     Claim("parzen/gan", PAPER, "Table 1, MNIST, adversarial nets", 225, 15, "nats", better="higher",
           given={"dataset": "mnist"}, note="the paper's own ± 2 is over test digits; the length of its run is not "
@@ -81,24 +86,31 @@ CLAIMS = (
     Claim("parzen/dbn", PAPER, "Table 1, MNIST, DBN", 138, 2, "nats", better="higher", note=OTHERS),
     Claim("parzen/stacked_cae", PAPER, "Table 1, MNIST, Stacked CAE", 121, 1.6, "nats", better="higher", note=OTHERS),
     Claim("parzen/deep_gsn", PAPER, "Table 1, MNIST, Deep GSN", 214, 1.1, "nats", better="higher", note=OTHERS),
-    Claim("parzen/gan", PAPER, "Table 1, direction only", None, 0, "nats", better="higher", preset="short",
-          given={"dataset": "mnist"}, versus="parzen/independent_pixels",
-          note="our bound for a small net, declared before the run: more than the grey levels of each pixel by itself"),
+    Claim("parzen/gan", OURS, "samples after the last step against samples before the first", None, 0, "nats",
+          better="higher", preset="short", given={"dataset": "mnist"}, versus="parzen/untrained", note=DECLARED),
+    Claim("parzen/gan", OURS, "10,000 samples against 100 real digits", None, 0, "nats", better="higher",
+          preset="short", given={"dataset": "mnist"}, versus="parzen/digits_100", note=DECLARED),
 )  # fmt: skip
 
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
-    mesh = parallel.data_mesh()
+    mesh = parallel.data_mesh(batch_size=cfg.batch_size)
     folders = run.settings.data_dir, run.settings.cache_dir
     splits = (cfg.train_split, cfg.valid_split, cfg.test_split)
     train, valid, test = (data.grey_pictures(cfg.dataset, split, *folders)["image"] for split in splits)
+    if not 1 <= cfg.samples <= len(train):
+        raise InputError(
+            f"samples={cfg.samples}, expected 1 to {len(train)}: as many digits of {cfg.train_split} "
+            "are scored beside them; give fewer, or a larger train_split"
+        )
     players = Players(
         Generator(cfg.generator_hidden, output_bias=mean_picture_bias(train)),
         Discriminator(cfg.discriminator_hidden, cfg.pieces),
         cfg.noise,
         sgd(cfg),
     )
-    keys = jnp.stack([jax.random.split(jax.random.key(seed)) for seed in run.seeds])  # [S, 2]
+    # [S, 3]: what trains a seed, the noise of its samples, the choice of the real digits beside them.
+    keys = jnp.stack([jax.random.split(jax.random.key(seed), 3) for seed in run.seeds])
     states = jax.jit(jax.vmap(functools.partial(start, players)))(keys[:, 0])  # every leaf [S, ...]
 
     order = {"index": np.arange(len(train))}
@@ -107,25 +119,29 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     indices = parallel.placed(data.windows(data.per_seed(streams), cfg.scan_steps), mesh, axis=2)  # [k, S, B]
     records = parallel.replicated({"image": train}, mesh)
     step = gathered(scanned(per_seed(adversarial(players)), cfg.scan_steps), records)
-    state = parallel.replicated(states, mesh)
-    state = fit(step, state, indices, steps=cfg.steps, every=cfg.report_every, run=run)
+    state = fit(step, parallel.replicated(states, mesh), indices, steps=cfg.steps, every=cfg.report_every, run=run)
 
-    measured = {"parzen/gan": [], "parzen/independent_pixels": [], "parzen/training_digits": []}
+    # On the host: what follows is each process's own.
+    before, after = (jax.device_get(state.params["generator"]) for state in (states, state))
     generate = jax.jit(players.generate, static_argnames="n")
-    pixels = [images.reshape(len(images), -1) / np.float32(255) for images in (train, valid, test)]
-    for lane, seed in enumerate(run.seeds):
-        params = jax.tree.map(lambda leaf, lane=lane: leaf[lane], state.params["generator"])
-        pictures = np.asarray(generate(params, keys[lane, 1], n=cfg.samples))
-        samples = {
-            "gan": pictures.reshape(cfg.samples, -1),
-            "independent_pixels": mixed(pixels[0], cfg.samples, seed),
-            "training_digits": pixels[0][: cfg.samples],
+    pixels, valid, test = (images.reshape(len(images), -1) / np.float32(255) for images in (train, valid, test))
+    measured = []
+    for lane, (_, key_noise, key_digits) in enumerate(keys):
+        untrained, pictures = (
+            np.asarray(generate(jax.tree.map(lambda leaf, lane=lane: leaf[lane], params), key_noise, n=cfg.samples))
+            for params in (before, after)
+        )
+        digits = pixels[np.asarray(jax.random.permutation(key_digits, len(pixels)))[: cfg.samples]]
+        points = {
+            "parzen/gan": pictures.reshape(cfg.samples, -1),
+            "parzen/untrained": untrained.reshape(cfg.samples, -1),
+            "parzen/digits_100": digits[:FEW],
+            "parzen/training_digits": digits,
         }
-        for name, points in samples.items():
-            measured[f"parzen/{name}"].append(parzen(points, *pixels[1:]))
+        measured.append({name: parzen(samples, valid, test) for name, samples in points.items()})
         if run.board and not lane:
             run.board.image("samples", cfg.steps, pictures[:100])
-    return {name: np.array(values) for name, values in measured.items()}
+    return {name: np.array([values[name] for values in measured]) for name in measured[0]}
 
 
 class Players(NamedTuple):
@@ -200,11 +216,6 @@ def sgd(cfg: Config) -> optax.GradientTransformation:
         learning_rate=optax.exponential_decay(cfg.learning_rate, 1, 1 / cfg.decay),
         momentum=optax.linear_schedule(cfg.momentum, cfg.final_momentum, cfg.steps),
     )
-
-
-def mixed(pixels: np.ndarray, n: int, seed: int) -> np.ndarray:  # [N, D] -> [n, D]
-    """Pictures whose every pixel comes from another one: right in each pixel's levels, and in nothing else."""
-    return np.take_along_axis(pixels, np.random.default_rng(seed).integers(len(pixels), size=(n, pixels.shape[1])), 0)
 
 
 def parzen(samples: np.ndarray, valid: np.ndarray, test: np.ndarray) -> float:  # [N, D] each

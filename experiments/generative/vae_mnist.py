@@ -23,6 +23,7 @@ noise, and paired differences do not.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,10 +34,11 @@ import optax
 
 from dl_jax import data, likelihood, losses, metrics, parallel
 from dl_jax.claims import Claim
+from dl_jax.errors import InputError
 from dl_jax.launch import launch
 from dl_jax.models.vae import VAE, mean_picture_bias
 from dl_jax.run import Run
-from dl_jax.train import Tree, evaluate, fit, gathered, init_state, make_step, per_seed, scanned
+from dl_jax.train import State, Tree, evaluate, fit, gathered, init_state, make_step, per_seed, scanned
 
 # Stage i of the authors' eight is 3^i passes over 2,980 batches.
 STAGES = tuple((2980 * 3**i, 1e-4 * round(10 ** (1 - i / 7), 1)) for i in range(8))
@@ -62,11 +64,11 @@ class Config:
 
 PRESETS = {
     "paper": Config(),
-    "short": Config(train_split="train", test_split="test[:2000]", stages=((8400, 2e-3), (2400, 6e-4), (1200, 2e-4)),
+    "short": Config(train_split="train", test_split="test[:2000]", stages=((4900, 2e-3), (1400, 6e-4), (700, 2e-4)),
                     scan_steps=10, report_every=300, test_samples=1000, test_chunk=50),
     "quick": Config(dataset="digits", train_split="train", vae_samples=(1,), iwae_samples=(5,), stages=((400, 1e-3),),
                     scan_steps=10, report_every=100, test_samples=100, test_chunk=50, test_batch=40),
-    "smoke": Config(dataset="digits", train_split="train[:64]", test_split="test[:20]", vae_samples=(1, 3),
+    "smoke": Config(dataset="digits", train_split="train[:64]", test_split="test[:20]", vae_samples=(1,),
                     iwae_samples=(3,), hidden=(16,), latents=4, stages=((4, 1e-3), (4, 1e-4)), batch_size=16,
                     scan_steps=2, report_every=4, test_samples=4, test_chunk=2, test_batch=16),
 }  # fmt: skip
@@ -123,7 +125,8 @@ CLAIMS = (
 
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
-    mesh = parallel.data_mesh()
+    check(cfg)
+    mesh = parallel.data_mesh(batch_size=math.gcd(cfg.batch_size, cfg.test_batch))  # it splits both
     folders = run.settings.data_dir, run.settings.cache_dir
     train, test = (
         {"image": data.grey_pictures(cfg.dataset, split, *folders)["image"]}
@@ -131,8 +134,9 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     )
     model = VAE(latents=cfg.latents, hidden=cfg.hidden, output_bias=mean_picture_bias(train["image"]))
     tx = adam(learning_rate(cfg.stages))
-    keys = [jax.random.split(jax.random.key(seed)) for seed in run.seeds]
-    states = jax.jit(jax.vmap(functools.partial(start, model, tx)))(jnp.stack(keys))  # every leaf [S, ...]
+    # [S, 4]: the parameters at the start, the training, the test, the pictures to look at.
+    keys = jnp.stack([jax.random.split(jax.random.key(seed), 4) for seed in run.seeds])
+    states = jax.jit(jax.vmap(functools.partial(start, model, tx)))(keys)  # every leaf [S, ...]
 
     order = {"index": np.arange(len(train["image"]))}
     rows = parallel.process_rows(cfg.batch_size, mesh)
@@ -141,7 +145,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     records = parallel.replicated(train, mesh)
     exam_rows = parallel.process_rows(cfg.test_batch, mesh)
     exam = [parallel.place(batch, mesh) for batch in data.epoch(test, cfg.test_batch, exam_rows)]
-    examine = functools.partial(examined, model.apply, cfg.test_samples, cfg.test_chunk, np.array(run.seeds))
+    examine = functools.partial(examined, model.apply, cfg.test_samples, cfg.test_chunk)
 
     cells = {f"vae-k{k}": (sampled_elbo, k) for k in cfg.vae_samples}
     cells |= {f"iwae-k{k}": (likelihood.importance_bound, k) for k in cfg.iwae_samples}
@@ -152,15 +156,32 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
         step = gathered(scanned(per_seed(step), cfg.scan_steps), records)
         steps = sum(steps for steps, _ in cfg.stages)
         state = fit(step, parallel.replicated(states, mesh), indices, steps=steps, every=cfg.report_every, run=child)
-        found = evaluate(examine, state.variables, exam, jax.random.key(0))
-        measured[f"nll/{cell}"] = found["nll"]
-        measured[f"active/{cell}"] = likelihood.active_units(found["mean"], found["square"])
-        show(child, steps, model.apply, jax.tree.map(lambda leaf: leaf[0], state.variables), test["image"])
+        variables = jax.device_get(state.variables)  # to the host: pictures are drawn on the first process alone
+        lanes = [jax.tree.map(lambda leaf, lane=lane: leaf[lane], variables) for lane in range(len(run.seeds))]
+        found = [evaluate(examine, lane, exam, key) for lane, key in zip(lanes, keys[:, 2], strict=True)]
+        measured[f"nll/{cell}"] = np.array([one["nll"] for one in found])
+        measured[f"active/{cell}"] = np.array([likelihood.active_units(one["mean"], one["square"]) for one in found])
+        show(child, steps, model.apply, lanes[0], test["image"], keys[0, 3])
     return measured
 
 
-def start(model: VAE, tx: optax.GradientTransformation, keys: jax.Array):
-    """The state of one seed from its two keys."""
+def check(cfg: Config) -> None:
+    """Raises InputError for what would end the run hours later, in a later cell or in the test."""
+    cells = (*cfg.vae_samples, *cfg.iwae_samples)
+    counts = {"latents": cfg.latents, "vae_samples or iwae_samples": min(cells, default=0)}
+    counts |= {"stages": min((steps for steps, _ in cfg.stages), default=0), "test_chunk": cfg.test_chunk}
+    for name, value in counts.items():
+        if value < 1:
+            raise InputError(f"the smallest number in {name} is {value}, expected 1 or more; give a larger one")
+    if cfg.test_samples < 1 or cfg.test_samples % cfg.test_chunk:
+        raise InputError(
+            f"test_samples={cfg.test_samples} in chunks of test_chunk={cfg.test_chunk}, expected a multiple of the "
+            "chunk; change one"
+        )
+
+
+def start(model: VAE, tx: optax.GradientTransformation, keys: jax.Array) -> State:
+    """The state of one seed from its keys."""
     return init_state(keys[1], model.init(keys[0], jnp.zeros((1, *model.shape)), train=False), tx)
 
 
@@ -204,11 +225,10 @@ def negative(bound: Callable[..., jax.Array], k: int, apply: Callable[..., Any],
     return nats.sum(), ({}, {"nats": nats.mean()})
 
 
-def examined(apply: Callable[..., Any], samples: int, chunk: int, seeds: np.ndarray, variables, batch, key):
-    """Of every seed's network [S, ...], on test pixels of its own: NLL, and the moments of the posterior mean."""
-
-    def one(variables: Tree, seed: jax.Array):
-        key_pixels, key_z = jax.random.split(jax.random.fold_in(key, seed))
+def examined(apply: Callable[..., Any], samples: int, chunk: int, variables, batch, key):
+    """NLL of one seed's network, and the moments of its posterior mean."""
+    key_pixels, key_z = jax.random.split(key)
+    with jax.default_matmul_precision("highest"):  # on accelerators the default rounds to 10 bits
         x, latent = binarised(key_pixels, batch)["image"], latent_model(apply, variables)
         mean, _ = latent.encode(x)  # [B, L]
         units = jnp.broadcast_to(batch["mask"][:, None], mean.shape)
@@ -218,29 +238,27 @@ def examined(apply: Callable[..., Any], samples: int, chunk: int, seeds: np.ndar
             "square": (jnp.sum(mean**2 * units, 0), units.sum(0)),
         }
 
-    with jax.default_matmul_precision("highest"):  # on accelerators the default rounds to 10 bits
-        return jax.vmap(one)(variables, jnp.asarray(seeds))
 
-
-def show(run: Run, step: int, apply: Callable[..., Any], variables: Tree, images: np.ndarray) -> None:
+def show(run: Run, step: int, apply: Callable[..., Any], variables: Tree, images: np.ndarray, key: jax.Array) -> None:
     """Sheets of ten rows in TensorBoard."""
     if run.board:
-        for name, sheet in sheets(apply, variables, images[np.arange(50) % len(images)]).items():
+        for name, sheet in sheets(apply, variables, images[np.arange(50) % len(images)], key).items():
             run.board.image(name, step, np.asarray(sheet))
 
 
-def sheets(apply: Callable[..., Any], variables: Tree, images: np.ndarray) -> Mapping[str, jax.Array]:
+def sheets(apply: Callable[..., Any], variables: Tree, images: np.ndarray, key: jax.Array) -> Mapping[str, jax.Array]:
     """{name: [100, H, W, C]}: rows of pictures above their reconstructions, samples, and walks between two pictures."""
+    key_pixels, key_z = jax.random.split(key)
     shape = images.shape[1:]
     decode = lambda z: jax.nn.sigmoid(apply(variables, z, method=VAE.decode))
-    image = binarised(jax.random.key(0), {"image": images})["image"]  # [50, H, W, C]
+    image = binarised(key_pixels, {"image": images})["image"]  # [50, H, W, C]
     mean, _ = apply(variables, image, method=VAE.encode)  # [50, L]
     pairs = jnp.stack([image.reshape(5, 10, *shape), decode(mean).reshape(5, 10, *shape)], 1)
     way = jnp.linspace(0, 1, 10)[:, None]
     walks = (1 - way) * mean[:10, None] + way * mean[10:20, None]  # [10, 10, L]
     return {
         "reconstructions": pairs.reshape(100, *shape),
-        "samples": decode(jax.random.normal(jax.random.key(1), (100, mean.shape[-1]))),
+        "samples": decode(jax.random.normal(key_z, (100, mean.shape[-1]))),
         "interpolations": decode(walks).reshape(100, *shape),
     }
 
