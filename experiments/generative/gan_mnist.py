@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dl_jax import data, likelihood, parallel
+from dl_jax import data, lanes, likelihood, parallel
 from dl_jax.claims import Claim
 from dl_jax.errors import InputError
 from dl_jax.launch import launch
@@ -122,14 +122,13 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     state = fit(step, parallel.replicated(states, mesh), indices, steps=cfg.steps, every=cfg.report_every, run=run)
 
     # On the host: what follows is each process's own.
-    before, after = (jax.device_get(state.params["generator"]) for state in (states, state))
+    before, after = (lanes.split(state.params["generator"]) for state in (states, state))
     generate = jax.jit(players.generate, static_argnames="n")
     pixels, valid, test = (images.reshape(len(images), -1) / np.float32(255) for images in (train, valid, test))
     measured = []
     for lane, (_, key_noise, key_digits) in enumerate(keys):
         untrained, pictures = (
-            np.asarray(generate(jax.tree.map(lambda leaf, lane=lane: leaf[lane], params), key_noise, n=cfg.samples))
-            for params in (before, after)
+            np.asarray(generate(params[lane], key_noise, n=cfg.samples)) for params in (before, after)
         )
         digits = pixels[np.asarray(jax.random.permutation(key_digits, len(pixels)))[: cfg.samples]]
         points = {

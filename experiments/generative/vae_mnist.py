@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dl_jax import data, likelihood, losses, metrics, parallel
+from dl_jax import data, lanes, likelihood, losses, metrics, parallel
 from dl_jax.claims import Claim
 from dl_jax.errors import InputError
 from dl_jax.launch import launch
@@ -155,12 +155,11 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
         step = gathered(scanned(per_seed(step), cfg.scan_steps), records)
         steps = sum(steps for steps, _ in cfg.stages)
         state = fit(step, parallel.replicated(states, mesh), indices, steps=steps, every=cfg.report_every, run=child)
-        variables = jax.device_get(state.variables)  # to the host: pictures are drawn on the first process alone
-        lanes = [jax.tree.map(lambda leaf, lane=lane: leaf[lane], variables) for lane in range(len(run.seeds))]
-        found = [evaluate(examine, lane, exam, key) for lane, key in zip(lanes, keys[:, 2], strict=True)]
+        each = lanes.split(state.variables)  # on the host: pictures are drawn on the first process alone
+        found = [evaluate(examine, variables, exam, key) for variables, key in zip(each, keys[:, 2], strict=True)]
         measured[f"nll/{cell}"] = np.array([one["nll"] for one in found])
         measured[f"active/{cell}"] = np.array([likelihood.active_units(one["mean"], one["square"]) for one in found])
-        show(child, steps, model.apply, lanes[0], test["image"], keys[0, 3])
+        show(child, steps, model.apply, each[0], test["image"], keys[0, 3])
     return measured
 
 
