@@ -9,7 +9,6 @@ import os
 import shlex
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ from dl_jax.report import TensorBoard
 from dl_jax.run import PREEMPTED, Preempted, Run, Settings, never
 from dl_jax.terminal import print_table
 from dl_jax.train import ArgumentError, NonFiniteError
-from dl_jax.workdir import work_directory
+from dl_jax.workdir import attempt, work_directory
 
 Main = Callable[[Any, Run], Mapping[str, np.ndarray]]
 
@@ -144,12 +143,12 @@ def run_experiment(experiment: Experiment, preset: str, config: Any, common: Com
     for flag, value in {"--seeds": common.seeds, "--checkpoint-every": common.checkpoint_every}.items():
         if value < 1:
             raise InputError(f"{flag} {value}, expected 1 or more")
-    began, script = time.perf_counter(), experiment.script
+    script = experiment.script
     code = git_state(script.parent)
     seeds = tuple(range(common.seed, common.seed + common.seeds))
     fields = dataclasses.asdict(config)
     identity = {"experiment": name_of(script), "preset": preset, "config": fields}
-    with work_directory(common.workdir, identity, script, distributed) as directory:
+    with work_directory(common.workdir, identity, script, distributed) as directory, attempt(directory, code) as so_far:
         settings = Settings(
             seeds=seeds,
             data_dir=common.data_dir,
@@ -162,19 +161,22 @@ def run_experiment(experiment: Experiment, preset: str, config: Any, common: Com
         with contextlib.closing(Run(directory, settings)) as run:
             found = experiment.main(config, run)
         measured = {name: np.asarray(values, float).ravel().tolist() for name, values in found.items()}
+        attempts = so_far()
         ran = described(preset, config, experiment.presets[preset], experiment.claims)
         record = {
             **identity,
             "preset": ran,
             "seeds": list(seeds),
             "command": command(identity["experiment"], sys.argv[1:]),
-            **code,
+            "commit": code["commit"],
+            "clean": all(each["clean"] for each in attempts),
             "dataset": fields.get("dataset"),
             "measured": {name: summary(values) for name, values in measured.items()},
             "claims": judge(experiment.claims, measured, preset=ran, config=fields),
             "device": device(),
             "versions": versions(),
-            "wall_seconds": round(time.perf_counter() - began, 1),
+            "wall_seconds": round(sum(each["seconds"] or 0 for each in attempts), 1),
+            "attempts": attempts,
         }
         if jax.process_index() == 0:
             if directory:

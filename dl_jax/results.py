@@ -137,10 +137,18 @@ def _provenance(path: str, result: Result) -> str:
         f"[{PurePath(path).stem}]({_link(path)}): `{result['command']}`",
         f"commit {result['commit'][:12]}" + ("" if result["clean"] else " **with uncommitted changes**"),
         f"seeds {', '.join(map(str, result['seeds']))}",
-        f"{result['wall_seconds'] / 60:.3g} min on {result['device']}",
+        f"{result['wall_seconds'] / 60:.3g} min{_attempts(result)} on {result['device']}",
         ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
     ]
     return " · ".join(facts)
+
+
+def _attempts(result: Result) -> str:
+    """How often a run was resumed, where that is known, and which other commits took part."""
+    attempts = result.get("attempts", [])
+    others = sorted({each["commit"][:12] for each in attempts} - {result["commit"][:12]})
+    words = f" in {len(attempts)} attempts" if len(attempts) > 1 else ""
+    return words + (f", of commits {', '.join(others)} too" if others else "")
 
 
 def _link(path: str | PurePath) -> str:

@@ -3,7 +3,8 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,38 @@ def work_directory(workdir: str | None, identity: dict, script: Path, distribute
         if jax.process_index() == 0:
             claim_directory(directory, identity, script)
         yield directory
+
+
+@contextlib.contextmanager
+def attempt(directory: epath.Path | None, code: Mapping[str, Any]) -> Iterator[Callable[[], list[dict[str, Any]]]]:
+    """Notes in attempts.json which commit works in this folder and, once it ends, for how many seconds.
+
+    Yields a function that gives all attempts so far, this one last; `seconds` is None for one that was killed.
+    """
+    began = time.perf_counter()
+    file = directory / "attempts.json" if directory and jax.process_index() == 0 else None
+    earlier = json.loads(file.read_text()) if file and file.exists() else []
+
+    def so_far(seconds: float | None) -> list[dict[str, Any]]:
+        return [*earlier, {**code, "seconds": seconds}]
+
+    def now() -> list[dict[str, Any]]:
+        return so_far(round(time.perf_counter() - began, 1))
+
+    try:
+        if file:
+            write_json(file, so_far(None))
+        yield now
+    finally:
+        if file:
+            write_json(file, now())
+
+
+def write_json(file: epath.Path, content: Any) -> None:
+    """All of it or nothing."""
+    new = file.parent / f"{file.name}.new"
+    new.write_text(json.dumps(content, indent=2) + "\n")
+    new.replace(file)
 
 
 def require_writable(directory: epath.Path, workdir: str) -> None:
@@ -75,8 +108,7 @@ def claim_directory(directory: epath.Path, identity: dict, script: Path) -> None
             )
         return
     (directory / script.name).write_text(script.read_text())
-    (directory / "config.json.new").write_text(json.dumps(wanted, indent=2) + "\n")
-    (directory / "config.json.new").replace(config)
+    write_json(config, wanted)
 
 
 def has_begun(directory: epath.Path) -> bool:

@@ -171,6 +171,21 @@ def test_another_config_in_the_folder_names_the_field(call, tmp_path):
     assert "learning_rate is 0.1 there, 0.2 here" in one_line(err)
 
 
+def test_every_attempt_is_part_of_the_evidence(call, tmp_path):
+    flags = ("--preset", "paper", "--seeds", "1", "--workdir", str(tmp_path), "--checkpoint-every", "4")
+    assert call(*flags, "--poison", "6")[0] == 2
+    (first,) = json.loads((tmp_path / "attempts.json").read_text())
+    (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace('"poison": 6', '"poison": -1'))
+    killed = {"commit": "0" * 40, "clean": False, "seconds": None}
+    (tmp_path / "attempts.json").write_text(json.dumps([first, killed]))
+    assert call(*flags)[0] == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["attempts"][:2] == [first, killed]
+    assert len(result["attempts"]) == 3
+    assert result["wall_seconds"] == pytest.approx(first["seconds"] + result["attempts"][2]["seconds"], abs=0.11)
+    assert not result["clean"]
+
+
 def test_more_seeds_go_on_in_the_same_folder(call, tmp_path):
     flags = ("--preset", "paper", "--workdir", str(tmp_path))
     call(*flags, "--seeds", "1")

@@ -446,3 +446,10 @@ def test_python_m(repository):
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: docs/results.md is out of date")
+
+
+def test_a_resumed_run_says_so(repository):
+    attempts = [{"commit": commit * 40, "clean": True, "seconds": 45.0} for commit in "ab"]
+    fields = {"commit": "b" * 40, "attempts": attempts}
+    Path("results/lenet.json").write_text(json.dumps(result(**fields)))
+    assert f"1.5 min in 2 attempts, of commits {'a' * 12} too on cpu" in results.render()
