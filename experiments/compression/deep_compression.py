@@ -7,7 +7,7 @@ Han, Mao & Dally 2016, "Deep compression" (arXiv:1510.00149), tables 1 and 2: pr
 
 Expected: 1,066,440 bytes of float32 become a file 40 ± 4 times smaller, every byte of it counted, and the network that
 is decoded from it errs as often as the reference did, within 0.15 points (1.64 and 1.58 % of the test digits in the
-paper). Some ten minutes for five seeds on 2 CPU cores.
+paper). Some twenty minutes for five seeds on a CPU core.
 
 The three stages, the weights kept in each layer, the 6 bits and the k-means that starts from evenly spaced values are
 the paper's. Ours, where it is silent: SGD with a cosine schedule; four prunings, each of which leaves the same fraction
