@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dl_jax import likelihood, losses, ops
+from dl_jax import classify, likelihood, losses, ops
 from dl_jax.models.lenet import LeNet5, map_loss
 from dl_jax.models.mlp import MLP
 from dl_jax.models.rnn import GRU, LSTM, VANILLA, Cell, CharLM
@@ -97,8 +97,7 @@ def classifier_step(model: Any, per_example: Callable[..., Any]):
     """Dropout or not, SGD with momentum; uint8 pictures are cast on the device."""
 
     def loss(variables, batch, key):
-        image = batch["image"] if batch["image"].dtype == np.float32 else batch["image"].astype(np.float32) / 255
-        logits = model.apply(variables, image, train=True, rngs={"dropout": key})
+        logits = model.apply(variables, classify.to_unit(batch["image"]), train=True, rngs={"dropout": key})
         return per_example(logits, batch["label"]).mean(), ({}, {})
 
     variables = jax.jit(lambda key: model.init(key, pictures(1)["image"], train=False))(jax.random.key(0))

@@ -13,7 +13,7 @@ What is timed, on the networks of problems.py:
 
 Each row is a ratio measured in one run, its contestants interleaved. Times per step are medians. Times are of the wall
 clock: run it on a machine that has nothing else to do. Memory is the host's: a process's peak less what it held after
-its imports, so what compiling took is part of it.
+its imports. XLA compiles in that process and is counted, the C++ compiler that PyTorch calls is not.
 """
 
 import argparse

@@ -17,8 +17,8 @@ Exam = Callable[[Tree, Batch, Array], dict[str, tuple[Array, Array]]]
 
 
 def to_unit(image: Any) -> Array:  # [B, H, W, C]
-    """Grey levels from 0 .. 255 to float32 [0, 1]; floats as they are."""
-    return jnp.asarray(image, jnp.float32) / (255 if image.dtype == jnp.uint8 else 1)
+    """Integer grey levels from 0 .. 255 to float32 [0, 1]; floats as they are."""
+    return jnp.asarray(image, jnp.float32) / (255 if jnp.issubdtype(image.dtype, jnp.integer) else 1)
 
 
 def unit(key: Array, batch: Batch) -> Batch:

@@ -9,7 +9,7 @@ from dl_jax.train import Tree
 
 
 def split(tree: Tree) -> list[Tree]:  # [S, ...] -> S times [...]
-    """The lanes as NumPy arrays. On several processes all must call it, and the leaves must be replicated."""
+    """The lanes as NumPy arrays. On several processes the leaves must be replicated."""
     host = jax.device_get(tree)
     return [jax.tree.map(lambda leaf, i=i: leaf[i], host) for i in range(len(jax.tree.leaves(host)[0]))]
 

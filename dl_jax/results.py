@@ -137,17 +137,19 @@ def _provenance(path: str, result: Result) -> str:
         f"[{PurePath(path).stem}]({_link(path)}): `{result['command']}`",
         f"commit {result['commit'][:12]}" + ("" if result["clean"] else " **with uncommitted changes**"),
         f"seeds {', '.join(map(str, result['seeds']))}",
-        f"{result['wall_seconds'] / 60:.3g} min{_attempts(result)} on {result['device']}",
+        f"{_duration(result)} on {result['device']}",
         ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
     ]
     return " · ".join(facts)
 
 
-def _attempts(result: Result) -> str:
-    """How often a run was resumed, where that is known, and which other commits took part."""
+def _duration(result: Result) -> str:
+    """Minutes and, where that is known, in how many attempts, and which other commits took part."""
     attempts = result.get("attempts", [])
-    others = sorted({each["commit"][:12] for each in attempts} - {result["commit"][:12]})
-    words = f" in {len(attempts)} attempts" if len(attempts) > 1 else ""
+    others = sorted({str(each["commit"])[:12] for each in attempts} - {result["commit"][:12]})
+    killed = any(each["seconds"] is None for each in attempts)
+    words = ("more than " if killed else "") + f"{result['wall_seconds'] / 60:.3g} min"
+    words += f" in {len(attempts)} attempts" if len(attempts) > 1 else ""
     return words + (f", of commits {', '.join(others)} too" if others else "")
 
 

@@ -144,7 +144,9 @@ def _accumulated(gradient, k: int):
     def accumulate(params, extra, batch, key):
         rows = {len(x) for x in jax.tree.leaves(batch)}
         if any(n % k for n in rows):
-            raise ArgumentError(f"a batch of {max(rows)} rows cannot be split into {k} parts, expected a multiple")
+            raise ArgumentError(
+                f"a batch of {max(rows)} rows cannot be split into {k} microbatches, expected a multiple"
+            )
         # Part i holds rows i, i + k, ...: every device keeps its share of every part.
         parts = jax.tree.map(lambda x: x.reshape(-1, k, *x.shape[1:]).swapaxes(0, 1), batch)  # [k, B / k, ...]
 
@@ -154,9 +156,8 @@ def _accumulated(gradient, k: int):
             return {**extra, **new}, (value, metrics, grads)
 
         def add(carry, i_batch):
-            extra, total = carry
-            extra, result = part(extra, i_batch)
-            return (extra, jax.tree.map(jnp.add, total, result)), None
+            extra, result = part(carry[0], i_batch)
+            return (extra, jax.tree.map(jnp.add, carry[1], result)), None
 
         first = part(extra, (0, jax.tree.map(lambda x: x[0], parts)))
         rest = (jnp.arange(1, k), jax.tree.map(lambda x: x[1:], parts))
@@ -215,7 +216,8 @@ def _where(lanes: Array, new: Tree, old: Tree) -> Tree:
 @functools.partial(jax.jit, static_argnames=("skip", "freeze"), donate_argnames=("state",))
 def _advance(step: Any, state: State, batch: Batch, stopped: Array, skip: bool, freeze: bool) -> tuple[State, _Row]:
     new, metrics = step(state, batch)
-    names, values = tuple(sorted(metrics)), jnp.stack([metrics[n].astype(jnp.float32) for n in sorted(metrics)])
+    names = tuple(sorted(metrics))
+    values = jnp.stack([metrics[name].astype(jnp.float32) for name in names])
     if skip:
         new = _where(jnp.isfinite(values).all(0), new, state._replace(step=new.step))
     if freeze:

@@ -107,6 +107,7 @@ def claim_directory(directory: epath.Path, identity: dict, script: Path) -> None
                 f"--workdir {directory} holds another run: {'; '.join(differing)}; use those values, or another folder"
             )
         return
+    (directory / "attempts.json").unlink(missing_ok=True)  # of a run that left nothing else
     (directory / script.name).write_text(script.read_text())
     write_json(config, wanted)
 

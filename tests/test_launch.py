@@ -173,6 +173,7 @@ def test_another_config_in_the_folder_names_the_field(call, tmp_path):
 
 def test_every_attempt_is_part_of_the_evidence(call, tmp_path):
     flags = ("--preset", "paper", "--seeds", "1", "--workdir", str(tmp_path), "--checkpoint-every", "4")
+    assert call(*flags, "--hidden-bug")[0] == 1  # before its first fit: it leaves nothing
     assert call(*flags, "--poison", "6")[0] == 2
     (first,) = json.loads((tmp_path / "attempts.json").read_text())
     (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace('"poison": 6', '"poison": -1'))

@@ -127,8 +127,9 @@ def test_a_batch_that_the_devices_do_not_divide_is_named(size):
 
 
 @pytest.mark.parametrize(("size", "devices"), [(128, 8), (100, 5), (60, 6), (1, 1), (11, 1)])
-def test_a_mesh_for_a_batch_has_as_many_devices_as_divide_it(size, devices):
+def test_a_mesh_for_a_batch_has_as_many_devices_as_divide_it(size, devices, capsys):
     mesh = parallel.data_mesh(batch_size=size)
+    assert (f"a batch of {size} is split over {devices} of 8 devices" in capsys.readouterr().err) == (devices < 8)
     assert mesh.devices.tolist() == jax.devices()[:devices]
     assert parallel.process_rows(size, mesh) == slice(0, size)
 

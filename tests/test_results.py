@@ -452,4 +452,7 @@ def test_a_resumed_run_says_so(repository):
     attempts = [{"commit": commit * 40, "clean": True, "seconds": 45.0} for commit in "ab"]
     fields = {"commit": "b" * 40, "attempts": attempts}
     Path("results/lenet.json").write_text(json.dumps(result(**fields)))
-    assert f"1.5 min in 2 attempts, of commits {'a' * 12} too on cpu" in results.render()
+    assert f"· 1.5 min in 2 attempts, of commits {'a' * 12} too on cpu" in results.render()
+    attempts.append({"commit": None, "clean": False, "seconds": None})
+    Path("results/lenet.json").write_text(json.dumps(result(**fields)))
+    assert f"· more than 1.5 min in 3 attempts, of commits None, {'a' * 12} too on cpu" in results.render()

@@ -1,6 +1,7 @@
 """ONNX files for ONNX Runtime: float, and quantised to int8. `pip install 'dl_jax[export]'`."""
 
 import contextlib
+import importlib.util
 import logging
 import math
 import os
@@ -77,6 +78,13 @@ def export(
         )
     write(path, data)
     return difference
+
+
+def require() -> None:
+    """Raises InputError where a package that writes or runs ONNX files is missing: to ask before a long training."""
+    for name in ("jax2onnx", "onnx", "onnxruntime"):
+        if importlib.util.find_spec(name) is None:
+            raise _missing(ImportError(name=name))
 
 
 def load(path: str | os.PathLike[str]) -> Callable[..., Any]:

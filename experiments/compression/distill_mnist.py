@@ -28,6 +28,7 @@ import optax
 from dl_jax import augment, classify, data, losses, optim, parallel
 from dl_jax.claims import Claim
 from dl_jax.compress import distill
+from dl_jax.errors import InputError
 from dl_jax.launch import launch
 from dl_jax.models.mlp import MLP
 from dl_jax.run import Run
@@ -95,6 +96,13 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     alone = classify.loss(small.apply)
     follow = distill.loss(small.apply, cfg.temperature)
     both = losses.weighted_sum({"soft": (1.0, follow), "hard": (cfg.hard_weight, alone)})
+    smallest = min(len(only(train, classes)["label"]) for classes in (~THREE, SEVENS_EIGHTS))
+    for epochs, digits in ((cfg.teacher_epochs, len(train["label"])), (cfg.student_epochs, smallest)):
+        if epochs * digits < cfg.batch_size:
+            raise InputError(
+                f"{epochs} passes over {digits} digits make no batch of {cfg.batch_size}, expected one or more; raise "
+                "the epochs or lower the batch size"
+            )
     found = []
     for seed in run.seeds:
         train_on = functools.partial(trained, cfg, run, seed)

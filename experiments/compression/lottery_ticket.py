@@ -66,7 +66,7 @@ PRESETS = {
                     test_split="test[:40]", rounds=3, redrawn=(2,), steps=20, batch_size=16, watch_every=10, scan=5),
 }  # fmt: skip
 
-EXAM = 16  # batches in one of an evaluation
+EXAM_BATCHES = 16  # of training, in one of an evaluation
 PAPER = "Frankle & Carbin 2019"
 BOUND = "of 15,000 iterations; the size is claimed at the preset paper"
 CLAIMS = (
@@ -105,9 +105,9 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     splits = (cfg.train_split, cfg.validation_split, cfg.test_split)
     train, validation, test = (data.grey_pictures(cfg.dataset, split, *folders) for split in splits)
     mesh = parallel.data_mesh(batch_size=cfg.batch_size)
-    rows, exam_rows = (parallel.process_rows(size, mesh) for size in (cfg.batch_size, EXAM * cfg.batch_size))
+    rows, exam_rows = (parallel.process_rows(size, mesh) for size in (cfg.batch_size, EXAM_BATCHES * cfg.batch_size))
     exams = [
-        [parallel.place(batch, mesh) for batch in data.epoch(each, EXAM * cfg.batch_size, exam_rows)]
+        [parallel.place(batch, mesh) for batch in data.epoch(each, EXAM_BATCHES * cfg.batch_size, exam_rows)]
         for each in (validation, test)
     ]
     model = LeNet300()
@@ -122,7 +122,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     order = {"index": np.arange(len(train["label"]))}
     streams = [data.batches(order, cfg.batch_size, seed, rows) for seed in run.seeds]
     windows = data.windows(data.per_seed(streams), cfg.scan)  # [k, S, B]
-    keys, key = jnp.stack([jax.random.split(jax.random.key(seed)) for seed in run.seeds], 1)  # [S] each
+    key_start, key, key_redrawn = jnp.stack([jax.random.split(jax.random.key(seed), 3) for seed in run.seeds], 1)  # [S]
 
     def learn(params: Tree, round: int, child: Run) -> Tree:
         """Trains [S, ...] parameters, whose zeros stay, on the data that this round has for itself."""
@@ -131,18 +131,18 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
         state = parallel.replicated(start(key, params), mesh)
         return fit(step, state, batches, steps=cfg.steps, run=child, watch=watch).params
 
-    original = params = draw(keys)
+    original = params = draw(key_start)
     levels, found = [], {}
     for round in range(cfg.rounds):
         smaller = functools.partial(prune.smallest, sparsity=sparsity(round))  # none in the first
         params = rewound(jax.vmap(smaller)(params), original)
         level = f"{remaining(params):.1f}"
         levels.append(level)
-        redrawn = rewound(params, draw(jax.vmap(jax.random.fold_in, (0, None))(keys, 1 + round)))
-        params = learn(params, round, run / f"round{round}")
+        zeros, params = params, learn(params, round, run / f"round{round}")
         found |= stopped(run / f"round{round}", level)
         if round in cfg.redrawn:
-            learn(redrawn, round, run / f"round{round}_redrawn")
+            redrawn = draw(jax.vmap(jax.random.fold_in, (0, None))(key_redrawn, round))
+            learn(rewound(zeros, redrawn), round, run / f"round{round}_redrawn")
             found |= stopped(run / f"round{round}_redrawn", f"{level}_redrawn")
             found[f"earlier/{level}"] = 100 * (1 - found[f"early_stop/{level}"] / found[f"early_stop/{levels[0]}"])
             found[f"faster/{level}"] = found[f"early_stop/{level}_redrawn"] / found[f"early_stop/{level}"]

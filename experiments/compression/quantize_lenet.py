@@ -11,11 +11,12 @@ and in training; quantisation-aware training ahead at 4 and at 2 bits, paired ov
 minutes on a CPU core.
 
 Both papers measure on ImageNet and COCO, so what is reproduced is the mechanism: there is no number of theirs to meet,
-and 0.2 points are our margin. Weights are symmetric per output channel, activations have 8 bits on ranges that 1,000
-training digits gave. All networks of a seed are the same at first, and are then trained on with the same digits in the
-same order: in floating point (`error/float`, which rounded is `error/ptq...`) or at some number of bits
-(`error/qat...`). What is tested came back from packed integers, `kilobytes/...` of them. The second
-training's learning rate was chosen on the last 10 % of the training set; the first one's is a guess.
+and 0.2 points are our margin. Weights are symmetric per output channel. Activations have 8 bits on the ranges that
+1,000 training digits gave: in training, those of the network that it began from, where Jacob et al. let them follow.
+All networks of a seed are the same at first, and are then trained on with the same digits in the same order: in
+floating point (`error/float`, which rounded is `error/ptq...`) or at some number of bits (`error/qat...`). What is
+tested came back from packed integers, `kilobytes/...` of them. The second training's learning rate was chosen on the
+last 10 % of the training set; the first one's is a guess.
 """
 
 import dataclasses
@@ -76,6 +77,8 @@ CLAIMS = (
           note=ORDER),
 )  # fmt: skip
 
+Tx = optax.GradientTransformation
+
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     for bits in (*cfg.bits, cfg.activation_bits):
@@ -101,18 +104,20 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     def error(exam: classify.Exam, variables: Tree) -> np.ndarray:  # of [S, ...], in per cent [S]
         return 100 * evaluate(exam, variables, held_out, key_exam[0])["error"]
 
-    def train_on(child: Run, loss: losses.Loss, variables: Tree, begin: int, steps: int, rate: float) -> Tree:
-        tx = optax.sgd(optim.warmup_cosine(rate, steps), cfg.momentum)
+    def train_on(child: Run, loss: losses.Loss, variables: Tree, tx: Tx, begin: int, steps: int) -> Tree:
         states = jax.jit(jax.vmap(lambda key, variables: init_state(key, variables, tx)))(key, variables)
         batches = parallel.placed(data.later(stream, begin), mesh, axis=1)
         step = per_seed(make_step(loss, tx))
         return fit(step, parallel.replicated(states, mesh), batches, steps=steps, run=child).variables
 
-    tune = functools.partial(train_on, begin=cfg.steps, steps=cfg.tuning_steps, rate=cfg.tuning_rate)
-    draw = lambda key: model.init(key, jnp.zeros((1, 28, 28, 1)), train=False)
-    first = train_on(
-        run / "first", classify.loss(apply), jax.jit(jax.vmap(draw))(key_init), 0, cfg.steps, cfg.learning_rate
+    first_tx, tuning_tx = (
+        optax.sgd(optim.warmup_cosine(rate, steps), cfg.momentum)
+        for rate, steps in ((cfg.learning_rate, cfg.steps), (cfg.tuning_rate, cfg.tuning_steps))
     )
+    tune = functools.partial(train_on, tx=tuning_tx, begin=cfg.steps, steps=cfg.tuning_steps)
+    draw = lambda key: model.init(key, jnp.zeros((1, 28, 28, 1)), train=False)
+    start = jax.jit(jax.vmap(draw))(key_init)
+    first = train_on(run / "first", classify.loss(apply), start, first_tx, 0, cfg.steps)
     tuned = tune(run / "float", classify.loss(apply), first)
     first, rounding = ({**variables, quantize.RANGES: ranges(variables)} for variables in (first, tuned))
 
@@ -120,12 +125,12 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     for bits in cfg.bits:
         aware = tune(run / f"qat{bits}", losses.with_params(classify.loss(rounded), quantize.fake(bits)), first)
         for name, variables in {"ptq": rounding, "qat": aware}.items():
-            params, found[f"kilobytes/{bits}"] = from_a_file(variables["params"], bits)
+            params, found[f"kilobytes/{bits}"] = packed(variables["params"], bits)
             found[f"error/{name}{bits}"] = error(exam_rounded, {**variables, "params": params})
     return found
 
 
-def from_a_file(params: Any, bits: int) -> tuple[Any, np.ndarray]:
+def packed(params: Any, bits: int) -> tuple[Any, np.ndarray]:
     """The weights [S, ...] that come back from packed integers; the kilobytes [S] of these, the scales and biases."""
 
     def of_weights(f: Callable[..., Any], *trees: Any) -> Any:
@@ -134,14 +139,14 @@ def from_a_file(params: Any, bits: int) -> tuple[Any, np.ndarray]:
         return jax.tree.map(change, *trees, is_leaf=is_weight)
 
     integers = jax.vmap(lambda params: quantize.quantize(params, bits))(params)
-    file = of_weights(lambda q: q._replace(values=quantize.pack(q.values, bits)), integers)
-    back = of_weights(lambda f, q: q._replace(values=quantize.unpack(f.values, bits, q.values.shape)), file, integers)
-    return quantize.dequantize(back), kilobytes(file, len(jax.tree.leaves(params)[0]))
+    small = of_weights(lambda q: q._replace(values=quantize.pack(q.values, bits)), integers)
+    back = of_weights(lambda p, q: q._replace(values=quantize.unpack(p.values, bits, q.values.shape)), small, integers)
+    return quantize.dequantize(back), kilobytes(small, len(jax.tree.leaves(params)[0]))
 
 
-def kilobytes(file: Any, seeds: int) -> np.ndarray:
+def kilobytes(trees: Any, seeds: int) -> np.ndarray:
     """The same for every seed: [S]."""
-    return np.full(seeds, sum(leaf.nbytes for leaf in jax.tree.leaves(file)) / seeds / 1000)
+    return np.full(seeds, sum(leaf.nbytes for leaf in jax.tree.leaves(trees)) / seeds / 1000)
 
 
 if __name__ == "__main__":
