@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dl_jax import losses, metrics
 from dl_jax.train import Array, Batch, Loss, Tree
@@ -45,6 +46,11 @@ def exam(apply: Callable[..., Any]) -> Exam:
         return {"error": metrics.error_rate(*given), "nats": metrics.cross_entropy(*given)}
 
     return examine
+
+
+def outputs(predict: Callable[[Any], Any], images: np.ndarray) -> np.ndarray:  # [N, H, W, C] -> [N, ...]
+    """What `predict` answers, a thousand pictures at a time, on the host."""
+    return np.concatenate([predict(images[i : i + 1000]) for i in range(0, len(images), 1000)])
 
 
 def per_seed(exam: Exam) -> Exam:

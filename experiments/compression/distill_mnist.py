@@ -171,8 +171,8 @@ def only(records: Mapping[str, np.ndarray], classes: np.ndarray) -> dict[str, np
 
 def outputs(apply: Callable[..., Any], state: State, images: np.ndarray) -> np.ndarray:
     """Logits [N, 10] of uint8 images [N, H, W, 1]."""
-    read = jax.jit(lambda variables, images: apply(variables, classify.to_unit(images), train=False))
-    return np.concatenate([read(state.variables, images[i : i + 1000]) for i in range(0, len(images), 1000)])
+    read = jax.jit(lambda variables, image: apply(variables, classify.to_unit(image), train=False))
+    return classify.outputs(functools.partial(read, state.variables), images)
 
 
 def wrong(logits: np.ndarray, labels: np.ndarray) -> int:

@@ -127,7 +127,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     teacher = train_on("teacher", [train] * len(run.seeds), hard, teacher_tx, start(key_init), 0, cfg.steps)
     answer = jax.jit(read)
     taught = [
-        {**train, "teacher_logits": outputs(functools.partial(answer, one), seen(train))}
+        {**train, "teacher_logits": classify.outputs(functools.partial(answer, one), seen(train))}
         for one in lanes.split(teacher)
     ]
     pruned = train_on("pruned", taught, taught_loss, pruned_tx, teacher, cfg.steps, cfg.prune_steps)
@@ -151,10 +151,6 @@ def logits(apply: Callable[..., Any], params: Params, image: Any) -> jax.Array: 
 def seen(records: Mapping) -> np.ndarray:
     """The pictures as the files take them: float32 [N, 28, 28, 1] in [0, 1]."""
     return np.asarray(classify.to_unit(records["image"]))
-
-
-def outputs(predict: Callable[..., Any], images: np.ndarray) -> np.ndarray:  # [N, 28, 28, 1] -> [N, 10]
-    return np.concatenate([predict(images[i : i + 1000]) for i in range(0, len(images), 1000)])
 
 
 def written(
@@ -189,7 +185,7 @@ def costs(
         name: Cost(
             measure.counts(quantize.dequantize(models[name[0]])),
             measure.size(path),
-            100 * float((outputs(predict[name], images).argmax(1) != labels).mean()),
+            100 * float((classify.outputs(predict[name], images).argmax(1) != labels).mean()),
             {batch: times[name] for batch, times in latency.items() if name in times},
         )
         for name, path in paths.items()
