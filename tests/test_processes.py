@@ -61,7 +61,7 @@ def test_two_processes_equal_one_and_resume_as_one(tmp_path):
     [
         ("vision/lenet", "test_error/plain"),
         ("generative/vae_mnist", "nll/vae-k1"),  # seeds are lanes, and pictures are drawn by one process
-        ("generative/gan_mnist", "parzen/gan"),
+        pytest.param("generative/gan_mnist", "parzen/gan", marks=pytest.mark.slow),
         ("text/char_lm", "bits/test"),  # a state that has rows
     ],
 )
