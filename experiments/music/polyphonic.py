@@ -17,7 +17,8 @@ better validation loss, where the authors make 100 and divide the learning rate 
 their paper (it clips before there is a gradient, drops single units in place of channels, and starts the convolutions
 uniformly), ours follows the paper.
 
-Five seeds take an hour and a half on a CPU core. The quick preset has no music: there a frame is a row of a digit's scan.
+Five seeds take an hour and a half on a CPU core. The quick preset has no music: there a frame is a row of a digit's
+scan.
 """
 
 import dataclasses
