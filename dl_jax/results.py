@@ -96,14 +96,17 @@ def _section(entry: Entry, results: Mapping[str, Result]) -> tuple[str, Counter[
 
 
 def _all_claims(entry: Entry, results: Mapping[str, Result]) -> list[Claim]:
-    """The claims of the file, then those of results that it no longer makes: what was missed stays in sight."""
+    """The claims of the file, then those it no longer makes and a run has answered: what was missed stays in sight."""
     claims: dict[str, Claim] = {}
     for claim in entry.claims or ():
         if _key(claim) in claims:
             raise InputError(f"{entry.path}: two claims on {claim.quantity!r} have the same paper, locator and given")
         claims[_key(claim)] = claim
     for path, result in results.items():
-        for then in map(claim_of, result["claims"]):
+        for said in result["claims"]:
+            then, answered = claim_of(said), said["verdict"] not in ("not run", "not applicable")
+            if entry.claims is not None and _key(then) not in claims and not answered:
+                continue
             now = claims.setdefault(_key(then), then)
             for field in ("claimed", "tolerance", "better", "seeds"):
                 old, new = getattr(then, field), getattr(now, field)

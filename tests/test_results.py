@@ -334,9 +334,9 @@ def test_two_results_of_an_experiment_both_stand_on_the_page(repository):
 
 
 def test_a_bar_does_not_break_the_table(repository):
-    barred = Claim("a|b", "p", "l", 1.0, 0.1)
+    barred = Claim("error", "p|q", "l", 1.0, 0.1)
     Path("results/lenet.json").write_text(json.dumps(result(claims=[*lenet_claims(), barred])))
-    assert "| a\\|b | p, l |" in render()
+    assert "| error | p\\|q, l |" in render()
 
 
 @pytest.mark.parametrize(
@@ -456,3 +456,10 @@ def test_a_resumed_run_says_so(repository):
     attempts.append({"commit": None, "clean": False, "seconds": None})
     Path("results/lenet.json").write_text(json.dumps(result(**fields)))
     assert f"· more than 1.5 min in 3 attempts, of commits None, {'a' * 12} too on cpu" in results.render()
+
+
+@pytest.mark.parametrize("metric", ["error", "error/another_task"])
+def test_a_claim_that_is_no_longer_made_stays_in_sight_where_a_run_answered_it(repository, metric):
+    old = Claim(metric, "Roe 1999", "Table 9", 1.0, 0.5)
+    Path("results/lenet.json").write_text(json.dumps(result(claims=[*lenet_claims(), old])))
+    assert ("Roe 1999" in render()) == (metric == "error")
