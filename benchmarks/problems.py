@@ -19,7 +19,7 @@ from dl_jax.models.lenet import LeNet5, map_loss
 from dl_jax.models.mlp import MLP
 from dl_jax.models.rnn import GRU, LSTM, VANILLA, Cell, CharLM
 from dl_jax.models.vae import VAE
-from dl_jax.train import init_state, make_step
+from dl_jax.step import init_state, make_step
 
 BATCH = 128  # pictures
 SEQUENCES, LENGTH, VOCABULARY = 32, 64, 96

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from dl_jax.errors import InputError
-from dl_jax.train import Array, Batch
+from dl_jax.step import Array, Batch
 
 Augmentation = Callable[[Array, Batch], Batch]
 Interval = tuple[float, float]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from dl_jax.train import Tree
+from dl_jax.step import Tree
 
 
 def split(tree: Tree) -> list[Tree]:  # [S, ...] -> S times [...]

@@ -25,8 +25,9 @@ from dl_jax.errors import InputError
 from dl_jax.host import cache_programs, device, git_state, keep_freed_memory, versions
 from dl_jax.report import TensorBoard
 from dl_jax.run import PREEMPTED, Preempted, Run, Settings, never
+from dl_jax.step import ArgumentError
 from dl_jax.terminal import print_table
-from dl_jax.train import ArgumentError, NonFiniteError
+from dl_jax.train import NonFiniteError
 from dl_jax.workdir import attempt, work_directory
 
 Main = Callable[[Any, Run], Mapping[str, np.ndarray]]

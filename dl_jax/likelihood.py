@@ -12,7 +12,7 @@ import numpy as np
 from jax.core import Tracer
 
 from dl_jax.errors import InputError
-from dl_jax.train import Array
+from dl_jax.step import Array
 
 LOG_2PI = float(np.log(2 * np.pi))
 ACTIVE = 1e-2  # the variance over the data from which a latent unit's posterior mean counts as active

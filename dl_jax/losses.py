@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from dl_jax.errors import InputError
-from dl_jax.train import Array, Batch, Loss, Metrics, Tree
+from dl_jax.step import Array, Batch, Loss, Metrics, Tree
 
 Where = Callable[[jax.tree_util.KeyPath, Array], bool]  # chooses parameters by path, shape and dtype, never by value
 

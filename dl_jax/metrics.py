@@ -10,7 +10,7 @@ import numpy as np
 
 from dl_jax import losses
 from dl_jax.errors import InputError
-from dl_jax.train import Array
+from dl_jax.step import Array
 
 
 def masked(values: Array, mask: Array) -> tuple[Array, Array]:  # [B, ...], [B] or [B, ...] -> [], []

@@ -9,7 +9,8 @@ import optax
 
 from dl_jax.errors import InputError, nearest
 from dl_jax.losses import Where, chosen, is_kernel, require_penalties
-from dl_jax.train import Array, Measurements, StopRule, Tree
+from dl_jax.step import Array, Tree
+from dl_jax.train import Measurements, StopRule
 
 
 def warmup_cosine(peak: float, steps: int, warmup: float = 0.05, final: float = 0.0) -> optax.Schedule:

@@ -17,7 +17,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dl_jax.errors import InputError
 from dl_jax.losses import with_params
-from dl_jax.train import Batch, Batches, Loss, Metrics, State, Step, Tree, make_step
+from dl_jax.step import Batch, Loss, Metrics, State, Step, Tree, make_step
+from dl_jax.train import Batches
 
 AXIS = "data"
 

@@ -17,8 +17,9 @@ from etils import epath
 from dl_jax.checkpoint import Checkpoints
 from dl_jax.errors import InputError, nearest
 from dl_jax.report import JsonLines, TensorBoard, read_lines
+from dl_jax.step import Tree
 from dl_jax.terminal import Progress
-from dl_jax.train import Best, Measurements, Recorder, Tree
+from dl_jax.train import Best, Measurements, Recorder
 
 PREEMPTED = 143  # 128 + SIGTERM, so that a supervisor restarts the run
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from dl_jax.errors import InputError
-from dl_jax.train import Array, Tree
+from dl_jax.step import Array, Tree
 
 Choose = Callable[[Array, Array], Array]  # (key, logits [B, V]) -> tokens int32 [B]
 

@@ -13,7 +13,8 @@ from dl_jax import data, parallel
 from dl_jax.data import text
 from dl_jax.models.rnn import GRU, LSTM, CharLM
 from dl_jax.run import Preempted, Run, Settings
-from dl_jax.train import fit, init_state, make_step, per_seed
+from dl_jax.step import init_state, make_step, per_seed
+from dl_jax.train import fit
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from etils import epath
 from dl_jax.errors import InputError
 from dl_jax.models.gan import Discriminator, Generator
 from dl_jax.run import Preempted, Run, Settings
-from dl_jax.train import fit, per_seed
+from dl_jax.step import per_seed
+from dl_jax.train import fit
 
 RNG = np.random.default_rng(0)
 SHAPE = (4, 3, 1)

@@ -18,7 +18,7 @@ ORDER = (
     | {"report", "terminal", "figures", "results", "record", "catalogue", "claims"},
     {"train", "losses", "metrics", "optim", "augment", "parallel", "ops", "sample", "likelihood"}
     | {"classify", "lanes"},
-    {"errors"},
+    {"step", "errors"},
 )
 ON_JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex", "qwix", "jax2onnx"}
 SLOW = {
@@ -106,7 +106,7 @@ def order_problem(module: Module, imported: Module) -> str | None:
     """Why `module` must not import `imported`, a module of dl_jax."""
     if not module.name.startswith("dl_jax"):
         return None
-    if module.name in ("dl_jax", "dl_jax.train") and module.room != imported.room:
+    if module.name in ("dl_jax", "dl_jax.step") and module.room != imported.room:
         return f"{module.path.split('/')[-1]} imports nothing of ours"
     here, there = level(module.room), level(imported.room)
     if here is not None and there is not None and there < here:
@@ -197,25 +197,26 @@ def test_the_import_order_holds() -> None:
 
 def test_every_folder_is_read() -> None:
     modules = read_modules(ROOT)
-    assert {"dl_jax", "dl_jax.train", "dl_jax.models.lenet", "dl_jax.errors"} <= modules.keys()
+    assert {"dl_jax", "dl_jax.step", "dl_jax.models.lenet", "dl_jax.errors"} <= modules.keys()
     assert any(each.name == "flax.linen" for each in modules["dl_jax.models.lenet"].imports)
 
 
 LEGAL = {
     "dl_jax/__init__.py": "",
     "dl_jax/errors.py": "import difflib",
-    "dl_jax/train.py": "import jax, optax\nimport numpy as np",
-    "dl_jax/losses.py": "from .errors import InputError\nfrom dl_jax.train import Tree",
+    "dl_jax/step.py": "import jax, optax",
+    "dl_jax/train.py": "import numpy as np\nfrom dl_jax.step import State",
+    "dl_jax/losses.py": "from .errors import InputError\nfrom dl_jax.step import Tree",
     "dl_jax/metrics.py": "from dl_jax import losses",
     "dl_jax/checkpoint.py": "def save():\n  import orbax.checkpoint\n  from matplotlib import pyplot",
     "dl_jax/data/__init__.py": "from dl_jax.data.source import load",
-    "dl_jax/data/source.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n  from dl_jax.train import Batch\n"
+    "dl_jax/data/source.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n  from dl_jax.step import Batch\n"
     "from .batches import epoch\nfrom ..errors import InputError\ndef load():\n  import tensorflow_datasets",
     "dl_jax/data/batches.py": "import numpy",
     "dl_jax/models/__init__.py": "",
     "dl_jax/models/net.py": "from flax import linen as nn\nimport flax.linen\nfrom dl_jax.models import parts",
     "dl_jax/models/parts.py": "",
-    "dl_jax/run.py": "from dl_jax import checkpoint\nfrom dl_jax.train import Tree",
+    "dl_jax/run.py": "from dl_jax import checkpoint\nfrom dl_jax.step import Tree",
     "dl_jax/launch.py": "from dl_jax.run import Run\nfrom dl_jax.data.source import load",
     "experiments/vision/lenet.py": "import jax\nimport dl_jax.models.net\nfrom dl_jax import data, launch, train",
     "benchmarks/train_step.py": "from dl_jax import train\ntry:\n  import torch\nexcept ImportError:\n  torch = None",
@@ -236,15 +237,15 @@ def test_a_legal_tree_has_no_problems(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "text", "expected"),
     [
-        ("dl_jax/errors.py", "from dl_jax.train import Tree", "errors.py:1: train stands above errors"),
+        ("dl_jax/errors.py", "from dl_jax.train import fit", "errors.py:1: train stands above errors"),
         ("dl_jax/losses.py", "import dl_jax.models.net", "losses.py:1: models stands above losses"),
         ("dl_jax/losses.py", "from . import models", "losses.py:1: models stands above losses"),
         ("dl_jax/losses.py", "def f():\n  from .data import load", "losses.py:2: data stands above losses"),
         ("dl_jax/checkpoint.py", "from dl_jax.run import Run", "checkpoint.py:1: run stands above checkpoint"),
         ("dl_jax/data/batches.py", "from ..launch import launch", "batches.py:1: launch stands above data"),
         ("dl_jax/run.py", "from dl_jax import launch", "run.py:1: launch stands above run"),
-        ("dl_jax/train.py", "from dl_jax.errors import InputError", "train.py:1: train.py imports nothing of ours"),
-        ("dl_jax/train.py", "def f():\n  from . import losses", "train.py:2: train.py imports nothing of ours"),
+        ("dl_jax/step.py", "from dl_jax.errors import InputError", "step.py:1: step.py imports nothing of ours"),
+        ("dl_jax/step.py", "def f():\n  from . import losses", "step.py:2: step.py imports nothing of ours"),
         ("dl_jax/__init__.py", "from dl_jax.train import fit", "__init__.py:1: __init__.py imports nothing of ours"),
         ("dl_jax/extra.py", "", "extra.py:1: extra has no place in the import order"),
         ("dl_jax/losses.py", "from flax import linen", "losses.py:1: only models/ imports flax"),
@@ -253,11 +254,11 @@ def test_a_legal_tree_has_no_problems(tmp_path: Path) -> None:
         ("benchmarks/train_step.py", "import flax", "train_step.py:1: only models/ imports flax"),
         ("dl_jax/data/batches.py", "import jax.numpy as jnp", "data/ never imports jax: dl_jax.data.batches -> jax"),
         ("dl_jax/data/batches.py", "def f():\n  import optax", "data/ never imports jax: dl_jax.data.batches -> jax"),
-        ("dl_jax/data/batches.py", "from dl_jax import train", "jax: dl_jax.data.batches -> dl_jax.train -> jax"),
+        ("dl_jax/data/batches.py", "from dl_jax import step", "jax: dl_jax.data.batches -> dl_jax.step -> jax"),
         (
             "dl_jax/data/batches.py",
             "from dl_jax import metrics",
-            "dl_jax.metrics -> dl_jax.losses -> dl_jax.train -> jax",
+            "dl_jax.metrics -> dl_jax.losses -> dl_jax.step -> jax",
         ),
         ("dl_jax/launch.py", "from experiments.vision import lenet", "launch.py:1: nobody imports experiments"),
         ("benchmarks/train_step.py", "import experiments.vision.lenet", "py:1: nobody imports experiments"),

@@ -19,7 +19,8 @@ from dl_jax import checkpoint
 from dl_jax.claims import Claim
 from dl_jax.launch import command, launch, name_of, parse
 from dl_jax.run import Run, Settings
-from dl_jax.train import Watch, fit, init_state, make_step
+from dl_jax.step import init_state, make_step
+from dl_jax.train import Watch, fit
 from dl_jax.workdir import differences
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from dl_jax import losses
 from dl_jax.errors import InputError
-from dl_jax.train import init_state, make_step
+from dl_jax.step import init_state, make_step
 
 KEY = jax.random.key(0)
 

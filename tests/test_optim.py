@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from dl_jax import optim
 from dl_jax.errors import InputError
 from dl_jax.losses import is_kernel
-from dl_jax.train import State, Watch, fit, init_state, make_step, per_seed
+from dl_jax.step import State, init_state, make_step, per_seed
+from dl_jax.train import Watch, fit
 
 KEY = jax.random.key(0)
 everything = lambda path, leaf: True

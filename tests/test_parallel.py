@@ -12,7 +12,8 @@ import pytest
 from dl_jax import losses, parallel
 from dl_jax import metrics as measures
 from dl_jax.errors import InputError
-from dl_jax.train import evaluate, fit, init_state, make_step, per_seed
+from dl_jax.step import init_state, make_step, per_seed
+from dl_jax.train import evaluate, fit
 
 RECORDS = {
     "image": np.random.default_rng(0).random((64, 8, 8, 1), np.float32),

@@ -13,7 +13,8 @@ from jax.extend.core import jaxprs_in_params
 from dl_jax.compress import prune
 from dl_jax.errors import InputError
 from dl_jax.run import Run, Settings
-from dl_jax.train import fit, init_state, make_step, per_seed, scanned
+from dl_jax.step import init_state, make_step, per_seed, scanned
+from dl_jax.train import fit
 
 KEY = jax.random.key(0)
 

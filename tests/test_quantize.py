@@ -17,7 +17,7 @@ from dl_jax.models.intercept import inputs, with_inputs
 from dl_jax.models.lenet import LeNet5, LeNetCaffe
 from dl_jax.models.mlp import MLP
 from dl_jax.models.rnn import GRU, LSTM, VANILLA, SequenceClassifier
-from dl_jax.train import init_state, make_step, per_seed
+from dl_jax.step import init_state, make_step, per_seed
 
 BITS = range(1, 9)
 every_bits = pytest.mark.parametrize("bits", BITS)

@@ -9,7 +9,8 @@ from etils import epath
 
 from dl_jax.errors import InputError
 from dl_jax.run import Preempted, Run, Settings
-from dl_jax.train import Watch, fit, init_state, make_step
+from dl_jax.step import init_state, make_step
+from dl_jax.train import Watch, fit
 
 
 def quadratic(run: Run, steps: int = 9):

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from dl_jax import losses
 from dl_jax.compress import prune, share
 from dl_jax.errors import InputError
-from dl_jax.train import fit, init_state, make_step, per_seed
+from dl_jax.step import init_state, make_step, per_seed
+from dl_jax.train import fit
 
 # Figure 3 of the paper: weights, their gradients, the four shared values and their gradients.
 WEIGHTS = np.array(

@@ -9,20 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dl_jax import metrics, optim
-from dl_jax.train import (
-    ArgumentError,
-    NonFiniteError,
-    Recorder,
-    State,
-    Watch,
-    evaluate,
-    fit,
-    gathered,
-    init_state,
-    make_step,
-    per_seed,
-    scanned,
-)
+from dl_jax.step import ArgumentError, State, gathered, init_state, make_step, per_seed, scanned
+from dl_jax.train import NonFiniteError, Recorder, Watch, evaluate, fit
 
 WIDTH = 3
 RECORDS = {

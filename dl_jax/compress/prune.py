@@ -18,7 +18,7 @@ import optax
 
 from dl_jax.errors import InputError
 from dl_jax.losses import Where, chosen, is_kernel
-from dl_jax.train import Array, Tree
+from dl_jax.step import Array, Tree
 
 Sparsity = float | Callable[[jax.tree_util.KeyPath, Array], float]  # share of zeros; a function of path and layer
 

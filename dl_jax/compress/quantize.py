@@ -21,7 +21,7 @@ import numpy as np
 from dl_jax.errors import InputError
 from dl_jax.losses import Where, chosen, is_kernel
 from dl_jax.models.intercept import inputs, with_inputs
-from dl_jax.train import Array, Batch, Tree
+from dl_jax.step import Array, Batch, Tree
 
 RANGES = "ranges"  # the collection in which variables carry them
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from dl_jax.errors import InputError
 from dl_jax.losses import Where, chosen, is_kernel
-from dl_jax.train import Array, Tree
+from dl_jax.step import Array, Tree
 
 ROUNDS = 1000  # of k-means at most; a layer takes some dozens
 

@@ -103,7 +103,7 @@ def per_seed(streams: Sequence[Stream]) -> Stream:
 
 
 def windows(stream: Stream, k: int) -> Stream:
-    """A stream of [k, B, ...]: at `step`, the batches of steps step .. step + k - 1, as `train.scanned` takes them."""
+    """A stream of [k, B, ...]: at `step`, the batches of steps step .. step + k - 1, as `step.scanned` takes them."""
     return lambda step: _stacked([stream(step + i) for i in range(k)])
 
 

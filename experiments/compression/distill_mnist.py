@@ -32,7 +32,8 @@ from dl_jax.errors import InputError
 from dl_jax.launch import launch
 from dl_jax.models.mlp import MLP
 from dl_jax.run import Run
-from dl_jax.train import State, fit, init_state, make_step
+from dl_jax.step import State, init_state, make_step
+from dl_jax.train import fit
 
 
 @dataclasses.dataclass(frozen=True)

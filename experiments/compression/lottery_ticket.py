@@ -34,7 +34,8 @@ from dl_jax.launch import launch
 from dl_jax.losses import is_kernel
 from dl_jax.models.lenet import LeNet300
 from dl_jax.run import Run
-from dl_jax.train import Tree, Watch, evaluate, fit, gathered, init_state, make_step, per_seed, scanned
+from dl_jax.step import Tree, gathered, init_state, make_step, per_seed, scanned
+from dl_jax.train import Watch, evaluate, fit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -38,7 +38,8 @@ from dl_jax.launch import launch
 from dl_jax.models.lenet import LeNet300
 from dl_jax.record import measured_cell
 from dl_jax.run import Run
-from dl_jax.train import fit, init_state, make_step, per_seed
+from dl_jax.step import init_state, make_step, per_seed
+from dl_jax.train import fit
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,8 @@ from dl_jax.compress import prune
 from dl_jax.launch import launch
 from dl_jax.models.lenet import LeNet300, LeNetCaffe
 from dl_jax.run import Run
-from dl_jax.train import Step, Tree, evaluate, fit, init_state, make_step
+from dl_jax.step import Step, Tree, init_state, make_step
+from dl_jax.train import evaluate, fit
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,8 @@ from dl_jax.compress import quantize
 from dl_jax.launch import launch
 from dl_jax.models.lenet import LeNet300
 from dl_jax.run import Run
-from dl_jax.train import Tree, evaluate, fit, init_state, make_step, per_seed
+from dl_jax.step import Tree, init_state, make_step, per_seed
+from dl_jax.train import evaluate, fit
 
 
 @dataclasses.dataclass(frozen=True)

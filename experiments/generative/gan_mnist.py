@@ -39,7 +39,8 @@ from dl_jax.launch import launch
 from dl_jax.models.gan import Discriminator, Generator
 from dl_jax.models.vae import mean_picture_bias
 from dl_jax.run import Run
-from dl_jax.train import Batch, Metrics, State, Step, Tree, fit, gathered, per_seed, scanned
+from dl_jax.step import Batch, Metrics, State, Step, Tree, gathered, per_seed, scanned
+from dl_jax.train import fit
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,7 +38,8 @@ from dl_jax.errors import InputError
 from dl_jax.launch import launch
 from dl_jax.models.vae import VAE, mean_picture_bias
 from dl_jax.run import Run
-from dl_jax.train import State, Tree, evaluate, fit, gathered, init_state, make_step, per_seed, scanned
+from dl_jax.step import State, Tree, gathered, init_state, make_step, per_seed, scanned
+from dl_jax.train import evaluate, fit
 
 # Stage i of the authors' eight is 3^i passes over 2,980 batches.
 STAGES = tuple((2980 * 3**i, 1e-4 * round(10 ** (1 - i / 7), 1)) for i in range(8))

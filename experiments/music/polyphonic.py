@@ -39,7 +39,8 @@ from dl_jax.likelihood import bernoulli_log_prob
 from dl_jax.models.rnn import GRU, LSTM, VANILLA, Cell, SequenceTagger, with_forget_bias
 from dl_jax.models.tcn import TCN
 from dl_jax.run import Run
-from dl_jax.train import State, Watch, evaluate, fit, init_state, make_step, per_seed
+from dl_jax.step import State, init_state, make_step, per_seed
+from dl_jax.train import Watch, evaluate, fit
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,8 @@ from dl_jax.data import text
 from dl_jax.launch import launch
 from dl_jax.models.rnn import Carry, CharLM
 from dl_jax.run import Run
-from dl_jax.train import Array, Batch, State, Tree, Watch, fit, init_state, make_step, per_seed
+from dl_jax.step import Array, Batch, State, Tree, init_state, make_step, per_seed
+from dl_jax.train import Watch, fit
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,8 @@ from dl_jax.figures import confusion_figure
 from dl_jax.launch import launch
 from dl_jax.models.lenet import LeNet5, map_loss
 from dl_jax.run import Run
-from dl_jax.train import Watch, evaluate, fit, init_state, make_step
+from dl_jax.step import init_state, make_step
+from dl_jax.train import Watch, evaluate, fit
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,8 @@ from etils import epath
 
 from dl_jax import augment, data, losses, optim
 from dl_jax.run import Run, Settings
-from dl_jax.train import Watch, fit, init_state, make_step
+from dl_jax.step import init_state, make_step
+from dl_jax.train import Watch, fit
 
 STEPS = 90
 RECORDS = {

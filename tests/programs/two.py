@@ -27,7 +27,8 @@ from etils import epath
 from dl_jax import data, losses
 from dl_jax.launch import leave, preemption
 from dl_jax.run import PREEMPTED, Preempted, Run, Settings
-from dl_jax.train import fit, init_state, make_step
+from dl_jax.step import init_state, make_step
+from dl_jax.train import fit
 
 RECORDS = {
     "x": np.random.default_rng(0).normal(size=(64, 5)).astype(np.float32),
