@@ -106,7 +106,7 @@ def run(cell, kernel, bias, x, state, valid):
     outputs = []
     for i in range(len(x)):
         h = state[0] @ kernel + (0 if bias is None else bias)
-        new, _ = cell.forward(state, x[i], h)
+        new, *_ = cell.forward(state, x[i], h)
         state = new if valid is None else jax.tree.map(lambda a, b, i=i: jnp.where(valid[i], a, b), new, state)
         outputs.append(state[0])
     return jnp.stack(outputs), state
