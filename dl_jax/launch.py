@@ -128,7 +128,8 @@ def parse(arguments: Sequence[str], presets: Mapping[str, Any], description: str
     )
     parsed: Any = tyro.cli(Arguments, args=list(arguments), description=description)
     if parsed.preset != name:
-        raise SystemExit("error: --preset is given twice, expected once")
+        print("error: --preset is given twice, expected once", file=sys.stderr)
+        raise SystemExit(BAD_INPUT)
     return parsed.preset, parsed.config, parsed.common
 
 

@@ -1,4 +1,4 @@
-"""The loop that drives a step, what it tells a run, and evaluation. It knows no model, data set or method either."""
+"""The loop that drives a step, what it tells a run, and evaluation. It knows no model, data set or method."""
 
 import collections
 import dataclasses

@@ -11,6 +11,7 @@ from etils import epath
 
 from dl_jax import data, parallel
 from dl_jax.data import text
+from dl_jax.errors import InputError
 from dl_jax.models.rnn import GRU, LSTM, CharLM
 from dl_jax.run import Preempted, Run, Settings
 from dl_jax.step import init_state, make_step, per_seed
@@ -20,6 +21,16 @@ from dl_jax.train import fit
 @pytest.fixture(scope="module")
 def char_lm(load_experiment):
     return load_experiment("text/char_lm")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"sample_length": 0}, "sample_length is 0"), ({"clip": 0.0}, "clip is 0"), ({"hidden": 0}, "hidden is 0")],
+)
+def test_what_cannot_work_is_refused_before_any_training(char_lm, change, message, monkeypatch):
+    monkeypatch.setattr(char_lm, "fit", None)  # a step would fail
+    with pytest.raises(InputError, match=message):
+        char_lm.main(dataclasses.replace(char_lm.PRESETS["smoke"], **change), Run())
 
 
 IDS = np.random.default_rng(0).integers(0, 9, 161).astype(np.uint8)

@@ -136,6 +136,11 @@ def test_a_negative_seed_is_refused():
         data.batches(records(3), 2, seed=-1)
 
 
+def test_windows_of_no_steps_are_refused():
+    with pytest.raises(InputError, match="0 steps in one call, expected 1 or more"):
+        data.windows(lambda step: {}, 0)
+
+
 def test_a_column_called_mask_is_refused():
     with pytest.raises(InputError, match="column 'mask'"):
         data.epoch({"mask": np.zeros(3)}, 2)

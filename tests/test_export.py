@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import logging
 import re
 import subprocess
@@ -299,6 +300,13 @@ def test_onnx_that_differs_is_refused(apply, tmp_path):
         onnx.export(apply, None, (np.linspace(0.5, 1, 6, dtype=np.float32).reshape(2, 3),), file)
     assert file.read_text() == "the one before"
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_stablehlo_of_a_function_that_is_not_pure_is_not_written(tmp_path):
+    calls = itertools.count()  # another number at every trace
+    with pytest.raises(InputError, match=r"StableHLO file differs from JAX by \d\.\de-0\d, expected at most 1e-05"):
+        stablehlo.export(lambda _, x: x + 0.1 * next(calls), None, (np.ones((2, 3), np.float32),), tmp_path / "model")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_tolerance_is_the_callers(small, tmp_path):

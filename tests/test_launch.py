@@ -319,9 +319,10 @@ def test_no_flags_are_the_quick_preset_with_its_defaults():
     assert (name, config, common.seeds) == ("quick", PRESETS["quick"], 5)
 
 
-def test_two_presets_are_refused():
-    with pytest.raises(SystemExit, match="--preset is given twice"):
+def test_two_presets_are_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
         parse(["--preset=paper", "--preset", "quick"], PRESETS, "")
+    assert capsys.readouterr().err == "error: --preset is given twice, expected once\n"
 
 
 def test_name_of_a_script():

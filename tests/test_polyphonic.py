@@ -81,6 +81,16 @@ def test_another_kind_of_set_is_refused(polyphonic, monkeypatch):
         polyphonic.piano_rolls("news", "train", None, None)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"tcn_taps": 0}, "taps is 0"), ({"clip": 0.0}, "clip is 0"), ({"layers": 0}, "layers is 0")],
+)
+def test_what_cannot_work_is_refused_before_any_training(polyphonic, change, message, monkeypatch):
+    monkeypatch.setattr(polyphonic, "fit", None)  # a step would fail
+    with pytest.raises(InputError, match=message):
+        polyphonic.main(dataclasses.replace(polyphonic.PRESETS["smoke"], **change), Run())
+
+
 @pytest.mark.data
 def test_chorales_are_padded_with_silence(polyphonic, tfds_dir):
     if not Path(tfds_dir, "jsb_chorales").is_dir():

@@ -105,26 +105,29 @@ def run(cell, kernel, bias, x, state, valid):
     """`recur` without its own derivative."""
     outputs = []
     for i in range(len(x)):
-        h = state[0] @ kernel + (0 if bias is None else bias)
-        new, *_ = cell.forward(state, x[i], h)
+        h = jnp.matmul(state[0].astype(kernel.dtype), kernel, preferred_element_type=jnp.float32)
+        new, *_ = cell.forward(state, x[i].astype(jnp.float32), h if bias is None else h + bias)
         state = new if valid is None else jax.tree.map(lambda a, b, i=i: jnp.where(valid[i], a, b), new, state)
         outputs.append(state[0])
     return jnp.stack(outputs), state
 
 
 @each_cell
-@pytest.mark.parametrize("ragged", [False, True])
-def test_its_gradient_is_that_of_automatic_differentiation(cell, ragged):
+@pytest.mark.parametrize(("ragged", "dtype"), [(False, "float32"), (True, "float32"), (True, "bfloat16")])
+def test_its_gradient_is_that_of_automatic_differentiation(cell, ragged, dtype):
     state = tuple(draw(3, 5, seed=i) for i in range(cell.states))
     bias = draw(5 * cell.gates, seed=5) if cell.bias else None
     valid = (np.arange(6)[:, None] < LENGTHS)[..., None] if ragged else None
-    arguments = draw(5, 5 * cell.gates, seed=3), bias, draw(6, 3, 5 * cell.gates, seed=4), state
+    kernel, x = (jnp.asarray(draw(*shape, 5 * cell.gates, seed=3), dtype) for shape in ((5,), (6, 3)))
+    arguments = kernel, bias, x, state
 
     def gradients(function):
         output, pullback = jax.vjp(lambda *a: function(cell, *a, valid), *arguments)
         return pullback(jax.tree.map(lambda leaf: draw(*leaf.shape, seed=leaf.ndim), output))
 
-    assert_close(jax.jit(lambda: gradients(rnn.recur))(), jax.jit(lambda: gradients(run))())
+    found, expected = (jax.jit(lambda function=function: gradients(function))() for function in (rnn.recur, run))
+    assert [leaf.dtype for leaf in jax.tree.leaves(found)] == [leaf.dtype for leaf in jax.tree.leaves(expected)]
+    assert_close(*jax.tree.map(jnp.float32, (found, expected)), 2e-5 if dtype == "float32" else 2e-2)
 
 
 def scans(jaxpr):
@@ -191,6 +194,20 @@ def test_the_carry_continues_a_sequence(cell):
     first, carry = compiled(model, variables, X[:, :2])
     second, carry = compiled(model, variables, X[:, 2:], None, carry)
     assert_close((jnp.concatenate([first, second], 1), carry), (whole, last), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "message"),
+    [
+        (Recurrent(LSTM, 0), X, "hidden is 0, expected more than 0"),
+        (Recurrent(LSTM, 5, layers=0), X, "layers is 0, expected more than 0"),
+        (Recurrent(LSTM, 5, dropout=1.0), X, "dropout is 1.0, expected a probability"),
+        (Recurrent(LSTM, 5), X[:, :0], "the length of a sequence is 0"),
+    ],
+)
+def test_a_network_that_cannot_be_is_refused(model, x, message):
+    with pytest.raises(InputError, match=message):
+        model.init(jax.random.key(0), x, train=False)
 
 
 @pytest.mark.parametrize(("lengths", "wrong"), [([6, 7, 2], 7), ([6, 0, 2], 0), ([-3, 1, 1], -3)])

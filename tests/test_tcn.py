@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dl_jax.errors import InputError
 from dl_jax.models.tcn import TCN, CausalConv
 
 
@@ -87,3 +88,14 @@ def test_dropout_drops_whole_channels_in_training_only():
     assert not zero.all()
     still = model.apply(variables, x, train=False)
     np.testing.assert_array_equal(still, model.clone(dropout=0.0).apply(variables, x, train=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"taps": 0}, "taps is 0"), ({"levels": 0}, "levels is 0"), ({"hidden": 0}, "hidden is 0"),
+     ({"dropout": -0.1}, "dropout is -0.1, expected a probability")],
+)  # fmt: skip
+def test_a_network_that_cannot_be_is_refused(change, message):
+    model = TCN(outputs=3, hidden=4, levels=1, taps=2).clone(**change)
+    with pytest.raises(InputError, match=message):
+        initialised(model, draw(2, 6, 4))

@@ -103,7 +103,12 @@ def per_seed(streams: Sequence[Stream]) -> Stream:
 
 
 def windows(stream: Stream, k: int) -> Stream:
-    """A stream of [k, B, ...]: at `step`, the batches of steps step .. step + k - 1, as `step.scanned` takes them."""
+    """A stream of [k, B, ...]: at `step`, the batches of steps step .. step + k - 1, as `step.scanned` takes them.
+
+    Raises InputError for k < 1.
+    """
+    if k < 1:
+        raise InputError(f"{k} steps in one call, expected 1 or more; give a larger number")
     return lambda step: _stacked([stream(step + i) for i in range(k)])
 
 

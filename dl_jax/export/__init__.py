@@ -5,6 +5,7 @@ Each format exports `apply(variables, *inputs)`, a pure function such as
 the batch. Their other axes and their types are what the file takes from then on.
 """
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -53,6 +54,41 @@ def symbolic(inputs: Sequence[Any]) -> tuple[jax.ShapeDtypeStruct, ...]:
         raise InputError(f"example inputs of shape {shapes}: expected arrays with the same batch as their first axis")
     (batch,) = jax.export.symbolic_shape("batch")
     return tuple(jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in map(jax.typeof, inputs))
+
+
+def difference(
+    predict: Callable[..., Any],
+    function: Callable[..., Any],
+    inputs: Sequence[Any],
+    shapes: Sequence[jax.ShapeDtypeStruct],
+) -> float:
+    """How far an opened file is from what was exported, on the first example alone and on all examples twice over.
+
+    The largest absolute difference of any output, relative to the largest absolute output where that exceeds 1;
+    infinite for other shapes and for NaN.
+    """
+    examples = [np.asarray(each, shape.dtype) for each, shape in zip(inputs, shapes, strict=True)]
+    batches = [each[:1] for each in examples], [np.concatenate([each, each]) for each in examples]
+    return max(_difference(predict(*batch), jax.jit(function)(*batch)) for batch in batches)
+
+
+def _difference(found: Any, expected: Any) -> float:
+    found, expected = ([np.asarray(each, np.float64) for each in jax.tree.leaves(y)] for y in (found, expected))
+    if [each.shape for each in found] != [each.shape for each in expected]:
+        return math.inf
+    errors = [np.where(a == b, 0, np.abs(a - b)) for a, b in zip(found, expected, strict=True)]
+    scale = max(1.0, *(np.abs(each).max() for each in expected))
+    worst = max(each.max() for each in errors) / scale
+    return float(worst) if np.isfinite(worst) else math.inf
+
+
+def require_same(error: float, tolerance: float, runtime: str, path: str | os.PathLike[str]) -> None:
+    """Raises InputError where the difference is larger."""
+    if error > tolerance:
+        raise InputError(
+            f"{runtime} differs from JAX by {error:.1e}, expected at most {tolerance:.0e}: {path} is not written; find "
+            "the operation that the two define differently, or raise the tolerance"
+        )
 
 
 def check(expected: Sequence[Input], inputs: Sequence[Any]) -> None:

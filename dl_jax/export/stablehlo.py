@@ -16,7 +16,7 @@ import jax
 import jax.export
 
 from dl_jax.errors import InputError
-from dl_jax.export import Input, baked, check, read, symbolic, write
+from dl_jax.export import Input, baked, check, difference, read, require_same, symbolic, write
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 HEADER = struct.Struct("<8sII")
@@ -24,8 +24,17 @@ MAGIC = b"\x89dljaxhl"
 VERSION = 1
 
 
-def export(apply: Callable[..., Any], variables: Any, inputs: Sequence[Any], path: str | os.PathLike[str]) -> None:
-    """Writes `apply(variables, *inputs)` for any batch size and for CPU, CUDA and TPU to the file `path`.
+def export(
+    apply: Callable[..., Any],
+    variables: Any,
+    inputs: Sequence[Any],
+    path: str | os.PathLike[str],
+    *,
+    tolerance: float = 1e-5,
+) -> float:
+    """Writes `apply(variables, *inputs)` for any batch size and for CPU, CUDA and TPU, if the file computes the same.
+
+    What is written is read back and compared with `apply` on this machine (`difference`).
 
     Args:
       apply: pure and traceable with a batch of unknown size: `x.shape[0]`, not `len(x)`. Gives arrays, or tuples, lists
@@ -33,14 +42,21 @@ def export(apply: Callable[..., Any], variables: Any, inputs: Sequence[Any], pat
       variables: become constants of the file.
       inputs: examples [B, ...].
       path: is replaced if it exists.
+      tolerance: the largest difference allowed.
+
+    Returns:
+      The difference.
 
     Raises:
-      InputError: the examples do not share a batch axis, or the file cannot be written.
+      InputError: the difference exceeds `tolerance` (nothing is written), the examples do not share a batch axis, or
+        the file cannot be written.
     """
-    function = jax.jit(baked(apply, variables))
-    exported = jax.export.export(function, platforms=PLATFORMS)(*symbolic(inputs))
-    data = bytes(exported.serialize())
+    function, shapes = baked(apply, variables), symbolic(inputs)
+    data = bytes(jax.export.export(jax.jit(function), platforms=PLATFORMS)(*shapes).serialize())
+    error = difference(jax.jit(jax.export.deserialize(bytearray(data)).call), function, inputs, shapes)
+    require_same(error, tolerance, "The StableHLO file", path)
     write(path, HEADER.pack(MAGIC, VERSION, zlib.crc32(data)) + data)
+    return error
 
 
 def load(path: str | os.PathLike[str]) -> Callable[..., Any]:

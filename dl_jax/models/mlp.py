@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from dl_jax.errors import require_probability
+
 
 class MLP(nn.Module):
     """Fully connected layers with ReLU, each followed by dropout, then a linear layer that gives the logits.
 
     hidden: units of each hidden layer. dropout, input_dropout: probability that a hidden unit, an input is dropped in
-    training (needs the random stream "dropout").
+    training (needs the random stream "dropout"). Raises InputError where these are outside [0, 1).
     """
 
     hidden: tuple[int, ...]
@@ -24,6 +26,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array, *, train: bool) -> jax.Array:
+        require_probability({"dropout": self.dropout, "input_dropout": self.input_dropout})
         x = image.reshape(image.shape[0], -1)  # [B, H * W * C]
         x = nn.Dropout(self.input_dropout, deterministic=not train)(x)
         for units in self.hidden:

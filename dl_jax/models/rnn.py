@@ -17,39 +17,40 @@ from jax import lax
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
-from dl_jax.errors import InputError
+from dl_jax.errors import InputError, require_positive, require_probability
 
 Array = jax.Array
 State = tuple[Array, ...]  # of one layer and direction: (h,) or (h, c), float32 [B, H] each
+Kept = tuple[Array, ...]  # of one step, for its derivative
 Carry = tuple[State, ...]  # of all: layer after layer, forward before backward
 
 
 class Cell(NamedTuple):
     """One step and its derivative.
 
-    `forward(state, x, h)` gives the state after the step and what `backward` needs: the slopes [B, G H], by which the
-    gradient of the new state reaches the gates of h, and arrays [B, H]. `backward(slopes, kept, grad)` takes the
-    gradient of the new state and gives that of the state before, without what goes through the state's projection,
-    that of h, and, where it is another, that of x at the last gate.
+    `forward(state, x, h)` gives the new state, the slopes (derivatives of the new state by what enters the gates,
+    [B, G H]) and what else `backward` needs, [B, H] each. `backward(slopes, kept, grad)` takes the gradient of the new
+    state. It gives the gradients of the state before, without the part through the kernel, of the state's projection
+    [B, G H] and, where it is another, of x at the last gate [B, H].
     """
 
     gates: int
     states: int  # arrays in the state; h is the first
     bias: bool  # whether the state's projection has its own bias; else it would add to the input's
-    forward: Callable[[State, Array, Array], tuple[State, Array, State]]
-    backward: Callable[[Array, State, State], tuple[State, Array, Array | None]]
+    forward: Callable[[State, Array, Array], tuple[State, Array, Kept]]
+    backward: Callable[[Array, Kept, State], tuple[State, Array, Array | None]]
 
 
-def _tanh_step(state: State, x: Array, h: Array) -> tuple[State, Array, State]:
+def _tanh_step(state: State, x: Array, h: Array) -> tuple[State, Array, Kept]:
     h = jnp.tanh(x + h)
     return (h,), 1 - h**2, ()
 
 
-def _tanh_back(slopes: Array, kept: State, grad: State) -> tuple[State, Array, None]:
+def _tanh_back(slopes: Array, kept: Kept, grad: State) -> tuple[State, Array, None]:
     return (jnp.zeros_like(grad[0]),), grad[0] * slopes, None
 
 
-def _lstm_step(state: State, x: Array, h: Array) -> tuple[State, Array, State]:
+def _lstm_step(state: State, x: Array, h: Array) -> tuple[State, Array, Kept]:
     i, f, g, o = jnp.split(x + h, 4, axis=-1)
     i, f, g, o = nn.sigmoid(i), nn.sigmoid(f), jnp.tanh(g), nn.sigmoid(o)
     c = f * state[1] + i * g
@@ -58,14 +59,14 @@ def _lstm_step(state: State, x: Array, h: Array) -> tuple[State, Array, State]:
     return (o * squashed, c), jnp.concatenate(slopes, -1), (f, o * (1 - squashed**2))
 
 
-def _lstm_back(slopes: Array, kept: State, grad: State) -> tuple[State, Array, None]:
+def _lstm_back(slopes: Array, kept: Kept, grad: State) -> tuple[State, Array, None]:
     i, f, g, o = jnp.split(slopes, 4, axis=-1)
     dh, dc = grad
     dc = dc + dh * kept[1]
     return (jnp.zeros_like(dh), dc * kept[0]), jnp.concatenate([dc * i, dc * f, dc * g, dh * o], -1), None
 
 
-def _gru_step(state: State, x: Array, h: Array) -> tuple[State, Array, State]:
+def _gru_step(state: State, x: Array, h: Array) -> tuple[State, Array, Kept]:
     (xr, xz, xn), (hr, hz, hn) = jnp.split(x, 3, axis=-1), jnp.split(h, 3, axis=-1)
     r, z = nn.sigmoid(xr + hr), nn.sigmoid(xz + hz)
     n = jnp.tanh(xn + r * hn)
@@ -74,7 +75,7 @@ def _gru_step(state: State, x: Array, h: Array) -> tuple[State, Array, State]:
     return ((1 - z) * n + z * state[0],), jnp.concatenate(slopes, -1), (z, candidate)
 
 
-def _gru_back(slopes: Array, kept: State, grad: State) -> tuple[State, Array, Array]:
+def _gru_back(slopes: Array, kept: Kept, grad: State) -> tuple[State, Array, Array]:
     (r, z, n), (dh,) = jnp.split(slopes, 3, axis=-1), grad
     return (dh * kept[0],), jnp.concatenate([dh * r, dh * z, dh * n], -1), dh * kept[1]
 
@@ -101,7 +102,7 @@ def recur(
 
     Its gradient takes that of `kernel` in one product over all steps, where the one of `lax.scan` adds one up per step.
     The slopes are written over x, step by step, and the gates' gradients over the slopes, which saves a third of an
-    LSTM's memory. It has no forward-mode derivative.
+    LSTM's temporary memory. It has no forward-mode derivative.
     """
     step = _step(cell, kernel, bias)
 
@@ -113,8 +114,8 @@ def recur(
     return h, state
 
 
-def _step(cell: Cell, kernel: Array, bias: Array | None) -> Callable[..., tuple[State, Array, State]]:
-    def step(state: State, x: Array, valid: Array | None) -> tuple[State, Array, State]:
+def _step(cell: Cell, kernel: Array, bias: Array | None) -> Callable[..., tuple[State, Array, Kept]]:
+    def step(state: State, x: Array, valid: Array | None) -> tuple[State, Array, Kept]:
         h = _product(state[0], kernel)
         new, slopes, kept = cell.forward(state, x, h if bias is None else h + bias)
         return _where(valid, new, state), slopes, kept
@@ -210,6 +211,8 @@ class Recurrent(nn.Module):
     layer in training (needs the random stream "dropout"). With `bidirectional` every layer reads forward and, with
     weights of its own, backward, and gives both outputs side by side.
 
+    Raises InputError for no units, layers or steps, and for a dropout outside [0, 1).
+
     lengths: int [B], how much of each sequence is there. What follows has no effect, its outputs are 0, the state
     returned is that after the last valid step, and the backward direction starts there. Raises InputError where they
     are known when traced and outside [1, T]; unknown ones above T count as T.
@@ -229,6 +232,8 @@ class Recurrent(nn.Module):
         self, x: Array, lengths: Array | None = None, carry: Carry | None = None, *, train: bool
     ) -> tuple[Array, Carry]:
         batch, steps, _ = x.shape
+        require_positive({"hidden": self.hidden, "layers": self.layers, "the length of a sequence": steps})
+        require_probability({"dropout": self.dropout})
         valid = None if lengths is None else _valid(lengths, steps)  # [T, B, 1]
         carry = self.initial_carry(batch) if carry is None else carry
         directions = 1 + self.bidirectional

@@ -9,6 +9,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from dl_jax import ops
+from dl_jax.errors import require_positive, require_probability
 
 small = nn.initializers.normal(0.01)  # of all weights: the paper's supplement, A.1
 
@@ -68,6 +69,8 @@ class TCN(nn.Module):
     Output t depends on the last `receptive_field` inputs up to t. hidden: channels. levels: residual blocks. taps: of
     each kernel. dropout: probability that a channel of a sequence is dropped in training (needs the random stream
     "dropout").
+
+    Raises InputError for no channels, blocks or taps, and for a dropout outside [0, 1).
     """
 
     outputs: int
@@ -79,6 +82,8 @@ class TCN(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        require_positive({"hidden": self.hidden, "levels": self.levels, "taps": self.taps})
+        require_probability({"dropout": self.dropout})
         for level in range(self.levels):
             x = Block(self.hidden, self.taps, 2**level, self.dropout, self.dtype)(x, train=train)
         return nn.Dense(self.outputs, dtype=self.dtype, kernel_init=small)(x).astype(jnp.float32)

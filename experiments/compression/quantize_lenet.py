@@ -32,6 +32,7 @@ import optax
 from dl_jax import classify, data, losses, optim, parallel
 from dl_jax.claims import Claim
 from dl_jax.compress import quantize
+from dl_jax.errors import InputError, require_positive
 from dl_jax.launch import launch
 from dl_jax.models.lenet import LeNet300
 from dl_jax.run import Run
@@ -84,6 +85,9 @@ Tx = optax.GradientTransformation
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     for bits in (*cfg.bits, cfg.activation_bits):
         quantize.require_bits(bits)
+    if len(set(cfg.bits)) < len(cfg.bits):
+        raise InputError(f"bits are {', '.join(map(str, cfg.bits))}, expected each number once; leave out the others")
+    require_positive({"calibration": cfg.calibration})
     mesh = parallel.data_mesh(batch_size=cfg.batch_size)
     folders = run.settings.data_dir, run.settings.cache_dir
     train, test = (data.grey_pictures(cfg.dataset, split, *folders) for split in (cfg.train_split, cfg.test_split))

@@ -34,7 +34,7 @@ import optax
 
 from dl_jax import data, lanes, likelihood, losses, metrics, parallel
 from dl_jax.claims import Claim
-from dl_jax.errors import InputError
+from dl_jax.errors import InputError, require_positive
 from dl_jax.launch import launch
 from dl_jax.models.vae import VAE, mean_picture_bias
 from dl_jax.run import Run
@@ -167,12 +167,10 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
 def check(cfg: Config) -> None:
     """Raises InputError for what would end the run hours later, in a later cell or in the test."""
     cells = (*cfg.vae_samples, *cfg.iwae_samples)
-    counts = {"latents": cfg.latents, "vae_samples or iwae_samples": min(cells, default=0)}
-    counts |= {"stages": min((steps for steps, _ in cfg.stages), default=0), "test_chunk": cfg.test_chunk}
-    for name, value in counts.items():
-        if value < 1:
-            raise InputError(f"the smallest number in {name} is {value}, expected 1 or more; give a larger one")
-    if cfg.test_samples < 1 or cfg.test_samples % cfg.test_chunk:
+    smallest = {"vae_samples or iwae_samples": cells, "stages": [steps for steps, _ in cfg.stages]}
+    require_positive({f"the smallest number in {name}": min(each, default=0) for name, each in smallest.items()})
+    require_positive({"latents": cfg.latents, "test_samples": cfg.test_samples, "test_chunk": cfg.test_chunk})
+    if cfg.test_samples % cfg.test_chunk:
         raise InputError(
             f"test_samples={cfg.test_samples} in chunks of test_chunk={cfg.test_chunk}, expected a multiple of the "
             "chunk; change one"

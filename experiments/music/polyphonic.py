@@ -33,7 +33,7 @@ import optax
 
 from dl_jax import data, metrics, optim, parallel
 from dl_jax.claims import Claim
-from dl_jax.errors import InputError
+from dl_jax.errors import InputError, require_positive
 from dl_jax.launch import launch
 from dl_jax.likelihood import bernoulli_log_prob
 from dl_jax.models.rnn import GRU, LSTM, VANILLA, Cell, SequenceTagger, with_forget_bias
@@ -169,6 +169,7 @@ CLAIMS = (
 
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
+    require_positive({"clip": cfg.clip, "tcn_clip": cfg.tcn_clip})
     mesh = parallel.data_mesh(batch_size=cfg.batch_size)
     folders = (run.settings.data_dir, run.settings.cache_dir)
     splits = (cfg.train_split, cfg.valid_split, cfg.test_split)
@@ -183,8 +184,10 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     keys = jnp.stack([jax.random.split(jax.random.key(seed)) for seed in run.seeds])  # [S, 2]
     lanes = np.arange(len(run.seeds))
 
-    found = {}
-    for name, net in networks(cfg, train["notes"].shape[-1]).items():
+    found, nets = {}, networks(cfg, train["notes"].shape[-1])
+    for net in nets.values():
+        jax.eval_shape(functools.partial(beginning, net), keys[0])  # what is wrong with the last shows before the first
+    for name, net in nets.items():
         child = run / name
         examine = jax.vmap(functools.partial(examined, net.apply), (0, None, None))
         fit(

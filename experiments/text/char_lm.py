@@ -27,6 +27,7 @@ import optax
 from dl_jax import data, lanes, losses, optim, parallel, sample
 from dl_jax.claims import Claim
 from dl_jax.data import text
+from dl_jax.errors import require_positive
 from dl_jax.launch import launch
 from dl_jax.models.rnn import Carry, CharLM
 from dl_jax.run import Run
@@ -65,7 +66,7 @@ CLAIMS = (
           "README.md at commit 0110f3c8, nats on the last tenth of the text (ours: nats/last_tenth): 1.4697 for a "
           "Transformer of 10.7 million parameters, 1.88 for one of 0.8 million"),
     Claim("bits/test", "our bar", "a state carried on against one that starts anew with every window", None, 0, "bits",
-          given=GIVEN, versus="bits/test_anew"),
+          given=GIVEN, versus="bits/test_anew", note="the same network, which has learned with a state carried on"),
 )  # fmt: skip
 
 PROMPT = "\n"
@@ -78,6 +79,7 @@ SAMPLERS: Mapping[str, sample.Choose] = {
 
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
+    require_positive({"hidden": cfg.hidden, "clip": cfg.clip, "sample_length": cfg.sample_length})
     mesh = parallel.data_mesh(batch_size=cfg.batch_size)
     folders = {"data_dir": run.settings.data_dir, "cache_dir": run.settings.cache_dir}
     train, *held_out = (text.load(cfg.dataset, split, **folders) for split in ("train", "validation", "test"))
