@@ -10,8 +10,8 @@ to end, here after eight minutes, the run saves and exits with 143, and the same
 
     python experiments/generative/vae_mnist.py --dataset mnist --preset short --seeds 5 --workdir runs/vae-short
 
-is for 2 CPU cores. It has a bound of its own, declared before it was run: the order of the NLLs, and of the numbers of
-active units.
+is for a CPU, where it takes an hour and a half on one core. It has a bound of its own, declared before it was run: the
+order of the NLLs, and of the numbers of active units.
 
 The protocol is that of the authors' code where it differs from the text: Adam with β1 = 0.99, ε = 1e-4 on the gradient
 of the batch's sum and a second moment that starts at one; eight stages of 3^i passes, each at a lower learning rate;
