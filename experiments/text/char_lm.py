@@ -6,7 +6,7 @@ LSTM's number on it, so the bars are our own.
     python experiments/text/char_lm.py --dataset tiny_shakespeare --preset paper --seeds 5 --workdir runs/char_lm
 
 Expected: 2.2 ± 0.03 bits per character of the test split, fewer than with a state that starts anew with every window.
-Some 25 minutes for five seeds on 2 CPU cores.
+Five seeds take an hour on a CPU core.
 
 Truncated back-propagation through time (Williams & Peng 1990): a gradient reaches back over 64 characters, the state
 over all that a row has read. The state is part of the training state, sharded as the batch is. A split is read from its
