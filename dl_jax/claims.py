@@ -153,8 +153,13 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     n = len(values)
     if n < 2:
         return -math.inf, math.inf
-    half = float(stdtrit(n - 1, 0.975) * values.std(ddof=1) / math.sqrt(n))
+    half = float(stdtrit(n - 1, 0.975) * _std(values) / math.sqrt(n))
     return float(values.mean()) - half, float(values.mean()) + half
+
+
+def _std(values: np.ndarray) -> float:
+    """Sample standard deviation of `values` [n > 1]; exactly 0 of equal ones, from which a rounded mean may differ."""
+    return float(values.std(ddof=1)) if np.ptp(values) else 0.0
 
 
 def summary(values: Sequence[float] | np.ndarray) -> dict[str, Any]:
@@ -166,7 +171,7 @@ def summary(values: Sequence[float] | np.ndarray) -> dict[str, Any]:
     if not len(x):
         raise InputError("summary of no values, expected one value per seed")
     with np.errstate(invalid="ignore", over="ignore"):
-        mean, std = float(x.mean()), float(x.std(ddof=1)) if len(x) > 1 else math.nan
+        mean, std = float(x.mean()), _std(x) if len(x) > 1 else math.nan
         ci95 = interval(x)
     return {
         "values": [_finite(v) for v in x.tolist()],

@@ -160,6 +160,8 @@ def test_summary_of_hand_values():
     assert (one["mean"], one["std"], one["ci95"], one["n"]) == (0.5, None, [None, None], 1)
     failed = summary([1.0, math.nan])
     assert (failed["values"], failed["mean"], failed["std"], failed["ci95"]) == ([1.0, None], None, None, [None, None])
+    assert summary([math.inf] * 3)["std"] is None
+    assert np.std([2.7] * 3, ddof=1) > 0 == summary([2.7] * 3)["std"]  # by nothing, not by rounding
     with pytest.raises(InputError, match="no values"):
         summary([])
 
