@@ -199,7 +199,7 @@ def _check(meta: Meta, model: Mapping[str, Spec] | None, name: str) -> None:
         shown = "; ".join([*found[:SHOWN], *(["..."] if len(found) > SHOWN else [])])
         raise InputError(
             f"checkpoint {name} does not fit this model ({len(found)} difference{'s' * (len(found) > 1)}): {shown}; "
-            "use another --workdir or the config it was written with"
+            "use another --workdir or the config and seeds it was written with"
         )
 
 

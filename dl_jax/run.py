@@ -149,10 +149,8 @@ class Run(Recorder):
         found = [(step, metrics[name]) for step, metrics in self._reported if name in metrics]
         if not found:
             known = {key for _, metrics in self._reported for key in metrics}
-            raise InputError(
-                f"run {self.name!r} has no history of {name!r}, expected one of {', '.join(sorted(known))}"
-                f"{nearest(name, known)}"
-            )
+            expected = f"one of {', '.join(sorted(known))}{nearest(name, known)}" if known else "a step before that"
+            raise InputError(f"run {self.name!r} has no history of {name!r}, expected {expected}")
         values = np.array([value for _, value in found], np.float64)  # JSON's null becomes NaN
         return np.array([step for step, _ in found]), np.where(np.isfinite(values), values, np.nan)
 

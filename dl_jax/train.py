@@ -158,13 +158,19 @@ def fit(
     `batches(i)` is the batch of step i. Metrics are reported as means over `every` steps. The caller's `state` stays
     usable. How far one call advances (1, or k for `scanned(step, k)`) is read off `state.step` after the first call.
 
-    Raises ArgumentError where `steps`, `every` or `watch.every` is not a multiple of that, or a stop rule has nothing
-    to watch; NonFiniteError where a metric, or what was trained and is about to be saved or returned, is not finite.
+    Raises ArgumentError where `steps` is negative, `steps`, `every` or `watch.every` is not a multiple of that, a stop
+    rule has nothing to watch, or the run to go on with has other keys than `state`; NonFiniteError where a metric, or
+    what was trained and is about to be saved or returned, is not finite.
     """
-    _require_intervals(every, watch, stop)
+    _require_intervals(steps, every, watch, stop)
     run = run or Recorder()
     step = jax.tree_util.Partial(step)
     saved = run.start({"state": state, "stop": stop.init() if stop else {}}, steps, watch.best if watch else None)
+    if saved["state"] is not state and not _same_keys(saved["state"], state):  # another run's data must not join
+        raise ArgumentError(
+            "the run to go on with has other random keys; give the --seed and --seeds it was begun with, or another "
+            "--workdir"
+        )
     state, rule = _copied(saved["state"]), saved["stop"]  # our copy, so that donation eats no caller's
     i, stride, window = _count(state), 0, _Window()
     pending: collections.deque[tuple[int, _Row, np.ndarray]] = collections.deque()
@@ -213,12 +219,19 @@ def _copied(state: State) -> State:
     return jax.tree.map(jnp.copy, state)
 
 
+@jax.jit
+def _same_keys(state: State, other: State) -> Array:  # -> bool []
+    return jnp.array_equal(jax.random.key_data(state.key), jax.random.key_data(other.key))
+
+
 def _count(state: State) -> int:
     """The furthest lane's step."""
     return int(np.max(np.asarray(state.step)))
 
 
-def _require_intervals(every: int, watch: Watch | None, stop: StopRule | None) -> None:
+def _require_intervals(steps: int, every: int, watch: Watch | None, stop: StopRule | None) -> None:
+    if steps < 0:
+        raise ArgumentError(f"steps is {steps}, expected 0 or more")
     for name, value in {"every": every, "watch.every": watch.every if watch else 1}.items():
         if value < 1:
             raise ArgumentError(f"{name} is {value}, expected a number of steps, 1 or more")

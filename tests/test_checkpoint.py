@@ -244,7 +244,7 @@ def test_another_architecture_names_the_leaves_and_deletes_nothing(tmp_path):
             "params/Dense_0/kernel: checkpoint (20, 15), model (20, 10); "
             "params/Dense_1/kernel: in the checkpoint, not in the model; "
             "params/new.name: in the model, not in the checkpoint; "
-            "use another --workdir or the config it was written with"
+            "use another --workdir or the config and seeds it was written with"
         )
         del other.params["Dense_0"]
         with pytest.raises(InputError, match=r"\(5 differences\): .*; \.\.\.; use another"):

@@ -1,5 +1,7 @@
 """A run: what it remembers of its fit."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,15 +11,15 @@ from etils import epath
 
 from dl_jax.errors import InputError
 from dl_jax.run import Preempted, Run, Settings
-from dl_jax.step import init_state, make_step
+from dl_jax.step import ArgumentError, init_state, make_step
 from dl_jax.train import Watch, fit
 
 
-def quadratic(run: Run, steps: int = 9):
+def quadratic(run: Run, steps: int = 9, seed: int = 0):
     """Fits one number, reports its loss at every step and twice the number at every third."""
     loss = lambda variables, batch, key: ((variables["params"]["w"] - 1) ** 2, ({}, {}))
     tx = optax.sgd(0.1)
-    state = init_state(jax.random.key(0), {"params": {"w": jnp.zeros([])}}, tx)
+    state = init_state(jax.random.key(seed), {"params": {"w": jnp.zeros([])}}, tx)
     measure = lambda variables: {"double": 2 * np.asarray(variables["params"]["w"])}
     return fit(make_step(loss, tx), state, lambda step: {}, steps=steps, run=run, every=1, watch=Watch(3, measure))
 
@@ -46,6 +48,20 @@ def test_history_is_that_of_an_undisturbed_run_after_a_resume_and_after_the_end(
         run.close()
         for name in ("loss", "double"):
             np.testing.assert_array_equal(run.history(name), whole.history(name))
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_a_fit_of_other_seeds_is_not_gone_on_with(tmp_path, stopped):
+    settings = Settings(preempted=lambda step: stopped and step == 4)
+    with contextlib.closing(Run(epath.Path(tmp_path), settings)) as run, contextlib.suppress(Preempted):
+        quadratic(run)
+    with (
+        contextlib.closing(Run(epath.Path(tmp_path))) as run,
+        pytest.raises(ArgumentError, match="give the --seed and --seeds it was begun with"),
+    ):
+        quadratic(run, seed=1)
+    with contextlib.closing(Run(epath.Path(tmp_path))) as run:
+        assert quadratic(run).step == 9
 
 
 def test_history_keeps_the_seeds_apart_and_calls_nan_what_was_not_finite(tmp_path):

@@ -239,6 +239,7 @@ def test_one_lost_lane_among_others_is_an_error():
 @pytest.mark.parametrize(
     ("wrong", "expected"),
     [
+        ({"steps": -4}, "steps is -4"),
         ({"every": 0}, "every is 0"),
         ({"watch": Watch(0, lambda variables: {})}, r"watch\.every is 0"),
         ({"stop": optim.early_stopping("error", 1, mode="min")}, "a stop rule without a watch"),
@@ -246,7 +247,7 @@ def test_one_lost_lane_among_others_is_an_error():
 )
 def test_intervals_that_make_no_sense(wrong, expected):
     with pytest.raises(ArgumentError, match=expected):
-        fit(make_step(loss, ADAM), start(), rows, steps=2, **wrong)
+        fit(make_step(loss, ADAM), start(), rows, **{"steps": 2, **wrong})
 
 
 @pytest.mark.parametrize(("k", "expected"), [(0, "microbatches is 0"), (3, "a batch of 8 rows cannot be split into 3")])
