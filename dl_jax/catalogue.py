@@ -79,13 +79,15 @@ def _arguments(call: ast.expr, constants: Mapping[str, ast.expr]) -> dict[str, A
 
 
 class _Inline(ast.NodeTransformer):
-    """Replaces the name of a module's constant by its value, and then an f-string by its text."""
+    """Replaces the name of a module's constant by its value, and an f-string by its text."""
 
     def __init__(self, constants: Mapping[str, ast.expr]) -> None:
         self._constants = constants
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
-        return self._constants.get(node.id, node)
+        value = self._constants.get(node.id)
+        others = {name: each for name, each in self._constants.items() if name != node.id}  # no constant holds itself
+        return node if value is None else _Inline(others).visit(value)
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.expr:
         return ast.Constant("".join(self._text(part) for part in node.values))

@@ -190,7 +190,8 @@ More.
 """
 from dl_jax.claims import Claim
 DOE = "Doe 2020"
-NOTHING = "nothing"
+THING = "thing"
+NOTHING = f"no{THING}"
 raise RuntimeError("an experiment is never imported")
 CLAIMS = (
     Claim(metric="error", paper=DOE, locator="Table 1", claimed=1.0, tolerance=0.1, unit="%",

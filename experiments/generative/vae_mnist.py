@@ -82,6 +82,7 @@ QUOTED = "number as quoted beside an independent re-run, github.com/nbip/IWAE"
 OMNIGLOT = "OMNIGLOT is not at hand"
 RERUN = "the re-run that is quoted got 0.2 to 0.5 nats less than the paper in every cell"
 OWN = "our bound for the short schedule, of the paper's direction: declared before the run, no number of the paper's"
+EARLY = f"{OWN}; so early units have not been switched off yet: with k = 50 nearly all 50 are active, far more than 25"
 CLAIMS = (
     Claim("nll/vae-k1", PAPER, f"{TABLE}, VAE k = 1", 86.76, 0.6, "nats", given={"dataset": "mnist"}, note=RERUN),
     Claim("nll/vae-k5", PAPER, f"{TABLE}, VAE k = 5", 86.47, 0.6, "nats", given={"dataset": "mnist"}, note=QUOTED),
@@ -118,9 +119,9 @@ CLAIMS = (
     Claim("nll/iwae-k50", PAPER, f"{TABLE}, order", None, 0, "nats", preset="short", given={"dataset": "mnist"},
           versus="nll/iwae-k5", seeds=3, note=OWN),
     Claim("active/iwae-k5", PAPER, f"{TABLE}, order", None, 0, "active units", better="higher", preset="short",
-          given={"dataset": "mnist"}, versus="active/vae-k1", seeds=3, note=OWN),
+          given={"dataset": "mnist"}, versus="active/vae-k1", seeds=3, note=EARLY),
     Claim("active/iwae-k50", PAPER, f"{TABLE}, order", None, 0, "active units", better="higher", preset="short",
-          given={"dataset": "mnist"}, versus="active/iwae-k5", seeds=3, note=OWN),
+          given={"dataset": "mnist"}, versus="active/iwae-k5", seeds=3, note=EARLY),
 )  # fmt: skip
 
 
@@ -167,7 +168,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
 def check(cfg: Config) -> None:
     """Raises InputError for what would end the run hours later, in a later cell or in the test."""
     cells = (*cfg.vae_samples, *cfg.iwae_samples)
-    smallest = {"vae_samples or iwae_samples": cells, "stages": [steps for steps, _ in cfg.stages]}
+    smallest = {"vae_samples or iwae_samples": cells, "stages": [number for stage in cfg.stages for number in stage]}
     require_positive({f"the smallest number in {name}": min(each, default=0) for name, each in smallest.items()})
     require_positive({"latents": cfg.latents, "test_samples": cfg.test_samples, "test_chunk": cfg.test_chunk})
     if cfg.test_samples % cfg.test_chunk:
