@@ -81,9 +81,9 @@ def stream():
 
 def memory_mapped() -> dict[str, np.ndarray]:
     """MNIST's columns as `data.load` gives them, in kind and size."""
-    folder = Path(tempfile.mkdtemp())
-    np.save(folder / "image.npy", np.random.default_rng(0).integers(0, 256, (60_000, 28, 28, 1), np.uint8))
-    return {"image": np.load(folder / "image.npy", mmap_mode="r"), "label": np.zeros(60_000, np.int32)}
+    with tempfile.TemporaryDirectory() as folder:  # a mapped file outlives its name, where there is a /proc
+        np.save(f"{folder}/image.npy", np.random.default_rng(0).integers(0, 256, (60_000, 28, 28, 1), np.uint8))
+        return {"image": np.load(f"{folder}/image.npy", mmap_mode="r"), "label": np.zeros(60_000, np.int32)}
 
 
 def pipeline_alone() -> Block:
