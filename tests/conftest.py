@@ -3,9 +3,11 @@
 import importlib.util
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -25,6 +27,20 @@ def tfds_dir() -> str:
     if not folder or not Path(folder, "mnist").is_dir():
         pytest.skip("TFDS_DATA_DIR holds no prepared mnist")
     return folder
+
+
+@pytest.fixture(scope="session")
+def accumulated() -> Callable[[Path], Any]:
+    """What TensorBoard reads from the event files in a folder."""
+
+    def read(folder: Path) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # not our code
+            from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+            return EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
+
+    return read
 
 
 @pytest.fixture(scope="session")

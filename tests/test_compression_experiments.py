@@ -1,11 +1,13 @@
 """What the compression experiments count, by hand, and which settings they refuse before they train."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from dl_jax.compress import codec, quantize
 from dl_jax.errors import InputError
-from dl_jax.run import Run
+from dl_jax.run import Run, Settings
 
 
 def kernel(rows, columns, places):
@@ -41,6 +43,16 @@ def test_packed_weights_come_back_and_weigh_what_they_hold(load_experiment, bits
             back["kernel"][lane], quantize.dequantize(quantize.quantize(alone, bits))["kernel"]
         )
     np.testing.assert_allclose(kilobytes, (40 * 5 * bits / 8 + 5 * 4 + 5 * 8) / 1000)  # values, scales, float64 biases
+
+
+def test_the_convolutional_network_is_pruned_too(load_experiment):
+    module = load_experiment("compression/prune_lenet")
+    config = dataclasses.replace(module.PRESETS["smoke"], convolutional=True, kept=module.PRESETS["lenet5"].kept)
+    found = module.main(config, Run(settings=Settings(seeds=(0, 1))))
+    assert set(found) == {"test_error/lenet5", "test_error/lenet5_pruned", "rate/lenet5"}
+    weights = {500: 0.66, 25_000: 0.12, 400_000: 0.08, 5000: 0.19}  # of C1, C2 and the two dense layers
+    left = sum(size - round((1 - share) * size) for size, share in weights.items()) + 580  # no bias is pruned
+    np.testing.assert_allclose(found["rate/lenet5"], 431_080 / left, rtol=1e-3)
 
 
 class History:
@@ -79,18 +91,34 @@ def test_a_rewound_network_has_the_zeros_of_one_and_the_weights_of_the_other(loa
         ("deep_compression", {"share_steps": 0}, "steps"),
         ("prune_lenet", {"kept": (0.1, 0.2, 1.5)}, "a share of zeros"),
         ("quantize_lenet", {"bits": (8, 0)}, "bits is 0"),
+        ("quantize_lenet", {"bits": ()}, "how many bits are given is 0"),
+        ("quantize_lenet", {"momentum": 1.5}, "momentum is 1.5"),
+        ("quantize_lenet", {"tuning_rate": -1.0}, "the learning rate is -1"),
         ("quantize_lenet", {"tuning_steps": 0}, "steps"),
         ("quantize_lenet", {"calibration": -1}, "calibration is -1"),
         ("quantize_lenet", {"bits": (8, 4, 8)}, "bits are 8, 4, 8, expected each number once"),
         ("deep_compression", {"prune_rounds": -1}, "prune_rounds is -1"),
+        ("deep_compression", {"momentum": 1.0}, "momentum is 1"),
+        ("deep_compression", {"share_learning_rate": -1.0}, "the learning rate is -1"),
         ("prune_lenet", {"rounds": 0}, "rounds is 0"),
+        ("prune_lenet", {"retrain": 0.0}, "retrain is 0"),
+        ("prune_lenet", {"momentum": -0.1}, "momentum is -0.1"),
         ("lottery_ticket", {"rounds": 0}, "rounds is 0"),
+        ("lottery_ticket", {"rounds": 40}, r"rounds is 40, after which 0.\d % remain more than once; give fewer"),
+        ("lottery_ticket", {"redrawn": (99,)}, r"redrawn is \(99,\), expected rounds from 0 to 2"),
+        ("lottery_ticket", {"learning_rate": 0.0}, "learning_rate is 0"),
         ("lottery_ticket", {"scan": 0}, "0 steps in one call"),
         ("distill_mnist", {"dropout": 1.0}, "dropout is 1"),
         ("distill_mnist", {"temperature": 0.0}, "temperature is 0"),
+        ("distill_mnist", {"student_hidden": (8, 0)}, "hidden is 0"),
+        ("distill_mnist", {"batch_size": 0}, "batch_size is 0"),
+        ("distill_mnist", {"hard_weight": -3.0}, "hard_weight is -3"),
+        ("distill_mnist", {"momentum": 2.0}, "momentum is 2"),
         ("distill_mnist", {"student_epochs": 0}, "make no batch of 16"),
         ("pipeline", {"sparsity": 1.0}, "sparsity is 1"),
         ("pipeline", {"rounds": 0}, "rounds is 0"),
+        ("pipeline", {"hard_weight": -3.0}, "hard_weight is -3"),
+        ("pipeline", {"momentum": 1.5}, "momentum is 1.5"),
         ("pipeline", {"calibration": 0}, "calibration is 0"),
     ],
 )

@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import textwrap
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -47,15 +46,6 @@ def bucket(tmp_path):
 
 def records(path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-def accumulated(directory):
-    """What TensorBoard reads from the event files in `directory`."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # not our code
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        return EventAccumulator(str(directory), size_guidance={"scalars": 0, "images": 0}).Reload()
 
 
 def points(events, tag) -> list[tuple[int, float]]:
@@ -140,7 +130,7 @@ def test_lines_in_a_bucket_are_uploaded_whole(bucket, monkeypatch):
 # --- TensorBoard -------------------------------------------------------------------------------------------------
 
 
-def test_scalars_come_back_one_curve_for_each_seed_and_the_mean(tmp_path):
+def test_scalars_come_back_one_curve_for_each_seed_and_the_mean(tmp_path, accumulated):
     sink = TensorBoard(tmp_path, 0)
     sink.scalars(100, {"loss": np.float32(0.5), "error": np.array([1.0, 3.0])})
     sink.scalars(200, {"loss": np.nan, "error": np.array([2.0, 4.0])})
@@ -152,7 +142,7 @@ def test_scalars_come_back_one_curve_for_each_seed_and_the_mean(tmp_path):
     assert np.isnan(points(events, "loss")[1][1])
 
 
-def test_steps_that_are_repeated_after_a_resume_are_hidden(tmp_path):
+def test_steps_that_are_repeated_after_a_resume_are_hidden(tmp_path, accumulated):
     first = TensorBoard(tmp_path, 0)
     for step in (100, 200, 300):
         first.scalars(step, {"loss": 1.0})
@@ -164,7 +154,7 @@ def test_steps_that_are_repeated_after_a_resume_are_hidden(tmp_path):
     first.close()
 
 
-def test_hparams_leave_the_scalars_alone(tmp_path):
+def test_hparams_leave_the_scalars_alone(tmp_path, accumulated):
     sink = TensorBoard(tmp_path, 0)
     sink.scalars(100, {"loss": 1.0})
     config = {"learning_rate": 1e-3, "steps": 10, "dataset": "digits", "augment": True, "hidden": (3, 4), "clip": None}
@@ -183,7 +173,7 @@ def test_hparams_leave_the_scalars_alone(tmp_path):
     assert (stored["dataset"].string_value, stored["hidden"].string_value) == ("digits", "(3, 4)")
 
 
-def test_pictures_and_figures_come_back(tmp_path):
+def test_pictures_and_figures_come_back(tmp_path, accumulated):
     from PIL import Image
 
     sink = TensorBoard(tmp_path, 0)
@@ -199,7 +189,7 @@ def test_pictures_and_figures_come_back(tmp_path):
     assert events.Images("confusion")[0].width > 300
 
 
-def test_events_in_a_bucket(bucket):
+def test_events_in_a_bucket(bucket, accumulated):
     sink = TensorBoard("gs://bucket/run", 0)
     sink.scalars(1, {"loss": 1.0})
     sink.flush()
