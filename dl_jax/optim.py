@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dl_jax.errors import InputError, nearest
+from dl_jax.errors import InputError, nearest, require_positive
 from dl_jax.losses import Where, chosen, is_kernel, require_penalties
 from dl_jax.step import Array, Tree
 from dl_jax.train import Measurements, StopRule
@@ -20,8 +20,9 @@ def warmup_cosine(peak: float, steps: int, warmup: float = 0.05, final: float = 
     final + (peak − final)/2 · (1 + cos(π (s − w) / (steps − w))) (Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5);
     from s = steps on it stays at `final`. `peak` and `final` are learning rates.
 
-    Raises InputError where `steps` < 1 or `warmup` is outside [0, 1).
+    Raises InputError where `peak` is not positive, `steps` < 1 or `warmup` is outside [0, 1).
     """
+    require_positive({"the learning rate": peak})
     if steps < 1:
         raise InputError(f"warmup_cosine: steps is {steps}, expected 1 or more; give the length of the run")
     if not 0 <= warmup < 1:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from dl_jax.errors import InputError
 from dl_jax.step import Array, Tree
 
+TINY = float(jnp.finfo(jnp.float32).tiny)  # compiled code takes smaller numbers for 0
 Choose = Callable[[Array, Array], Array]  # (key, logits [B, V]) -> tokens int32 [B]
 
 
@@ -28,10 +29,10 @@ def greedy(logits: Array) -> Array:  # [..., V] -> int32 [...]
 def temperature(logits: Array, t: float) -> Array:
     """Logits of the distribution softmax(logits / t): below 1 sharper, above 1 flatter.
 
-    Raises InputError unless t is positive and finite; the limit at 0 is `greedy`.
+    Raises InputError unless t is a positive, finite number of normal float32 size; the limit at 0 is `greedy`.
     """
-    if not 0 < t < float("inf"):
-        raise InputError(f"temperature is {t}, expected a positive number; use sample.greedy for the limit at 0")
+    if not TINY <= t < float("inf"):
+        raise InputError(f"temperature is {t}, expected {TINY:.2g} or more; use sample.greedy for the limit at 0")
     logits = logits.astype(jnp.float32)
     return (logits - logits.max(-1, keepdims=True)) / t  # the largest stays 0, however small t is
 
@@ -49,10 +50,11 @@ def top_k(logits: Array, k: int) -> Array:
 def nucleus(logits: Array, p: float) -> Array:
     """The fewest largest logits that together have a probability of p or more, of equal ones the first; -inf elsewhere.
 
-    Holtzman et al. 2020 (arXiv:1904.09751), section 3.1, equation 2. Raises InputError where p is not in (0, 1].
+    Holtzman et al. 2020 (arXiv:1904.09751), section 3.1, equation 2. Raises InputError where p is not in (0, 1], or
+    too small for a normal float32.
     """
-    if not 0 < p <= 1:
-        raise InputError(f"nucleus: p is {p}, expected a probability in (0, 1]; use sample.greedy for the limit at 0")
+    if not TINY <= p <= 1:
+        raise InputError(f"nucleus: p is {p}, expected {TINY:.2g} to 1; use sample.greedy for the limit at 0")
     if p == 1:
         return logits  # all of them: a float32 sum may reach 1 before the last
     ranks = _ranks(logits)

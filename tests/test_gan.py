@@ -169,7 +169,7 @@ def test_an_untrained_net_does_not_meet_the_bars(experiment):
     assert all(len(set(values)) == 2 for values in found.values())
 
 
-@pytest.mark.parametrize(("name", "value"), [("pieces", 0), ("decay", 0.0), ("noise", -1)])
+@pytest.mark.parametrize(("name", "value"), [("pieces", 0), ("decay", 0.0), ("noise", -1), ("learning_rate", -1.0)])
 def test_players_that_cannot_be(experiment, name, value):
     config = dataclasses.replace(experiment.PRESETS["smoke"], **{name: value})
     with pytest.raises(InputError, match=f"{name} is {value}, expected more than 0"):

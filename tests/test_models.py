@@ -11,6 +11,7 @@ import pytest
 from dl_jax import models
 from dl_jax.errors import InputError
 from dl_jax.models import lenet
+from dl_jax.models.gan import Discriminator, Generator
 from dl_jax.models.lenet import LeNet5, LeNet300, LeNetCaffe
 from dl_jax.models.mlp import MLP
 
@@ -227,6 +228,13 @@ def test_lenet5_takes_the_border_or_adds_it():
 def test_lenet5_refuses_what_the_paper_does_not_define(model, shape, message):
     with pytest.raises(InputError, match=message):
         model.init(jax.random.key(0), np.zeros((1, *shape), np.float32), train=False)
+
+
+@pytest.mark.parametrize("hidden", [(0,), (16, -8)])
+@pytest.mark.parametrize("model", [MLP, Discriminator, Generator])
+def test_a_layer_without_units_is_refused(model, hidden):
+    with pytest.raises(InputError, match=f"hidden is {min(hidden)}, expected more than 0"):
+        model(hidden).init(jax.random.key(0), np.zeros((1, 4), np.float32), train=False)
 
 
 def test_digit_codes():

@@ -217,7 +217,7 @@ def test_momentum_decay_and_noise_move_no_pruned_weight():
 
 def test_a_pruned_weight_does_not_return_when_more_are_pruned():
     pull = optax.stateless(lambda updates, params: jax.tree.map(lambda p: 100.0 * (p == 0), params))
-    tx = optax.chain(pull, prune.magnitude(lambda step: 0.2 * step))
+    tx = optax.chain(pull, prune.magnitude(lambda step: jnp.minimum(0.2 * step, 0.6)))
     params = network(KEY)
     state, found = tx.init(params), []
     for _ in range(3):
@@ -278,7 +278,7 @@ def test_every_seed_has_its_own_mask_and_is_as_if_alone():
 
 
 def test_seeds_at_different_steps_refresh_when_each_is_due():
-    tx = prune.magnitude(lambda step: step / 10, every=2)
+    tx = prune.magnitude(lambda step: jnp.minimum(step / 10, 0.9), every=2)
     params = jax.vmap(network)(jax.random.split(KEY, 2))
     state = jax.vmap(tx.init)(params)._replace(step=jnp.array([0, 1]))
     updates, state = jax.vmap(tx.update)(jax.tree.map(jnp.zeros_like, params), state, params)
@@ -351,6 +351,9 @@ def test_a_sparsity_is_a_fraction_below_one(sparsity):
         prune.cubic(sparsity, 0, 10)
     with pytest.raises(InputError, match=f"initial sparsity is {sparsity}"):
         prune.cubic(0.9, 0, 10, sparsity)
+    for schedule in (lambda n: sparsity, lambda n: jnp.where(n < 100, 0.5, sparsity)):
+        with pytest.raises(InputError, match=rf"magnitude: sparsity after update \d+ is {float(sparsity):.1f}"):
+            prune.magnitude(schedule)
 
 
 def test_other_bad_input():

@@ -170,6 +170,10 @@ def test_bits_outside_1_to_8(use, bits):
         use(bits)
 
 
+def test_bits_may_be_numpys():
+    quantize.require_bits(np.int64(4))
+
+
 SMALL = MLP(hidden=(12, 8))
 IMAGE = np.random.default_rng(0).random((6, 28, 28, 1), np.float32)
 

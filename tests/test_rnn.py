@@ -1,5 +1,7 @@
 """Recurrent networks against their equations, automatic differentiation, one sequence at a time, and PyTorch."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -218,6 +220,19 @@ def test_lengths_outside_the_padding_are_refused(lengths, wrong):
         model.apply(variables, X, np.array(lengths), train=False)
     with pytest.raises(InputError, match=f"length {wrong}, expected 1 to 6"):
         model.apply(variables, X, jnp.array(lengths), train=False)
+
+
+@pytest.mark.parametrize("lengths", [[[6], [4], [2]], [6], 6, [6.0, 4.0, 2.0], [True, True, True]])
+def test_lengths_of_another_shape_or_kind_are_refused(lengths):
+    """[B, 1] would broadcast to another mask where B is T, and one length to all sequences."""
+    x = X[:, :3]
+    model = Recurrent(GRU, 5)
+    variables = initialised(model)
+    for each in (np.array(lengths), jnp.array(lengths)):
+        with pytest.raises(InputError, match=r"expected whole numbers \(3,\), one for each sequence"):
+            model.apply(variables, x, each, train=False)
+        with pytest.raises(InputError, match=r"expected whole numbers \(3,\)"):
+            jax.jit(functools.partial(model.apply, train=False))(variables, x, each)
 
 
 def test_unknown_lengths_beyond_the_padding_count_as_its_end():

@@ -112,10 +112,12 @@ def test_leading_axes_are_rows_of_their_own():
     assert sample.draw(jax.random.key(1), logits).shape == (3, 4)
 
 
-def test_a_tiny_temperature_is_greedy_and_never_nan():
-    logits = jnp.array([1e4, 3.0, 1e4 - 1, -1e4])
-    cold = jax.nn.softmax(sample.temperature(logits, 1e-30))
-    np.testing.assert_array_equal(cold, [1, 0, 0, 0])
+@pytest.mark.parametrize("tiny", [1e-30, sample.TINY])
+def test_at_a_tiny_temperature_or_nucleus_the_largest_is_left(tiny):
+    logits = jnp.array([3.0, 1e4, 1e4 - 1, -1e4])
+    for choose in (sample.temperature, sample.nucleus):
+        for filtered in (choose(logits, tiny), jax.jit(choose, static_argnums=1)(logits, tiny)):
+            np.testing.assert_array_equal(jax.nn.softmax(filtered), [0, 1, 0, 0])
 
 
 def test_half_precision_is_drawn_in_float32():
@@ -188,13 +190,15 @@ def test_generation_with_a_carry_is_generation_from_all_that_came_before():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x: sample.temperature(x, 0), "temperature is 0, expected a positive"),
+        (lambda x: sample.temperature(x, 0), "temperature is 0, expected 1.2e-38 or more"),
+        (lambda x: sample.temperature(x, 1e-38), "temperature is 1e-38"),
         (lambda x: sample.temperature(x, -1), "temperature is -1"),
         (lambda x: sample.temperature(x, float("nan")), "temperature is nan"),
         (lambda x: sample.temperature(x, float("inf")), "temperature is inf"),
         (lambda x: sample.top_k(x, 0), "k is 0, expected 1 to 7"),
         (lambda x: sample.top_k(x, 8), "k is 8, expected 1 to 7"),
-        (lambda x: sample.nucleus(x, 0), r"p is 0, expected a probability in \(0, 1\]"),
+        (lambda x: sample.nucleus(x, 0), "p is 0, expected 1.2e-38 to 1"),
+        (lambda x: sample.nucleus(x, 1e-38), "p is 1e-38"),
         (lambda x: sample.nucleus(x, 1.01), "p is 1.01"),
         (lambda x: sample.nucleus(x, -0.5), "p is -0.5"),
         (lambda x: sample.nucleus(x, float("nan")), "p is nan"),

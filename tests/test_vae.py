@@ -99,6 +99,12 @@ def test_no_latent_unit(model, latents):
         model(latents=latents).init(jax.random.key(0), IMAGE["image"], train=False)
 
 
+def test_a_layer_without_units():
+    for model, message in ((VAE(hidden=(4, 0)), "hidden is 0"), (ConvVAE(features=()), "features is 0")):
+        with pytest.raises(InputError, match=message):
+            model.init(jax.random.key(0), IMAGE["image"], train=False)
+
+
 def test_pictures_of_another_shape():
     with pytest.raises(InputError, match=r"VAE takes pictures of shape \(8, 12, 1\), not \(28, 28, 1\)"):
         VAE(**SMALL).init(jax.random.key(0), IMAGE["image"], train=False)
@@ -205,6 +211,8 @@ def test_the_papers_batch_runs_on_eight_devices(experiment):
         ({"iwae_samples": (5, 0)}, "the smallest number in vae_samples or iwae_samples is 0, expected more than 0"),
         ({"vae_samples": (), "iwae_samples": ()}, "in vae_samples or iwae_samples is 0"),
         ({"stages": ()}, "the smallest number in stages is 0, expected more than 0"),
+        ({"stages": ((5, 0.1), (5, -0.1))}, "the smallest number in stages is -0.1"),
+        ({"hidden": (16, 0)}, "hidden is 0, expected more than 0"),
     ],
 )
 def test_what_cannot_be_tested_is_not_trained(experiment, change, message, monkeypatch):

@@ -20,6 +20,7 @@ from dl_jax.errors import InputError
 from dl_jax.losses import Where, chosen, is_kernel
 from dl_jax.step import Array, Tree
 
+LAST = 2**31 - 1  # the largest int32, in which optimisers count
 Sparsity = float | Callable[[jax.tree_util.KeyPath, Array], float]  # share of zeros; a function of path and layer
 
 
@@ -99,12 +100,17 @@ class Pruning(NamedTuple):
 def magnitude(schedule: optax.Schedule, every: int = 1, where: Where = is_kernel) -> optax.GradientTransformation:
     """Prunes the weights that the chain before it reached, by magnitude, along `schedule`. Goes last in the chain.
 
-    After update n each chosen layer has round(schedule(n) · size) zeros: `schedule` gives a share in [0, 1) that does
-    not fall, as `cubic` does. The masks follow it at every multiple of `every` updates, and where it comes to rest, so
-    that its end is met exactly. Raises InputError for `every` < 1 and, at init, where `where` chooses nothing.
+    After update n each chosen layer has round(schedule(n) · size) zeros, reckoned in float32: `schedule` gives a share
+    in [0, 1) that does not fall, as `cubic` does. The masks follow it at every multiple of `every` updates, and where
+    it comes to rest, so that its end is met exactly.
+
+    Raises InputError for `every` < 1, for a schedule whose first or last share is outside [0, 1) and, at init, where
+    `where` chooses nothing.
     """
     if every < 1:
         raise InputError(f"magnitude: every is {every}, expected 1 or more updates between two masks")
+    for n in (1, LAST):
+        _require_sparsity(f"magnitude: sparsity after update {n}", jnp.asarray(schedule(n), jnp.float32).item())
 
     def init(params: Tree) -> Pruning:
         masks = jax.tree.map(lambda p, yes: jnp.ones_like(p, bool) if yes else None, params, chosen(params, where))

@@ -203,5 +203,5 @@ def rounded(x: Array, bounds: Range, bits: int) -> Array:
 
 def require_bits(bits: int) -> None:
     """Raises InputError for bits outside 1 .. 8: what an experiment asks before it trains."""
-    if not (isinstance(bits, int) and 1 <= bits <= 8):
+    if isinstance(bits, bool) or not (isinstance(bits, int | np.integer) and 1 <= bits <= 8):
         raise InputError(f"bits is {bits}, expected a whole number from 1 to 8; 8 rarely loses accuracy")

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from dl_jax.errors import require_positive, require_probability
+
 
 def symmetric(spread: float) -> Callable[..., jax.Array]:
     """Uniform in ±spread."""
@@ -23,7 +25,8 @@ def symmetric(spread: float) -> Callable[..., jax.Array]:
 class Generator(nn.Module):
     """ReLU layers, then a sigmoid: noise [B, Z] to pictures [B, H, W, C] with pixels in [0, 1].
 
-    output_bias: an initialiser for the last layer, e.g. the logits of the mean picture.
+    output_bias: an initialiser for the last layer, e.g. the logits of the mean picture. Raises InputError for a layer
+    without units.
     """
 
     hidden: tuple[int, ...] = (1200, 1200)
@@ -34,6 +37,7 @@ class Generator(nn.Module):
 
     @nn.compact
     def __call__(self, noise: jax.Array, *, train: bool) -> jax.Array:
+        require_positive({"hidden": min(self.hidden, default=1)})
         x, init = noise, symmetric(self.spread)
         for units in self.hidden:
             x = nn.relu(nn.Dense(units, kernel_init=init, dtype=self.dtype)(x))
@@ -45,7 +49,8 @@ class Discriminator(nn.Module):
     """Maxout layers (Goodfellow et al. 2013): a unit is the largest of `pieces` linear functions.
 
     Gives [B], the logit of "this picture is from the data". dropout: probability that a hidden unit is dropped in
-    training, input_dropout: that a pixel is (they need the random stream "dropout").
+    training, input_dropout: that a pixel is (they need the random stream "dropout"). Raises InputError where these are
+    outside [0, 1), for a layer without units and units without pieces.
     """
 
     hidden: tuple[int, ...] = (240, 240)
@@ -57,6 +62,8 @@ class Discriminator(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array, *, train: bool) -> jax.Array:
+        require_positive({"hidden": min(self.hidden, default=1), "pieces": self.pieces})
+        require_probability({"dropout": self.dropout, "input_dropout": self.input_dropout})
         init = symmetric(self.spread)
         x = image.reshape(image.shape[0], -1)  # [B, H * W * C]
         x = nn.Dropout(self.input_dropout, deterministic=not train)(x)

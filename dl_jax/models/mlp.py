@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from dl_jax.errors import require_probability
+from dl_jax.errors import require_positive, require_probability
 
 
 class MLP(nn.Module):
     """Fully connected layers with ReLU, each followed by dropout, then a linear layer that gives the logits.
 
     hidden: units of each hidden layer. dropout, input_dropout: probability that a hidden unit, an input is dropped in
-    training (needs the random stream "dropout"). Raises InputError where these are outside [0, 1).
+    training (needs the random stream "dropout"). Raises InputError where these are outside [0, 1), and for a layer
+    without units.
     """
 
     hidden: tuple[int, ...]
@@ -26,6 +27,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array, *, train: bool) -> jax.Array:
+        require_positive({"hidden": min(self.hidden, default=1), "classes": self.classes})
         require_probability({"dropout": self.dropout, "input_dropout": self.input_dropout})
         x = image.reshape(image.shape[0], -1)  # [B, H * W * C]
         x = nn.Dropout(self.input_dropout, deterministic=not train)(x)

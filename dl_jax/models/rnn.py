@@ -180,7 +180,7 @@ def _where(valid: Array | None, new: Any, old: Any) -> Any:
 
 
 class Layer(nn.Module):
-    """One layer in one direction. Weights and biases start uniform in ± 1/√H, as PyTorch's do."""
+    """One layer in one direction. All weights start uniform in ± 1/√H, as in PyTorch, whose layers have more biases."""
 
     cell: Cell
     hidden: int
@@ -215,7 +215,7 @@ class Recurrent(nn.Module):
 
     lengths: int [B], how much of each sequence is there. What follows has no effect, its outputs are 0, the state
     returned is that after the last valid step, and the backward direction starts there. Raises InputError where they
-    are known when traced and outside [1, T]; unknown ones above T count as T.
+    are no int [B], or are known when traced and outside [1, T]; unknown ones above T count as T.
     carry: the state before the first step (`initial_carry`, zeros, if None); the one after the last is returned.
     `dtype` is that of the matrix products; states are float32.
     """
@@ -234,7 +234,7 @@ class Recurrent(nn.Module):
         batch, steps, _ = x.shape
         require_positive({"hidden": self.hidden, "layers": self.layers, "the length of a sequence": steps})
         require_probability({"dropout": self.dropout})
-        valid = None if lengths is None else _valid(lengths, steps)  # [T, B, 1]
+        valid = None if lengths is None else _valid(lengths, batch, steps)  # [T, B, 1]
         carry = self.initial_carry(batch) if carry is None else carry
         directions = 1 + self.bidirectional
         x, last = _where(valid, x.swapaxes(0, 1), 0.0), []  # [T, B, D]; nothing times NaN in the padding is NaN
@@ -262,7 +262,12 @@ def initial_carry(cell: Cell, hidden: int, runs: int, batch: int) -> Carry:
     return ((jnp.zeros((batch, hidden)),) * cell.states,) * runs
 
 
-def _valid(lengths: Array, steps: int) -> Array:  # int [B] -> bool [T, B, 1]
+def _valid(lengths: Array, batch: int, steps: int) -> Array:  # int [B] -> bool [T, B, 1]
+    if np.shape(lengths) != (batch,) or not jnp.issubdtype(jnp.result_type(lengths), jnp.integer):
+        raise InputError(
+            f"lengths are {jnp.result_type(lengths)} {np.shape(lengths)}, expected whole numbers ({batch},), one for "
+            "each sequence"
+        )
     if not isinstance(lengths, Tracer) and ((low := np.min(lengths)) < 1 or (low := np.max(lengths)) > steps):
         raise InputError(f"a sequence has length {low}, expected 1 to {steps}, the steps of the batch; trim or pad it")
     return (jnp.arange(steps)[:, None] < jnp.asarray(lengths))[..., None]

@@ -15,7 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from dl_jax import ops
-from dl_jax.errors import InputError
+from dl_jax.errors import InputError, require_positive
 
 Initializer = Callable[..., jax.Array]  # (key, shape, dtype) -> array
 
@@ -32,7 +32,7 @@ class Autoencoder(nn.Module):
     `apply(..., method=VAE.encode)` and `decode` call one of them. The whole gives (logits, mean, log variance), decoded
     from the mean: samples for training are drawn in `dl_jax.likelihood`.
 
-    Raises InputError where there is no latent unit, and for pictures of another shape.
+    Raises InputError where there is no latent unit, for a layer without units, and for pictures of another shape.
     """
 
     latents: int = 50  # units of z, L
@@ -107,6 +107,7 @@ class DenseDecoder(nn.Module):
 
 def tanh_layers(x: jax.Array, hidden: Sequence[int], dtype: DTypeLike) -> jax.Array:  # [..., D] -> [..., units]
     """For the `@nn.compact` method of a module, whose layers they become."""
+    require_positive({"hidden": min(hidden, default=1)})
     for units in hidden:
         x = nn.tanh(nn.Dense(units, kernel_init=nn.initializers.glorot_uniform(), dtype=dtype)(x))
     return x
@@ -122,6 +123,7 @@ class ConvVAE(Autoencoder):
     features: tuple[int, ...] = (32, 64)
 
     def networks(self) -> tuple[nn.Module, nn.Module]:
+        require_positive({"features": min(self.features, default=0)})
         height, width, channels = self.shape
         factor = 2 ** len(self.features)
         if height % factor or width % factor:

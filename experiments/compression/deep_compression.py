@@ -33,7 +33,7 @@ from dl_jax.claims import Claim
 from dl_jax.compress import entries, prune, share
 from dl_jax.compress.codec import decode, encode
 from dl_jax.compress.quantize import require_bits
-from dl_jax.errors import require_positive
+from dl_jax.errors import require_positive, require_probability
 from dl_jax.launch import launch
 from dl_jax.models.lenet import LeNet300
 from dl_jax.run import Run
@@ -95,6 +95,7 @@ LAYERS = ("Dense_0", "Dense_1", "Dense_2")
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     require_positive({"prune_rounds": cfg.prune_rounds})
+    require_probability({"momentum": cfg.momentum})
     mesh = parallel.data_mesh(batch_size=cfg.batch_size)
     folders = run.settings.data_dir, run.settings.cache_dir
     train, test = (data.grey_pictures(cfg.dataset, split, *folders) for split in (cfg.train_split, cfg.test_split))

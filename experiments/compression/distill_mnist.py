@@ -28,7 +28,7 @@ import optax
 from dl_jax import augment, classify, data, losses, optim, parallel
 from dl_jax.claims import Claim
 from dl_jax.compress import distill
-from dl_jax.errors import InputError
+from dl_jax.errors import InputError, require_positive, require_probability
 from dl_jax.launch import launch
 from dl_jax.models.mlp import MLP
 from dl_jax.run import Run
@@ -88,10 +88,14 @@ THREE, SEVENS_EIGHTS = np.arange(10) == 3, np.isin(np.arange(10), (7, 8))  # cla
 
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
+    require_positive({"batch_size": cfg.batch_size, "hard_weight": cfg.hard_weight})
+    require_probability({"momentum": cfg.momentum})
     folders = run.settings.data_dir, run.settings.cache_dir
     train, test = (data.grey_pictures(cfg.dataset, split, *folders) for split in (cfg.train_split, cfg.test_split))
     big = MLP(cfg.teacher_hidden, dropout=cfg.dropout, input_dropout=cfg.input_dropout)
     small = MLP(cfg.student_hidden)
+    for model in (big, small):  # what cannot be built is said now, not after the teacher has learned
+        jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
     jittered = augment.compose(classify.unit, augment.pad_and_crop(cfg.jitter))
     teach = losses.with_batch(classify.loss(big.apply), jittered)
     alone = classify.loss(small.apply)

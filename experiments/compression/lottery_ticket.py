@@ -101,7 +101,9 @@ CLAIMS = (
 
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
-    require_positive({"rounds": cfg.rounds})
+    require_positive({"rounds": cfg.rounds, "learning_rate": cfg.learning_rate})
+    if not set(cfg.redrawn) <= set(range(cfg.rounds)):
+        raise InputError(f"redrawn is {cfg.redrawn}, expected rounds from 0 to {cfg.rounds - 1}; leave out the others")
     folders = (run.settings.data_dir, run.settings.cache_dir)
     splits = (cfg.train_split, cfg.validation_split, cfg.test_split)
     train, validation, test = (data.grey_pictures(cfg.dataset, split, *folders) for split in splits)
@@ -133,12 +135,14 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
         return fit(step, state, batches, steps=cfg.steps, run=child, every=cfg.watch_every, watch=watch).params
 
     original = params = draw(key_start)
-    levels, found = [], {}
-    for round in range(cfg.rounds):
+    one = jax.tree.map(lambda leaf: leaf[0], original)
+    levels = [f"{remaining(prune.smallest(one, sparsity(round))):.1f}" for round in range(cfg.rounds)]
+    if len(set(levels)) < len(levels):
+        raise InputError(f"rounds is {cfg.rounds}, after which {levels[-1]} % remain more than once; give fewer")
+    found = {}
+    for round, level in enumerate(levels):
         smaller = functools.partial(prune.smallest, sparsity=sparsity(round))  # none in the first
         params = rewound(jax.vmap(smaller)(params), original)
-        level = f"{remaining(params):.1f}"
-        levels.append(level)
         zeros, params = params, learn(params, round, run / f"round{round}")
         found |= stopped(run / f"round{round}", level)
         if round in cfg.redrawn:
@@ -195,9 +199,8 @@ def rewound(params: Tree, start: Tree) -> Tree:
 
 
 def remaining(params: Tree) -> float:
-    """Per cent of the weights of the first seed's network that are not zero; the same for all."""
-    network = jax.tree.map(lambda leaf: leaf[0], params)
-    counts = [prune.nonzeros(each) for each in (network, jax.tree.map(jnp.ones_like, network))]
+    """Per cent of the weights that are not zero."""
+    counts = [prune.nonzeros(each) for each in (params, jax.tree.map(jnp.ones_like, params))]
     left, all_weights = (sum(int(n) for n in each.values()) for each in counts)
     return 100 * left / all_weights
 

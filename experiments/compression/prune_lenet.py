@@ -30,7 +30,7 @@ import optax
 from dl_jax import classify, data, losses, optim, parallel
 from dl_jax.claims import Claim
 from dl_jax.compress import prune
-from dl_jax.errors import require_positive
+from dl_jax.errors import require_positive, require_probability
 from dl_jax.launch import launch
 from dl_jax.models.lenet import LeNet300, LeNetCaffe
 from dl_jax.run import Run
@@ -95,7 +95,8 @@ CLAIMS = (
 
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
-    require_positive({"rounds": cfg.rounds})
+    require_positive({"rounds": cfg.rounds, "retrain": cfg.retrain})
+    require_probability({"momentum": cfg.momentum})
     mesh = parallel.data_mesh(batch_size=cfg.batch_size)
     folders = (run.settings.data_dir, run.settings.cache_dir)
     train, test = (data.grey_pictures(cfg.dataset, split, *folders) for split in (cfg.train_split, cfg.test_split))

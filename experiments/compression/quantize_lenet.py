@@ -32,7 +32,7 @@ import optax
 from dl_jax import classify, data, losses, optim, parallel
 from dl_jax.claims import Claim
 from dl_jax.compress import quantize
-from dl_jax.errors import InputError, require_positive
+from dl_jax.errors import InputError, require_positive, require_probability
 from dl_jax.launch import launch
 from dl_jax.models.lenet import LeNet300
 from dl_jax.run import Run
@@ -87,7 +87,8 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
         quantize.require_bits(bits)
     if len(set(cfg.bits)) < len(cfg.bits):
         raise InputError(f"bits are {', '.join(map(str, cfg.bits))}, expected each number once; leave out the others")
-    require_positive({"calibration": cfg.calibration})
+    require_positive({"how many bits are given": len(cfg.bits), "calibration": cfg.calibration})
+    require_probability({"momentum": cfg.momentum})
     mesh = parallel.data_mesh(batch_size=cfg.batch_size)
     folders = run.settings.data_dir, run.settings.cache_dir
     train, test = (data.grey_pictures(cfg.dataset, split, *folders) for split in (cfg.train_split, cfg.test_split))

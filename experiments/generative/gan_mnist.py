@@ -34,7 +34,7 @@ import optax
 
 from dl_jax import data, lanes, likelihood, parallel
 from dl_jax.claims import Claim
-from dl_jax.errors import InputError, require_positive
+from dl_jax.errors import InputError, require_positive, require_probability
 from dl_jax.launch import launch
 from dl_jax.models.gan import Discriminator, Generator
 from dl_jax.models.vae import mean_picture_bias
@@ -98,7 +98,8 @@ CLAIMS = (
 
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
-    require_positive({"noise": cfg.noise, "pieces": cfg.pieces, "decay": cfg.decay})
+    require_positive({"noise": cfg.noise, "learning_rate": cfg.learning_rate, "decay": cfg.decay})
+    require_probability({"momentum": cfg.momentum, "final_momentum": cfg.final_momentum})
     mesh = parallel.data_mesh(batch_size=cfg.batch_size)
     folders = run.settings.data_dir, run.settings.cache_dir
     splits = (cfg.train_split, cfg.valid_split, cfg.test_split)

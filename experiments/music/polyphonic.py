@@ -169,7 +169,8 @@ CLAIMS = (
 
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
-    require_positive({"clip": cfg.clip, "tcn_clip": cfg.tcn_clip})
+    rates = ("learning_rate", "rnn_learning_rate", "tcn_learning_rate")
+    require_positive({name: getattr(cfg, name) for name in (*rates, "clip", "tcn_clip")})
     mesh = parallel.data_mesh(batch_size=cfg.batch_size)
     folders = (run.settings.data_dir, run.settings.cache_dir)
     splits = (cfg.train_split, cfg.valid_split, cfg.test_split)

@@ -26,6 +26,7 @@ import optax
 
 from dl_jax import augment, classify, data, losses, metrics, optim, parallel
 from dl_jax.claims import Claim
+from dl_jax.errors import require_probability
 from dl_jax.figures import confusion_figure
 from dl_jax.launch import launch
 from dl_jax.models.lenet import LeNet5, map_loss
@@ -80,6 +81,7 @@ CLAIMS = (
 
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
+    require_probability({"momentum": cfg.momentum})
     mesh = parallel.data_mesh()
     folders = run.settings.data_dir, run.settings.cache_dir
     train, test = (data.grey_pictures(cfg.dataset, split, *folders) for split in (cfg.train_split, cfg.test_split))
