@@ -6,7 +6,7 @@ Hinton, Vinyals & Dean 2015, "Distilling the knowledge in a neural network", sec
 
 Expected, of 10,000 test digits: teacher 67 errors, student alone 146, distilled 74, each within the bounds that the
 claims declare; without a 3 in the transfer set at least 95 % of the threes are read once their bias is set right. Some
-12 minutes a seed on 2 CPU cores.
+40 minutes a seed on a CPU core.
 
 The networks, dropout, the bound on the weights, the jitter of two pixels and T = 20 are the paper's. It is silent on
 the optimiser, the batch, the number of passes, the bound itself and the weight of the hard labels: ours are SGD with

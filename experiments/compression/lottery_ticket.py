@@ -6,8 +6,8 @@ Frankle & Carbin 2019, "The lottery ticket hypothesis", section 2 and figures 3 
 
 Expected: with 21.1 % of the weights validation loss is lowest 38 ± 22 % earlier than with all, and 2.51 ± 0.75 times
 earlier than after a redrawn start, which costs 0.5 ± 0.2 points of test accuracy; with 13.5 % accuracy is 0.3 ± 0.2
-points above that of all. `--preset short --seeds 5` trains the 12 networks for 15,000 iterations in place of 50,000,
-beyond the lowest validation loss, and asks for the order alone; that takes an hour on a CPU core.
+points above that of all. That takes two hours on a CPU core. `--preset short --seeds 5` trains the 12 networks for
+15,000 iterations in place of 50,000, beyond the lowest validation loss, and asks for the order alone, in one hour.
 
 The protocol is the paper's, not that of its released code, which takes SGD. Ours: one redrawn start for each mask where
 the paper draws three, a validation set that is the last 5,000 training digits where the paper draws 5,000, and training
@@ -82,7 +82,8 @@ CLAIMS = (
     Claim("early_stop/13.5", PAPER, "Figure 4a, 13.5 %, random reinitialisation", None, 0, "steps",
           given={"dataset": "mnist"}, seeds=3, versus="early_stop/13.5_redrawn"),
     Claim("accuracy/13.5", PAPER, "Figure 4b, 13.5 %, random reinitialisation", None, 0, "%", "higher",
-          given={"dataset": "mnist"}, seeds=3, versus="accuracy/13.5_redrawn"),
+          given={"dataset": "mnist"}, seeds=3, versus="accuracy/13.5_redrawn",
+          note="missed: ahead in every seed, but of three seeds the interval is wide; see the preset short, of five"),
     Claim("accuracy/3.6", PAPER, "Section 2, 3.6 % of the weights", 0, 0.2, "%", "higher",
           given={"dataset": "mnist"}, seeds=3, versus="accuracy/100.0", verified=False, note="needs 16 rounds"),
     Claim("early_stop/21.1", PAPER, "Figure 4a, 21.1 %", None, 0, "steps", preset="short",
