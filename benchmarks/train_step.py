@@ -18,6 +18,7 @@ its imports. XLA compiles in that process and is counted, the C++ compiler that 
 
 import argparse
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
@@ -35,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # contestants import this mo
 from benchmarks.contest import Block, Contestant, Times, compete, ratio
 from benchmarks.problems import BATCH, PROBLEMS
 from dl_jax import data, parallel
-from dl_jax.host import processor
+from dl_jax.host import git_state, processor, versions
 from dl_jax.train import fit
 
 EPOCH = 468  # steps over MNIST's 60,000 digits
@@ -163,6 +164,10 @@ def main() -> None:
     quick = parser.parse_args().quick
     torch = importlib.util.find_spec("torch") is not None and not quick
     print(f"{os.cpu_count()} cores of {processor()}, load average {os.getloadavg()[0]:.1f} before the start")
+    code, used = git_state(Path(__file__).parent), versions()
+    used |= {"torch": importlib.metadata.version("torch")} if torch else {}
+    print(f"commit {code['commit']}{'' if code['clean'] else ' with uncommitted changes'}")
+    print(", ".join(f"{name} {version}" for name, version in used.items()) + "\n")
     times = compete(contestants(torch), *((5, 2) if quick else (50, 9)))
     for name, (seconds, peak) in times.items():
         print(f"{name:<24} {1e3 * np.median(seconds):8.2f} ms/step {peak:6.0f} MiB at most")
