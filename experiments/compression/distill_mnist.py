@@ -28,7 +28,7 @@ import optax
 from dl_jax import augment, classify, data, losses, optim, parallel
 from dl_jax.claims import Claim
 from dl_jax.compress import distill
-from dl_jax.errors import InputError, require_positive, require_probability
+from dl_jax.errors import InputError, require_not_negative, require_positive, require_probability
 from dl_jax.launch import launch
 from dl_jax.models.mlp import MLP
 from dl_jax.run import Run
@@ -91,7 +91,8 @@ THREE, SEVENS_EIGHTS = np.arange(10) == 3, np.isin(np.arange(10), (7, 8))  # cla
 
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
-    require_positive({"batch_size": cfg.batch_size, "hard_weight": cfg.hard_weight})
+    require_positive({"batch_size": cfg.batch_size})
+    require_not_negative({"hard_weight": cfg.hard_weight})
     require_probability({"momentum": cfg.momentum})
     folders = run.settings.data_dir, run.settings.cache_dir
     train, test = (data.grey_pictures(cfg.dataset, split, *folders) for split in (cfg.train_split, cfg.test_split))

@@ -32,7 +32,7 @@ import optax
 from dl_jax import classify, data, lanes, losses, optim, parallel
 from dl_jax.claims import Claim
 from dl_jax.compress import codec, distill, measure, prune, quantize
-from dl_jax.errors import require_positive, require_probability
+from dl_jax.errors import require_not_negative, require_positive, require_probability
 from dl_jax.export import onnx, stablehlo
 from dl_jax.host import device
 from dl_jax.launch import launch
@@ -98,7 +98,8 @@ class Cost(NamedTuple):
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     onnx.require()
-    require_positive({"rounds": cfg.rounds, "calibration": cfg.calibration, "hard_weight": cfg.hard_weight})
+    require_positive({"rounds": cfg.rounds, "calibration": cfg.calibration})
+    require_not_negative({"hard_weight": cfg.hard_weight})
     require_probability({"momentum": cfg.momentum})
     mesh = parallel.data_mesh(batch_size=cfg.batch_size)
     folders = run.settings.data_dir, run.settings.cache_dir
