@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dl_jax.host import keep_freed_memory
+from dl_jax.harness.machine import keep_freed_memory
 
 Block = Callable[[int], None]  # does n steps and returns when they are done
 Contestant = Callable[[], Block]  # prepares and warms up; a function of a module that imports all it needs at its top

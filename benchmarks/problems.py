@@ -14,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dl_jax import classify, likelihood, losses, ops
-from dl_jax.models.lenet import LeNet5, map_loss
-from dl_jax.models.mlp import MLP
-from dl_jax.models.rnn import GRU, LSTM, VANILLA, Cell, CharLM
-from dl_jax.models.vae import VAE
-from dl_jax.step import init_state, make_step
+from dl_jax import classify, losses
+from dl_jax.core.step import init_state, make_step
+from dl_jax.losses import latent
+from dl_jax.models import ops
+from dl_jax.models.generative.vae import VAE
+from dl_jax.models.sequence.rnn import GRU, LSTM, VANILLA, Cell, CharLM
+from dl_jax.models.vision.lenet import LeNet5, map_loss
+from dl_jax.models.vision.mlp import MLP
 
 BATCH = 128  # pictures
 SEQUENCES, LENGTH, VOCABULARY = 32, 64, 96
@@ -109,9 +111,9 @@ def vae_step():
     apply: Callable[..., Any] = model.apply
 
     def loss(variables, batch, key):
-        conditional = lambda x, z: likelihood.bernoulli_log_prob(apply(variables, z, method=VAE.decode), x)
-        given = likelihood.LatentModel(functools.partial(apply, variables, method=VAE.encode), conditional)
-        return -likelihood.elbo(given, batch["image"], key).mean(), ({}, {})
+        conditional = lambda x, z: latent.bernoulli_log_prob(apply(variables, z, method=VAE.decode), x)
+        given = latent.LatentModel(functools.partial(apply, variables, method=VAE.encode), conditional)
+        return -latent.elbo(given, batch["image"], key).mean(), ({}, {})
 
     variables = jax.jit(lambda key: model.init(key, pictures(1)["image"], train=False))(jax.random.key(0))
     return _step(loss, variables, optax.adam(1e-3))

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.problems import HIDDEN, PROBLEMS, VOCABULARY
-from dl_jax.models import lenet
+from dl_jax.models.vision import lenet
 
 Tensors = Mapping[str, torch.Tensor]
 Params = dict[str, dict[str, np.ndarray]]

@@ -35,9 +35,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # contestants import this mo
 
 from benchmarks.contest import Block, Contestant, Times, compete, ratio
 from benchmarks.problems import BATCH, PROBLEMS
-from dl_jax import data, parallel
-from dl_jax.host import git_state, processor, versions
-from dl_jax.train import fit
+from dl_jax import data
+from dl_jax.core import devices
+from dl_jax.core.fit import fit
+from dl_jax.harness.machine import git_state, processor, versions
 
 EPOCH = 468  # steps over MNIST's 60,000 digits
 
@@ -77,7 +78,7 @@ def from_disk() -> Block:
 
 
 def stream():
-    return parallel.placed(data.batches(memory_mapped(), BATCH, seed=0), parallel.data_mesh())
+    return devices.placed(data.batches(memory_mapped(), BATCH, seed=0), devices.data_mesh())
 
 
 def memory_mapped() -> dict[str, np.ndarray]:

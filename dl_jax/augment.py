@@ -16,8 +16,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from dl_jax.errors import InputError
-from dl_jax.step import Array, Batch
+from dl_jax.core.errors import InputError
+from dl_jax.core.step import Array, Batch
 
 Augmentation = Callable[[Array, Batch], Batch]
 Interval = tuple[float, float]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dl_jax import losses, metrics
-from dl_jax.step import Array, Batch, Loss, Tree
+from dl_jax.core.step import Array, Batch, Loss, Tree
 
 Exam = Callable[[Tree, Batch, Array], dict[str, tuple[Array, Array]]]
 

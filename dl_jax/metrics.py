@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dl_jax import losses
-from dl_jax.errors import InputError
-from dl_jax.step import Array
+from dl_jax.core.errors import InputError
+from dl_jax.core.step import Array
 
 
 def masked(values: Array, mask: Array) -> tuple[Array, Array]:  # [B, ...], [B] or [B, ...] -> [], []

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dl_jax.errors import InputError, nearest, require_positive
-from dl_jax.losses import Where, chosen, is_kernel, require_penalties
-from dl_jax.step import Array, Tree
-from dl_jax.train import Measurements, StopRule
+from dl_jax.core.errors import InputError, nearest, require_positive
+from dl_jax.core.fit import Measurements, StopRule
+from dl_jax.core.leaves import Where, chosen, is_kernel
+from dl_jax.core.step import Array, Tree
+from dl_jax.losses import require_penalties
 
 
 def warmup_cosine(peak: float, steps: int, warmup: float = 0.05, final: float = 0.0) -> optax.Schedule:

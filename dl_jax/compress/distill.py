@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dl_jax import classify, losses
-from dl_jax.errors import InputError
-from dl_jax.step import Array, Batch, Loss, Tree
+from dl_jax.core.errors import InputError
+from dl_jax.core.step import Array, Batch, Loss, Tree
 
 
 def soft(student_logits: Array, teacher_logits: Array, temperature: float) -> Array:  # [B, ..., C] twice -> [B, ...]

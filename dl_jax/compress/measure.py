@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dl_jax.errors import InputError
+from dl_jax.core.errors import InputError
 
 Tree = Any
 Name = TypeVar("Name", bound=Hashable)

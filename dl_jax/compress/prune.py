@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dl_jax.errors import InputError
-from dl_jax.losses import Where, chosen, is_kernel
-from dl_jax.step import Array, Tree
+from dl_jax.core.errors import InputError
+from dl_jax.core.leaves import Where, chosen, is_kernel
+from dl_jax.core.step import Array, Tree
 
 LAST = 2**31 - 1  # the largest int32, in which optimisers count
 Sparsity = float | Callable[[jax.tree_util.KeyPath, Array], float]  # share of zeros; a function of path and layer

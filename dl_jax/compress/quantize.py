@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dl_jax.errors import InputError
-from dl_jax.losses import Where, chosen, is_kernel
-from dl_jax.models.intercept import inputs, with_inputs
-from dl_jax.step import Array, Batch, Tree
+from dl_jax.core.errors import InputError
+from dl_jax.core.leaves import Where, chosen, is_kernel
+from dl_jax.core.step import Array, Batch, Tree
+from dl_jax.inspect import inputs, with_inputs
 
 RANGES = "ranges"  # the collection in which variables carry them
 

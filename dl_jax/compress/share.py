@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dl_jax.errors import InputError
-from dl_jax.losses import Where, chosen, is_kernel
-from dl_jax.step import Array, Tree
+from dl_jax.core.errors import InputError
+from dl_jax.core.leaves import Where, chosen, is_kernel
+from dl_jax.core.step import Array, Tree
 
 ROUNDS = 1000  # of k-means at most; a layer takes some dozens
 

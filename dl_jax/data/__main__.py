@@ -4,9 +4,9 @@ import sys
 
 import tyro
 
+from dl_jax.core.errors import InputError
 from dl_jax.data.prepare import prepare
 from dl_jax.data.source import Prepared, data_folder, prepared, split_sizes
-from dl_jax.errors import InputError
 
 
 def prepare_set(name: tyro.conf.Positional[str], data_dir: str | None = None) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from dl_jax.errors import InputError
+from dl_jax.core.errors import InputError
 
 Columns = dict[str, np.ndarray]  # every column [N, ...]
 Stream = Callable[[int], Columns]  # step -> columns [B, ...]

@@ -14,12 +14,12 @@ from urllib.parse import quote
 
 import numpy as np
 
+from dl_jax.core.errors import InputError
+from dl_jax.core.files import locked
 from dl_jax.data.batches import Columns
 from dl_jax.data.describe import Feature
-from dl_jax.data.files import locked
 from dl_jax.data.records import Example, Records, stack
 from dl_jax.data.source import Prepared, cache_entry, find
-from dl_jax.errors import InputError
 
 BUDGET = 2 * 10**9  # bytes
 _CHUNK = 256  # examples decoded at a time

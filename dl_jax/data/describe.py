@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dl_jax.data.files import locked
+from dl_jax.core.errors import InputError
+from dl_jax.core.files import locked
 from dl_jax.data.source import Prepared, cache_entry, find, one_line, split_sizes
-from dl_jax.errors import InputError
 
 
 class Feature(NamedTuple):

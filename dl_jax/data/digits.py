@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dl_jax.data.files import locked
+from dl_jax.core.files import locked
 
 NAME, VERSION, TEST = "digits", "1.0.0", 360
 

@@ -4,8 +4,8 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
+from dl_jax.core.errors import InputError
 from dl_jax.data.columns import load
-from dl_jax.errors import InputError
 
 
 def grey_pictures(

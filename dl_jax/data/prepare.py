@@ -4,10 +4,10 @@ import importlib.util
 import re
 from pathlib import Path
 
+from dl_jax.core.errors import InputError, nearest
+from dl_jax.core.files import locked
 from dl_jax.data.digits import NAME
-from dl_jax.data.files import locked
 from dl_jax.data.source import Prepared, data_folder, find, lookup, one_line, split_sizes, tfds_names
-from dl_jax.errors import InputError, nearest
 
 
 def prepare(name: str, data_dir: str | None = None) -> Prepared:

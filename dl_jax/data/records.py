@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from dl_jax.core.errors import InputError, nearest
 from dl_jax.data.describe import Feature, columns, flat, open_builder
 from dl_jax.data.source import Prepared
-from dl_jax.errors import InputError, nearest
 
 Example = dict[str, np.ndarray]
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's, by number of channels

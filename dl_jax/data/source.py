@@ -12,9 +12,9 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from dl_jax.core.errors import InputError, nearest
+from dl_jax.core.files import cache_folder
 from dl_jax.data import digits
-from dl_jax.data.files import cache_folder
-from dl_jax.errors import InputError, nearest
 
 _NAME = re.compile(r"(?P<set>\w+)(?:/(?P<config>[^/:]+))?(?::(?P<version>[\d.]+))?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")

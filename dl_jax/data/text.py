@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from dl_jax.core.errors import InputError, nearest
 from dl_jax.data.batches import Columns, Stream, check_batch, order
 from dl_jax.data.columns import load as load_columns
-from dl_jax.errors import InputError, nearest
 
 VOCABULARY = 256
 STANDARD_LIBRARY = "standard_library"

@@ -16,7 +16,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from dl_jax.errors import InputError
+from dl_jax.core.errors import InputError
 
 
 class Input(NamedTuple):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dl_jax.errors import InputError
+from dl_jax.core.errors import InputError
 from dl_jax.export import Input, baked, check, difference, read, require_same, symbolic, write
 from dl_jax.export.plain import plain
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.export
 
-from dl_jax.errors import InputError
+from dl_jax.core.errors import InputError
 from dl_jax.export import Input, baked, check, difference, read, require_same, symbolic, write
 
 PLATFORMS = ("cpu", "cuda", "tpu")

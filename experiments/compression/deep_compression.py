@@ -28,17 +28,20 @@ import numpy as np
 import optax
 from etils import epath
 
-from dl_jax import classify, data, lanes, losses, optim, parallel
-from dl_jax.claims import Claim
-from dl_jax.compress import entries, prune, share
-from dl_jax.compress.codec import decode, encode
+from dl_jax import classify, data, losses, optim
+from dl_jax.compress import prune, share
+from dl_jax.compress.codec import decode, encode, entries
 from dl_jax.compress.quantize import require_bits
-from dl_jax.errors import require_positive, require_probability
-from dl_jax.launch import launch
-from dl_jax.models.lenet import LeNet300
-from dl_jax.run import Run
-from dl_jax.step import Loss, Step, Tree, init_state, make_step, per_seed
-from dl_jax.train import evaluate, fit
+from dl_jax.core import devices
+from dl_jax.core import seeds as lanes
+from dl_jax.core.errors import require_positive, require_probability
+from dl_jax.core.evaluate import evaluate
+from dl_jax.core.fit import fit
+from dl_jax.core.step import Loss, Step, Tree, init_state, make_step, per_seed
+from dl_jax.harness.launch import launch
+from dl_jax.harness.results.claims import Claim
+from dl_jax.harness.run import Run
+from dl_jax.models.vision.lenet import LeNet300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +99,11 @@ LAYERS = ("Dense_0", "Dense_1", "Dense_2")
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     require_positive({"prune_rounds": cfg.prune_rounds})
     require_probability({"momentum": cfg.momentum})
-    mesh = parallel.data_mesh(batch_size=cfg.batch_size)
+    mesh = devices.data_mesh(batch_size=cfg.batch_size)
     folders = run.settings.data_dir, run.settings.cache_dir
     train, test = (data.grey_pictures(cfg.dataset, split, *folders) for split in (cfg.train_split, cfg.test_split))
-    rows = parallel.process_rows(cfg.batch_size, mesh)
-    held_out = [parallel.place(batch, mesh) for batch in data.epoch(test, cfg.batch_size, rows)]
+    rows = devices.process_rows(cfg.batch_size, mesh)
+    held_out = [devices.place(batch, mesh) for batch in data.epoch(test, cfg.batch_size, rows)]
     stream = data.per_seed([data.batches(train, cfg.batch_size, seed, rows) for seed in run.seeds])  # [S, B, ...]
     model = LeNet300()
     dense_loss, sparse_loss = (
@@ -131,8 +134,8 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
 
     def learn(name: str, step: Step, tx: Tx, variables: Tree, begin: int, steps: int) -> Tree:
         """The parameters [S, ...] that `step` makes of `variables` [S, ...]."""
-        states = parallel.replicated(jax.vmap(functools.partial(init_state, tx=tx))(key, variables), mesh)
-        batches = parallel.placed(data.later(stream, begin), mesh, axis=1)
+        states = devices.replicated(jax.vmap(functools.partial(init_state, tx=tx))(key, variables), mesh)
+        batches = devices.placed(data.later(stream, begin), mesh, axis=1)
         return fit(step, states, batches, steps=steps, run=run / name).params
 
     def error(params: Tree) -> np.ndarray:  # [S, ...] -> per cent [S]

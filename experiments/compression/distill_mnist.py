@@ -25,15 +25,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dl_jax import augment, classify, data, losses, optim, parallel
-from dl_jax.claims import Claim
+from dl_jax import augment, classify, data, losses, optim
 from dl_jax.compress import distill
-from dl_jax.errors import InputError, require_not_negative, require_positive, require_probability
-from dl_jax.launch import launch
-from dl_jax.models.mlp import MLP
-from dl_jax.run import Run
-from dl_jax.step import State, init_state, make_step
-from dl_jax.train import fit
+from dl_jax.core import devices
+from dl_jax.core.errors import InputError, require_not_negative, require_positive, require_probability
+from dl_jax.core.fit import fit
+from dl_jax.core.step import State, init_state, make_step
+from dl_jax.harness.launch import launch
+from dl_jax.harness.results.claims import Claim
+from dl_jax.harness.run import Run
+from dl_jax.models.vision.mlp import MLP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,16 +161,16 @@ def trained(
     last: list[optax.GradientTransformation],
 ) -> State:
     """`model` after its passes over `records`; `last` goes behind SGD."""
-    mesh = parallel.data_mesh(batch_size=cfg.batch_size)
+    mesh = devices.data_mesh(batch_size=cfg.batch_size)
     steps = epochs * len(records["label"]) // cfg.batch_size
     tx = optax.chain(optax.sgd(optim.warmup_cosine(cfg.learning_rate, steps), cfg.momentum), *last)
     key_init, key = jax.random.split(jax.random.fold_in(jax.random.key(seed), sum(model.hidden)))
     start = jax.jit(functools.partial(model.init, train=False))
     state = init_state(key, start(key_init, jnp.zeros((1, 28, 28, 1))), tx)
-    rows = parallel.process_rows(cfg.batch_size, mesh)
-    batches = parallel.placed(data.batches(records, cfg.batch_size, seed, rows), mesh)
+    rows = devices.process_rows(cfg.batch_size, mesh)
+    batches = devices.placed(data.batches(records, cfg.batch_size, seed, rows), mesh)
     child = run / name / f"seed{seed}"
-    return fit(make_step(loss, tx), parallel.replicated(state, mesh), batches, steps=steps, run=child)
+    return fit(make_step(loss, tx), devices.replicated(state, mesh), batches, steps=steps, run=child)
 
 
 def only(records: Mapping[str, np.ndarray], classes: np.ndarray) -> dict[str, np.ndarray]:

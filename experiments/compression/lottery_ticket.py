@@ -25,16 +25,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dl_jax import classify, data, parallel
-from dl_jax.claims import Claim
+from dl_jax import classify, data
 from dl_jax.compress import prune
-from dl_jax.errors import InputError, require_positive
-from dl_jax.launch import launch
-from dl_jax.losses import is_kernel
-from dl_jax.models.lenet import LeNet300
-from dl_jax.run import Run
-from dl_jax.step import Tree, gathered, init_state, make_step, per_seed, scanned
-from dl_jax.train import Watch, evaluate, fit
+from dl_jax.core import devices
+from dl_jax.core.errors import InputError, require_positive
+from dl_jax.core.evaluate import evaluate
+from dl_jax.core.fit import Watch, fit
+from dl_jax.core.leaves import is_kernel
+from dl_jax.core.step import Tree, gathered, init_state, make_step, per_seed, scanned
+from dl_jax.harness.launch import launch
+from dl_jax.harness.results.claims import Claim
+from dl_jax.harness.run import Run
+from dl_jax.models.vision.lenet import LeNet300
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -108,10 +110,10 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     folders = (run.settings.data_dir, run.settings.cache_dir)
     splits = (cfg.train_split, cfg.validation_split, cfg.test_split)
     train, validation, test = (data.grey_pictures(cfg.dataset, split, *folders) for split in splits)
-    mesh = parallel.data_mesh(batch_size=cfg.batch_size)
-    rows, exam_rows = (parallel.process_rows(size, mesh) for size in (cfg.batch_size, EXAM_BATCHES * cfg.batch_size))
+    mesh = devices.data_mesh(batch_size=cfg.batch_size)
+    rows, exam_rows = (devices.process_rows(size, mesh) for size in (cfg.batch_size, EXAM_BATCHES * cfg.batch_size))
     exams = [
-        [parallel.place(batch, mesh) for batch in data.epoch(each, EXAM_BATCHES * cfg.batch_size, exam_rows)]
+        [devices.place(batch, mesh) for batch in data.epoch(each, EXAM_BATCHES * cfg.batch_size, exam_rows)]
         for each in (validation, test)
     ]
     model = LeNet300()
@@ -122,7 +124,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     tx = optax.chain(optax.adam(cfg.learning_rate), prune.keep_zeros())
     start = jax.jit(jax.vmap(lambda key, params: init_state(key, {"params": params}, tx)))
     step = scanned(per_seed(make_step(classify.loss(model.apply), tx)), cfg.scan)
-    step = gathered(step, parallel.replicated(train, mesh))
+    step = gathered(step, devices.replicated(train, mesh))
     order = {"index": np.arange(len(train["label"]))}
     streams = [data.batches(order, cfg.batch_size, seed, rows) for seed in run.seeds]
     windows = data.windows(data.per_seed(streams), cfg.scan)  # [k, S, B]
@@ -131,8 +133,8 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     def learn(params: Tree, round: int, child: Run) -> Tree:
         """Trains [S, ...] parameters, whose zeros stay, on the data that this round has for itself."""
         watch = Watch(cfg.watch_every, functools.partial(watched, child, exam, exams))
-        batches = parallel.placed(data.later(windows, round * cfg.steps), mesh, axis=2)
-        state = parallel.replicated(start(key, params), mesh)
+        batches = devices.placed(data.later(windows, round * cfg.steps), mesh, axis=2)
+        state = devices.replicated(start(key, params), mesh)
         return fit(step, state, batches, steps=cfg.steps, run=child, every=cfg.watch_every, watch=watch).params
 
     original = params = draw(key_start)

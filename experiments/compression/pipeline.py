@@ -29,18 +29,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dl_jax import classify, data, lanes, losses, optim, parallel
-from dl_jax.claims import Claim
+from dl_jax import classify, data, losses, optim
 from dl_jax.compress import codec, distill, measure, prune, quantize
-from dl_jax.errors import require_not_negative, require_positive, require_probability
+from dl_jax.core import devices
+from dl_jax.core import seeds as lanes
+from dl_jax.core.errors import require_not_negative, require_positive, require_probability
+from dl_jax.core.fit import fit
+from dl_jax.core.step import init_state, make_step, per_seed
 from dl_jax.export import onnx, stablehlo
-from dl_jax.host import device
-from dl_jax.launch import launch
-from dl_jax.models.lenet import LeNet300
-from dl_jax.record import measured_cell
-from dl_jax.run import Run
-from dl_jax.step import init_state, make_step, per_seed
-from dl_jax.train import fit
+from dl_jax.harness.launch import launch
+from dl_jax.harness.machine import device
+from dl_jax.harness.results.claims import Claim
+from dl_jax.harness.results.record import measured_cell
+from dl_jax.harness.run import Run
+from dl_jax.models.vision.lenet import LeNet300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +103,10 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     require_positive({"rounds": cfg.rounds, "calibration": cfg.calibration})
     require_not_negative({"hard_weight": cfg.hard_weight})
     require_probability({"momentum": cfg.momentum})
-    mesh = parallel.data_mesh(batch_size=cfg.batch_size)
+    mesh = devices.data_mesh(batch_size=cfg.batch_size)
     folders = run.settings.data_dir, run.settings.cache_dir
     train, test = (data.grey_pictures(cfg.dataset, split, *folders) for split in (cfg.train_split, cfg.test_split))
-    share = parallel.process_rows(cfg.batch_size, mesh)
+    share = devices.process_rows(cfg.batch_size, mesh)
     key_init, key = jnp.stack([jax.random.split(jax.random.key(seed)) for seed in run.seeds], 1)  # [S], [S]
     model = LeNet300()
     read = functools.partial(logits, model.apply)
@@ -120,10 +122,10 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     def train_on(name: str, records: Sequence[Mapping], loss: losses.Loss, tx, params: Params, begin: int, steps: int):
         pairs = zip(records, run.seeds, strict=True)
         streams = [data.batches(columns, cfg.batch_size, seed, share) for columns, seed in pairs]
-        batches = parallel.placed(data.later(data.per_seed(streams), begin), mesh, axis=1)
+        batches = devices.placed(data.later(data.per_seed(streams), begin), mesh, axis=1)
         states = jax.jit(jax.vmap(lambda key, params: init_state(key, {"params": params}, tx)))(key, params)
         step = per_seed(make_step(loss, tx))
-        return fit(step, parallel.replicated(states, mesh), batches, steps=steps, run=run / name).params
+        return fit(step, devices.replicated(states, mesh), batches, steps=steps, run=run / name).params
 
     start = jax.jit(jax.vmap(lambda key: model.init(key, jnp.zeros((1, 28, 28, 1)), train=False)["params"]))
     teacher = train_on("teacher", [train] * len(run.seeds), hard, teacher_tx, start(key_init), 0, cfg.steps)

@@ -27,15 +27,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dl_jax import classify, data, losses, optim, parallel
-from dl_jax.claims import Claim
+from dl_jax import classify, data, losses, optim
 from dl_jax.compress import prune
-from dl_jax.errors import require_positive, require_probability
-from dl_jax.launch import launch
-from dl_jax.models.lenet import LeNet300, LeNetCaffe
-from dl_jax.run import Run
-from dl_jax.step import Step, Tree, init_state, make_step
-from dl_jax.train import evaluate, fit
+from dl_jax.core import devices
+from dl_jax.core.errors import require_positive, require_probability
+from dl_jax.core.evaluate import evaluate
+from dl_jax.core.fit import fit
+from dl_jax.core.step import Step, Tree, init_state, make_step
+from dl_jax.harness.launch import launch
+from dl_jax.harness.results.claims import Claim
+from dl_jax.harness.run import Run
+from dl_jax.models.vision.lenet import LeNet300, LeNetCaffe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +99,11 @@ CLAIMS = (
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     require_positive({"rounds": cfg.rounds, "retrain": cfg.retrain})
     require_probability({"momentum": cfg.momentum})
-    mesh = parallel.data_mesh(batch_size=cfg.batch_size)
+    mesh = devices.data_mesh(batch_size=cfg.batch_size)
     folders = (run.settings.data_dir, run.settings.cache_dir)
     train, test = (data.grey_pictures(cfg.dataset, split, *folders) for split in (cfg.train_split, cfg.test_split))
-    rows = parallel.process_rows(cfg.batch_size, mesh)
-    held_out = [parallel.place(batch, mesh) for batch in data.epoch(test, cfg.batch_size, rows)]
+    rows = devices.process_rows(cfg.batch_size, mesh)
+    held_out = [devices.place(batch, mesh) for batch in data.epoch(test, cfg.batch_size, rows)]
     model, name = (LeNetCaffe(), "lenet5") if cfg.convolutional else (LeNet300(), "lenet300")
     draw = jax.jit(functools.partial(model.init, train=False))
     exam, loss = classify.exam(model.apply), classify.loss(model.apply)
@@ -118,8 +120,8 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
         sparsity = prune.rounds(variables["params"], cfg.kept)
 
         def learn(child: Run, step: Step, tx: optax.GradientTransformation, variables: Tree, begin: int, steps: int):
-            state = parallel.replicated(init_state(key, variables, tx), mesh)
-            batches = parallel.placed(data.later(stream, begin), mesh)
+            state = devices.replicated(init_state(key, variables, tx), mesh)
+            batches = devices.placed(data.later(stream, begin), mesh)
             return fit(step, state, batches, steps=steps, run=child).params
 
         child = run / f"seed{seed}"

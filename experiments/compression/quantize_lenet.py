@@ -29,15 +29,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dl_jax import classify, data, losses, optim, parallel
-from dl_jax.claims import Claim
+from dl_jax import classify, data, losses, optim
 from dl_jax.compress import quantize
-from dl_jax.errors import InputError, require_positive, require_probability
-from dl_jax.launch import launch
-from dl_jax.models.lenet import LeNet300
-from dl_jax.run import Run
-from dl_jax.step import Tree, init_state, make_step, per_seed
-from dl_jax.train import evaluate, fit
+from dl_jax.core import devices
+from dl_jax.core.errors import InputError, require_positive, require_probability
+from dl_jax.core.evaluate import evaluate
+from dl_jax.core.fit import fit
+from dl_jax.core.step import Tree, init_state, make_step, per_seed
+from dl_jax.harness.launch import launch
+from dl_jax.harness.results.claims import Claim
+from dl_jax.harness.run import Run
+from dl_jax.models.vision.lenet import LeNet300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +91,13 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
         raise InputError(f"bits are {', '.join(map(str, cfg.bits))}, expected each number once; leave out the others")
     require_positive({"how many bits are given": len(cfg.bits), "calibration": cfg.calibration})
     require_probability({"momentum": cfg.momentum})
-    mesh = parallel.data_mesh(batch_size=cfg.batch_size)
+    mesh = devices.data_mesh(batch_size=cfg.batch_size)
     folders = run.settings.data_dir, run.settings.cache_dir
     train, test = (data.grey_pictures(cfg.dataset, split, *folders) for split in (cfg.train_split, cfg.test_split))
-    rows = parallel.process_rows(cfg.batch_size, mesh)
+    rows = devices.process_rows(cfg.batch_size, mesh)
     some = {name: column[: cfg.calibration] for name, column in train.items()}
     held_out, calibration = (
-        [parallel.place(batch, mesh) for batch in data.epoch(records, cfg.batch_size, rows)] for records in (test, some)
+        [devices.place(batch, mesh) for batch in data.epoch(records, cfg.batch_size, rows)] for records in (test, some)
     )
     stream = data.per_seed([data.batches(train, cfg.batch_size, seed, rows) for seed in run.seeds])
     key_init, key, key_exam = jnp.stack([jax.random.split(jax.random.key(seed), 3) for seed in run.seeds], 1)  # [S]
@@ -112,9 +114,9 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
 
     def train_on(child: Run, loss: losses.Loss, variables: Tree, tx: Tx, begin: int, steps: int) -> Tree:
         states = jax.jit(jax.vmap(lambda key, variables: init_state(key, variables, tx)))(key, variables)
-        batches = parallel.placed(data.later(stream, begin), mesh, axis=1)
+        batches = devices.placed(data.later(stream, begin), mesh, axis=1)
         step = per_seed(make_step(loss, tx))
-        return fit(step, parallel.replicated(states, mesh), batches, steps=steps, run=child).variables
+        return fit(step, devices.replicated(states, mesh), batches, steps=steps, run=child).variables
 
     first_tx, tuning_tx = (
         optax.sgd(optim.warmup_cosine(rate, steps), cfg.momentum)

@@ -32,15 +32,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dl_jax import data, lanes, likelihood, parallel
-from dl_jax.claims import Claim
-from dl_jax.errors import InputError, require_positive, require_probability
-from dl_jax.launch import launch
-from dl_jax.models.gan import Discriminator, Generator
-from dl_jax.models.vae import mean_picture_bias
-from dl_jax.run import Run
-from dl_jax.step import Batch, Metrics, State, Step, Tree, gathered, per_seed, scanned
-from dl_jax.train import fit
+from dl_jax import data
+from dl_jax.core import devices
+from dl_jax.core import seeds as lanes
+from dl_jax.core.errors import InputError, require_positive, require_probability
+from dl_jax.core.fit import fit
+from dl_jax.core.step import Batch, Metrics, State, Step, Tree, gathered, per_seed, scanned
+from dl_jax.harness.launch import launch
+from dl_jax.harness.results.claims import Claim
+from dl_jax.harness.run import Run
+from dl_jax.losses import latent
+from dl_jax.models.generative.gan import Discriminator, Generator
+from dl_jax.models.generative.vae import mean_picture_bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +103,7 @@ CLAIMS = (
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     require_positive({"noise": cfg.noise, "learning_rate": cfg.learning_rate, "decay": cfg.decay})
     require_probability({"momentum": cfg.momentum, "final_momentum": cfg.final_momentum})
-    mesh = parallel.data_mesh(batch_size=cfg.batch_size)
+    mesh = devices.data_mesh(batch_size=cfg.batch_size)
     folders = run.settings.data_dir, run.settings.cache_dir
     splits = (cfg.train_split, cfg.valid_split, cfg.test_split)
     train, valid, test = (data.grey_pictures(cfg.dataset, split, *folders)["image"] for split in splits)
@@ -120,12 +123,12 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     states = jax.jit(jax.vmap(functools.partial(start, players)))(keys[:, 0])  # every leaf [S, ...]
 
     order = {"index": np.arange(len(train))}
-    rows = parallel.process_rows(cfg.batch_size, mesh)
+    rows = devices.process_rows(cfg.batch_size, mesh)
     streams = [data.batches(order, cfg.batch_size, seed, rows) for seed in run.seeds]
-    indices = parallel.placed(data.windows(data.per_seed(streams), cfg.scan_steps), mesh, axis=2)  # [k, S, B]
-    records = parallel.replicated({"image": train}, mesh)
+    indices = devices.placed(data.windows(data.per_seed(streams), cfg.scan_steps), mesh, axis=2)  # [k, S, B]
+    records = devices.replicated({"image": train}, mesh)
     step = gathered(scanned(per_seed(adversarial(players)), cfg.scan_steps), records)
-    state = fit(step, parallel.replicated(states, mesh), indices, steps=cfg.steps, every=cfg.report_every, run=run)
+    state = fit(step, devices.replicated(states, mesh), indices, steps=cfg.steps, every=cfg.report_every, run=run)
 
     # On the host: what follows is each process's own.
     before, after = (lanes.split(state.params["generator"]) for state in (states, state))
@@ -236,7 +239,7 @@ def log_parzen(pixels: jax.Array, samples: jax.Array, width: jax.Array) -> jax.A
 
     def one(x: jax.Array) -> jax.Array:  # [D]
         distances = squares - 2 * jnp.dot(samples, x, precision="highest") + jnp.sum(x**2)  # [N]
-        return likelihood.log_mean_exp(-distances / (2 * width**2)) - len(x) / 2 * jnp.log(2 * jnp.pi * width**2)
+        return latent.log_mean_exp(-distances / (2 * width**2)) - len(x) / 2 * jnp.log(2 * jnp.pi * width**2)
 
     return jax.lax.map(one, pixels, batch_size=100)
 

@@ -32,14 +32,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dl_jax import data, lanes, likelihood, losses, metrics, parallel
-from dl_jax.claims import Claim
-from dl_jax.errors import InputError, require_positive
-from dl_jax.launch import launch
-from dl_jax.models.vae import VAE, mean_picture_bias
-from dl_jax.run import Run
-from dl_jax.step import State, Tree, gathered, init_state, make_step, per_seed, scanned
-from dl_jax.train import evaluate, fit
+from dl_jax import data, losses, metrics
+from dl_jax.core import devices
+from dl_jax.core import seeds as lanes
+from dl_jax.core.errors import InputError, require_positive
+from dl_jax.core.evaluate import evaluate
+from dl_jax.core.fit import fit
+from dl_jax.core.step import State, Tree, gathered, init_state, make_step, per_seed, scanned
+from dl_jax.harness.launch import launch
+from dl_jax.harness.results.claims import Claim
+from dl_jax.harness.run import Run
+from dl_jax.losses import latent
+from dl_jax.models.generative.vae import VAE, mean_picture_bias
 
 # Stage i of the authors' eight is 3^i passes over 2,980 batches.
 STAGES = tuple((2980 * 3**i, 1e-4 * round(10 ** (1 - i / 7), 1)) for i in range(8))
@@ -127,7 +131,7 @@ CLAIMS = (
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     check(cfg)
-    mesh = parallel.data_mesh(batch_size=math.gcd(cfg.batch_size, cfg.test_batch))  # it splits both
+    mesh = devices.data_mesh(batch_size=math.gcd(cfg.batch_size, cfg.test_batch))  # it splits both
     folders = run.settings.data_dir, run.settings.cache_dir
     train, test = (
         {"image": data.grey_pictures(cfg.dataset, split, *folders)["image"]}
@@ -140,27 +144,27 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     states = jax.jit(jax.vmap(functools.partial(start, model, tx)))(keys)  # every leaf [S, ...]
 
     order = {"index": np.arange(len(train["image"]))}
-    rows = parallel.process_rows(cfg.batch_size, mesh)
+    rows = devices.process_rows(cfg.batch_size, mesh)
     streams = [data.batches(order, cfg.batch_size, seed, rows) for seed in run.seeds]
-    indices = parallel.placed(data.windows(data.per_seed(streams), cfg.scan_steps), mesh, axis=2)  # [k, S, B]
-    records = parallel.replicated(train, mesh)
-    exam_rows = parallel.process_rows(cfg.test_batch, mesh)
-    exam = [parallel.place(batch, mesh) for batch in data.epoch(test, cfg.test_batch, exam_rows)]
+    indices = devices.placed(data.windows(data.per_seed(streams), cfg.scan_steps), mesh, axis=2)  # [k, S, B]
+    records = devices.replicated(train, mesh)
+    exam_rows = devices.process_rows(cfg.test_batch, mesh)
+    exam = [devices.place(batch, mesh) for batch in data.epoch(test, cfg.test_batch, exam_rows)]
     examine = functools.partial(examined, model.apply, cfg.test_samples, cfg.test_chunk)
 
     cells = {f"vae-k{k}": (sampled_elbo, k) for k in cfg.vae_samples}
-    cells |= {f"iwae-k{k}": (likelihood.importance_bound, k) for k in cfg.iwae_samples}
+    cells |= {f"iwae-k{k}": (latent.importance_bound, k) for k in cfg.iwae_samples}
     measured = {}
     for cell, (bound, k) in cells.items():
         child = run / cell
         step = make_step(losses.with_batch(functools.partial(negative, bound, k, model.apply), binarised), tx)
         step = gathered(scanned(per_seed(step), cfg.scan_steps), records)
         steps = sum(steps for steps, _ in cfg.stages)
-        state = fit(step, parallel.replicated(states, mesh), indices, steps=steps, every=cfg.report_every, run=child)
+        state = fit(step, devices.replicated(states, mesh), indices, steps=steps, every=cfg.report_every, run=child)
         each = lanes.split(state.variables)  # on the host: pictures are drawn on the first process alone
         found = [evaluate(examine, variables, exam, key) for variables, key in zip(each, keys[:, 2], strict=True)]
         measured[f"nll/{cell}"] = np.array([one["nll"] for one in found])
-        measured[f"active/{cell}"] = np.array([likelihood.active_units(one["mean"], one["square"]) for one in found])
+        measured[f"active/{cell}"] = np.array([latent.active_units(one["mean"], one["square"]) for one in found])
         show(child, steps, model.apply, each[0], test["image"], keys[0, 3])
     return measured
 
@@ -205,16 +209,16 @@ def binarised(key: jax.Array, batch: Mapping) -> Mapping:
     return {**batch, "image": jax.random.bernoulli(key, batch["image"] / 255).astype(jnp.float32)}
 
 
-def latent_model(apply: Callable[..., Any], variables: Tree) -> likelihood.LatentModel:
-    return likelihood.LatentModel(
+def latent_model(apply: Callable[..., Any], variables: Tree) -> latent.LatentModel:
+    return latent.LatentModel(
         encode=lambda x: apply(variables, x, method=VAE.encode),
-        log_conditional=lambda x, z: likelihood.bernoulli_log_prob(apply(variables, z, method=VAE.decode), x),
+        log_conditional=lambda x, z: latent.bernoulli_log_prob(apply(variables, z, method=VAE.decode), x),
     )
 
 
-def sampled_elbo(model: likelihood.LatentModel, x: jax.Array, key: jax.Array, k: int) -> jax.Array:  # -> [B]
+def sampled_elbo(model: latent.LatentModel, x: jax.Array, key: jax.Array, k: int) -> jax.Array:  # -> [B]
     """The ELBO as the mean of k log weights, the authors' VAE; with k = 1 it is the importance-weighted bound."""
-    return likelihood.log_weights(model, x, key, k).mean(0)
+    return latent.log_weights(model, x, key, k).mean(0)
 
 
 def negative(bound: Callable[..., jax.Array], k: int, apply: Callable[..., Any], variables, batch, key):
@@ -227,11 +231,11 @@ def examined(apply: Callable[..., Any], samples: int, chunk: int, variables, bat
     """NLL of one seed's network, and the moments of its posterior mean."""
     key_pixels, key_z = jax.random.split(key)
     with jax.default_matmul_precision("highest"):  # on accelerators the default rounds to 10 bits
-        x, latent = binarised(key_pixels, batch)["image"], latent_model(apply, variables)
-        mean, _ = latent.encode(x)  # [B, L]
+        x, model = binarised(key_pixels, batch)["image"], latent_model(apply, variables)
+        mean, _ = model.encode(x)  # [B, L]
         units = jnp.broadcast_to(batch["mask"][:, None], mean.shape)
         return {
-            "nll": metrics.masked(-likelihood.log_likelihood(latent, x, key_z, samples, chunk), batch["mask"]),
+            "nll": metrics.masked(-latent.log_likelihood(model, x, key_z, samples, chunk), batch["mask"]),
             "mean": (jnp.sum(mean * units, 0), units.sum(0)),
             "square": (jnp.sum(mean**2 * units, 0), units.sum(0)),
         }

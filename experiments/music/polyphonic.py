@@ -31,16 +31,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dl_jax import data, metrics, optim, parallel
-from dl_jax.claims import Claim
-from dl_jax.errors import InputError, require_positive
-from dl_jax.launch import launch
-from dl_jax.likelihood import bernoulli_log_prob
-from dl_jax.models.rnn import GRU, LSTM, VANILLA, Cell, SequenceTagger, with_forget_bias
-from dl_jax.models.tcn import TCN
-from dl_jax.run import Run
-from dl_jax.step import State, init_state, make_step, per_seed
-from dl_jax.train import Watch, evaluate, fit
+from dl_jax import data, metrics, optim
+from dl_jax.core import devices
+from dl_jax.core.errors import InputError, require_positive
+from dl_jax.core.evaluate import evaluate
+from dl_jax.core.fit import Watch, fit
+from dl_jax.core.step import State, init_state, make_step, per_seed
+from dl_jax.harness.launch import launch
+from dl_jax.harness.results.claims import Claim
+from dl_jax.harness.run import Run
+from dl_jax.losses.latent import bernoulli_log_prob
+from dl_jax.models.sequence.rnn import GRU, LSTM, VANILLA, Cell, SequenceTagger, with_forget_bias
+from dl_jax.models.sequence.tcn import TCN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,15 +173,15 @@ CLAIMS = (
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     rates = ("learning_rate", "rnn_learning_rate", "tcn_learning_rate")
     require_positive({name: getattr(cfg, name) for name in (*rates, "clip", "tcn_clip")})
-    mesh = parallel.data_mesh(batch_size=cfg.batch_size)
+    mesh = devices.data_mesh(batch_size=cfg.batch_size)
     folders = (run.settings.data_dir, run.settings.cache_dir)
     splits = (cfg.train_split, cfg.valid_split, cfg.test_split)
     train, valid, test = (piano_rolls(cfg.dataset, split, *folders) for split in splits)
-    rows, exam_rows = (parallel.process_rows(size, mesh) for size in (cfg.batch_size, cfg.exam_size))
+    rows, exam_rows = (devices.process_rows(size, mesh) for size in (cfg.batch_size, cfg.exam_size))
     streams = [data.batches(train, cfg.batch_size, seed, rows) for seed in run.seeds]
-    batches = parallel.placed(data.per_seed(streams), mesh, axis=1)  # [S, B, ...]
+    batches = devices.placed(data.per_seed(streams), mesh, axis=1)  # [S, B, ...]
     exams = {
-        name: [parallel.place(batch, mesh) for batch in data.epoch(rolls, cfg.exam_size, exam_rows)]
+        name: [devices.place(batch, mesh) for batch in data.epoch(rolls, cfg.exam_size, exam_rows)]
         for name, rolls in (("valid_nll", valid), ("test_nll", test))
     }
     keys = jnp.stack([jax.random.split(jax.random.key(seed)) for seed in run.seeds])  # [S, 2]
@@ -193,7 +195,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
         examine = jax.vmap(functools.partial(examined, net.apply), (0, None, None))
         fit(
             per_seed(make_step(functools.partial(prediction_loss, net.apply), net.tx)),
-            parallel.replicated(jax.jit(jax.vmap(functools.partial(beginning, net)))(keys), mesh),
+            devices.replicated(jax.jit(jax.vmap(functools.partial(beginning, net)))(keys), mesh),
             batches,
             steps=cfg.steps,
             run=child,

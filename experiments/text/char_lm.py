@@ -24,15 +24,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dl_jax import data, lanes, losses, optim, parallel, sample
-from dl_jax.claims import Claim
+from dl_jax import data, losses, optim
+from dl_jax import decode as sample
+from dl_jax.core import devices
+from dl_jax.core import seeds as lanes
+from dl_jax.core.errors import require_positive
+from dl_jax.core.fit import Watch, fit
+from dl_jax.core.step import Array, Batch, State, Tree, init_state, make_step, per_seed
 from dl_jax.data import text
-from dl_jax.errors import require_positive
-from dl_jax.launch import launch
-from dl_jax.models.rnn import Carry, CharLM
-from dl_jax.run import Run
-from dl_jax.step import Array, Batch, State, Tree, init_state, make_step, per_seed
-from dl_jax.train import Watch, fit
+from dl_jax.harness.launch import launch
+from dl_jax.harness.results.claims import Claim
+from dl_jax.harness.run import Run
+from dl_jax.models.sequence.rnn import Carry, CharLM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +84,7 @@ SAMPLERS: Mapping[str, sample.Choose] = {
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     require_positive({"hidden": cfg.hidden, "clip": cfg.clip, "sample_length": cfg.sample_length})
-    mesh = parallel.data_mesh(batch_size=cfg.batch_size)
+    mesh = devices.data_mesh(batch_size=cfg.batch_size)
     folders = {"data_dir": run.settings.data_dir, "cache_dir": run.settings.cache_dir}
     train, *held_out = (text.load(cfg.dataset, split, **folders) for split in ("train", "validation", "test"))
     model = CharLM(text.VOCABULARY, cfg.hidden, cfg.layers, dropout=cfg.dropout, dtype=jnp.dtype(cfg.compute_dtype))
@@ -89,14 +92,14 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
         optax.clip_by_global_norm(cfg.clip), optax.adam(optim.warmup_cosine(cfg.learning_rate, cfg.steps, cfg.warmup))
     )
 
-    rows = parallel.process_rows(cfg.batch_size, mesh)
+    rows = devices.process_rows(cfg.batch_size, mesh)
     streams = [text.windows(train, cfg.batch_size, cfg.length, seed, rows) for seed in run.seeds]
     keys = jnp.stack([jax.random.split(jax.random.key(seed), 3) for seed in run.seeds])  # [S, 3]
     states = begin(model, tx, rows.stop - rows.start, keys[:, :2])
-    states = parallel.replicated(states, mesh)._replace(extra=parallel.place(states.extra, mesh, axis=1))
+    states = devices.replicated(states, mesh)._replace(extra=devices.place(states.extra, mesh, axis=1))
 
     score = jax.jit(jax.vmap(functools.partial(read, model), (0, None)))
-    validation, test = (parallel.replicated(text.reading(ids, cfg.length), mesh) for ids in held_out)
+    validation, test = (devices.replicated(text.reading(ids, cfg.length), mesh) for ids in held_out)
     anew = {**test, "first": jnp.ones_like(test["first"])}
 
     def nats(variables: Tree, windows: Batch) -> np.ndarray:  # [S], the sum over all characters
@@ -106,7 +109,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     bits = [1 / count / np.log(2) for count in counts]
     watch = Watch(cfg.watch_every, lambda variables: {"bits/validation": nats(variables, validation) * bits[0]})
     step = per_seed(make_step(functools.partial(window_loss, model), tx))
-    batches = parallel.placed(data.per_seed(streams), mesh, axis=1)
+    batches = devices.placed(data.per_seed(streams), mesh, axis=1)
     states = fit(step, states, batches, steps=cfg.steps, run=run, watch=watch)
 
     show(run, samples(model, lanes.split(states.params)[0], cfg.sample_length, keys[0, 2]))

@@ -24,15 +24,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dl_jax import augment, classify, data, losses, metrics, optim, parallel
-from dl_jax.claims import Claim
-from dl_jax.errors import require_probability
-from dl_jax.figures import confusion_figure
-from dl_jax.launch import launch
-from dl_jax.models.lenet import LeNet5, map_loss
-from dl_jax.run import Run
-from dl_jax.step import init_state, make_step
-from dl_jax.train import Watch, evaluate, fit
+from dl_jax import augment, classify, data, losses, metrics, optim
+from dl_jax.core import devices
+from dl_jax.core.errors import require_probability
+from dl_jax.core.evaluate import evaluate
+from dl_jax.core.fit import Watch, fit
+from dl_jax.core.step import init_state, make_step
+from dl_jax.harness.launch import launch
+from dl_jax.harness.report.figures import confusion_figure
+from dl_jax.harness.results.claims import Claim
+from dl_jax.harness.run import Run
+from dl_jax.models.vision.lenet import LeNet5, map_loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,14 +84,14 @@ CLAIMS = (
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     require_probability({"momentum": cfg.momentum})
-    mesh = parallel.data_mesh()
+    mesh = devices.data_mesh()
     folders = run.settings.data_dir, run.settings.cache_dir
     train, test = (data.grey_pictures(cfg.dataset, split, *folders) for split in (cfg.train_split, cfg.test_split))
     model = LeNet5(dtype=jnp.dtype(cfg.compute_dtype))
     start = jax.jit(functools.partial(model.init, train=False))
     examine = functools.partial(examined, model.apply)
-    rows = parallel.process_rows(cfg.batch_size, mesh)
-    exam = [parallel.place(batch, mesh) for batch in data.epoch(test, cfg.batch_size, rows)]
+    rows = devices.process_rows(cfg.batch_size, mesh)
+    exam = [devices.place(batch, mesh) for batch in data.epoch(test, cfg.batch_size, rows)]
 
     distort = augment.affine(
         degrees=(-cfg.degrees, cfg.degrees),
@@ -112,9 +114,9 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
             key_init, key, key_exam = jax.random.split(jax.random.key(seed), 3)
             measure = lambda variables, key=key_exam: evaluate(examine, variables, exam, key)
             state = init_state(key, start(key_init, jnp.zeros((1, 28, 28, 1))), tx)
-            batches = parallel.placed(data.batches(train, cfg.batch_size, seed, rows), mesh)
+            batches = devices.placed(data.batches(train, cfg.batch_size, seed, rows), mesh)
             watch = Watch(cfg.watch_every, lambda variables, m=measure: {"test_error": 100 * m(variables)["error"]})
-            state = fit(step, parallel.replicated(state, mesh), batches, steps=steps, run=child, watch=watch)
+            state = fit(step, devices.replicated(state, mesh), batches, steps=steps, run=child, watch=watch)
             found = measure(state.variables)
             errors[f"test_error/{cell}"].append(100 * found["error"])
             first = {name: column[:64] for name, column in train.items()}

@@ -1,0 +1,147 @@
+"""A tree as named leaves: the paths, types and digests by which a checkpoint knows it. Pure functions, no disk.
+
+A path names a leaf by the fields, keys and indices that lead to it: `opt_state/0/mu/Dense_0/kernel`. Characters of a
+key that storage gives a meaning (`/`, `.` and the like) are percent-encoded, so that two leaves never share a path.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+from urllib.parse import quote, unquote
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dl_jax.core.errors import InputError
+
+Tree = Any
+Where = Callable[[jax.tree_util.KeyPath, Any], bool]  # chooses parameters by path, shape and dtype, never by value
+Leaf = Any  # jax.Array, numpy array, or jax.ShapeDtypeStruct
+
+
+class Spec(NamedTuple):
+    """What must agree for a stored leaf to take the place of another."""
+
+    shape: tuple[int, ...]  # of the numbers: a typed PRNG key is stored as its key data [..., words]
+    dtype: str  # numpy's name, or key<implementation>
+
+
+def named(tree: Tree) -> dict[str, Leaf]:
+    """The leaves of `tree` by path. None and empty containers hold no leaf.
+
+    Raises:
+      TypeError: a leaf is not an array, or two leaves have one path.
+    """
+    leaves: dict[str, Leaf] = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        path = "/".join(_quoted(jax.tree_util.keystr((key,), simple=True)) for key in keys)
+        if path in leaves:
+            raise TypeError(f"two leaves of the tree have the path {path}; rename one")
+        if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic):
+            raise TypeError(f"leaf {path} is a {type(leaf).__name__}; a checkpoint holds arrays only")
+        leaves[path] = leaf
+    return leaves
+
+
+def nested(leaves: Mapping[str, Any], *, decoded: bool = True) -> dict[str, Any]:
+    """Plain nested dicts from leaves by path; `decoded` gives the keys their own characters back."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, name = (unquote(key) if decoded else key for key in path.split("/"))
+        branch = tree
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+        branch[name] = leaf
+    return tree
+
+
+def spec(leaf: Leaf) -> Spec:
+    """Shape and type of a leaf; it may be abstract."""
+    if not _is_key(leaf):
+        return Spec(tuple(leaf.shape), np.dtype(leaf.dtype).name)
+    implementation: list[Any] = []  # JAX tells it of arrays only: ask while tracing
+    jax.eval_shape(lambda key: implementation.append(jax.random.key_impl(key)), leaf)
+    return Spec(jax.eval_shape(jax.random.key_data, leaf).shape, f"key<{implementation[0]}>")
+
+
+def numbers(leaf: Leaf) -> jax.Array | np.ndarray:
+    """What is stored of a leaf: key data for typed PRNG keys, a copy for numpy, whose owner may write on."""
+    if _is_key(leaf):
+        return jax.random.key_data(leaf)
+    return leaf if isinstance(leaf, jax.Array) else np.array(leaf)
+
+
+def digest(values: jax.Array | np.ndarray) -> int | None:
+    """CRC-32 of the bytes in C order; None for an array of which this process holds only a part."""
+    if isinstance(values, jax.Array):
+        if values.is_fully_replicated:
+            values = values.addressable_data(0)
+        elif not values.is_fully_addressable:
+            return None
+    return zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+
+
+def differences(stored: Mapping[str, Spec], model: Mapping[str, Spec]) -> list[str]:
+    """One phrase for each leaf that does not agree, in the order of the paths."""
+    return [
+        f"{unquote(path)}: {_contrast(stored.get(path), model.get(path))}"
+        for path in sorted({*stored, *model})
+        if stored.get(path) != model.get(path)
+    ]
+
+
+def place(values: np.ndarray, like: Leaf) -> Leaf:
+    """Host `values` as the kind of leaf that `like` is, on its devices.
+
+    An uncommitted `like` gives an uncommitted array, so that `jit` is as free to move it as before.
+    """
+    if isinstance(like, np.ndarray | np.generic):
+        return values
+    sharding = None if isinstance(like, jax.Array) and not like.committed else like.sharding
+    placed = (
+        jax.device_put(values)
+        if sharding is None
+        else jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+    )
+    if not _is_key(like):
+        return placed
+    return jax.random.wrap_key_data(placed, impl=spec(like).dtype.removeprefix("key<").removesuffix(">"))
+
+
+def _is_key(leaf: Leaf) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _quoted(key: str) -> str:
+    return quote(key, safe="").replace(".", "%2E")
+
+
+def _contrast(stored: Spec | None, model: Spec | None) -> str:
+    if stored is None:
+        return "in the model, not in the checkpoint"
+    if model is None:
+        return "in the checkpoint, not in the model"
+    if stored.dtype == model.dtype:
+        return f"checkpoint {stored.shape}, model {model.shape}"
+    return f"checkpoint {stored.dtype} {stored.shape}, model {model.dtype} {model.shape}"
+
+
+def is_kernel(path: jax.tree_util.KeyPath, leaf: jax.Array) -> bool:
+    """Whether a parameter is a weight matrix or filter: Flax names these `kernel`. Biases and norm scales are not."""
+    return jax.tree_util.keystr(path[-1:], simple=True) == "kernel"
+
+
+def chosen(params: Tree, where: Where) -> Tree:
+    """`params` with a bool in place of each leaf: what `where` chooses. Also a mask for Optax: `adamw(mask=...)`.
+
+    Raises InputError where that is nothing: a penalty or transform without effect is a mistake in the predicate.
+    """
+    mask = jax.tree_util.tree_map_with_path(lambda path, leaf: bool(where(path, leaf)), params)
+    if not any(jax.tree.leaves(mask)):
+        paths = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in jax.tree.leaves_with_path(params)]
+        raise InputError(
+            f"`where` chooses none of the {len(paths)} parameters ({', '.join([*paths[:4], '...'][: len(paths)])}), "
+            "expected at least one; give a predicate (path, leaf) -> bool that fits these names"
+        )
+    return mask

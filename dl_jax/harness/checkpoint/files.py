@@ -1,0 +1,259 @@
+"""What lies in a directory of checkpoints: to list, verify, read, set aside and remove.
+
+    <step>/state/           the leaves as plain nested dicts, in Orbax's format; typed PRNG keys as their key data
+    <step>/meta/metadata    JSON {schema, step, metrics, best, leaves: {path: [crc32, shape, dtype]}, crc32}
+    damaged-<step>/         was skipped by a restore, and a newer save followed
+
+The digests are ours because Orbax gives bit-flipped array data back without a word; the meta's own is its `crc32`.
+Orbax writes, but arrays are read by TensorStore, the layer below it: where one leaf is damaged, Orbax's restore leaves
+the others' reads running, and each of them prints a traceback of its own.
+"""
+
+import json
+import logging
+import os
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from dl_jax.core.errors import InputError
+from dl_jax.core.fit import Best
+from dl_jax.core.leaves import Spec, Tree, differences, digest
+
+Meta = dict[str, Any]
+
+SCHEMA = 1
+SHOWN = 4  # differing leaves in a message
+
+
+class Sound(NamedTuple):
+    """A checkpoint of which every digest agreed."""
+
+    meta: Meta
+    arrays: dict[str, np.ndarray]  # by path
+
+
+class Damaged(Exception):
+    """The message says what does not agree."""
+
+
+def orbax_writer() -> Any:
+    """An asynchronous Orbax checkpointer, made quiet: its errors arrive as exceptions, so their log is told twice."""
+    import orbax.checkpoint as ocp
+
+    logging.getLogger("absl").addFilter(_speaks)  # once, however often it is added
+    state = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False)  # as `_location` has it
+    return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(state=state, meta=ocp.JsonCheckpointHandler()))
+
+
+def orbax_parts(state: Tree, meta: Meta) -> Any:
+    """What that checkpointer takes."""
+    import orbax.checkpoint as ocp
+
+    return ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(sealed(meta)))
+
+
+def absolute(directory: str) -> epath.Path:
+    """The path that Orbax wants: absolute, addresses such as gs://bucket/run as they are."""
+    return epath.Path(directory if "://" in directory else os.path.abspath(directory))
+
+
+def prepare(root: epath.Path) -> None:
+    """Makes a directory that can be written, without remains. Raises OSError, or what object storage has for it."""
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "writable").touch()
+    (root / "writable").unlink()
+    tidy(root)
+
+
+def tidy(root: epath.Path) -> None:
+    """Removes what a killed or failed save left, and brings back what it was to replace."""
+    for path in _entries(root):
+        if _is_unfinished(path):
+            path.rmtree()
+        elif path.name.startswith("replaced-"):
+            _undo(path, root / path.name.removeprefix("replaced-"))
+
+
+def prune(root: epath.Path, keep: int, best: Best | None) -> None:
+    """Removes all steps but the newest `keep` and the best."""
+    present = steps(root)
+    kept = {*present[:keep], best_of(metas(root), best)}
+    for step in present:
+        if step not in kept:
+            (root / str(step)).rmtree()
+
+
+def set_aside(root: epath.Path, step: int, label: str) -> None:
+    """Renames a step to `<label>-<step>`, in place of an older one of that name."""
+    aside = root / f"{label}-{step}"
+    if aside.exists():
+        aside.rmtree()
+    (root / str(step)).rename(aside)
+
+
+def steps(root: epath.Path) -> list[int]:
+    """The steps that were written to the end, newest first."""
+    done = (path for path in _entries(root) if path.name.isdecimal() and path.is_dir() and not _is_unfinished(path))
+    return sorted((int(path.name) for path in done), reverse=True)
+
+
+def metas(root: epath.Path) -> dict[int, Meta]:
+    """The meta of each step that has a sound one."""
+    found = {}
+    for step in steps(root):
+        try:
+            found[step] = read_meta(root, step)
+        except Damaged:
+            continue
+    return found
+
+
+def best_of(candidates: Mapping[int, Meta], criterion: Sequence[str] | None) -> int | None:
+    """The step with the best metric, the newest of equals; None without a criterion or a value."""
+    if criterion is None:
+        return None
+    name, end = criterion
+    sign = 1 if end == "max" else -1
+    scores = {step: sign * meta["metrics"][name] for step, meta in candidates.items() if name in meta["metrics"]}
+    return max(scores, key=lambda step: (scores[step], step), default=None)
+
+
+def describe(step: int, leaves: Mapping[str, list], metrics: Mapping[str, float], best: Best | None) -> Meta:
+    """The meta of a checkpoint, of types that JSON gives back as they were."""
+    return {
+        "schema": SCHEMA,
+        "step": step,
+        "metrics": dict(metrics),
+        "best": best and list(best),
+        "leaves": dict(leaves),
+    }
+
+
+def covers(meta: Meta, other: Meta) -> bool:
+    """Whether all that `other` describes is in the checkpoint of `meta`; never when a leaf has no digest."""
+    same = meta["step"] == other["step"] and meta["leaves"] == other["leaves"]
+    known = all(crc is not None for crc, *_ in other["leaves"].values())
+    return same and known and other["metrics"].items() <= meta["metrics"].items()
+
+
+def sealed(meta: Meta) -> Meta:
+    """The meta with its own digest."""
+    return {**meta, "crc32": zlib.crc32(json.dumps(meta, sort_keys=True).encode())}
+
+
+def newest_sound(
+    root: epath.Path, name: str, candidates: Iterable[int], model: Mapping[str, Spec] | None
+) -> tuple[Sound | None, dict[int, str]]:
+    """The first sound one of `candidates`, and what is wrong with those before it.
+
+    Raises:
+      InputError: it does not fit `model`, where one is given; found before its arrays are read.
+    """
+    damage: dict[int, str] = {}
+    for step in candidates:
+        try:
+            meta = read_meta(root, step)
+            _check(meta, model, f"{name}/{step}")
+            return Sound(meta, _read_arrays(root, meta)), damage
+        except Damaged as error:
+            damage[step] = str(error)
+    return None, damage
+
+
+def read_meta(root: epath.Path, step: int) -> Meta:
+    """The meta of a step without its digest. Raises Damaged."""
+    try:
+        found = json.loads((root / str(step) / "meta" / "metadata").read_text())
+        meta = {key: value for key, value in found.items() if key != "crc32"}
+        agrees = found == sealed(meta)
+    except Exception as error:  # damage takes any form
+        raise Damaged(f"its meta cannot be read, {reason(error)}") from error
+    if not agrees:
+        raise Damaged("its meta does not match its digest")
+    if meta["step"] != step:
+        raise Damaged(f"it holds step {meta['step']}")
+    return meta
+
+
+def reason(error: Exception) -> str:
+    """An exception in a few words, on one line."""
+    if "RESOURCE_EXHAUSTED" in str(error) or "No space left" in str(error):
+        return "disk full"
+    words = str(error).split(" [tensorstore_spec")[0].split()
+    return (isinstance(error, OSError) and error.strerror) or " ".join(words)[:160] or type(error).__name__
+
+
+def _check(meta: Meta, model: Mapping[str, Spec] | None, name: str) -> None:
+    if meta["schema"] != SCHEMA:
+        raise InputError(
+            f"checkpoint {name} has schema {meta['schema']}, and this dl_jax reads {SCHEMA}; use the one that wrote it"
+        )
+    if model is None:
+        return
+    found = differences({path: Spec(tuple(shape), dtype) for path, (_, shape, dtype) in meta["leaves"].items()}, model)
+    if found:
+        shown = "; ".join([*found[:SHOWN], *(["..."] if len(found) > SHOWN else [])])
+        raise InputError(
+            f"checkpoint {name} does not fit this model ({len(found)} difference{'s' * (len(found) > 1)}): {shown}; "
+            "use another --workdir or the config and seeds it was written with"
+        )
+
+
+def _read_arrays(root: epath.Path, meta: Meta) -> dict[str, np.ndarray]:
+    """Every leaf as a host array. Raises Damaged."""
+    import tensorstore
+
+    state = root / str(meta["step"]) / "state"
+    filled = [path for path, (_, shape, _) in meta["leaves"].items() if 0 not in shape]
+    try:
+        stores = {path: tensorstore.open(_location(state, path), open=True, read=True) for path in filled}
+        reads = {path: store.result().read() for path, store in stores.items()}
+        found = {path: read.result() for path, read in reads.items()}
+    except Exception as error:  # damage takes any form
+        raise Damaged(f"its arrays cannot be read, {reason(error)}") from error
+    arrays = {}
+    for path, (crc, shape, dtype) in meta["leaves"].items():
+        stored = np.dtype("uint32" if dtype.startswith("key<") else dtype)
+        array = arrays[path] = found[path] if path in found else np.zeros(shape, stored)
+        if array.shape != tuple(shape) or array.dtype != stored or crc not in (None, digest(array)):
+            raise Damaged(f"{path} does not match its digest")
+    return arrays
+
+
+def _location(state: epath.Path, path: str) -> dict[str, Any]:
+    """Where Orbax put a leaf, in TensorStore's words."""
+    folder = f"{state.as_posix()}/"
+    base = folder if "://" in folder else {"driver": "file", "path": folder}
+    store = {"driver": "ocdbt", "base": base, "path": f"{path.replace('/', '.')}/"}
+    return {"driver": "zarr", "kvstore": store}
+
+
+def _entries(root: epath.Path) -> list[epath.Path]:
+    try:
+        return list(root.iterdir())
+    except (FileNotFoundError, NotADirectoryError):  # object storage has no empty directories
+        return []
+
+
+def _undo(replaced: epath.Path, place: epath.Path) -> None:
+    """Back to its place, unless the one that was to replace it is there."""
+    if place.exists() and not _is_unfinished(place):
+        replaced.rmtree()
+    else:
+        replaced.rename(place)
+
+
+def _is_unfinished(path: epath.Path) -> bool:
+    """Orbax renames a finished save into place, and on object storage, which cannot, marks it with a file."""
+    if ".orbax-checkpoint-tmp" in path.name:
+        return True
+    return path.as_posix().startswith("gs://") and path.name.isdecimal() and not (path / "commit_success.txt").exists()
+
+
+def _speaks(record: logging.LogRecord) -> bool:
+    ours = "orbax" not in record.pathname
+    return ours or (record.levelno >= logging.ERROR and not record.exc_info)

@@ -1,0 +1,216 @@
+"""States to and from disk: asynchronous saves, and the newest sound checkpoint back.
+
+A save is written by Orbax beside its place and then renamed into it, so a killed one leaves no checkpoint. Orbax's
+CheckpointManager is not used: it takes no step at or below the newest it sees, be that one damaged or not, and does
+not open over a damaged metrics file. `checkpoint_files` says what lies on disk.
+"""
+
+import contextlib
+import math
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from dl_jax.core.errors import InputError
+from dl_jax.core.fit import Best
+from dl_jax.core.leaves import Spec, Tree, digest, named, nested, numbers, place, spec
+from dl_jax.harness.checkpoint import files
+
+
+class Checkpoints:
+    """The checkpoints of one run: one directory, local or gs://, and one writer.
+
+    The `keep` newest stay, and beside them the best by `best`: a metric's name and which end of it is good.
+    Under several processes every method is called by all of them, and process 0 decides.
+    """
+
+    def __init__(self, directory: str, *, keep: int = 2, best: Best | None = None):
+        """Makes the directory and clears away what a killed writer left.
+
+        Raises:
+          InputError: the directory cannot be written.
+        """
+        self._name, self._root, self._keep, self._best = directory, files.absolute(directory), keep, best
+        self._writer: Any = None  # made by the first save: importing Orbax takes a second
+        self._finisher = ThreadPoolExecutor(1)
+        self._unfinished: Future[None] | None = None  # the save under way
+        self._latest: files.Meta | None = None  # what this writer last saved or restored
+        self._damaged: dict[int, str] = {}  # what the last restore skipped, and why
+        if jax.process_index() == 0:
+            try:
+                files.prepare(self._root)
+            except Exception as error:
+                raise InputError(
+                    f"{directory} cannot be written ({files.reason(error)}); choose another --workdir"
+                ) from error
+
+    def save(self, step: int, tree: Tree, metrics: Mapping[str, float] = {}) -> None:
+        """Starts to write the arrays of `tree`, which may be donated or overwritten as soon as this returns.
+
+        A step that this writer saved or restored last is replaced, unless nothing would change. Metrics that are not
+        finite are left out, so that they never make a checkpoint the best.
+
+        Raises:
+          InputError: an earlier save failed, this one cannot start, or the directory holds a checkpoint as new as
+            `step` that this writer has not restored.
+          TypeError: a leaf is not an array.
+        """
+        self.wait()
+        leaves = named(tree)
+        values = {path: numbers(leaf) for path, leaf in leaves.items()}
+        records = {path: [digest(values[path]), *map(_jsonable, spec(leaf))] for path, leaf in leaves.items()}
+        finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+        meta = files.describe(step, records, finite, self._best)
+        if self._latest is not None and files.covers(self._latest, meta):
+            return
+        if jax.process_index() == 0:
+            self._make_room(step)
+        self._writer = self._writer or files.orbax_writer()
+        filled = {path: array for path, array in values.items() if array.size}  # Orbax takes no empty array
+        try:
+            self._writer.save(self._root / str(step), args=files.orbax_parts(nested(filled, decoded=False), meta))
+        except OSError as error:
+            raise self._failure(step, error) from error
+        self._latest = meta
+        self._unfinished = self._finisher.submit(self._finish, step)
+
+    def restore(self, like: Tree) -> tuple[int, Tree] | None:
+        """The newest sound checkpoint and its step, each leaf placed as `like`'s is; None if there is none.
+
+        `like` holds arrays or `jax.ShapeDtypeStruct`s; numpy leaves come back as numpy. Damaged checkpoints are
+        skipped with a warning; the next save sets them aside as `damaged-<step>`.
+
+        Raises:
+          InputError: the newest readable checkpoint does not fit `like`, or was written by a newer dl_jax.
+        """
+        self.wait()
+        leaves = named(like)
+        model = {path: spec(leaf) for path, leaf in leaves.items()}
+        found = self._newest(model) if jax.process_count() == 1 else self._agreed(model)
+        for step, why in self._damaged.items():
+            warnings.warn(f"skipped the damaged checkpoint {self._name}/{step}: {why}", stacklevel=2)
+        if found is None:
+            return None
+        self._latest = found.meta
+        placed = [place(found.arrays[path], leaf) for path, leaf in leaves.items()]
+        return found.meta["step"], jax.tree.unflatten(jax.tree.structure(like), placed)
+
+    def wait(self) -> None:
+        """Until the save under way is on disk and what it makes superfluous is removed.
+
+        Raises:
+          InputError: the save failed; the checkpoints before it are as they were.
+        """
+        unfinished, self._unfinished = self._unfinished, None
+        if unfinished is not None:
+            unfinished.result()
+
+    def close(self) -> None:
+        """Waits, then ends the writer's threads. A program that ends without it may lose the save under way."""
+        try:
+            self.wait()
+        finally:
+            self._finisher.shutdown()
+            if self._writer is not None:
+                self._writer.close()
+
+    def _finish(self, step: int) -> None:
+        """In a thread of its own, because object storage takes seconds to remove a checkpoint."""
+        try:
+            self._writer.wait_until_finished()
+        except Exception as error:  # TensorStore has no type of its own for, say, a full disk
+            raise self._failure(step, error) from error
+        if jax.process_index() == 0:
+            files.tidy(self._root)
+            files.prune(self._root, self._keep, self._best)
+
+    def _newest(self, model: Mapping[str, Spec]) -> files.Sound | None:
+        found, self._damaged = files.newest_sound(self._root, self._name, files.steps(self._root), model)
+        return found
+
+    def _agreed(self, model: Mapping[str, Spec]) -> files.Sound | None:
+        """What process 0 finds, read by every process."""
+        from jax.experimental import multihost_utils
+
+        found, refusal = None, None
+        if jax.process_index() == 0:
+            try:
+                found = self._newest(model)
+            except InputError as error:
+                refusal = error
+        choice = -2 if refusal else -1 if found is None else found.meta["step"]
+        choice = int(multihost_utils.broadcast_one_to_all(np.int32(choice)))
+        if choice == -2:
+            raise refusal or InputError(f"process 0 refuses the checkpoints in {self._name}; its message says why")
+        if choice < 0 or jax.process_index() == 0:
+            return found
+        found, damage = files.newest_sound(self._root, self._name, [choice], model)
+        if found is None:
+            raise InputError(
+                f"process {jax.process_index()} cannot read {self._name}/{choice} as process 0 does "
+                f"({damage[choice]}); give a --workdir that all hosts share"
+            )
+        return found
+
+    def _make_room(self, step: int) -> None:
+        """Sets aside what stands in the way of `step`."""
+        for damaged in self._damaged.keys() & {*files.steps(self._root)}:  # but for what somebody removed by hand
+            files.set_aside(self._root, damaged, "damaged")
+        self._damaged = {}
+        newest = max(files.steps(self._root), default=-1)
+        if newest == step and self._latest is not None and self._latest["step"] == step:
+            files.set_aside(self._root, step, "replaced")
+        elif newest >= step:
+            raise InputError(
+                f"{self._name} holds step {newest}, and a save of step {step} must be newer; "
+                "restore it first or use another --workdir"
+            )
+
+    def _failure(self, step: int, error: Exception) -> InputError:
+        self._latest = None
+        if jax.process_index() == 0:
+            with contextlib.suppress(Exception):  # the next writer tries again
+                files.tidy(self._root)
+        return InputError(
+            f"checkpoint {self._name}/{step} was not written ({files.reason(error)}); "
+            "make room there or use another --workdir"
+        )
+
+
+def load(directory: str, step: int | None = None) -> tuple[int, Tree]:
+    """The newest sound checkpoint, or that of `step`, without a model; writes nothing.
+
+    Returns the step and plain nested dicts of numpy arrays: NamedTuples by field, tuples and lists by "0", "1" ...,
+    typed PRNG keys as their key data (uint32 [..., words]), nothing where the tree was None or empty.
+
+    Raises:
+      InputError: there is no such checkpoint, or none is sound.
+    """
+    root = files.absolute(directory)
+    steps = files.steps(root)
+    if step is not None and step not in steps:
+        raise InputError(f"{directory} has no checkpoint {step}; it has {steps or 'none at all'}")
+    found, damage = files.newest_sound(root, directory, steps if step is None else [step], None)
+    if found is None:
+        reasons = "; ".join(f"{step}: {why}" for step, why in damage.items()) or "there is none at all"
+        raise InputError(f"no sound checkpoint in {directory} ({reasons}); give another directory or step")
+    for skipped, why in damage.items():
+        warnings.warn(f"skipped the damaged checkpoint {directory}/{skipped}: {why}", stacklevel=2)
+    return found.meta["step"], nested(found.arrays)
+
+
+def best_step(directory: str) -> int | None:
+    """The step whose metric is best by the newest checkpoint's criterion; the newest of equals.
+
+    None if there is no criterion, or no checkpoint with a finite value of it.
+    """
+    metas = files.metas(files.absolute(directory))
+    return files.best_of(metas, metas[max(metas)]["best"]) if metas else None
+
+
+def _jsonable(value: tuple[int, ...] | str) -> list[int] | str:
+    return list(value) if isinstance(value, tuple) else value

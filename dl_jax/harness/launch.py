@@ -1,0 +1,271 @@
+"""From a command line to a measured claim: `launch(main, PRESETS, CLAIMS)` ends every experiment's file."""
+
+import contextlib
+import dataclasses
+import inspect
+import itertools
+import json
+import os
+import shlex
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+import tyro
+from etils import epath
+
+from dl_jax.core.errors import InputError
+from dl_jax.core.fit import NonFiniteError
+from dl_jax.core.step import ArgumentError
+from dl_jax.harness.machine import cache_programs, device, git_state, initialize, keep_freed_memory, versions
+from dl_jax.harness.report.terminal import print_table
+from dl_jax.harness.report.writers import TensorBoard
+from dl_jax.harness.results.claims import MISSED, Claim, judge, summary
+from dl_jax.harness.run import PREEMPTED, Preempted, Run, Settings, never
+from dl_jax.harness.workdir import attempt, work_directory
+
+Main = Callable[[Any, Run], Mapping[str, np.ndarray]]
+
+
+class Experiment(NamedTuple):
+    """What an experiment's file hands to `launch`."""
+
+    main: Main
+    presets: Mapping[str, Any]
+    claims: Sequence[Claim]
+
+    @property
+    def script(self) -> Path:
+        return Path(inspect.getfile(self.main)).resolve()
+
+
+BAD_INPUT, CLAIM_MISSED = 2, 3  # exit statuses
+
+
+@dataclasses.dataclass(frozen=True)
+class Common:
+    """The flags that every experiment has."""
+
+    workdir: str | None = None
+    """Folder (or gs:// address) that keeps the run; the same command again resumes it."""
+    data_dir: str | None = None
+    """Folder of prepared TFDS sets [default: $TFDS_DATA_DIR, then TFDS's own]."""
+    cache_dir: str | None = None
+    """Folder for decoded data and compiled programs [default: $XDG_CACHE_HOME/dl_jax]."""
+    seeds: int = 5
+    """How many seeds to run."""
+    seed: int = 0
+    """The first seed."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """At a NaN or infinite metric: stop, or leave that step out."""
+    coordinator: str | None = None
+    """Address host:port of process 0, for runs of several processes [default: $JAX_COORDINATOR_ADDRESS]."""
+    processes: int | None = None
+    """How many processes there are [default: $JAX_NUM_PROCESSES]."""
+    process_id: int | None = None
+    """Which of them this is [default: $JAX_PROCESS_ID]."""
+    cluster: bool = False
+    """Ask the cluster (TPU pod, SLURM, Open MPI, Kubernetes) for the three above."""
+    debug: bool = False
+    """Show the traceback of bad input."""
+
+
+def launch(main: Main, presets: Mapping[str, Any], claims: Sequence[Claim]) -> None:
+    """Parses the command line, calls `main(config, run)`, prints the table, writes result.json, exits.
+
+    Exit status: 0 done, 1 a crash, 2 bad input, 3 an applicable claim was missed, 143 pre-empted after saving.
+    """
+    preset, config, common = parse(sys.argv[1:], presets, inspect.getdoc(inspect.getmodule(main)) or "")
+    distributed = False
+    try:
+        keep_freed_memory()
+        distributed = join_processes(common)
+        cache_programs(common.cache_dir)
+        status = run_experiment(Experiment(main, presets, claims), preset, config, common, distributed)
+    except (InputError, ArgumentError, NonFiniteError) as error:
+        if common.debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        status = BAD_INPUT
+    except Preempted:
+        status = PREEMPTED
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    leave(status, distributed)
+
+
+def leave(status: int, distributed: bool) -> None:
+    """Ends the process. A failing one of several must not wait for the others, who would wait for it."""
+    if distributed and status in (1, BAD_INPUT):
+        sys.stderr.flush()
+        os._exit(status)
+    if distributed:
+        jax.distributed.shutdown()
+    sys.exit(status)
+
+
+def parse(arguments: Sequence[str], presets: Mapping[str, Any], description: str) -> tuple[str, Any, Common]:
+    """(preset name, its Config with the flags applied, the common flags)."""
+    name = preset_of(arguments, presets)
+    default = presets[name]
+    Arguments = dataclasses.make_dataclass(
+        "Arguments",
+        [
+            ("preset", Literal[tuple(presets)], dataclasses.field(default=name)),  # type: ignore[valid-type]
+            ("common", tyro.conf.OmitArgPrefixes[Common], dataclasses.field(default=Common())),
+            ("config", tyro.conf.OmitArgPrefixes[type(default)], dataclasses.field(default=default)),
+        ],
+        frozen=True,
+    )
+    parsed: Any = tyro.cli(Arguments, args=list(arguments), description=description)
+    if parsed.preset != name:
+        print("error: --preset is given twice, expected once", file=sys.stderr)
+        raise SystemExit(BAD_INPUT)
+    return parsed.preset, parsed.config, parsed.common
+
+
+def preset_of(arguments: Sequence[str], presets: Mapping[str, Any]) -> str:
+    """The preset gives the other flags their defaults, so it is looked up before they are parsed."""
+    given = [b for a, b in itertools.pairwise([*arguments, ""]) if a == "--preset"]
+    given += [a.removeprefix("--preset=") for a in arguments if a.startswith("--preset=")]
+    return given[-1] if given and given[-1] in presets else "quick"
+
+
+def run_experiment(experiment: Experiment, preset: str, config: Any, common: Common, distributed: bool) -> int:
+    """Runs `main` and records what it measured; gives the exit status."""
+    for flag, value in {"--seeds": common.seeds, "--checkpoint-every": common.checkpoint_every}.items():
+        if value < 1:
+            raise InputError(f"{flag} {value}, expected 1 or more")
+    script = experiment.script
+    code = git_state(script.parent)
+    seeds = tuple(range(common.seed, common.seed + common.seeds))
+    fields = dataclasses.asdict(config)
+    identity = {"experiment": name_of(script), "preset": preset, "config": fields}
+    with work_directory(common.workdir, identity, script, distributed) as directory, attempt(directory, code) as so_far:
+        settings = Settings(
+            seeds=seeds,
+            data_dir=common.data_dir,
+            cache_dir=common.cache_dir,
+            skip_nonfinite=common.on_nan == "skip",
+            checkpoint_every=common.checkpoint_every,
+            batch_size=fields.get("batch_size"),
+            preempted=preemption(distributed) if directory or distributed else never,
+        )
+        with contextlib.closing(Run(directory, settings)) as run:
+            found = experiment.main(config, run)
+        measured = {name: np.asarray(values, float).ravel().tolist() for name, values in found.items()}
+        attempts = so_far()
+        ran = described(preset, config, experiment.presets[preset], experiment.claims)
+        record = {
+            **identity,
+            "preset": ran,
+            "seeds": list(seeds),
+            "command": command(identity["experiment"], sys.argv[1:]),
+            "commit": code["commit"],
+            "clean": all(each["clean"] for each in attempts),
+            "dataset": fields.get("dataset"),
+            "measured": {name: summary(values) for name, values in measured.items()},
+            "claims": judge(experiment.claims, measured, preset=ran, config=fields),
+            "device": device(),
+            "versions": versions(),
+            "wall_seconds": round(sum(each["seconds"] or 0 for each in attempts), 1),
+            "attempts": attempts,
+        }
+        if jax.process_index() == 0:
+            if directory:
+                keep(record, directory)
+            print_table(record)
+    return CLAIM_MISSED if any(claim["verdict"] in MISSED for claim in record["claims"]) else 0
+
+
+def keep(record: Mapping[str, Any], directory: epath.Path) -> None:
+    """Writes result.json, unless it says the same already, and the row in TensorBoard's table of hyper-parameters.
+
+    A finished run that is called again takes no step: its record stays that of the attempt that measured.
+    """
+    result = directory / "result.json"
+    measured = json.loads(result.read_text())["measured"] if result.exists() else None
+    if measured == record["measured"]:
+        return
+    result.write_text(json.dumps(record, indent=2) + "\n")
+    with contextlib.closing(TensorBoard(directory, 0)) as board:
+        board.hparams(record["config"], {name: stats["mean"] for name, stats in record["measured"].items()})
+
+
+def described(preset: str, config: Any, default: Any, claims: Sequence[Claim]) -> str:
+    """The preset's name, and what was changed in it: only the fields that a claim is given may vary freely."""
+    given = {name for claim in claims for name in claim.given}
+    changed = [name for name, value in vars(default).items() if name not in given and value != getattr(config, name)]
+    return f"{preset}, changed: {', '.join(changed)}" if changed else preset
+
+
+def name_of(script: Path) -> str:
+    """vision/lenet for .../experiments/vision/lenet.py."""
+    parts = script.with_suffix("").parts
+    return "/".join(parts[parts.index("experiments") + 1 :] if "experiments" in parts else parts[-1:])
+
+
+WITH_VALUE = ("--workdir", "--data-dir", "--cache-dir", "--coordinator", "--processes", "--process-id")
+ALONE = ("--cluster", "--no-cluster", "--debug", "--no-debug")
+
+
+def command(experiment: str, arguments: Sequence[str]) -> str:
+    """The command that gives this result anywhere: without where things lie and who takes part."""
+    kept, skip = [], False
+    for argument in arguments:
+        flag = argument.split("=")[0].replace("_", "-")
+        if not skip and flag not in (*WITH_VALUE, *ALONE):
+            kept.append(argument)
+        skip = not skip and flag in WITH_VALUE and "=" not in argument
+    return shlex.join(["python", f"experiments/{experiment}.py", *kept])
+
+
+def preemption(distributed: bool) -> Callable[[int], bool]:
+    """step -> whether SIGTERM (or, of one process, Ctrl-C) has asked us to end, the same answer on every process."""
+    if distributed:  # JAX has its own handler there and agrees on a step
+        from jax.experimental import multihost_utils
+
+        calls = itertools.count()  # of all fits: the processes agree on a number that must not start again
+        return lambda step: multihost_utils.reached_preemption_sync_point(next(calls))
+    told: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        told.append(number)
+        signal.signal(number, signal.SIG_DFL)  # told again, the process ends at once
+
+    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGINT, note)
+    return lambda step: bool(told)
+
+
+def join_processes(common: Common) -> bool:
+    """Starts jax.distributed when flags or environment ask for it."""
+    coordinator = common.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    processes = common.processes or environment_int("JAX_NUM_PROCESSES")
+    process_id = common.process_id if common.process_id is not None else environment_int("JAX_PROCESS_ID")
+    given = {"--coordinator": coordinator, "--processes": processes, "--process-id": process_id}
+    missing = [flag for flag, value in given.items() if value is None]
+    if common.cluster:
+        initialize(None, None, None)
+        return True
+    if len(missing) == len(given) or processes == 1:
+        return False
+    if missing:
+        raise InputError(f"a run of several processes needs {', '.join(given)}; missing: {', '.join(missing)}")
+    initialize(coordinator, processes, process_id)
+    return True
+
+
+def environment_int(name: str) -> int | None:
+    value = os.environ.get(name)
+    if value is not None and not value.isdecimal():
+        raise InputError(f"{name}={value}, expected a whole number; correct or unset it")
+    return None if value is None else int(value)

@@ -1,0 +1,87 @@
+"""The machine a run is on: what it is set to, and what the record says of it."""
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import dl_jax
+from dl_jax.core.errors import InputError
+from dl_jax.core.files import cache_folder
+
+
+def cache_programs(cache_dir: str | None) -> None:
+    """Keeps compiled programs on disk, small ones too: a second start is seconds faster."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder(cache_dir) / "programs"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def keep_freed_memory() -> None:
+    """Stops glibc from handing every large temporary back to the kernel at each step: up to 1.9 times faster on CPU.
+
+    Has to come before the first large allocation. The four settings are M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD and
+    M_ARENA_MAX of mallopt(3).
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 << 20), (-8, 1)):
+            mallopt(option, value)
+
+
+def git_state(folder: Path) -> dict[str, Any]:
+    """The commit of the code, and whether it is all that ran."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "clean": not git("status", "--porcelain")}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "clean": False}
+
+
+def device() -> str:
+    """What computes: "8 x TPU v4", "1 x cpu (2 cores of Intel(R) Xeon(R) Processor @ 2.50GHz)"."""
+    kind, n = jax.devices()[0].device_kind, jax.device_count()
+    return f"{n} x {kind}" + (f" ({os.cpu_count()} cores of {processor()})" if kind == "cpu" else "")
+
+
+def processor() -> str:
+    """The CPU's name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return (names or [platform.processor() or platform.machine()])[0]
+
+
+def versions() -> dict[str, str]:
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
+    ours = {"python": platform.python_version(), "dl_jax": dl_jax.__version__}
+    return {**ours, **{name: importlib.metadata.version(name) for name in packages}}
+
+
+def initialize(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
+    """Joins the other processes. With three Nones the cluster (TPU pod, SLURM, Open MPI, Kubernetes) tells the rest.
+
+    A process that dies takes the others down within 45 seconds, where JAX's defaults take minutes. Raises InputError
+    where there is no cluster, or the numbers make no sense.
+    """
+    options: dict[str, Any] = {"heartbeat_timeout_seconds": 30, "shutdown_timeout_seconds": 30}
+    try:
+        jax.distributed.initialize(coordinator, processes, process_id, **options)
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"cannot join a run of several processes ({reason}); give --coordinator, --processes and --process-id"
+        ) from error

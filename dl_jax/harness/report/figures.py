@@ -1,0 +1,66 @@
+"""Pictures of a run: the confusion matrix and a sheet of images."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dl_jax.core.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WRITABLE = 20  # with more classes than this, a cell is too small for its count
+
+
+def confusion_figure(counts: Any, class_names: Sequence[str]) -> "Figure":
+    """A confusion matrix as a figure, to be saved with `figure.savefig(path)`.
+
+    `counts` [C, C] are numbers of examples, true class by predicted class. A cell's colour is its share of the true
+    class; the diagonal is what was right. Raises InputError if the shapes do not agree.
+    """
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state
+
+    counts = np.asarray(counts)
+    names, n = list(class_names), len(class_names)
+    if counts.shape != (n, n):
+        raise InputError(f"confusion counts of shape {counts.shape}, expected ({n}, {n}) for {n} class names")
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    side = max(3.0, 0.5 * n) if n <= WRITABLE else 10.0  # inches
+    figure = Figure(figsize=(side + 2.2, side + 1.2), layout="compressed")
+    axes = figure.add_subplot()
+    picture = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(picture, ax=axes, label="share of the true class", fraction=0.04)
+    size = 9 if n <= WRITABLE else min(6.0, 500 / n)
+    axes.set_xticks(range(n), names, rotation=0 if max(map(len, names)) <= 3 else 90, fontsize=size)
+    axes.set_yticks(range(n), names, fontsize=size)
+    total, right = counts.sum(), np.trace(counts)
+    title = f"{right:.0f} of {total:.0f} right ({right / max(total, 1):.2%})"
+    axes.set(xlabel="predicted class", ylabel="true class", title=title)
+    for row, column in np.argwhere(counts > 0) if n <= WRITABLE else []:
+        colour = "white" if share[row, column] > 0.5 else "black"
+        text = f"{counts[row, column]:.0f}"
+        axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9 if len(text) <= 4 else 7)
+    return figure
+
+
+def picture_sheet(pictures: Any) -> np.ndarray:
+    """`pictures` [N, H, W, C] side by side on one sheet, uint8 [rows * (H + 1) - 1, columns * (W + 1) - 1, 3].
+
+    C is 1 or 3; values are uint8 or floats in [0, 1] (what lies outside is clipped). Raises InputError otherwise.
+    """
+    pictures = np.asarray(pictures)
+    if pictures.ndim != 4 or pictures.shape[-1] not in (1, 3) or 0 in pictures.shape:
+        raise InputError(f"pictures of shape {pictures.shape}, expected [N, H, W, C] with C of 1 or 3")
+    if pictures.dtype != np.uint8:
+        if not np.issubdtype(pictures.dtype, np.floating):
+            raise InputError(f"pictures of dtype {pictures.dtype}, expected uint8 or floats in [0, 1]")
+        pictures = np.round(255 * np.clip(np.nan_to_num(pictures), 0, 1)).astype(np.uint8)
+    n, height, width, _ = pictures.shape
+    columns = min(n, max(1, round(math.sqrt(n * height / width))))  # about square
+    rows = math.ceil(n / columns)
+    sheet = np.full((rows, height + 1, columns, width + 1, 3), 255, np.uint8)
+    for i, picture in enumerate(pictures):
+        sheet[i // columns, :height, i % columns, :width] = picture
+    return sheet.reshape(rows * (height + 1), columns * (width + 1), 3)[:-1, :-1]

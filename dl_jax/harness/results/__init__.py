@@ -1,0 +1,1 @@
+"""Claims, the record of a run, and the page of results."""

@@ -1,0 +1,172 @@
+"""A run: where one fit records itself, and from where it resumes.
+
+    <workdir>/[child/...]  metrics.jsonl · TensorBoard events · checkpoints/
+
+Only process 0 writes text; all processes take part in checkpoints.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from dl_jax.core.errors import InputError, nearest
+from dl_jax.core.fit import Best, Measurements, Recorder
+from dl_jax.core.step import Tree
+from dl_jax.harness.checkpoint.store import Checkpoints
+from dl_jax.harness.report.terminal import Progress
+from dl_jax.harness.report.writers import JsonLines, TensorBoard, read_lines
+
+PREEMPTED = 143  # 128 + SIGTERM, so that a supervisor restarts the run
+
+
+class Preempted(SystemExit):
+    """The run was told to end, and everything is saved."""
+
+    def __init__(self) -> None:
+        super().__init__(PREEMPTED)
+
+
+def never(step: int) -> bool:
+    """No pre-emption."""
+    return False
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a run and its children have in common."""
+
+    seeds: tuple[int, ...] = (0,)
+    data_dir: str | None = None
+    cache_dir: str | None = None
+    skip_nonfinite: bool = False
+    checkpoint_every: int = 1000  # steps
+    batch_size: int | None = None  # examples in a step
+    preempted: Callable[[int], bool] = never  # asked once after each step; the same answer on all processes
+
+
+class Run(Recorder):
+    """Holds one fit. A script with several fits gives each a child: `fit(..., run=run / "teacher")`.
+
+    Without a directory it shows progress and keeps nothing.
+    """
+
+    def __init__(self, directory: epath.Path | None = None, settings: Settings = Settings(), name: str = "") -> None:
+        self.directory, self.settings, self.name = directory, settings, name
+        self.skip_nonfinite = settings.skip_nonfinite
+        self._children: dict[str, Run] = {}
+        self._checkpoints: Checkpoints | None = None
+        self._board: TensorBoard | None = None
+        self._lines: JsonLines | None = None
+        self._progress: Progress | None = None
+        self._reported: list[tuple[int, Mapping[str, Any]]] = []
+        self._step = -1  # the last one heard of; -1 before the fit
+        self._saved: int | None = None
+        self._ending = False
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return self.settings.seeds
+
+    def __truediv__(self, name: str) -> "Run":
+        """The child of this name, in a folder of its own."""
+        if name not in self._children:
+            directory = self.directory / name if self.directory else None
+            self._children[name] = Run(directory, self.settings, f"{self.name}/{name}".lstrip("/"))
+        return self._children[name]
+
+    def start(self, tree: Tree, steps: int, best: Best | None) -> Tree:
+        if self._step >= 0:
+            raise RuntimeError(f"run {self.name!r} already holds a fit; give each fit a child: run / 'name'")
+        if self.directory:
+            self._checkpoints = Checkpoints(str(self.directory / "checkpoints"), best=best)
+            restored = self._checkpoints.restore(tree)
+            self._saved, tree = restored or (None, tree)
+        self._step = self._saved or 0
+        if self.directory:
+            earlier = read_lines(self.directory / "metrics.jsonl", self._step)
+            self._reported = [(record["step"], record) for record in earlier]
+        if jax.process_index() == 0:
+            self._progress = Progress(self.name or "train", self._step, steps, self.settings.batch_size)
+            if self.directory:
+                self._lines = JsonLines(self.directory / "metrics.jsonl", self._step)
+                self._board = TensorBoard(self.directory, self._step)
+        return tree
+
+    def stepped(self, step: int) -> bool:
+        before, self._step = self._step, step
+        if self._progress:
+            self._progress.update(step)
+        self._ending = self.settings.preempted(step)
+        if not self._checkpoints:
+            if self._ending:
+                raise Preempted
+            return False
+        every = self.settings.checkpoint_every
+        return self._ending or step // every > before // every
+
+    def save(self, step: int, tree: Tree, measured: Measurements) -> None:
+        if not self._checkpoints:
+            return
+        if self._lines:
+            self._lines.flush()
+        if self._board:
+            self._board.flush()
+        scalars = {name: float(value) for name, value in measured.items() if np.ndim(value) == 0}
+        self._checkpoints.save(step, tree, scalars)
+        self._saved = step
+        if self._ending:
+            self._checkpoints.wait()
+            raise Preempted
+
+    def report(self, step: int, metrics: Measurements) -> None:
+        self._reported.append((step, metrics))
+        if self._progress:
+            self._progress.update(step, metrics)
+        if self._lines:
+            self._lines.write(step, metrics)
+        if self._board:
+            self._board.scalars(step, metrics)
+
+    def finish(self, step: int, tree: Tree) -> None:
+        if self._checkpoints:
+            if self._saved != step:
+                self.save(step, tree, {})
+            self._checkpoints.wait()
+        if self._progress:
+            self._progress.close()
+            self._progress = None
+
+    def history(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """What the fit reported as `name`, in earlier attempts too: steps int [n], values float64 [n] or [n, S].
+
+        What was not finite is NaN. Raises InputError if nothing of that name was reported.
+        """
+        found = [(step, metrics[name]) for step, metrics in self._reported if name in metrics]
+        if not found:
+            known = {key for _, metrics in self._reported for key in metrics}
+            expected = f"one of {', '.join(sorted(known))}{nearest(name, known)}" if known else "a step before that"
+            raise InputError(f"run {self.name!r} has no history of {name!r}, expected {expected}")
+        values = np.array([value for _, value in found], np.float64)  # JSON's null becomes NaN
+        return np.array([step for step, _ in found]), np.where(np.isfinite(values), values, np.nan)
+
+    def last_saved(self) -> str:
+        if self._saved is None:
+            return "nothing was saved"
+        return f"the last good checkpoint is step {self._saved} in {self.directory}/checkpoints"
+
+    @property
+    def board(self) -> TensorBoard | None:
+        """For pictures; None without a directory, and on all processes but the first."""
+        return self._board
+
+    def close(self) -> None:
+        """Ends what this run and its children still write."""
+        with contextlib.ExitStack() as stack:
+            for end in (*self._children.values(), self._progress, self._lines, self._board, self._checkpoints):
+                if end:
+                    stack.callback(end.close)

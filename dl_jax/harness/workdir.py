@@ -1,0 +1,157 @@
+"""The folder of a run: ours alone while it runs, shared by its processes, and never another run's."""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import filelock
+import jax
+import numpy as np
+from etils import epath
+
+from dl_jax.core.errors import InputError
+
+DEEPEST = 3  # levels of child runs: cell / seed and one more
+
+
+@contextlib.contextmanager
+def work_directory(workdir: str | None, identity: dict, script: Path, distributed: bool) -> Iterator[epath.Path | None]:
+    """The folder of this run, ours alone while it runs. Raises InputError where it cannot be used."""
+    if workdir is None:
+        yield None
+        return
+    directory = epath.Path(workdir if "://" in workdir else os.path.abspath(workdir))
+    with contextlib.ExitStack() as held:
+        if jax.process_index() == 0:
+            require_writable(directory, workdir)
+            if "://" not in workdir:
+                held.enter_context(locked(directory, workdir))
+        if distributed:
+            require_shared(directory)
+        if jax.process_index() == 0:
+            claim_directory(directory, identity, script)
+        yield directory
+
+
+@contextlib.contextmanager
+def attempt(directory: epath.Path | None, code: Mapping[str, Any]) -> Iterator[Callable[[], list[dict[str, Any]]]]:
+    """Notes in attempts.json which commit works in this folder and, once it ends, for how many seconds.
+
+    Yields a function that gives all attempts so far, this one last; `seconds` is None for one that was killed.
+    """
+    began = time.perf_counter()
+    file = directory / "attempts.json" if directory and jax.process_index() == 0 else None
+    earlier = json.loads(file.read_text()) if file and file.exists() else []
+
+    def so_far(seconds: float | None) -> list[dict[str, Any]]:
+        return [*earlier, {**code, "seconds": seconds}]
+
+    def now() -> list[dict[str, Any]]:
+        return so_far(round(time.perf_counter() - began, 1))
+
+    try:
+        if file:
+            write_json(file, so_far(None))
+        yield now
+    finally:
+        if file:
+            write_json(file, now())
+
+
+def write_json(file: epath.Path, content: Any) -> None:
+    """All of it or nothing."""
+    new = file.parent / f"{file.name}.new"
+    new.write_text(json.dumps(content, indent=2) + "\n")
+    new.replace(file)
+
+
+def require_writable(directory: epath.Path, workdir: str) -> None:
+    """Makes the folder; raises InputError where that is not ours to do."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / ".writable").write_text("")
+        (directory / ".writable").unlink()
+    except ImportError as error:
+        raise InputError(f"--workdir {workdir} needs a package ({error}); pip install gcsfs for gs://") from error
+    except Exception as error:  # a bucket's client has errors of its own
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise InputError(f"--workdir {workdir} cannot be written ({reason}); choose a folder of yours") from error
+
+
+@contextlib.contextmanager
+def locked(directory: epath.Path, workdir: str) -> Iterator[None]:
+    """Holds the folder's lock, which ends with the process however that ends. Raises InputError where it is held."""
+    lock = filelock.FileLock(directory / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise InputError(f"--workdir {workdir} is in use by another process; wait for it, or choose another") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def claim_directory(directory: epath.Path, identity: dict, script: Path) -> None:
+    """Writes what this run is; raises InputError where the folder holds the fits of another one."""
+    config = directory / "config.json"
+    wanted = json.loads(json.dumps(identity))
+    if has_begun(directory):
+        differing = differences(read_config(config), wanted)
+        if differing:
+            raise InputError(
+                f"--workdir {directory} holds another run: {'; '.join(differing)}; use those values, or another folder"
+            )
+        return
+    (directory / "attempts.json").unlink(missing_ok=True)  # of a run that left nothing else
+    (directory / script.name).write_text(script.read_text())
+    write_json(config, wanted)
+
+
+def has_begun(directory: epath.Path) -> bool:
+    """Whether a fit is recorded here. A run that ended before its first fit leaves nothing to lose."""
+    return any(any(directory.glob("*/" * depth + "metrics.jsonl")) for depth in range(DEEPEST + 1))
+
+
+def read_config(config: epath.Path) -> dict[str, Any]:
+    """What the run in this folder is. Raises InputError where that cannot be read."""
+    try:
+        return json.loads(config.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{config} is missing or damaged ({error}), expected what the run is; restore it or use another folder"
+        ) from error
+
+
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """The fields whose values differ: "batch_size is 128 there, 64 here"."""
+    lines = []
+    for key in sorted({*found, *wanted}):
+        there, here = found.get(key, "not set"), wanted.get(key, "not set")
+        if isinstance(there, Mapping) and isinstance(here, Mapping):
+            lines += differences(there, here)
+        elif there != here:
+            lines.append(f"{key} is {there} there, {here} here")
+    return lines
+
+
+def require_shared(directory: epath.Path) -> None:
+    """Raises InputError unless every process sees the same folder."""
+    from jax.experimental import multihost_utils
+
+    token = int(multihost_utils.broadcast_one_to_all(np.int32(int.from_bytes(os.urandom(3)))))
+    if jax.process_index() == 0:
+        (directory / f".shared-{token}").write_text("")
+    multihost_utils.sync_global_devices("shared folder")
+    seen = multihost_utils.process_allgather(np.array((directory / f".shared-{token}").exists()))
+    if jax.process_index() == 0:
+        (directory / f".shared-{token}").unlink()
+    if not seen.all():
+        raise InputError(
+            f"--workdir {directory} is not shared: processes {np.flatnonzero(~seen).tolist()} of {len(seen)} do not "
+            "see what process 0 writes there; use a network folder or gs://"
+        )

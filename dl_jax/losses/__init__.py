@@ -1,0 +1,39 @@
+"""Losses: per-example ones, and functions from loss to loss.
+
+A per-example loss is computed in float32 or better, whatever the dtype of the network's output, and is not averaged:
+the caller takes the mean, or masks it first. A `Loss` is `(variables, batch, key) -> (scalar, (collections, metrics))`
+and every function from loss to loss returns one, so they nest in any order. `latent` has what latent-variable models
+need.
+"""
+
+from dl_jax.core.step import Loss
+from dl_jax.losses.classification import cross_entropy, require_labels, smooth_labels, soft_cross_entropy
+from dl_jax.losses.combine import (
+    elastic_net,
+    l1,
+    l2,
+    label_smoothing,
+    require_penalties,
+    weighted_sum,
+    with_batch,
+    with_params,
+)
+from dl_jax.losses.regression import huber, squared_error
+
+__all__ = [
+    "Loss",
+    "cross_entropy",
+    "elastic_net",
+    "huber",
+    "l1",
+    "l2",
+    "label_smoothing",
+    "require_labels",
+    "require_penalties",
+    "smooth_labels",
+    "soft_cross_entropy",
+    "squared_error",
+    "weighted_sum",
+    "with_batch",
+    "with_params",
+]

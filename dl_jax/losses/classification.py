@@ -1,0 +1,60 @@
+"""Losses of class labels, one value for each label, computed in float32 or better and not averaged."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dl_jax.core.errors import InputError
+from dl_jax.core.step import Array
+from dl_jax.losses.inputs import at_least_float32, require_same_shape
+
+
+def cross_entropy(logits: Array, labels: Array) -> Array:  # [B, ..., C], int [B, ...] -> [B, ...]
+    """−log softmax(logits)[label], in nats; one value for each label, so that tokens can be masked.
+
+    A label outside [0, C) gives NaN, never a plausible number. Raises InputError where shapes or dtypes do not fit.
+    """
+    require_labels("cross_entropy", logits, labels)
+    classes = logits.shape[-1]
+    labels = jnp.where(labels < 0, classes, labels)  # Optax would read -1 as the last class
+    return optax.softmax_cross_entropy_with_integer_labels(at_least_float32(logits), labels)
+
+
+def soft_cross_entropy(logits: Array, targets: Array) -> Array:  # [B, ..., C], [B, ..., C] -> [B, ...]
+    """−Σ targets · log softmax(logits), in nats; targets are probabilities. 0 · log 0 is 0.
+
+    Raises InputError where the shapes differ.
+    """
+    require_same_shape("soft_cross_entropy", logits, targets)
+    return optax.safe_softmax_cross_entropy(at_least_float32(logits), at_least_float32(targets))
+
+
+def smooth_labels(labels: Array, classes: int, smoothing: float) -> Array:  # int [B, ...] -> [B, ..., C]
+    """Targets for `soft_cross_entropy`: (1 − smoothing) on the label plus smoothing / C on every class.
+
+    Szegedy et al. 2016 (arXiv:1512.00567), section 7. A label outside [0, C) gives NaN. Raises InputError where
+    smoothing is outside [0, 1) or labels are not integers.
+    """
+    if not 0 <= smoothing < 1:
+        raise InputError(f"smooth_labels: smoothing is {smoothing}, expected a fraction in [0, 1); 0.1 is usual")
+    _require_integers("smooth_labels", labels)
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, classes), smoothing)
+    known = (labels >= 0) & (labels < classes)
+    return jnp.where(known[..., None], targets, jnp.nan)
+
+
+def require_labels(name: str, logits: Array, labels: Array) -> None:  # [B, ..., C], int [B, ...]
+    """Raises InputError, in the name of the function `name`, unless each row of logits has one integer label."""
+    if logits.shape[:-1] != labels.shape:
+        raise InputError(
+            f"{name}: labels {labels.shape} for logits {logits.shape}, expected {logits.shape[:-1]}; "
+            "give one class number per example"
+        )
+    _require_integers(name, labels)
+
+
+def _require_integers(name: str, labels: Array) -> None:
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise InputError(
+            f"{name}: labels are {labels.dtype}, expected integers; give probabilities to soft_cross_entropy"
+        )

@@ -1,0 +1,108 @@
+"""Functions from loss to loss, which nest in any order.
+
+A `Loss` is `(variables, batch, key) -> (scalar, (collections, metrics))`.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from dl_jax.core.errors import InputError
+from dl_jax.core.leaves import Where, chosen, is_kernel
+from dl_jax.core.step import Array, Batch, Loss, Metrics, Tree
+from dl_jax.losses.classification import smooth_labels
+from dl_jax.losses.inputs import at_least_float32
+
+
+def with_params(loss: Loss, f: Callable[[Tree], Tree]) -> Loss:
+    """Loss of the network whose parameters are `f(params)`: fake quantisation, masks, low-rank updates.
+
+    The gradient is that of `params`, through `f`.
+    """
+    return lambda variables, batch, key: loss({**variables, "params": f(variables["params"])}, batch, key)
+
+
+def with_batch(loss: Loss, f: Callable[[Array, Batch], Batch]) -> Loss:
+    """Loss on the batch `f(key, batch)`: an augmentation on the device. `f` and `loss` get independent keys."""
+
+    def on_batch(variables: Tree, batch: Batch, key: Array) -> tuple[Array, tuple[Tree, Metrics]]:
+        key_f, key = jax.random.split(key)
+        return loss(variables, f(key_f, batch), key)
+
+    return on_batch
+
+
+def label_smoothing(loss: Loss, classes: int, smoothing: float) -> Loss:
+    """`loss` sees batch["label"] as probabilities [B, ..., C], by `smooth_labels`, instead of integers [B, ...].
+
+    `loss` then calls `soft_cross_entropy`; the true label is still `batch["label"].argmax(-1)`.
+    """
+    return with_batch(loss, lambda key, batch: {**batch, "label": smooth_labels(batch["label"], classes, smoothing)})
+
+
+def weighted_sum(terms: Mapping[str, tuple[float, Loss]]) -> Loss:
+    """Σ weight · loss over `{name: (weight, loss)}`.
+
+    Metrics hold each term's own value under its name, before weighting, and its metrics under "name/metric". Each term
+    gets its own key, and sees the collections that the terms before it returned, so that none of two updates of the
+    same batch statistics is lost. Raises InputError where there is no term.
+    """
+    if not terms:
+        raise InputError("weighted_sum: no terms, expected {name: (weight, loss)}; give at least one")
+
+    def total(variables: Tree, batch: Batch, key: Array) -> tuple[Array, tuple[Tree, Metrics]]:
+        values, collections, metrics = [], {}, {}
+        for key_term, (name, (weight, loss)) in zip(jax.random.split(key, len(terms)), terms.items(), strict=True):
+            value, (new, inner) = loss({**variables, **collections}, batch, key_term)
+            values.append(weight * value)
+            collections = {**collections, **new}
+            metrics |= {name: value, **{f"{name}/{k}": v for k, v in inner.items()}}
+        return sum(values[1:], values[0]), (collections, metrics)
+
+    return total
+
+
+def l2(loss: Loss, weight: float, where: Where = is_kernel) -> Loss:
+    """loss + weight/2 · Σ w² over the chosen parameters: its gradient is weight · w.
+
+    This enters Adam's moments; for decoupled decay use `optax.adamw`. Raises InputError for a negative weight.
+    """
+    return elastic_net(loss, 0, weight, where)
+
+
+def l1(loss: Loss, weight: float, where: Where = is_kernel) -> Loss:
+    """loss + weight · Σ |w| over the chosen parameters; the gradient at 0 is 0.
+
+    Weights come near zero, not to it: exact zeros need `optim.proximal_elastic_net`. Raises InputError for a negative
+    weight.
+    """
+    return elastic_net(loss, weight, 0, where)
+
+
+def elastic_net(loss: Loss, l1: float, l2: float, where: Where = is_kernel) -> Loss:
+    """loss + l1 · Σ |w| + l2/2 · Σ w² over the chosen parameters (Zou & Hastie 2005, up to the ½).
+
+    Raises InputError for a negative weight and, when traced, where `where` chooses nothing.
+    """
+    require_penalties("elastic_net", l1, l2)
+
+    def penalised(variables: Tree, batch: Batch, key: Array) -> tuple[Array, tuple[Tree, Metrics]]:
+        value, aux = loss(variables, batch, key)
+        params = variables["params"]
+        pairs = zip(jax.tree.leaves(params), jax.tree.leaves(chosen(params, where)), strict=True)
+        weights = [at_least_float32(w) for w, yes in pairs if yes]
+        if l1:
+            value += l1 * sum(jnp.sum(w * jnp.sign(w)) for w in weights)  # the slope of jnp.abs at 0 is 1, of this 0
+        if l2:
+            value += l2 / 2 * sum(jnp.sum(w**2) for w in weights)
+        return value, aux
+
+    return penalised
+
+
+def require_penalties(name: str, l1: float, l2: float) -> None:
+    """Raises InputError, in the name of the function `name`, for a negative penalty: it has no minimum."""
+    for kind, weight in {"l1": l1, "l2": l2}.items():
+        if not weight >= 0:
+            raise InputError(f"{name}: {kind} weight is {weight}, expected 0 or more; use 0 for none")

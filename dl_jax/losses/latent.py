@@ -1,0 +1,115 @@
+"""How likely data are under a model with latent variables: densities, bounds on log p(x), and an estimate of it.
+
+A sample axis [k] stands in front of the batch: z is [k, B, L] and log p(x | z) is [k, B]. All numbers are in nats.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from dl_jax.core.errors import InputError
+from dl_jax.core.step import Array
+
+LOG_2PI = float(np.log(2 * np.pi))
+ACTIVE = 1e-2  # the variance over the data from which a latent unit's posterior mean counts as active
+
+
+class LatentModel(NamedTuple):
+    """x from latent variables z ~ N(0, I), and a recognition model q(z | x), a Gaussian with independent units."""
+
+    encode: Callable[[Array], tuple[Array, Array]]  # x [B, ...] -> mean and log variance of q(z | x), [B, L] each
+    log_conditional: Callable[[Array, Array], Array]  # x [B, ...], z [k, B, L] -> log p(x | z) [k, B]
+
+
+def bernoulli_log_prob(logits: Array, x: Array) -> Array:  # [..., B, D...], [B, D...] -> [..., B]
+    """Σ x log σ(l) + (1 − x) log(1 − σ(l)) over all axes of `x` but the first, in float32 or better.
+
+    `x` holds numbers in [0, 1], binary ones where the value is to be a log probability. Raises InputError for others;
+    inside a compiled function, where values are unknown, such an example gives NaN, never a plausible number.
+    """
+    outer = logits.shape[: logits.ndim - x.ndim + 1]
+    logits = logits.reshape(*outer, -1).astype(jnp.promote_types(logits.dtype, jnp.float32))
+    x = x.reshape(len(x), -1)  # one axis of pixels: a CPU is slow on a last axis of 1
+    inside = ((x >= 0) & (x <= 1)).all(-1)  # [B]
+    if not isinstance(inside, Tracer) and not inside.all():
+        raise InputError(
+            f"bernoulli_log_prob: values from {jnp.min(x):g} to {jnp.max(x):g}, expected numbers in [0, 1]; "
+            "divide pixels by 255, or use gaussian_log_prob"
+        )
+    return jnp.where(inside, jnp.sum(x * logits - jax.nn.softplus(logits), -1), jnp.nan)
+
+
+def gaussian_log_prob(x: Array, mean: Array, log_var: Array) -> Array:  # [..., D] each, broadcast -> [...]
+    """log N(x; mean, diag exp(log_var)), summed over the last axis."""
+    return -0.5 * jnp.sum(LOG_2PI + log_var + (x - mean) ** 2 * jnp.exp(-log_var), -1)
+
+
+def standard_normal_kl(mean: Array, log_var: Array) -> Array:  # [..., L] each -> [...]
+    """KL(N(mean, diag exp(log_var)) ‖ N(0, I)) (Kingma & Welling 2014, appendix B)."""
+    return 0.5 * jnp.sum(mean**2 + jnp.exp(log_var) - log_var - 1, -1)
+
+
+def log_mean_exp(x: Array) -> Array:  # [k, ...] -> [...]
+    """log of the mean over the first axis of exp(x), without overflow."""
+    return jax.nn.logsumexp(x, 0) - jnp.log(len(x))
+
+
+def log_weights(model: LatentModel, x: Array, key: Array, k: int) -> Array:  # x [B, ...] -> [k, B]
+    """log p(x, z_i) − log q(z_i | x) for k samples z_i ~ q(z | x), differentiable through them."""
+    return _log_weights(model, x, model.encode(x), key, jnp.arange(k))
+
+
+def _log_weights(model: LatentModel, x: Array, posterior: tuple[Array, Array], key: Array, samples: Array) -> Array:
+    """Of the samples with these numbers, int [k]. A sample depends on its number alone, not on those beside it."""
+    mean, log_var = posterior
+    noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), mean.shape, mean.dtype))(samples)
+    z = mean + jnp.exp(log_var / 2) * noise  # [k, B, L]
+    # log N(z; 0, I) − log q(z | x): the constants cancel, and z standardised by q is the noise.
+    return model.log_conditional(x, z) + 0.5 * jnp.sum(noise**2 + log_var - z**2, -1)
+
+
+def elbo(model: LatentModel, x: Array, key: Array, k: int = 1) -> Array:  # x [B, ...] -> [B]
+    """The evidence lower bound E_q[log p(x | z)] − KL(q(z | x) ‖ p(z)), its first term the mean over k samples.
+
+    Kingma & Welling 2014, equation 7. It has the expectation of the mean of `log_weights`, with less variance.
+    """
+    mean, log_var = model.encode(x)
+    z = mean + jnp.exp(log_var / 2) * jax.random.normal(key, (k, *mean.shape), mean.dtype)
+    return model.log_conditional(x, z).mean(0) - standard_normal_kl(mean, log_var)
+
+
+def importance_bound(model: LatentModel, x: Array, key: Array, k: int) -> Array:  # x [B, ...] -> [B]
+    """log 1/k Σ w_i, in expectation at most log p(x) and rising with k (Burda et al. 2016, equation 8)."""
+    return log_mean_exp(log_weights(model, x, key, k))
+
+
+def log_likelihood(model: LatentModel, x: Array, key: Array, samples: int, chunk: int) -> Array:  # x [B, ...] -> [B]
+    """`importance_bound` with many samples, drawn `chunk` at a time: memory grows with `chunk` only.
+
+    The samples are the same whatever the chunk. Raises InputError where `chunk` does not divide `samples`.
+    """
+    if samples < 1 or chunk < 1 or samples % chunk:
+        raise InputError(
+            f"log_likelihood: {samples} samples in chunks of {chunk}, expected a multiple of the chunk; change one"
+        )
+    posterior = model.encode(x)
+
+    def add(total: Array, i: Array) -> tuple[Array, None]:
+        logs = _log_weights(model, x, posterior, key, i * chunk + jnp.arange(chunk))  # [chunk, B]
+        return jnp.logaddexp(total, jax.nn.logsumexp(logs, 0)), None
+
+    nothing = jnp.full_like(posterior[0], -jnp.inf, shape=len(x))
+    total, _ = jax.lax.scan(add, nothing, jnp.arange(samples // chunk))
+    return total - jnp.log(samples)
+
+
+def active_units(mean: np.ndarray, square: np.ndarray) -> np.ndarray:  # [..., L] each -> int [...]
+    """How many latent units carry information: Var_x(E_q[z | x]) > 0.01 (Burda et al. 2016, section 5.2).
+
+    `mean` and `square` are the averages over the data of the posterior mean and of its square.
+    """
+    return (np.asarray(square, np.float64) - np.asarray(mean, np.float64) ** 2 > ACTIVE).sum(-1)

@@ -1,0 +1,84 @@
+"""The two players of the first generative adversarial nets, for grey pictures.
+
+Goodfellow, Pouget-Abadie, Mirza, Xu, Warde-Farley, Ozair, Courville and Bengio, "Generative Adversarial Nets",
+NIPS 2014, section 5 and the authors' code. Kernels start uniform in ±`spread`, biases at zero.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from dl_jax.core.errors import require_positive, require_probability
+
+
+def symmetric(spread: float) -> Callable[..., jax.Array]:
+    """Uniform in ±spread."""
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -spread, spread)
+
+
+class Generator(nn.Module):
+    """ReLU layers, then a sigmoid: noise [B, Z] to pictures [B, H, W, C] with pixels in [0, 1].
+
+    output_bias: an initialiser for the last layer, e.g. the logits of the mean picture. Raises InputError for a layer
+    without units.
+    """
+
+    hidden: tuple[int, ...] = (1200, 1200)
+    shape: tuple[int, int, int] = (28, 28, 1)  # of a picture: height, width, channels
+    spread: float = 0.05
+    output_bias: Callable[..., jax.Array] = nn.initializers.zeros
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, noise: jax.Array, *, train: bool) -> jax.Array:
+        require_positive({"hidden": min(self.hidden, default=1)})
+        x, init = noise, symmetric(self.spread)
+        for units in self.hidden:
+            x = nn.relu(nn.Dense(units, kernel_init=init, dtype=self.dtype)(x))
+        x = nn.Dense(math.prod(self.shape), kernel_init=init, bias_init=self.output_bias, dtype=self.dtype)(x)
+        return nn.sigmoid(x.astype(jnp.float32)).reshape(-1, *self.shape)
+
+
+class Discriminator(nn.Module):
+    """Maxout layers (Goodfellow et al. 2013): a unit is the largest of `pieces` linear functions.
+
+    Gives [B], the logit of "this picture is from the data". dropout: probability that a hidden unit is dropped in
+    training, input_dropout: that a pixel is (they need the random stream "dropout"). Raises InputError where these are
+    outside [0, 1), for a layer without units and units without pieces.
+    """
+
+    hidden: tuple[int, ...] = (240, 240)
+    pieces: int = 5
+    dropout: float = 0.5
+    input_dropout: float = 0.2
+    spread: float = 0.005
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, image: jax.Array, *, train: bool) -> jax.Array:
+        require_positive({"hidden": min(self.hidden, default=1), "pieces": self.pieces})
+        require_probability({"dropout": self.dropout, "input_dropout": self.input_dropout})
+        init = symmetric(self.spread)
+        x = image.reshape(image.shape[0], -1)  # [B, H * W * C]
+        x = nn.Dropout(self.input_dropout, deterministic=not train)(x)
+        for units in self.hidden:
+            x = nn.Dense(units * self.pieces, kernel_init=init, dtype=self.dtype)(x)
+            x = x.reshape(-1, units, self.pieces).max(-1)
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return nn.Dense(1, kernel_init=init, dtype=self.dtype)(x)[:, 0].astype(jnp.float32)
+
+
+def examples() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
+    """Tiny instances with a batch of inputs each, for the tests of the whole zoo."""
+    rng = np.random.default_rng(0)
+    noise, image = rng.normal(size=(3, 6)).astype(np.float32), rng.random((3, 8, 8, 1), np.float32)
+    return {
+        "Generator": (Generator(hidden=(16, 12), shape=(8, 8, 1), spread=0.3), {"noise": noise}),
+        "Discriminator": (Discriminator(hidden=(12, 8), pieces=3, spread=0.3), {"image": image}),
+    }

@@ -1,0 +1,174 @@
+"""Variational autoencoders for pictures: of dense layers, as in the IWAE paper, and of convolutions.
+
+Kingma and Welling, "Auto-Encoding Variational Bayes", ICLR 2014. Burda, Grosse and Salakhutdinov, "Importance Weighted
+Autoencoders", ICLR 2016, section 5 and the authors' code.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from dl_jax.core.errors import InputError, require_positive
+from dl_jax.models import ops
+
+Initializer = Callable[..., jax.Array]  # (key, shape, dtype) -> array
+
+
+def mean_picture_bias(images: np.ndarray) -> Initializer:  # uint8 [N, H, W, C]
+    """For a last layer of one output per pixel: its sigmoid starts at the mean picture, in [0.001, 0.999]."""
+    mean = np.clip(images.mean(0).ravel() / 255, 0.001, 0.999)
+    return lambda key, shape, dtype: jnp.asarray(np.log(mean / (1 - mean)), dtype)
+
+
+class Autoencoder(nn.Module):
+    """What the autoencoders here have in common: a subclass gives the two networks.
+
+    `apply(..., method=VAE.encode)` and `decode` call one of them. The whole gives (logits, mean, log variance), decoded
+    from the mean: samples for training are drawn in `dl_jax.likelihood`.
+
+    Raises InputError where there is no latent unit, for a layer without units, and for pictures of another shape.
+    """
+
+    latents: int = 50  # units of z, L
+    shape: tuple[int, int, int] = (28, 28, 1)  # of a picture: height, width, channels
+    dtype: DTypeLike = jnp.float32
+
+    def networks(self) -> tuple[nn.Module, nn.Module]:
+        """Encoder, [B, H, W, C] -> [B, 2 L], and decoder, [..., L] -> [..., H W C] or [..., H, W, C]."""
+        raise NotImplementedError
+
+    def setup(self) -> None:
+        if self.latents < 1:
+            raise InputError(f"{type(self).__name__} has {self.latents} latent units, expected 1 or more; 50 is usual")
+        self.encoder, self.decoder = self.networks()
+
+    def encode(self, image: jax.Array) -> tuple[jax.Array, jax.Array]:  # [B, H, W, C] -> [B, L], [B, L]
+        """Mean and log variance of q(z | x). The network gives log σ, as the authors' code does."""
+        if image.shape[1:] != self.shape:
+            raise InputError(
+                f"{type(self).__name__} takes pictures of shape {self.shape}, not {image.shape[1:]}; "
+                "resize them, or give the model another shape"
+            )
+        mean, log_sigma = jnp.split(self.encoder(image).astype(jnp.float32), 2, -1)
+        return mean, 2 * log_sigma
+
+    def decode(self, z: jax.Array) -> jax.Array:  # [..., L] -> [..., H, W, C]
+        """Logits of the pixels."""
+        return self.decoder(z).astype(jnp.float32).reshape(*z.shape[:-1], *self.shape)
+
+    def __call__(self, image: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+        mean, log_var = self.encode(image)
+        return self.decode(mean), mean, log_var
+
+
+class VAE(Autoencoder):
+    """Of dense tanh layers, `hidden` units each, the same on both sides: the paper's with one stochastic layer.
+
+    Kernels start uniform after Glorot and Bengio, biases at zero but for the last layer's, which is `output_bias`'s.
+    """
+
+    hidden: tuple[int, ...] = (200, 200)
+    output_bias: Initializer = nn.initializers.zeros
+
+    def networks(self) -> tuple[nn.Module, nn.Module]:
+        encoder = DenseEncoder(self.hidden, 2 * self.latents, self.dtype)
+        return encoder, DenseDecoder(self.hidden, math.prod(self.shape), self.output_bias, self.dtype)
+
+
+class DenseEncoder(nn.Module):
+    hidden: tuple[int, ...]
+    outputs: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, image: jax.Array) -> jax.Array:
+        x = tanh_layers(image.reshape(image.shape[0], -1), self.hidden, self.dtype)
+        return nn.Dense(self.outputs, kernel_init=nn.initializers.glorot_uniform(), dtype=self.dtype)(x)
+
+
+class DenseDecoder(nn.Module):
+    hidden: tuple[int, ...]
+    outputs: int
+    output_bias: Initializer
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, z: jax.Array) -> jax.Array:
+        x = tanh_layers(z, self.hidden, self.dtype)
+        init = {"kernel_init": nn.initializers.glorot_uniform(), "bias_init": self.output_bias}
+        return nn.Dense(self.outputs, dtype=self.dtype, **init)(x)
+
+
+def tanh_layers(x: jax.Array, hidden: Sequence[int], dtype: DTypeLike) -> jax.Array:  # [..., D] -> [..., units]
+    """For the `@nn.compact` method of a module, whose layers they become."""
+    require_positive({"hidden": min(hidden, default=1)})
+    for units in hidden:
+        x = nn.tanh(nn.Dense(units, kernel_init=nn.initializers.glorot_uniform(), dtype=dtype)(x))
+    return x
+
+
+class ConvVAE(Autoencoder):
+    """Of convolutions that halve the picture, one for each entry of `features`, and transposed ones that double it.
+
+    All kernels are 4 x 4 with stride 2, whose outputs overlap evenly (Odena, Dumoulin and Olah, "Deconvolution and
+    Checkerboard Artifacts", Distill 2016). Raises InputError for a picture that cannot be halved as often.
+    """
+
+    features: tuple[int, ...] = (32, 64)
+
+    def networks(self) -> tuple[nn.Module, nn.Module]:
+        require_positive({"features": min(self.features, default=0)})
+        height, width, channels = self.shape
+        factor = 2 ** len(self.features)
+        if height % factor or width % factor:
+            raise InputError(
+                f"ConvVAE halves pictures {len(self.features)} times, but got shape {self.shape}, expected sides that "
+                f"{factor} divides; pad them, or give fewer features"
+            )
+        smallest = (height // factor, width // factor, self.features[-1])
+        backwards = (*reversed(self.features[:-1]), channels)
+        encoder = ConvEncoder(self.features, 2 * self.latents, self.dtype)
+        return encoder, ConvDecoder(smallest, backwards, self.dtype)
+
+
+class ConvEncoder(nn.Module):
+    features: tuple[int, ...]
+    outputs: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, image: jax.Array) -> jax.Array:
+        x = image
+        for features in self.features:
+            convolve = ops.conv_general_dilated
+            x = nn.Conv(features, (4, 4), strides=(2, 2), dtype=self.dtype, conv_general_dilated=convolve)(x)
+            x = nn.relu(x)  # [B, H / 2, W / 2, features]
+        return nn.Dense(self.outputs, dtype=self.dtype)(x.reshape(x.shape[0], -1))
+
+
+class ConvDecoder(nn.Module):
+    smallest: tuple[int, int, int]  # what the dense layer gives: height, width, features
+    features: tuple[int, ...]
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, z: jax.Array) -> jax.Array:
+        x = nn.Dense(math.prod(self.smallest), dtype=self.dtype)(z).reshape(*z.shape[:-1], *self.smallest)
+        for features in self.features:
+            layer = nn.ConvTranspose(features, (4, 4), strides=(2, 2), dtype=self.dtype)
+            x = layer(nn.relu(x))  # [..., 2 H, 2 W, features]
+        return x
+
+
+def examples() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
+    """Tiny instances with a batch of pictures each, for the tests of the whole zoo."""
+    image = np.random.default_rng(0).random((3, 8, 12, 1), np.float32)
+    size = {"latents": 5, "shape": (8, 12, 1)}
+    models = {"VAE": VAE(hidden=(16, 12), **size), "ConvVAE": ConvVAE(features=(4, 6), **size)}
+    return {name: (model, {"image": image}) for name, model in models.items()}

@@ -1,0 +1,190 @@
+"""The LeNets: LeNet-5 as published, its Caffe variant and LeNet-300-100.
+
+LeCun, Bottou, Bengio and Haffner, "Gradient-based learning applied to document recognition", Proceedings of the IEEE
+86(11), 1998, section II, and for the two that the pruning papers use Han, Pool, Tran and Dally, "Learning both weights
+and connections for efficient neural networks", NIPS 2015, section 4.1.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from dl_jax.core.errors import InputError
+from dl_jax.models import ops
+from dl_jax.models.vision.mlp import MLP
+
+# Table I: the maps of S2 that each of the 16 maps of C3 sees.
+C3_INPUTS = (
+    *((0, 1, 2), (1, 2, 3), (2, 3, 4), (3, 4, 5), (0, 4, 5), (0, 1, 5)),
+    *((0, 1, 2, 3), (1, 2, 3, 4), (2, 3, 4, 5), (0, 3, 4, 5), (0, 1, 4, 5), (0, 1, 2, 5)),
+    *((0, 1, 3, 4), (1, 2, 4, 5), (0, 2, 3, 5)),
+    (0, 1, 2, 3, 4, 5),
+)
+
+# The digits 0 to 9 on 7 x 12 pixels as they are commonly read from Figure 3 (the paper prints no numbers): ink +1,
+# paper -1.
+DIGITS = """
+.#####. ...##.. .#####. ####### .#####. .#####. ..####. ####### .#####. .#####.
+....... ..###.. ....... .....## ....... ....... .##.... .....## ##...## ##..###
+..###.. .####.. .#####. ....##. ....... ####### ##..... .....## ##...## ##...##
+.##.##. ...##.. ##...## ...##.. .##..## ##..... ##..... ....##. ##...## ##...##
+##...## ...##.. #....## ..####. .##..## ##..... ######. ...##.. .#####. ##..###
+##...## ...##.. ....##. .....## ###..## .####.. ###..## ...##.. ##...## .######
+##...## ...##.. ..###.. .....## ##...## ..####. ##...## ..##... ##...## .....##
+##...## ...##.. .##.... .....## ##...## .....## ##...## ..##... ##...## .....##
+.##.##. ...##.. ##..... ##...## ##..### ##...## ###..## ..##... ##...## ....##.
+..###.. .###### ####### .#####. .###### .#####. .#####. ..##... .#####. .####..
+....... ....... ....... ....... .....## ....... ....... ....... ....... .......
+....... ....... ....... ....... .....## ....... ....... ....... ....... .......
+"""
+
+
+def digit_codes() -> np.ndarray:
+    """The target of F6 for each digit [10, 84] in {-1, +1}: the pixels of its drawing, row by row."""
+    columns = zip(*(line.split() for line in DIGITS.strip().splitlines()), strict=True)
+    return np.array([[1.0 if pixel == "#" else -1.0 for pixel in "".join(rows)] for rows in columns], np.float32)
+
+
+def squash(x: jax.Array) -> jax.Array:
+    """The paper's sigmoid A tanh(S a) with f(1) = 1 and f(-1) = -1 (equation 6 and appendix A)."""
+    return 1.7159 * jnp.tanh(2 / 3 * x)
+
+
+def fan_in_uniform(fan_in: int | np.ndarray) -> nn.initializers.Initializer:
+    """Weights uniform in [-2.4 / F, 2.4 / F], F the number of inputs of the unit (appendix A)."""
+
+    def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -2.4, 2.4) / fan_in
+
+    return init
+
+
+class Subsampling(nn.Module):
+    """S2 and S4: 2 x 2 inputs added, times a trainable coefficient, plus a trainable bias, one pair for each map."""
+
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, image: jax.Array) -> jax.Array:
+        maps = image.shape[-1]
+        scale = self.param("scale", fan_in_uniform(4), (maps,))
+        bias = self.param("bias", nn.initializers.zeros, (maps,))
+        return ops.sum_pool(image, 2) * scale.astype(self.dtype) + bias.astype(self.dtype)
+
+
+class TableConv(nn.Module):
+    """C3: a 5 x 5 convolution in which each output map sees only some of the input maps.
+
+    The parameters are the kernels of the connections that exist, [5, 5, 60] in the order of the table.
+    """
+
+    inputs: tuple[tuple[int, ...], ...]
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, image: jax.Array) -> jax.Array:
+        maps_in, maps_out = image.shape[-1], len(self.inputs)
+        slots = np.array([i * maps_out + o for o, sources in enumerate(self.inputs) for i in sources])
+        fan_in = np.array([25 * len(sources) for sources in self.inputs for _ in sources])
+        kernel = self.param("kernel", fan_in_uniform(fan_in), (5, 5, len(slots)))
+        bias = self.param("bias", nn.initializers.zeros, (maps_out,))
+        place = np.eye(maps_in * maps_out, dtype=np.float32)[slots]  # one 1 in each row: the product only copies
+        dense = jnp.matmul(kernel, place, precision="highest").reshape(5, 5, maps_in, maps_out).astype(self.dtype)
+        image = ops.conv_general_dilated(image, dense, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return image + bias.astype(self.dtype)
+
+
+class LeNet5(nn.Module):
+    """LeNet-5 as published: 60,000 parameters, [B, 28, 28, 1] or [B, 32, 32, 1] in, logits [B, 10] out.
+
+    Intensities in [0, 1], ink high, go to the paper's levels -0.1 (background) and 1.175 (ink); an image of 28 pixels
+    gets a border of two pixels of background. Every layer up to F6 is squashed, the subsampling ones too. A logit is
+    minus the squared Euclidean distance between F6 and the fixed code of the class (equation 7). Weights start as in
+    appendix A, biases at zero.
+
+    Raises InputError for another image shape, and for `classes` other than 10: the paper has codes for characters.
+    """
+
+    classes: int = 10
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, image: jax.Array, *, train: bool) -> jax.Array:
+        if self.classes != 10:
+            raise InputError(f"LeNet5 has output codes for 10 digits, not {self.classes} classes; use LeNetCaffe")
+        if image.shape[1:] not in ((28, 28, 1), (32, 32, 1)):
+            raise InputError(
+                f"LeNet5 takes images of shape (28, 28, 1) or (32, 32, 1), not {image.shape[1:]}; resize them first"
+            )
+        border = (32 - image.shape[1]) // 2
+        x = jnp.pad(image, ((0, 0), (border, border), (border, border), (0, 0)))
+        x = (1.275 * x - 0.1).astype(self.dtype)  # [B, 32, 32, 1]
+        c1 = nn.Conv(
+            features=6,
+            kernel_size=(5, 5),
+            padding="VALID",
+            dtype=self.dtype,
+            kernel_init=fan_in_uniform(25),
+            conv_general_dilated=ops.conv_general_dilated,
+            name="C1",
+        )
+        x = squash(c1(x))  # [B, 28, 28, 6]
+        x = squash(Subsampling(self.dtype, name="S2")(x))  # [B, 14, 14, 6]
+        x = squash(TableConv(C3_INPUTS, self.dtype, name="C3")(x))  # [B, 10, 10, 16]
+        x = squash(Subsampling(self.dtype, name="S4")(x))  # [B, 5, 5, 16]
+        x = x.reshape(x.shape[0], 400)  # C5's 5 x 5 kernels see the whole of S4: a dense layer
+        x = squash(nn.Dense(120, dtype=self.dtype, kernel_init=fan_in_uniform(400), name="C5")(x))
+        x = squash(nn.Dense(84, dtype=self.dtype, kernel_init=fan_in_uniform(120), name="F6")(x))
+        return -((x.astype(jnp.float32)[:, None] - digit_codes()) ** 2).sum(-1)
+
+
+def map_loss(logits: jax.Array, labels: jax.Array, rubbish: float) -> jax.Array:
+    """The paper's discriminative criterion (equation 9): y_D + log(exp(-j) + sum_i exp(-y_i)) for y = -logits.
+
+    logits [B, classes], labels [B] integers; gives [B]. `rubbish` is j > 0, the penalty of a class of no digit: it
+    stops the pushing up of penalties that are large already. The paper gives no value.
+    """
+    others = jnp.concatenate([logits, jnp.full_like(logits[:, :1], -rubbish)], -1)
+    return jax.nn.logsumexp(others, -1) - jnp.take_along_axis(logits, labels[:, None], -1)[:, 0]
+
+
+class LeNetCaffe(nn.Module):
+    """LeNet-5 as Caffe ships it: 20C5-MP2-50C5-MP2-500-10, ReLU after the hidden dense layer only.
+
+    431,080 parameters for [B, 28, 28, 1]. Kernels start uniform in +-sqrt(3 / fan-in), Caffe's "xavier".
+    """
+
+    classes: int = 10
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, image: jax.Array, *, train: bool) -> jax.Array:
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
+        conv = functools.partial(
+            nn.Conv,
+            kernel_size=(5, 5),
+            padding="VALID",
+            dtype=self.dtype,
+            kernel_init=init,
+            conv_general_dilated=ops.conv_general_dilated,
+        )
+        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=init)
+        x = ops.max_pool(conv(20)(image), 2)  # [B, 12, 12, 20]
+        x = ops.max_pool(conv(50)(x), 2)  # [B, 4, 4, 50]
+        x = nn.relu(dense(500)(x.reshape(x.shape[0], -1)))
+        return dense(self.classes)(x).astype(jnp.float32)
+
+
+LeNet300 = functools.partial(MLP, hidden=(300, 100))  # LeNet-300-100: 266,610 parameters for 28 x 28 pixels
+
+
+def examples() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
+    """Tiny instances with a batch of inputs each, for the tests of the whole zoo."""
+    image = np.random.default_rng(0).random((3, 28, 28, 1), np.float32)
+    models = {"LeNet5": LeNet5(), "LeNetCaffe": LeNetCaffe(), "LeNet300": LeNet300()}
+    return {name: (model, {"image": image}) for name, model in models.items()}

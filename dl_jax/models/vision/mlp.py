@@ -1,0 +1,43 @@
+"""The multi-layer perceptron."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from dl_jax.core.errors import require_positive, require_probability
+
+
+class MLP(nn.Module):
+    """Fully connected layers with ReLU, each followed by dropout, then a linear layer that gives the logits.
+
+    hidden: units of each hidden layer. dropout, input_dropout: probability that a hidden unit, an input is dropped in
+    training (needs the random stream "dropout"). Raises InputError where these are outside [0, 1), and for a layer
+    without units.
+    """
+
+    hidden: tuple[int, ...]
+    classes: int = 10
+    dropout: float = 0.0
+    input_dropout: float = 0.0
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, image: jax.Array, *, train: bool) -> jax.Array:
+        require_positive({"hidden": min(self.hidden, default=1), "classes": self.classes})
+        require_probability({"dropout": self.dropout, "input_dropout": self.input_dropout})
+        x = image.reshape(image.shape[0], -1)  # [B, H * W * C]
+        x = nn.Dropout(self.input_dropout, deterministic=not train)(x)
+        for units in self.hidden:
+            x = nn.relu(nn.Dense(units, dtype=self.dtype)(x))
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return nn.Dense(self.classes, dtype=self.dtype)(x).astype(jnp.float32)
+
+
+def examples() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
+    """A tiny instance with a batch of inputs, for the tests of the whole zoo."""
+    image = np.random.default_rng(0).random((3, 8, 8, 1), np.float32)
+    return {"MLP": (MLP(hidden=(16, 12), classes=5, dropout=0.5), {"image": image})}

@@ -1,0 +1,130 @@
+"""What the compression experiments count, by hand, and which settings they refuse before they train."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from dl_jax.compress import codec, quantize
+from dl_jax.core.errors import InputError
+from dl_jax.harness.run import Run, Settings
+
+
+def kernel(rows, columns, places):
+    """float32 [rows, columns] with ones at `places` of its columns, one after the other."""
+    flat = np.zeros(rows * columns, np.float32)
+    flat[list(places)] = 1
+    return flat.reshape(columns, rows).T
+
+
+def test_ratios_of_deep_compression(load_experiment):
+    module = load_experiment("compression/deep_compression")
+    layers = {
+        "Dense_0": {"kernel": kernel(50, 2, (0, 39, 99)), "bias": np.zeros(2, np.float32)},
+        "Dense_1": {"kernel": kernel(2, 2, (3,)), "bias": np.zeros(2, np.float32)},
+        "Dense_2": {"kernel": kernel(2, 2, (0, 1)), "bias": np.zeros(2, np.float32)},
+    }
+    assert module.ratio_pruned(layers) == 108 / 6
+    # Distances reach 32: 1, 32 + 7, 32 + 28 in the first kernel, 4 in the second, 1, 1 and 2 to the end in the third.
+    taken = (5 + 1 + 3) * (6 + 5) + 3 * 63 * 32
+    assert module.ratio_quantised(layers, 6) == pytest.approx(32 * 108 / taken)
+    data = codec.encode(layers)
+    assert module.ratio_file(layers, data) == 4 * (108 + 6) / len(data)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_packed_weights_come_back_and_weigh_what_they_hold(load_experiment, bits):
+    module = load_experiment("compression/quantize_lenet")
+    params = {"kernel": np.random.default_rng(0).normal(size=(3, 40, 5)).astype(np.float32), "bias": np.ones((3, 5))}
+    back, kilobytes = module.packed(params, bits)
+    for lane in range(3):
+        alone = {name: leaf[lane] for name, leaf in params.items()}
+        np.testing.assert_array_equal(
+            back["kernel"][lane], quantize.dequantize(quantize.quantize(alone, bits))["kernel"]
+        )
+    np.testing.assert_allclose(kilobytes, (40 * 5 * bits / 8 + 5 * 4 + 5 * 8) / 1000)  # values, scales, float64 biases
+
+
+def test_the_convolutional_network_is_pruned_too(load_experiment):
+    module = load_experiment("compression/prune_lenet")
+    config = dataclasses.replace(module.PRESETS["smoke"], convolutional=True, kept=module.PRESETS["lenet5"].kept)
+    found = module.main(config, Run(settings=Settings(seeds=(0, 1))))
+    assert set(found) == {"test_error/lenet5", "test_error/lenet5_pruned", "rate/lenet5"}
+    weights = {500: 0.66, 25_000: 0.12, 400_000: 0.08, 5000: 0.19}  # of C1, C2 and the two dense layers
+    left = sum(size - round((1 - share) * size) for size, share in weights.items()) + 580  # no bias is pruned
+    np.testing.assert_allclose(found["rate/lenet5"], 431_080 / left, rtol=1e-3)
+
+
+class History:
+    """A run that reported these."""
+
+    def __init__(self, **reported):
+        self.reported = reported
+
+    def history(self, name):
+        return self.reported[name]
+
+
+def test_each_ticket_stops_where_its_own_validation_loss_is_lowest(load_experiment):
+    module = load_experiment("compression/lottery_ticket")
+    loss = np.array([[3.0, 1.0], [1.0, 2.0], [2.0, np.nan], [1.5, 1.5]])
+    accuracy = np.array([[10.0, 20.0], [30.0, 40.0]])  # measured where a loss was the lowest so far
+    run = History(validation_loss=(np.array([5, 10, 15, 20]), loss), test_accuracy=(np.array([5, 10]), accuracy))
+    found = module.stopped(run, "x")
+    np.testing.assert_array_equal(found["early_stop/x"], [10, 5])
+    np.testing.assert_array_equal(found["accuracy/x"], [30, 20])
+    np.testing.assert_array_equal(module.lowest(run), [1, 1])
+    assert module.lowest(Run()) == np.inf
+
+
+def test_a_rewound_network_has_the_zeros_of_one_and_the_weights_of_the_other(load_experiment):
+    module = load_experiment("compression/lottery_ticket")
+    pruned, start = {"w": np.array([0.0, 3.0, 0.0])}, {"w": np.array([1.0, 2.0, 3.0])}
+    np.testing.assert_array_equal(module.rewound(pruned, start)["w"], [0, 2, 0])
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("deep_compression", {"bits": 9}, "bits is 9"),
+        ("deep_compression", {"kept": (0.1, 0.2)}, "2 shares are kept of 3 kernels"),
+        ("deep_compression", {"share_steps": 0}, "steps"),
+        ("prune_lenet", {"kept": (0.1, 0.2, 1.5)}, "a share of zeros"),
+        ("quantize_lenet", {"bits": (8, 0)}, "bits is 0"),
+        ("quantize_lenet", {"bits": ()}, "how many bits are given is 0"),
+        ("quantize_lenet", {"momentum": 1.5}, "momentum is 1.5"),
+        ("quantize_lenet", {"tuning_rate": -1.0}, "the learning rate is -1"),
+        ("quantize_lenet", {"tuning_steps": 0}, "steps"),
+        ("quantize_lenet", {"calibration": -1}, "calibration is -1"),
+        ("quantize_lenet", {"bits": (8, 4, 8)}, "bits are 8, 4, 8, expected each number once"),
+        ("deep_compression", {"prune_rounds": -1}, "prune_rounds is -1"),
+        ("deep_compression", {"momentum": 1.0}, "momentum is 1"),
+        ("deep_compression", {"share_learning_rate": -1.0}, "the learning rate is -1"),
+        ("prune_lenet", {"rounds": 0}, "rounds is 0"),
+        ("prune_lenet", {"retrain": 0.0}, "retrain is 0"),
+        ("prune_lenet", {"momentum": -0.1}, "momentum is -0.1"),
+        ("lottery_ticket", {"rounds": 0}, "rounds is 0"),
+        ("lottery_ticket", {"rounds": 40}, r"rounds is 40, after which 0.\d % remain more than once; give fewer"),
+        ("lottery_ticket", {"redrawn": (99,)}, r"redrawn is \(99,\), expected rounds from 0 to 2"),
+        ("lottery_ticket", {"learning_rate": 0.0}, "learning_rate is 0"),
+        ("lottery_ticket", {"scan": 0}, "0 steps in one call"),
+        ("distill_mnist", {"dropout": 1.0}, "dropout is 1"),
+        ("distill_mnist", {"temperature": 0.0}, "temperature is 0"),
+        ("distill_mnist", {"student_hidden": (8, 0)}, "hidden is 0"),
+        ("distill_mnist", {"batch_size": 0}, "batch_size is 0"),
+        ("distill_mnist", {"hard_weight": -3.0}, "hard_weight is -3"),
+        ("distill_mnist", {"momentum": 2.0}, "momentum is 2"),
+        ("distill_mnist", {"student_epochs": 0}, "make no batch of 16"),
+        ("pipeline", {"sparsity": 1.0}, "sparsity is 1"),
+        ("pipeline", {"rounds": 0}, "rounds is 0"),
+        ("pipeline", {"hard_weight": -3.0}, "hard_weight is -3"),
+        ("pipeline", {"momentum": 1.5}, "momentum is 1.5"),
+        ("pipeline", {"calibration": 0}, "calibration is 0"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_training(load_experiment, name, change, message, monkeypatch):
+    module = load_experiment(f"compression/{name}")
+    monkeypatch.setattr(module, "fit", None)  # a step would fail
+    config = module.PRESETS["smoke"].__class__(**{**vars(module.PRESETS["smoke"]), **change})
+    with pytest.raises(InputError, match=message):
+        module.main(config, Run())

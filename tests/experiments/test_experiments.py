@@ -1,0 +1,70 @@
+"""Every file in experiments/ runs its smoke preset and says what it claims. A deleted file deletes its tests."""
+
+import contextlib
+import inspect
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from etils import epath
+
+from dl_jax.harness.launch import name_of
+from dl_jax.harness.results.claims import obstacle
+from dl_jax.harness.run import Run, Settings
+
+FOLDER = Path(__file__).parents[2] / "experiments"
+SCRIPTS = sorted(FOLDER.rglob("*.py"))
+
+
+@pytest.fixture(params=SCRIPTS, ids=lambda path: str(path.relative_to(FOLDER)))
+def experiment(request, load_experiment):
+    return load_experiment(str(request.param.relative_to(FOLDER).with_suffix("")))
+
+
+# What a run leaves in its folder for people beside result.json: files, and pictures on TensorBoard.
+FILES = {
+    "compression/deep_compression": {"lenet300_seed0.dlj", "lenet300_seed1.dlj"},
+    "compression/pipeline": {"table.md"},
+    "text/char_lm": {"samples.txt"},
+}
+PICTURES = {
+    "compression/lottery_ticket": {"tickets"},
+    "compression/prune_lenet": {"weights_left_at_each_pixel"},
+    "generative/gan_mnist": {"samples"},
+    "generative/vae_mnist": {"reconstructions", "samples", "interpolations"},
+    "vision/lenet": {"seen", "confusion"},
+}
+
+
+def test_smoke(experiment, accumulated, tmp_path):
+    seeds = (0, 1)
+    with contextlib.closing(Run(epath.Path(tmp_path), Settings(seeds=seeds))) as run:
+        measured = experiment.main(experiment.PRESETS["smoke"], run)
+    assert measured
+    for name, values in measured.items():
+        assert np.shape(values) == (len(seeds),), name
+        assert all(math.isfinite(value) for value in values), name
+    name = name_of(Path(experiment.__file__))
+    assert {path.name for path in tmp_path.iterdir()} >= FILES.get(name, set())
+    boards = {path.parent for path in tmp_path.rglob("events.out.tfevents.*")}
+    shown = {picture for board in boards for picture in accumulated(board).Tags()["images"]}
+    assert shown == PICTURES.get(name, set())
+
+
+def test_it_says_what_it_claims_and_how_to_run_it(experiment):
+    path = Path(experiment.__file__).relative_to(FOLDER.parent)
+    assert f"python {path}" in inspect.getdoc(experiment)
+    assert {"paper", "quick", "smoke"} <= set(experiment.PRESETS)
+    assert experiment.CLAIMS
+    for claim in experiment.CLAIMS:
+        config = vars(experiment.PRESETS[claim.preset])
+        assert obstacle(claim, claim.seeds, preset=claim.preset, config={**config, **claim.given}) == ""
+        assert set(claim.given) <= set(config)
+
+
+def test_every_field_is_explained(experiment):
+    source = inspect.getsource(experiment.Config).splitlines()
+    fields = [line for line in source if ": " in line and "=" in line and not line.strip().startswith("#")]
+    assert len(fields) == len(vars(experiment.PRESETS["paper"]))
+    assert [line for line in fields if "  # " not in line] == []

@@ -1,0 +1,116 @@
+"""The networks that the benchmarks time compute the same here and in PyTorch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.contest import compete
+from benchmarks.problems import CNN, PROBLEMS, pictures, text
+from dl_jax import losses
+from dl_jax.models.generative.vae import VAE
+from dl_jax.models.sequence.rnn import GRU, LSTM, VANILLA, CharLM
+from dl_jax.models.vision import lenet
+from dl_jax.models.vision.mlp import MLP
+
+
+@pytest.fixture(scope="module")
+def torch():
+    """PyTorch. Its threads would spin while they wait for each other."""
+    torch = pytest.importorskip("torch", reason="the benchmarks compare with PyTorch, which is not installed")
+    torch.set_num_threads(1)
+    return torch
+
+
+@pytest.fixture
+def twins(torch):
+    """PyTorch's networks."""
+    from benchmarks import torch_nets
+
+    return torch_nets
+
+
+def shifted(model, *inputs):
+    """Parameters that are nowhere zero, so that none can be forgotten."""
+    variables = jax.jit(lambda: model.init(jax.random.key(0), *inputs, train=False))()
+    return jax.tree.map(lambda leaf: 2 * leaf + 0.1, variables["params"])
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes"),
+    [(lenet.LeNet5(), ()), (MLP((30, 20)), ((30, 20),)), (CNN(), ())],
+    ids=["LeNet-5", "MLP", "CNN"],
+)
+def test_classifiers(torch, twins, model, sizes):
+    image, labels = pictures(3)["image"], np.array([3, 0, 9])
+    params = shifted(model, image)
+    twin = getattr(twins, type(model).__name__)(*sizes)
+    twin.load(params)
+    ours = model.apply({"params": params}, image, train=False)
+    theirs = twin(twins.tensor(image)).detach()
+    np.testing.assert_allclose(theirs, ours, rtol=1e-5, atol=1e-4)
+    criteria = twins.map_loss(theirs, torch.from_numpy(labels), 10.0), lenet.map_loss(ours, jnp.array(labels), 10.0)
+    np.testing.assert_allclose(*criteria, rtol=1e-5, atol=1e-4)
+
+
+def test_vae(twins):
+    model, image = VAE(latents=5, hidden=(30,)), pictures(3)["image"]
+    params = shifted(model, image)
+    twin = twins.VAE(30, 5).eval()
+    twin.load(params)
+    for ours, theirs in zip(
+        model.apply({"params": params}, image, train=False), twin(twins.tensor(image)), strict=True
+    ):
+        np.testing.assert_allclose(theirs.detach().flatten(1), ours.reshape(3, -1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
+def test_language_models(torch, twins, cell):
+    batch = {name: column[:3, :7] for name, column in text().items()}
+    model = CharLM(96, 8, layers=2, cell={"RNN": VANILLA, "GRU": GRU, "LSTM": LSTM}[cell])
+    params = shifted(model, batch["token"])
+    twin = twins.CharLM(getattr(torch.nn, cell), 96, 8, 2)
+    twin.load(params)
+    logits, _ = model.apply({"params": params}, batch["token"], train=False)
+    np.testing.assert_allclose(twin(torch.from_numpy(batch["token"]).long()).detach(), logits, rtol=1e-4, atol=1e-4)
+    tensors = {name: torch.from_numpy(column.copy()).long() for name, column in batch.items()}
+    theirs = twins.next_character(twin, tensors).detach()
+    np.testing.assert_allclose(theirs, losses.cross_entropy(logits, batch["target"]).mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_every_problem_takes_a_step(name):
+    step, state = PROBLEMS[name].step()
+    new, metrics = jax.jit(step)(state, PROBLEMS[name].batch())
+    assert int(new.step) == 1
+    assert np.isfinite([*metrics.values()]).all()
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_its_twin_starts_at_the_same_loss_and_takes_one_too(twins, name):
+    """Both losses of the VAE are negative bounds, some 784 log 2 nats."""
+    batch = PROBLEMS[name].batch()
+    step, state = PROBLEMS[name].step()
+    _, metrics = jax.jit(step)(state, batch)
+    twin = twins.TWINS[name]
+    model = twin.model()
+    theirs = twin.loss(model, {key: twins.tensor(column) for key, column in batch.items()})
+    np.testing.assert_allclose(theirs.detach(), metrics["loss"], rtol=0.3)
+    twins.train_block(name, False)(1)
+
+
+def hoard():
+    held = np.ones(16 << 20, np.float32)  # 64 MiB
+
+    def block(n):
+        assert held.size
+
+    return block
+
+
+def test_memory_is_what_a_contestant_adds_to_its_imports():
+    mine = np.ones(256 << 20, np.uint8)  # a child's maximum in getrusage would begin with these
+    times = compete({"hoard": hoard}, steps=3, rounds=2)["hoard"]
+    assert mine.size
+    assert times.seconds.shape == (2,)
+    assert 60 < times.peak_mib < 72

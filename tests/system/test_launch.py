@@ -1,0 +1,362 @@
+"""The command line of an experiment: flags, exit statuses, the folder of a run, and one clear line for bad input."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from etils import epath
+
+from dl_jax.core.fit import Watch, fit
+from dl_jax.core.step import init_state, make_step
+from dl_jax.harness.checkpoint import store as checkpoint
+from dl_jax.harness.launch import command, launch, name_of, parse
+from dl_jax.harness.results.claims import Claim
+from dl_jax.harness.run import Run, Settings
+from dl_jax.harness.workdir import differences
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A line fitted to four points."""
+
+    dataset: str = "points"  # what it learns from
+    steps: int = 12  # train steps
+    batch_size: int = 4  # examples per step
+    learning_rate: float = 0.1  # of SGD
+    poison: int = -1  # step whose batch is NaN
+    width: int = 1  # of the parameter
+    hidden_bug: bool = False  # whether main crashes
+
+
+PRESETS = {"paper": Config(), "quick": Config(steps=4)}
+CLAIMS = (
+    Claim("slope", "Nobody 1900", "Table 1", 3.0, 0.2, better="higher", seeds=1),
+    Claim("slope", "Nobody 1900", "Table 2", 9.0, 0.2, seeds=1, given={"dataset": "moon"}),
+)
+
+
+def loss(variables, batch, key):
+    return ((variables["params"]["w"].sum() * batch["x"] - batch["y"]) ** 2).mean(), ({}, {})
+
+
+def main(cfg: Config, run: Run):
+    if cfg.hidden_bug:
+        raise RuntimeError("a bug")
+    x = np.float32([-1, 0.5, 1, 2])
+    tx = optax.sgd(cfg.learning_rate)
+    step = make_step(loss, tx)
+    slopes = []
+    for seed in run.seeds:
+        state = init_state(jax.random.key(seed), {"params": {"w": jnp.zeros(cfg.width)}}, tx)
+        batches = lambda i: {"x": x, "y": np.where(i == cfg.poison, np.nan, 3 * x).astype(np.float32)}
+        state = fit(step, state, batches, steps=cfg.steps, run=run / f"seed{seed}", every=4)
+        slopes.append(state.params["w"].sum())
+    return {"slope": np.array(slopes)}
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Runs the experiment with these flags; gives (exit status, stdout, stderr)."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def run(*flags: str):
+        monkeypatch.setattr(sys, "argv", ["experiment.py", *flags])
+        before = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(SystemExit) as ended:
+            launch(main, PRESETS, CLAIMS)
+        signal.signal(signal.SIGTERM, before)
+        return (ended.value.code, *capsys.readouterr())
+
+    return run
+
+
+def one_line(stderr: str) -> str:
+    (line,) = [line for line in stderr.splitlines() if line.startswith("error:")]
+    assert "Traceback" not in stderr
+    return line
+
+
+def test_a_run_ends_with_the_table_and_the_result(call, tmp_path):
+    status, out, err = call("--preset", "paper", "--seeds", "2", "--workdir", str(tmp_path / "run"))
+    assert status == 0
+    assert "reproduced" in out
+    assert "not applicable: needs dataset=moon" in out
+    assert "seed1" in err
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert result["seeds"] == [0, 1]
+    assert result["config"]["steps"] == 12
+    assert result["measured"]["slope"]["n"] == 2
+    assert [claim["verdict"] for claim in result["claims"]] == ["reproduced", "not applicable"]
+    assert result["command"] == "python experiments/test_launch.py --preset paper --seeds 2"
+    assert str(tmp_path) not in json.dumps(result)
+    assert (tmp_path / "run/test_launch.py").read_text() == Path(__file__).read_text()
+    assert json.loads((tmp_path / "run/config.json").read_text())["preset"] == "paper"
+    lines = [json.loads(line) for line in (tmp_path / "run/seed0/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 8, 12]
+
+
+def test_the_default_preset_is_quick_and_never_judged(call):
+    status, out, _ = call("--seeds", "1")
+    assert status == 0
+    assert "not applicable: needs preset paper" in out
+
+
+def test_a_missed_claim_is_status_3(call, monkeypatch):
+    monkeypatch.setitem(PRESETS, "paper", Config(learning_rate=1e-4))
+    status, out, _ = call("--preset", "paper", "--seeds", "1")
+    assert status == 3
+    assert "not reproduced" in out
+
+
+def test_a_preset_that_was_changed_answers_no_claim(call):
+    status, out, _ = call("--preset", "paper", "--seeds", "1", "--learning-rate", "1e-4", "--dataset", "moon")
+    assert status == 0
+    assert "not applicable: needs preset paper" in out
+
+
+def test_what_a_claim_is_given_is_no_change_of_the_preset(call):
+    status, out, _ = call("--preset", "paper", "--seeds", "1", "--dataset", "moon")
+    assert status == 0
+    assert "better than claimed" in out
+
+
+def test_a_finished_run_is_restored_without_a_step(call, tmp_path, monkeypatch):
+    flags = ("--preset", "paper", "--seeds", "1", "--workdir", str(tmp_path))
+    call(*flags)
+    first = (tmp_path / "result.json").read_text()
+    monkeypatch.setattr(sys.modules[__name__], "loss", None)  # another step would fail
+    assert call(*flags)[0] == 0
+    assert (tmp_path / "result.json").read_text() == first
+
+
+def test_a_crash_is_status_1_with_its_traceback(call):
+    status, _, err = call("--hidden-bug")
+    assert status == 1
+    assert "RuntimeError: a bug" in err
+    assert "Traceback" in err
+
+
+def test_nan_names_the_step_and_keeps_the_checkpoint(call, tmp_path):
+    flags = ("--preset", "paper", "--seeds", "1", "--workdir", str(tmp_path), "--checkpoint-every", "4")
+    status, _, err = call(*flags, "--poison", "6")
+    assert status == 2
+    line = one_line(err)
+    assert "loss is nan at step 7" in line
+    assert f"the last good checkpoint is step 4 in {tmp_path}/seed0/checkpoints" in line
+    step, tree = checkpoint.load(str(tmp_path / "seed0/checkpoints"))
+    assert step == 4
+    assert np.isfinite(tree["state"]["params"]["w"]).all()
+
+
+def test_nan_can_be_skipped(call, tmp_path):
+    status, _, _ = call(
+        "--preset", "paper", "--seeds", "1", "--workdir", str(tmp_path), "--poison", "6", "--on-nan", "skip"
+    )
+    assert status == 0
+    assert '"skipped": 1' in (tmp_path / "seed0/metrics.jsonl").read_text()
+
+
+def test_another_config_in_the_folder_names_the_field(call, tmp_path):
+    call("--seeds", "1", "--workdir", str(tmp_path))
+    status, _, err = call("--seeds", "1", "--workdir", str(tmp_path), "--learning-rate", "0.2")
+    assert status == 2
+    assert "learning_rate is 0.1 there, 0.2 here" in one_line(err)
+
+
+def test_every_attempt_is_part_of_the_evidence(call, tmp_path):
+    flags = ("--preset", "paper", "--seeds", "1", "--workdir", str(tmp_path), "--checkpoint-every", "4")
+    assert call(*flags, "--hidden-bug")[0] == 1  # before its first fit: it leaves nothing
+    assert call(*flags, "--poison", "6")[0] == 2
+    (first,) = json.loads((tmp_path / "attempts.json").read_text())
+    (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace('"poison": 6', '"poison": -1'))
+    killed = {"commit": "0" * 40, "clean": False, "seconds": None}
+    (tmp_path / "attempts.json").write_text(json.dumps([first, killed]))
+    assert call(*flags)[0] == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["attempts"][:2] == [first, killed]
+    assert len(result["attempts"]) == 3
+    assert result["wall_seconds"] == pytest.approx(first["seconds"] + result["attempts"][2]["seconds"], abs=0.11)
+    assert not result["clean"]
+
+
+def test_more_seeds_go_on_in_the_same_folder(call, tmp_path):
+    flags = ("--preset", "paper", "--workdir", str(tmp_path))
+    call(*flags, "--seeds", "1")
+    assert call(*flags, "--seeds", "3")[0] == 0
+    assert json.loads((tmp_path / "result.json").read_text())["measured"]["slope"]["n"] == 3
+
+
+def test_a_run_that_never_began_gives_its_folder_free(call, tmp_path):
+    assert call("--hidden-bug", "--workdir", str(tmp_path))[0] == 1
+    assert call("--seeds", "1", "--workdir", str(tmp_path))[0] == 0
+
+
+def test_a_torn_config_is_one_line(call, tmp_path):
+    call("--seeds", "1", "--workdir", str(tmp_path))
+    (tmp_path / "config.json").write_text('{"experiment": ')
+    status, _, err = call("--seeds", "1", "--workdir", str(tmp_path))
+    assert status == 2
+    assert "config.json is missing or damaged" in one_line(err)
+
+
+def test_another_experiment_in_the_folder_is_named(call, tmp_path):
+    call("--seeds", "1", "--workdir", str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "experiment": "audio/whale"}))
+    assert "experiment is audio/whale there, test_launch here" in one_line(
+        call("--seeds", "1", "--workdir", str(tmp_path))[2]
+    )
+
+
+def test_a_checkpoint_of_another_architecture_names_the_leaf(call, tmp_path):
+    call("--seeds", "1", "--workdir", str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["config"]["width"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    status, _, err = call("--seeds", "1", "--workdir", str(tmp_path), "--width", "3")
+    assert status == 2
+    assert "state/params/w: checkpoint (1,), model (3,)" in one_line(err)
+
+
+def test_a_folder_that_cannot_be_written(call, tmp_path):
+    (tmp_path / "file").write_text("")
+    status, _, err = call("--workdir", str(tmp_path / "file" / "run"))
+    assert status == 2
+    assert "cannot be written" in one_line(err)
+
+
+def test_a_bucket_that_cannot_be_reached(call):
+    status, _, err = call("--workdir", "gs://no-such-bucket-of-ours/run")
+    assert status == 2
+    assert "--workdir gs://no-such-bucket-of-ours/run" in one_line(err)
+
+
+def test_a_folder_in_use(call, tmp_path):
+    import filelock
+
+    with filelock.FileLock(tmp_path / ".lock"):
+        status, _, err = call("--seeds", "1", "--workdir", str(tmp_path))
+    assert status == 2
+    assert "is in use by another process" in one_line(err)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (("--seeds", "0"), "--seeds 0, expected 1 or more"),
+        (("--checkpoint-every", "0"), "--checkpoint-every 0, expected 1 or more"),
+        (("--process-id", "1"), "missing: --coordinator, --processes"),
+    ],
+)
+def test_flags_out_of_range(call, flags, expected):
+    status, _, err = call(*flags)
+    assert status == 2
+    assert expected in one_line(err)
+
+
+def test_no_cluster_is_one_line(call, monkeypatch):
+    def initialize(*arguments, **options):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    status, _, err = call("--cluster")
+    assert status == 2
+    assert "cannot join a run of several processes (coordinator_address should be defined.)" in one_line(err)
+
+
+def test_a_wrong_flag_names_the_nearest(call):
+    status, _, err = call("--stepz", "3")
+    assert status == 2
+    assert "--steps" in err
+
+
+def test_help_explains_every_flag(call):
+    status, out, _ = call("--help")
+    assert status == 0
+    for text in ("--learning-rate", "of SGD", "--workdir", "--seeds", "--on-nan", "examples per step"):
+        assert text in out
+
+
+def test_sigterm_saves_and_exits_with_143(call, tmp_path, monkeypatch):
+    flags = ("--preset", "paper", "--seeds", "1", "--workdir", str(tmp_path), "--steps", "40")
+    plain = loss
+
+    def interrupted(variables, batch, key):
+        jax.debug.callback(lambda: os.kill(os.getpid(), signal.SIGTERM))
+        return plain(variables, batch, key)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules[__name__], "loss", interrupted)
+        assert call(*flags)[0] == 143
+    step, _ = checkpoint.load(str(tmp_path / "seed0/checkpoints"))
+    assert 1 <= step < 40
+    assert not (tmp_path / "result.json").exists()
+    assert call(*flags)[0] == 0
+
+
+def test_parse_applies_flags_on_the_preset():
+    name, config, common = parse(["--preset=quick", "--learning-rate", "3"], PRESETS, "")
+    assert (name, config, common.seeds) == ("quick", dataclasses.replace(PRESETS["quick"], learning_rate=3.0), 5)
+
+
+def test_the_command_leaves_out_where_things_lie():
+    flags = ["--workdir", "/a b", "--seeds", "5", "--data-dir=/x", "--data_dir", "/y", "--dataset", "my set"]
+    many = ["--coordinator", "host:1", "--processes=2", "--process_id", "0", "--debug"]
+    assert command("vision/lenet", [*flags, *many]) == "python experiments/vision/lenet.py --seeds 5 --dataset 'my set'"
+
+
+def test_no_flags_are_the_quick_preset_with_its_defaults():
+    name, config, common = parse([], PRESETS, "")
+    assert (name, config, common.seeds) == ("quick", PRESETS["quick"], 5)
+
+
+def test_two_presets_are_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse(["--preset=paper", "--preset", "quick"], PRESETS, "")
+    assert capsys.readouterr().err == "error: --preset is given twice, expected once\n"
+
+
+def test_name_of_a_script():
+    assert name_of(Path("/home/me/project/experiments/vision/lenet.py")) == "vision/lenet"
+    assert name_of(Path("/tmp/mine.py")) == "mine"
+
+
+def test_differences_names_nested_fields_and_missing_ones():
+    assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 3, "d": 2}}) == [
+        "b is 1 there, 3 here",
+        "c is 2 there, not set here",
+        "d is not set there, 2 here",
+    ]
+
+
+def test_a_run_keeps_its_best_checkpoint_beside_the_newest(tmp_path):
+    tx = optax.sgd(0.1)
+    state = init_state(jax.random.key(0), {"params": {"w": jnp.zeros(1)}}, tx)
+    batches = lambda i: {"x": np.ones(4, np.float32), "y": np.ones(4, np.float32)}
+    errors = iter([3.0, 1.0, np.nan, 2.0, 4.0, 5.0])
+    watch = Watch(2, lambda variables: {"error": np.float32(next(errors))}, best=("error", "min"))
+    with contextlib.closing(Run(epath.Path(tmp_path))) as run:
+        fit(make_step(loss, tx), state, batches, steps=12, run=run, watch=watch)
+    folder = tmp_path / "checkpoints"
+    assert checkpoint.best_step(str(folder)) == 4
+    assert sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) == [4, 10, 12]
+
+
+def test_a_run_holds_one_fit():
+    tx = optax.sgd(0.1)
+    state = init_state(jax.random.key(0), {"params": {"w": jnp.zeros(1)}}, tx)
+    batches = lambda i: {"x": np.ones(4, np.float32), "y": np.ones(4, np.float32)}
+    run = Run(settings=Settings())
+    fit(make_step(loss, tx), state, batches, steps=1, run=run / "a")
+    fit(make_step(loss, tx), state, batches, steps=1, run=run / "b")
+    with pytest.raises(RuntimeError, match="run 'a' already holds a fit"):
+        fit(make_step(loss, tx), state, batches, steps=2, run=run / "a")

@@ -1,0 +1,114 @@
+"""Every command that the README shows, but installing and testing, is run; the guide's program too."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+INSTALL_AND_TEST = {
+    "python3 -m venv .venv && . .venv/bin/activate && pip install -e . "
+    "&& python experiments/vision/lenet.py --dataset digits",  # what follows the installation is run below
+    "pip install -e '.[export]'",
+    "pip install -e '.[test]' && python -m pytest",
+}
+SHORTER = {  # flags that cut a command down to seconds
+    "python experiments/vision/lenet.py --dataset digits": "--seeds 1 --steps 3 --distorted-steps 3 --watch-every 3",
+    "python experiments/vision/lenet.py --dataset mnist --preset paper --seeds 5 --workdir runs/lenet": (
+        "--seeds 1 --steps 2 --distorted-steps 2 --watch-every 2"
+    ),
+    "python experiments/vision/lenet.py --help": "",
+    "python experiments/compression/pipeline.py": "--preset smoke --seeds 2",
+    "python -m dl_jax.data prepare mnist": "",
+    "python benchmarks/train_step.py": "--quick",
+    "./tpu_setup.sh --dry-run install": "",
+}
+
+
+def commands(text: str) -> list[str]:
+    fenced = [line for block in re.findall(r"```sh\n(.*?)```", text, re.S) for line in block.splitlines()]
+    indented = [line.strip() for line in re.findall(r"^    (?:python|\./)\S* .*$", text, re.M)]
+    inline = re.findall(r"`((?:python|\./)\S* [^`]+)`", text)
+    return [line for line in (*fenced, *indented, *inline) if line]
+
+
+def run(command: str, tmp_path: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    words = shlex.split(command)
+    words = [sys.executable if words[0] == "python" else words[0], *words[1:], *more]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
+    (tmp_path / "tpu_setup.sh").symlink_to(ROOT / "tpu_setup.sh")
+    return subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def test_every_command_of_the_readme_is_known_here():
+    assert set(commands(README)) - INSTALL_AND_TEST == set(SHORTER) - {
+        "python experiments/vision/lenet.py --dataset digits"
+    }
+
+
+def test_the_first_run(tmp_path):
+    command = "python experiments/vision/lenet.py --dataset digits"
+    done = run(command, tmp_path, *SHORTER[command].split())
+    assert done.returncode == 0, done.stderr
+    assert "test_error/distorted" in done.stdout
+
+
+def test_help(tmp_path):
+    done = run("python experiments/vision/lenet.py --help", tmp_path)
+    assert done.returncode == 0
+    assert "--learning-rate" in done.stdout
+    assert "LeNet-5 reads MNIST" in done.stdout
+
+
+@pytest.mark.data
+def test_preparing_what_is_prepared_is_done_at_once(tmp_path, tfds_dir):
+    done = run("python -m dl_jax.data prepare mnist", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "mnist" in done.stdout + done.stderr
+
+
+@pytest.mark.data
+def test_the_paper_run_on_mnist(tmp_path, tfds_dir):
+    command = "python experiments/vision/lenet.py --dataset mnist --preset paper --seeds 5 --workdir runs/lenet"
+    done = run(command, tmp_path, *SHORTER[command].split())
+    assert done.returncode == 0, done.stderr
+    assert "needs preset paper" in done.stdout
+    assert (tmp_path / "runs/lenet/result.json").exists()
+
+
+def test_the_dry_run_of_a_slice(tmp_path):
+    done = run("./tpu_setup.sh --dry-run install", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "gcloud" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_benchmark(tmp_path):
+    done = run("python benchmarks/train_step.py", tmp_path, "--quick")
+    assert done.returncode == 0, done.stderr
+    assert "fit / bare step, MLP" in done.stdout
+
+
+def test_the_guides_program_predicts(tmp_path):
+    flags = "--preset smoke --seeds 1 --steps 8 --distorted-steps 8 --workdir runs/lenet"
+    done = run(f"python experiments/vision/lenet.py {flags}", tmp_path)
+    assert done.returncode == 0, done.stderr
+    program, _ = re.findall(r"```python\n(.*?)```", (ROOT / "docs/guide.md").read_text(), re.S)
+    check = "assert digits.shape == (len(images),) and step == 8"
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    done = subprocess.run([sys.executable, "-c", f"{program}\n{check}"], cwd=tmp_path, env=environment)
+    assert done.returncode == 0
+
+
+@pytest.mark.slow
+def test_the_first_run_in_full(tmp_path):
+    done = run("python experiments/vision/lenet.py --dataset digits", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "(5)" in done.stdout

@@ -1,0 +1,452 @@
+"""Augmentations against brute force, exact invariants, and the statistics of their draws."""
+
+import colorsys
+import inspect
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from dl_jax import augment
+from dl_jax.core.errors import InputError
+
+KEY = jax.random.key(0)
+LENET = {"scale": (0.9, 1.1), "squeeze": (0.9, 1.1), "shear": (-0.2, 0.2), "translate": (-2.0, 2.0)}
+JITTER = {
+    "brightness_factor": (0.6, 1.4),
+    "contrast_factor": (0.6, 1.4),
+    "saturation_factor": (0.6, 1.4),
+    "hue_turns": (-0.1, 0.1),
+}
+ALL = {
+    "flip": augment.flip(),
+    "pad_and_crop": augment.pad_and_crop(3),
+    "affine": augment.affine(degrees=(-15, 15), **LENET),
+    "rotate": augment.rotate((-30, 30)),
+    "scale": augment.scale((0.7, 1.3)),
+    "translate": augment.translate((-3, 3)),
+    "shear": augment.shear((-0.3, 0.3)),
+    "brightness": augment.brightness((0.5, 1.5)),
+    "contrast": augment.contrast((0.5, 1.5)),
+    "saturation": augment.saturation((0.0, 2.0)),
+    "hue": augment.hue((-0.5, 0.5)),
+    "colour_jitter": augment.colour_jitter(**JITTER),
+    "noise": augment.noise(0.1),
+    "cutout": augment.cutout(5),
+    "compose": augment.compose(augment.flip(), augment.pad_and_crop(2), augment.noise(0.1)),
+}
+JITTED = {name: jax.jit(f) for name, f in ALL.items()}  # compiled once for all tests: one shape, SHAPE
+SHAPE = (16, 12, 10, 3)
+each = pytest.mark.parametrize("name", ALL)
+
+
+def pictures(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).random(shape, np.float32)
+
+
+def applied(augmentation: augment.Augmentation, images: np.ndarray, key: jax.Array = KEY) -> np.ndarray:
+    return np.asarray(jax.jit(augmentation)(key, {"image": images})["image"])
+
+
+def brute_force(image: np.ndarray, forward: np.ndarray) -> np.ndarray:
+    """[H, W, C] and the 2x3 map of its points (x right, y down, from the centre), pixel by pixel in float64."""
+    h, w, c = image.shape
+    inverse = np.linalg.inv(np.vstack([forward, [0, 0, 1]]))
+    centre = np.array([(w - 1) / 2, (h - 1) / 2])
+    result = np.zeros((h, w, c))
+    for row in range(h):
+        for column in range(w):
+            x, y = (inverse @ [column - centre[0], row - centre[1], 1])[:2] + centre
+            for r in (int(np.floor(y)), int(np.floor(y)) + 1):
+                for q in (int(np.floor(x)), int(np.floor(x)) + 1):
+                    if 0 <= r < h and 0 <= q < w:
+                        result[row, column] += (1 - abs(y - r)) * (1 - abs(x - q)) * image[r, q]
+    return result
+
+
+def forward_map(
+    degrees: float = 0, scale: float = 1, squeeze: float = 1, shear: float = 0, translate: float = 0
+) -> np.ndarray:
+    t = np.deg2rad(degrees)
+    rotation = np.array([[np.cos(t), np.sin(t)], [-np.sin(t), np.cos(t)]])  # counter-clockwise where y points down
+    slant = np.array([[1, -shear], [0, 1]])
+    linear = rotation @ slant @ np.diag([scale * squeeze, scale / squeeze])
+    return np.column_stack([linear, [translate, translate]])
+
+
+# What holds for every augmentation
+
+
+@each
+def test_same_key_same_result_and_jit_is_eager(name):
+    batch = {"image": jnp.asarray(pictures(*SHAPE))}
+    result = JITTED[name](KEY, batch)["image"]
+    np.testing.assert_array_equal(result, JITTED[name](KEY, batch)["image"])
+    np.testing.assert_allclose(result, ALL[name](KEY, batch)["image"], atol=2e-6)
+    assert not np.array_equal(result, JITTED[name](jax.random.key(1), batch)["image"])
+    assert not np.array_equal(result, batch["image"])
+
+
+@each
+def test_shape_dtype_range_and_other_columns_stay(name):
+    images, label, mask = pictures(*SHAPE), np.arange(16), np.ones(16)
+    before = images.copy()
+    result = JITTED[name](KEY, {"image": images})["image"]
+    assert result.shape == SHAPE
+    assert result.dtype == jnp.float32
+    if name not in ("noise", "compose"):
+        assert float(result.min()) >= 0
+        assert float(result.max()) <= 1 + 1e-6
+    batch = jax.eval_shape(ALL[name], KEY, {"image": images, "label": label, "mask": mask})
+    assert set(batch) == {"image", "label", "mask"}
+    batch = ALL[name](KEY, {"image": jnp.asarray(images), "label": label, "mask": mask})
+    assert batch["label"] is label
+    assert batch["mask"] is mask
+    np.testing.assert_array_equal(images, before)
+
+
+@each
+def test_equal_examples_are_drawn_apart(name):
+    images = np.broadcast_to(pictures(*SHAPE)[:1], SHAPE)
+    result = np.asarray(JITTED[name](KEY, {"image": images})["image"]).reshape(16, -1)
+    assert len(np.unique(result, axis=0)) >= (2 if name == "flip" else 10)
+
+
+@each
+def test_an_examples_draws_depend_on_its_position_alone(name):
+    images = pictures(*SHAPE)
+    whole = JITTED[name](KEY, {"image": images})["image"]
+    np.testing.assert_allclose(JITTED[name](KEY, {"image": images[:4]})["image"], whole[:4], atol=2e-6)
+
+
+@each
+def test_devices_share_a_batch_without_exchange(name):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    images = pictures(*SHAPE)
+    batch = {"image": jax.device_put(images, rows)}
+    compiled = jax.jit(ALL[name], out_shardings={"image": rows}).lower(KEY, batch).compile()
+    shared, alone = compiled(KEY, batch)["image"], JITTED[name](KEY, {"image": images})["image"]
+    np.testing.assert_allclose(shared, alone, atol=2e-6)
+    program = compiled.as_text() or ""
+    assert "fusion" in program
+    assert not [line for line in program.splitlines() if "all-" in line or "collective-permute" in line]
+
+
+@each
+def test_vmapped_over_seeds(name):
+    images, keys = pictures(3, *SHAPE), jax.random.split(KEY, 3)
+    lanes = jax.jit(jax.vmap(ALL[name]))(keys, {"image": images})["image"]
+    for lane, key, own in zip(lanes, keys, images, strict=True):
+        np.testing.assert_allclose(lane, JITTED[name](key, {"image": own})["image"], atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "augmentation",
+    [
+        augment.compose(),
+        augment.pad_and_crop(0),
+        augment.affine(),
+        augment.rotate((0, 0)),
+        augment.scale((1, 1)),
+        augment.translate((0, 0)),
+        augment.shear((0, 0)),
+        augment.brightness((1, 1)),
+        augment.contrast((1, 1)),
+        augment.saturation((1, 1)),
+        augment.noise(0),
+    ],
+)
+@pytest.mark.parametrize("shape", [(3, 8, 8, 3), (2, 7, 10, 3)])
+def test_identity_is_exact(augmentation, shape):
+    images = pictures(*shape)
+    np.testing.assert_array_equal(applied(augmentation, images), images)
+
+
+def test_identity_of_hue_to_rounding():
+    images = pictures(3, 8, 8, 3)
+    np.testing.assert_allclose(applied(augment.hue((0, 0)), images), images, atol=1e-6)
+
+
+@each
+def test_gradients_pass_and_are_finite(name):
+    images = pictures(*SHAPE)
+    images[:, :2] = 0.5  # grey: no hue
+    gradient = jax.jit(jax.grad(lambda x: ALL[name](KEY, {"image": x})["image"].sum()))(images)
+    assert np.isfinite(gradient).all()
+    assert np.abs(gradient).sum() > 0
+
+
+# Geometry
+
+
+def test_flip_is_its_own_inverse_and_takes_half():
+    images = pictures(2000, 3, 4, 2)
+    once = applied(augment.flip(), images)
+    np.testing.assert_array_equal(applied(augment.flip(), once), images)
+    flipped = np.array([np.array_equal(a, b[:, ::-1]) for a, b in zip(once, images, strict=True)])
+    kept = np.array([np.array_equal(a, b) for a, b in zip(once, images, strict=True)])
+    assert (flipped ^ kept).all()
+    assert abs(flipped.mean() - 0.5) < 4 * 0.5 / np.sqrt(2000)
+
+
+def test_pad_and_crop_gives_every_window_equally_often():
+    image, padding, n = pictures(5, 6, 2, seed=1), 2, 5000
+    result = applied(augment.pad_and_crop(padding), np.broadcast_to(image, (n, 5, 6, 2)))
+    padded = np.pad(image, ((2, 2), (2, 2), (0, 0)))
+    windows = {padded[r : r + 5, q : q + 6].tobytes(): 0 for r in range(5) for q in range(5)}
+    assert len(windows) == 25
+    for window in result:
+        windows[window.tobytes()] += 1  # a KeyError is a window that does not exist
+    counts = np.array(list(windows.values()))
+    assert ((counts - n / 25) ** 2 / (n / 25)).sum() < 51.2  # chi-squared, 24 degrees of freedom, p = 0.001
+
+
+@pytest.mark.parametrize(("size", "turns"), [(8, 1), (9, 1), (8, 2), (9, -1)])
+def test_quarter_turns_are_rot90(size, turns):
+    images = pictures(2, size, size, 3)
+    result = applied(augment.rotate((90 * turns, 90 * turns)), images)
+    np.testing.assert_allclose(result, np.rot90(images, turns, axes=(1, 2)), atol=1e-5)
+
+
+@pytest.mark.parametrize(("right", "down"), [(0, 0), (2, 0), (0, -3), (-1, 2), (5, 5), (20, 0)])
+def test_whole_pixel_translation_is_a_roll_with_zeros(right, down):
+    images = pictures(2, 7, 9, 3)
+    expected = np.zeros_like(images)
+    for row in range(7):
+        for column in range(9):
+            if 0 <= row - down < 7 and 0 <= column - right < 9:
+                expected[:, row, column] = images[:, row - down, column - right]
+    source = jnp.broadcast_to(jnp.array([[1.0, 0, -right], [0, 1, -down]]), (2, 2, 3))
+    np.testing.assert_array_equal(augment.resample(jnp.asarray(images), source), expected)
+    if right == down:
+        np.testing.assert_array_equal(applied(augment.translate((right, right)), images), expected)
+
+
+ONE_BY_ONE: list[tuple[Callable[[float], augment.Augmentation], dict[str, float]]] = [
+    (lambda v: augment.rotate((v, v)), {"degrees": 33}),
+    (lambda v: augment.scale((v, v)), {"scale": 1.3}),
+    (lambda v: augment.scale((v, v)), {"scale": 0.6}),
+    (lambda v: augment.affine(squeeze=(v, v)), {"squeeze": 1.25}),
+    (lambda v: augment.shear((v, v)), {"shear": 0.4}),
+    (lambda v: augment.translate((v, v)), {"translate": -1.7}),
+]
+
+
+@pytest.mark.parametrize(("make", "value"), ONE_BY_ONE)
+def test_one_distortion_against_brute_force(make, value):
+    image = pictures(9, 12, 2)
+    result = applied(make(*value.values()), image[None])[0]
+    np.testing.assert_allclose(result, brute_force(image, forward_map(**value)), atol=1e-5)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    degrees=st.floats(-180, 180),
+    scale=st.floats(0.4, 2.5),
+    squeeze=st.floats(0.5, 2.0),
+    shear=st.floats(-1, 1),
+    translate=st.floats(-4, 4),
+)
+def test_all_distortions_together_against_brute_force(**values):
+    image = pictures(7, 9, 1)
+    distort = augment.affine(**{name: (v, v) for name, v in values.items()})
+    result = distort(KEY, {"image": jnp.asarray(image[None])})["image"][0]  # jitted it would compile for each example
+    np.testing.assert_allclose(result, brute_force(image, forward_map(**values)), atol=5e-5)
+
+
+def test_affine_draws_are_uniform_and_independent():
+    """Read off a picture whose value is its x or y coordinate, undisturbed at the centre pixel and its neighbours."""
+    n, size = 4000, 9
+    y, x = np.mgrid[:size, :size].astype(np.float32) - size // 2
+    ramp = np.broadcast_to(np.stack([x, y], -1), (n, size, size, 2))
+    c = size // 2
+    moved = applied(augment.translate((-2, 3)), ramp)[:, c, c]  # the source of the centre: minus the shift
+    assert moved.min() >= -3
+    assert moved.max() <= 2
+    np.testing.assert_allclose(-moved.mean(0), 0.5, atol=4 * 5 / np.sqrt(12 * n))
+    np.testing.assert_allclose(moved.std(0), 5 / np.sqrt(12), rtol=0.05)
+    assert abs(np.corrcoef(moved.T)[0, 1]) < 4 / np.sqrt(n)
+    turned = applied(augment.rotate((-20, 40)), ramp)
+    degrees = np.rad2deg(np.arctan2(turned[:, c, c + 1, 1], turned[:, c, c + 1, 0]))
+    assert np.histogram(degrees, bins=6, range=(-20, 40))[0] == pytest.approx(n / 6, rel=0.15)
+    enlarged = 1 / applied(augment.scale((0.8, 1.4)), ramp)[:, c, c + 1, 0]
+    assert np.histogram(enlarged, bins=6, range=(0.8, 1.4))[0] == pytest.approx(n / 6, rel=0.15)
+
+
+def test_squeeze_keeps_the_area():
+    y, x = np.mgrid[:9, :9].astype(np.float32) - 4
+    result = applied(augment.affine(squeeze=(0.7, 1.4)), np.broadcast_to(np.stack([x, y], -1), (50, 9, 9, 2)))
+    width, height = result[:, 4, 5, 0], result[:, 5, 4, 1]
+    np.testing.assert_allclose(width * height, 1, rtol=1e-4)
+    assert (width > 1).any()
+    assert (width < 1).any()
+
+
+# Colour
+
+
+def test_brightness_scales_and_clips():
+    images = pictures(500, 2, 2, 1)
+    result = applied(augment.brightness((0.5, 1.5)), images)
+    factor = result.min((1, 2, 3)) / images.min((1, 2, 3))
+    np.testing.assert_allclose(result, np.clip(factor[:, None, None, None] * images, 0, 1), rtol=1e-5)
+    assert factor.min() >= 0.5 - 1e-6
+    assert factor.max() <= 1.5 + 1e-6
+    assert abs(factor.mean() - 1) < 4 / np.sqrt(12 * 500)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_contrast_leaves_the_mean_luminance(channels):
+    images = 0.4 + 0.2 * pictures(20, 6, 6, channels)  # nothing reaches 0 or 1
+    weights = np.array(augment.REC601 if channels == 3 else [1 / channels] * channels)
+    result = applied(augment.contrast((0.0, 2.0)), images)
+    np.testing.assert_allclose((result @ weights).mean((1, 2)), (images @ weights).mean((1, 2)), atol=1e-6)
+    ratio = result.std((1, 2)) / images.std((1, 2))
+    assert ratio.max() <= 2 + 1e-4
+    np.testing.assert_allclose(ratio, ratio[:, :1] + np.zeros(channels), rtol=1e-3)
+
+
+def test_contrast_0_is_flat():
+    images = pictures(3, 6, 6, 3)
+    result = applied(augment.contrast((0, 0)), images)
+    grey = (images @ np.array(augment.REC601)).mean((1, 2))
+    np.testing.assert_allclose(result, np.broadcast_to(grey[:, None, None, None], result.shape), atol=1e-6)
+
+
+def test_saturation_leaves_luminance_and_0_is_grey():
+    images = 0.45 + 0.1 * pictures(20, 5, 5, 3)
+    weights = np.array(augment.REC601)
+    result = applied(augment.saturation((0.0, 2.0)), images)
+    np.testing.assert_allclose(result @ weights, images @ weights, atol=1e-6)
+    grey = applied(augment.saturation((0, 0)), images)
+    np.testing.assert_allclose(grey, np.repeat((images @ weights)[..., None], 3, -1), atol=1e-6)
+    doubled = applied(augment.saturation((2, 2)), images)
+    np.testing.assert_allclose(doubled, 2 * images - grey, atol=1e-6)
+
+
+@pytest.mark.parametrize("turns", [-0.5, -0.21, 0.0, 0.1, 1 / 3, 0.5])
+def test_hue_against_colorsys(turns):
+    corners = np.stack(np.meshgrid([0, 0.5, 1], [0, 0.5, 1], [0, 0.5, 1]), -1).reshape(1, 27, 1, 3).astype(np.float32)
+    images = np.concatenate([corners, pictures(1, 27, 1, 3)], 2)
+    expected = np.empty_like(images)
+    for at in np.ndindex(images.shape[:3]):
+        h, s, v = colorsys.rgb_to_hsv(*(float(channel) for channel in images[at]))
+        expected[at] = colorsys.hsv_to_rgb((h + turns) % 1, s, v)
+    np.testing.assert_allclose(applied(augment.hue((turns, turns)), images), expected, atol=2e-6)
+
+
+def test_a_third_of_a_turn_takes_red_to_green():
+    red = np.zeros((1, 1, 1, 3), np.float32) + np.array([1, 0, 0], np.float32)
+    np.testing.assert_allclose(applied(augment.hue((1 / 3, 1 / 3)), red)[0, 0, 0], [0, 1, 0], atol=1e-6)
+
+
+def test_colour_jitter_is_its_parts_in_order():
+    images, keys = pictures(4, 6, 6, 3), jax.random.split(KEY, 4)
+    expected = images
+    parts = (augment.brightness, augment.contrast, augment.saturation, augment.hue)
+    for part, interval, key in zip(parts, JITTER.values(), keys, strict=True):
+        expected = applied(part(interval), expected, key)
+    np.testing.assert_allclose(applied(augment.colour_jitter(**JITTER), images), expected, atol=1e-6)
+
+
+# Noise
+
+
+def test_noise_has_its_standard_deviation_and_is_not_clipped():
+    result = applied(augment.noise(0.3), np.zeros((50, 20, 20, 1), np.float32))
+    n = result.size
+    assert abs(result.std() - 0.3) < 4 * 0.3 / np.sqrt(2 * n)
+    assert abs(result.mean()) < 4 * 0.3 / np.sqrt(n)
+    assert abs((np.abs(result) < 0.3).mean() - 0.6827) < 4 * 0.47 / np.sqrt(n)
+    assert result.min() < -0.6
+
+
+@pytest.mark.parametrize("size", [1, 4, 8])
+def test_cutout_zeroes_the_clipped_square_alone(size):
+    h, w, n = 8, 9, 2000
+    images = 0.1 + 0.9 * pictures(n, h, w, 2)
+    result = applied(augment.cutout(size), images)
+    hole = result == 0
+    np.testing.assert_array_equal(hole[..., 0], hole[..., 1])
+    np.testing.assert_array_equal(result[~hole], images[~hole])
+    squares = {}
+    for row in range(h):
+        for column in range(w):
+            top, left = row - size // 2, column - size // 2
+            square = np.zeros((h, w), bool)
+            square[max(top, 0) : top + size, max(left, 0) : left + size] = True
+            squares[square.tobytes()] = squares.get(square.tobytes(), 0) + 1
+    seen = dict.fromkeys(squares, 0)
+    for mask in hole[..., 0]:
+        seen[mask.tobytes()] += 1  # a KeyError is a hole that is no square around a pixel
+    expected = np.array(list(squares.values())) * n / (h * w)
+    assert len(seen) == h * w if size < 8 else len(seen) > 1
+    assert (np.abs(np.array(list(seen.values())) - expected) < 5 * np.sqrt(expected)).all()
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: augment.noise(-0.1),
+        lambda: augment.noise(float("nan")),
+        lambda: augment.noise(float("inf")),
+        lambda: augment.pad_and_crop(-1),
+        lambda: augment.cutout(0),
+        lambda: augment.scale((0.0, 1.0)),
+        lambda: augment.scale((-1.0, 1.0)),
+        lambda: augment.affine(squeeze=(0.0, 1.0)),
+        lambda: augment.rotate((10, -10)),
+        lambda: augment.rotate((float("nan"), 1.0)),
+        lambda: augment.translate((0, float("inf"))),
+        lambda: augment.shear((1, 0)),
+        lambda: augment.brightness((-0.1, 1.0)),
+        lambda: augment.contrast((-0.1, 1.0)),
+        lambda: augment.saturation((-0.1, 1.0)),
+        lambda: augment.hue((-0.6, 0.0)),
+        lambda: augment.hue((0.0, 0.6)),
+    ],
+)
+def test_hyper_parameters_without_sense_are_refused(make):
+    with pytest.raises(InputError, match=r"^[^\n]+=[^\n]+: expected [^\n]+$"):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "images", "message"),
+    [
+        (augment.pad_and_crop(8), np.zeros((1, 8, 9, 1), np.float32), "padding=8: expected less than the 8x9"),
+        (augment.cutout(9), np.zeros((1, 8, 9, 1), np.float32), "size=9: expected a square no larger than the 8x9"),
+        (augment.hue((0, 0)), np.zeros((1, 8, 8, 1), np.float32), "3 channels"),
+        (augment.saturation((1, 1)), np.zeros((1, 8, 8, 1), np.float32), "3 channels"),
+        (augment.flip(), np.zeros((1, 8, 8), np.float32), r"expect float32 \[B, H, W, C\]"),
+        (augment.flip(), np.zeros((1, 8, 8, 1), np.uint8), "uint8: .* convert and scale"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused(augmentation, images, message):
+    with pytest.raises(InputError, match=message):
+        augmentation(KEY, {"image": images})
+    with pytest.raises(InputError, match=message):
+        jax.jit(augmentation)(KEY, {"image": images})
+
+
+def test_the_picture_shows_every_augmentation():
+    public = {
+        name
+        for name, f in vars(augment).items()
+        if inspect.isfunction(f) and not name.startswith("_") and f.__module__ == augment.__name__
+    }
+    script = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "augmentations.py"))
+    shown = {label.split("(")[0] for rows in (script["DIGITS"], script["COLOURS"]) for label in rows}
+    assert shown == public - {"resample"}
+    assert set(ALL) == public - {"resample"}

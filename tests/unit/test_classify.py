@@ -1,0 +1,68 @@
+"""The loss and the exam of classifiers, and trees of lanes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dl_jax import classify, losses
+from dl_jax.core import seeds as lanes
+from dl_jax.core.evaluate import evaluate
+
+IMAGE = np.random.default_rng(0).integers(0, 256, (6, 2, 2, 1), np.uint8)
+BATCH = {"image": IMAGE, "label": np.array([0, 1, 2, 0, 1, 2])}
+VARIABLES = {"params": {"w": np.random.default_rng(1).normal(size=(4, 3)).astype(np.float32)}}
+
+
+def apply(variables, image, train, rngs=None):
+    assert image.dtype == jnp.float32
+    assert (rngs is not None) == train
+    return image.reshape(len(image), -1) @ variables["params"]["w"]
+
+
+LOGITS = (IMAGE.reshape(6, 4) / np.float32(255)) @ VARIABLES["params"]["w"]
+
+
+def test_grey_levels_become_fractions_and_floats_stay():
+    found = classify.to_unit(np.array([0, 51, 255], np.uint8))
+    np.testing.assert_allclose(found, [0, 0.2, 1], rtol=1e-6)
+    np.testing.assert_array_equal(classify.to_unit(found), found)
+    batch = classify.unit(jax.random.key(0), BATCH)
+    np.testing.assert_allclose(batch["image"], IMAGE / 255, rtol=1e-6)
+    assert batch["label"] is BATCH["label"]
+
+
+def test_the_loss_is_the_mean_cross_entropy():
+    found, (collections, metrics) = classify.loss(apply)(VARIABLES, BATCH, jax.random.key(0))
+    np.testing.assert_allclose(found, losses.cross_entropy(LOGITS, BATCH["label"]).mean(), rtol=1e-6)
+    assert collections == {}
+    np.testing.assert_allclose(metrics["error"], (LOGITS.argmax(1) != BATCH["label"]).mean())
+
+
+def test_the_exam_counts_each_example_once_for_each_lane():
+    both = jax.tree.map(lambda leaf: np.stack([leaf, -leaf]), VARIABLES)
+    masked = {**BATCH, "mask": np.array([1, 1, 1, 1, 0, 0], np.float32)}
+    found = evaluate(classify.per_seed(classify.exam(apply)), both, [masked], jax.random.key(0))
+    for sign, error, nats in zip((1, -1), found["error"], found["nats"], strict=True):
+        kept = (sign * LOGITS)[:4], BATCH["label"][:4]
+        np.testing.assert_allclose(error, (kept[0].argmax(1) != kept[1]).mean())
+        np.testing.assert_allclose(nats, losses.cross_entropy(*kept).mean(), rtol=1e-5)
+
+
+def test_outputs_are_those_of_all_pictures_in_order():
+    images = np.arange(2500.0).reshape(2500, 1, 1, 1)
+    sizes = []
+
+    def predict(some):
+        sizes.append(len(some))
+        return 2 * some[:, 0, 0]
+
+    np.testing.assert_array_equal(classify.outputs(predict, images), 2 * images[:, 0, 0])
+    assert sizes == [1000, 1000, 500]
+
+
+def test_lanes_come_apart_and_together():
+    tree = {"a": jnp.arange(6.0).reshape(3, 2), "b": {"c": jnp.arange(3)}}
+    parts = lanes.split(tree)
+    assert [part["b"]["c"] for part in parts] == [0, 1, 2]
+    assert all(isinstance(leaf, np.ndarray | np.generic) for leaf in jax.tree.leaves(parts))
+    jax.tree.map(np.testing.assert_array_equal, lanes.stack(parts), tree)

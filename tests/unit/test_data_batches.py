@@ -1,0 +1,153 @@
+"""The order of examples, batches and epochs."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dl_jax import data
+from dl_jax.core.errors import InputError
+from dl_jax.data.batches import generator, order
+
+quick = settings(deadline=None, max_examples=40)
+sizes, batch_sizes, seeds = st.integers(1, 50), st.integers(1, 70), st.integers(0, 2**64)
+
+
+def records(n: int) -> dict[str, np.ndarray]:
+    return {"index": np.arange(n), "image": np.arange(n * 4, dtype=np.uint8).reshape(n, 2, 2, 1)}
+
+
+@quick
+@given(sizes, batch_sizes, seeds)
+def test_each_epoch_is_a_permutation_whatever_the_batch_size(n, batch_size, seed):
+    stream = data.batches({"index": np.arange(n)}, batch_size, seed)
+    steps = -(-3 * n // batch_size)  # three epochs at least; a batch may be larger than the set
+    seen = np.concatenate([stream(step)["index"] for step in range(steps)])
+    assert len(stream(0)["index"]) == batch_size
+    for start in (0, n, 2 * n):
+        assert sorted(seen[start : start + n]) == list(range(n))
+
+
+@quick
+@given(sizes, st.integers(1, 6), st.integers(1, 8), seeds, st.integers(0, 1000))
+def test_processes_side_by_side_hold_what_one_process_holds(n, processes, rows, seed, step):
+    size = processes * rows
+    whole = data.batches(records(n), size, seed)(step)
+    parts = [
+        data.batches(records(n), size, seed, slice(p * rows, (p + 1) * rows))(step)["image"] for p in range(processes)
+    ]
+    np.testing.assert_array_equal(np.concatenate(parts), whole["image"])
+    np.testing.assert_array_equal(whole["image"], records(n)["image"][whole["index"]])
+
+
+def test_a_batch_depends_on_seed_and_step_alone():
+    one, other = (data.batches(records(10), 4, seed=3) for _ in range(2))
+    forwards = [one(step)["index"] for step in range(20)]
+    backwards = [other(step)["index"] for step in reversed(range(20))][::-1]
+    np.testing.assert_array_equal(forwards, backwards)
+    assert not np.array_equal(one(0)["index"], data.batches(records(10), 4, seed=4)(0)["index"])
+    first, second = (order(10, 3)(10 * e, 10 * e + 10) for e in range(2))
+    assert not np.array_equal(first, second)
+
+
+def test_batches_are_copies():
+    columns = records(4)
+    data.batches(columns, 4, seed=0)(0)["image"][:] = 0
+    np.testing.assert_array_equal(columns["image"], records(4)["image"])
+
+
+def test_any_step_is_reached_at_once(monkeypatch):
+    """A step draws the permutations of the epochs it touches, and no others."""
+    drawn = []
+    draw = np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda source: drawn.append(source.spawn_key) or draw(source))
+    stream = data.batches({"index": np.arange(100)}, 30, seed=0)
+    stream(10**15)  # positions from 3e16, a multiple of 100
+    stream(10**15 + 3)  # across the border to the next epoch
+    assert drawn == [(0, 3 * 10**14), (0, 3 * 10**14 + 1)]
+
+
+def test_the_order_does_not_change_with_versions():
+    """Resuming under a newer NumPy must continue the same order."""
+    np.testing.assert_array_equal(order(8, seed=7)(0, 16), [6, 2, 3, 0, 4, 5, 1, 7, 4, 7, 3, 2, 6, 0, 1, 5])
+
+
+def test_the_generator_of_an_example_is_its_own():
+    draws = [generator(seed, position).random() for seed in (0, 1) for position in (0, 1, 10**12)]
+    assert len(set(draws)) == len(draws)
+    assert generator(1, 10**12).random() == draws[-1]
+
+
+@quick
+@given(sizes, st.integers(1, 4), st.integers(1, 20))
+def test_an_epoch_holds_every_example_once_and_pads_the_last_batch(n, processes, rows):
+    size = processes * rows
+    parts = [data.epoch(records(n), size, slice(p * rows, (p + 1) * rows)) for p in range(processes)]
+    assert {len(part) for part in parts} == {-(-n // size)}
+    batches = [{k: np.concatenate([b[k] for b in bs]) for k in bs[0]} for bs in zip(*parts, strict=True)]
+    assert all(batch["mask"].shape == (size,) and batch["mask"].dtype == np.float32 for batch in batches)
+    mask = np.concatenate([batch["mask"] for batch in batches])
+    np.testing.assert_array_equal(mask, np.arange(len(mask)) < n)
+    index = np.concatenate([batch["index"] for batch in batches])
+    np.testing.assert_array_equal(index[:n], np.arange(n))
+    np.testing.assert_array_equal(index[n:], n - 1)
+
+
+def test_an_epoch_may_be_iterated_again():
+    exam = data.epoch(records(5), 2)
+    assert [b["index"].tolist() for b in exam] == [b["index"].tolist() for b in exam] == [[0, 1], [2, 3], [4, 4]]
+
+
+def test_per_seed_stacks_each_seeds_own_order():
+    streams = [data.batches(records(10), 4, seed) for seed in (5, 6, 7)]
+    batch = data.per_seed(streams)(2)
+    assert batch["image"].shape == (3, 4, 2, 2, 1)
+    for lane, stream in enumerate(streams):
+        np.testing.assert_array_equal(batch["index"][lane], stream(2)["index"])
+
+
+def test_a_window_holds_the_steps_from_the_one_asked_for():
+    stream = data.batches(records(10), 4, seed=0)
+    window = data.windows(stream, 3)(6)
+    assert window["image"].shape == (3, 4, 2, 2, 1)
+    for i in range(3):
+        np.testing.assert_array_equal(window["index"][i], stream(6 + i)["index"])
+
+
+@pytest.mark.parametrize("make", [data.epoch, lambda *a, **k: data.batches(*a, seed=0, **k)])
+@pytest.mark.parametrize(
+    ("columns", "batch_size", "rows", "message"),
+    [
+        (records(3), 0, slice(None), "batch size 0"),
+        (records(3), -4, slice(None), "batch size -4"),
+        (records(0), 4, slice(None), "no records"),
+        ({}, 4, slice(None), "no records"),
+        ({"a": np.zeros(3), "b": np.zeros(4)}, 4, slice(None), "different lengths {'a': 3, 'b': 4}"),
+        (records(3), 4, slice(4, 8), "rows 4:8"),
+    ],
+)
+def test_bad_batches_are_refused(make, columns, batch_size, rows, message):
+    with pytest.raises(InputError, match=message):
+        make(columns, batch_size, rows=rows)
+
+
+def test_a_negative_seed_is_refused():
+    with pytest.raises(InputError, match="seed -1"):
+        data.batches(records(3), 2, seed=-1)
+
+
+def test_windows_of_no_steps_are_refused():
+    with pytest.raises(InputError, match="0 steps in one call, expected 1 or more"):
+        data.windows(lambda step: {}, 0)
+
+
+def test_a_column_called_mask_is_refused():
+    with pytest.raises(InputError, match="column 'mask'"):
+        data.epoch({"mask": np.zeros(3)}, 2)
+
+
+def test_a_later_stream_goes_on_where_another_ended():
+    stream = data.batches({"index": np.arange(10)}, 4, seed=0)
+    later = data.later(stream, 3)
+    for step in range(4):
+        np.testing.assert_array_equal(later(step)["index"], stream(3 + step)["index"])

@@ -1,0 +1,214 @@
+"""Sets that are not there, or damaged: one line that names what is wrong and what to do."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dl_jax import data
+from dl_jax.core.errors import InputError
+from dl_jax.data import digits
+from dl_jax.data.source import find, prepared, tfds_names
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> Path:
+    """The version folder of the prepared digits."""
+    return digits.prepared(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def root(sound, tmp_path, monkeypatch) -> Path:
+    """A data folder, the default one, with the sets `scans`, of two versions, and `pair`, of two configs."""
+    root = tmp_path / "tfds"
+    for place in ("scans/1.0.0", "scans/1.10.0", "pair/left/1.0.0", "pair/right/1.0.0", "alone/only/2.0.0"):
+        shutil.copytree(sound, root / place)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(root))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return root
+
+
+def message(name: str, split: str = "test", **where) -> str:
+    with pytest.raises(InputError) as error:
+        data.load(name, split, **where)
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def shard(root: Path, split: str = "test") -> Path:
+    return root / "scans" / "1.10.0" / f"digits-{split}.array_record-00000-of-00001"
+
+
+def test_the_newest_version_of_a_set_is_found(root):
+    assert find("scans") == ("scans", "1.10.0", root / "scans" / "1.10.0")
+    assert find("scans:1.0.0").version == "1.0.0"
+    assert find("alone") == find("alone/only") == ("alone/only", "2.0.0", root / "alone" / "only" / "2.0.0")
+    assert [found.name for found in prepared()] == ["alone/only", "pair/left", "pair/right", "scans"]
+    assert len(data.load("scans", "test")["label"]) == 360
+    assert data.info("pair/left").name == "pair/left"
+
+
+def test_the_data_folder_is_only_read(root):
+    before = sorted(root.rglob("*"))
+    for path in (shard(root).parent, root):
+        path.chmod(0o555)
+    data.load("scans", "test[:10]")
+    data.info("scans")
+    assert sorted(root.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "glue/sst2", "spoken_digit", "imagenet2012"])
+def test_a_set_that_is_not_prepared_names_the_ways_out(root, name):
+    text = message(name, data_dir=str(root))
+    assert text.startswith(f"data set {name} is not prepared in {root}: ")
+    assert f"`python -m dl_jax.data prepare {name} --data-dir {root}`" in text
+    assert "--dataset digits" in text
+    assert f"`python -m dl_jax.data prepare {name}`" in message(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("mnits", "mnist"), ("scan_s", "scans"), ("cifar-10", "cifar10"), ("digit", "digits")]
+)
+def test_an_unknown_name_names_the_nearest(root, name, near):
+    text = message(name)
+    assert f"data set {name} is neither prepared in {root} nor known to TFDS" in text
+    assert near in text.partition("did you mean")[2]
+
+
+@pytest.mark.parametrize("name", ["", "..", "/etc", "a b", "../scans", "scans/1.0.0/x"])
+def test_names_do_not_leave_the_data_folder(root, name):
+    assert "neither prepared in" in message(name)
+
+
+def test_an_absent_set_fails_at_once_and_imports_nothing_heavy(tmp_path):
+    program = "import sys, time; from dl_jax import data, errors; began = time.monotonic()\n"
+    program += "try: data.load('mnist', 'train', sys.argv[1])\nexcept errors.InputError: pass\n"
+    program += "print(time.monotonic() - began, 'tensorflow_datasets' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    seconds, imported = run.stdout.split()
+    assert float(seconds) < 1
+    assert imported == "False"
+
+
+def test_names_that_tfds_can_prepare_are_known():
+    assert {"mnist", "cifar10", "wiki_dialog", "tiny_shakespeare", "gtzan"} <= tfds_names()
+
+
+def test_ambiguous_configs_and_absent_versions_are_listed(root):
+    assert "expected one of pair/left, pair/right" in message("pair")
+    assert "version 3.0.0, expected 1.0.0 or 1.10.0" in message("scans:3.0.0")
+
+
+def test_a_bucket_is_no_data_folder(root):
+    assert "gs://bucket: expected a local or mounted folder" in message("scans", data_dir="gs://bucket")
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("validation", "data set scans has no split 'validation', expected train, test, a slice"),
+        (
+            "trian[:10]",
+            "has no split 'trian', expected train, test, a slice such as train[:90%], or several joined by +",
+        ),
+        ("trian", "did you mean train?"),
+        ("train[:0]", "split 'train[:0]' of scans is empty, expected some of its examples (train 1437, test 360)"),
+        ("test[9:3]", "split 'test[9:3]' of scans is empty"),
+        ("train[", "split 'train[' of scans is malformed"),
+        ("", "split '' of scans is malformed"),
+        ("train[:200%]", "split 'train[:200%]' of scans is malformed (When unit=%"),
+        ("train[2000:]", "incompatible with 1437 examples"),
+        ("train+", "split 'train+' of scans is malformed"),
+    ],
+)
+def test_a_split_that_is_not_there_or_empty_or_malformed(root, split, expected):
+    assert expected in message("scans", split)
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.99, 0.0])
+def test_a_truncated_record_file_is_named(root, keep):
+    file = shard(root)
+    file.write_bytes(file.read_bytes()[: int(keep * file.stat().st_size)])
+    text = message("scans")
+    assert text.startswith(f"record file {file} is truncated or damaged")
+    assert message("scans", "train[-9:]+test").startswith(f"record file {file}")
+    assert len(data.load("scans", "train")["label"]) == 1437  # the other file is sound
+    with pytest.raises(InputError, match=f"record file {file} is truncated"):
+        data.stream("scans", "test", 4, 0)(0)
+
+
+def test_a_flipped_byte_is_noticed(root):
+    file = shard(root)
+    content = bytearray(file.read_bytes())
+    content[70_000] ^= 255
+    file.write_bytes(content)
+    assert message("scans").startswith(f"record file {file} is truncated or damaged (Corrupted")
+
+
+def test_a_missing_record_file_is_named(root):
+    shard(root).unlink()
+    assert message("scans").startswith(f"record file {shard(root)} is missing")
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"splits": [{"name": "train"}]}'])
+def test_a_damaged_description_is_named(root, content):
+    file = root / "scans" / "1.10.0" / "dataset_info.json"
+    file.unlink() if content is None else file.write_text(content)
+    assert message("scans").startswith(f"{file} is missing or damaged")
+    with pytest.raises(InputError, match="is missing or damaged"):
+        data.info("scans")
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"pythonClassName": "os.system"}'])
+def test_damaged_features_are_named(root, content):
+    file = root / "scans" / "1.10.0" / "features.json"
+    file.unlink() if content is None else file.write_text(content)
+    text = message("scans")
+    assert text.startswith(f"the description of data set scans in {file.parent} is damaged")
+    assert "features.json" in text
+
+
+def test_another_record_format_is_refused(root):
+    file = root / "scans" / "1.10.0" / "dataset_info.json"
+    file.write_text(file.read_text().replace('"array_record"', '"tfrecord"'))
+    assert "is stored as tfrecord, expected array_record" in message("scans")
+
+
+def test_a_feature_that_needs_tensorflow_is_refused(root):
+    file = root / "scans" / "1.10.0" / "features.json"
+    connector = "tensorflow_datasets.core.features.audio_feature.Audio"
+    label = "tensorflow_datasets.core.features.class_label_feature.ClassLabel"
+    file.write_text(
+        file.read_text()
+        .replace(label, connector)
+        .replace('"classLabel"', '"audio"')
+        .replace("numClasses", "sampleRate")
+    )
+    assert "has a feature that TFDS reads only with TensorFlow" in message("scans")
+
+
+def test_images_that_are_none_are_refused(root):
+    """The records are whole, what they hold is not what the features say."""
+    file = root / "scans" / "1.10.0" / "features.json"
+    text = file.read_text().replace('"label"', '"number"')
+    file.write_text(text)
+    assert message("scans").startswith("example 0 of scans 'test' cannot be decoded to its declared features")
+
+
+def test_examples_of_different_shapes_make_no_column(root):
+    with pytest.raises(InputError, match=r"column 'image' has examples of shapes \(1, 8, 1\) and \(8, 8, 1\)"):
+        data.stream("scans", "test", 64, 0, transform=halved)(0)
+
+
+def halved(rng, example):
+    return {"image": example["image"][: 8 if rng.random() < 0.5 else 1]}
+
+
+def test_a_cache_that_cannot_be_written_is_named(root, tmp_path):
+    (tmp_path / "file").write_text("")
+    text = message("scans", cache_dir=str(tmp_path / "file"))
+    assert text.startswith(f"cannot write in {tmp_path / 'file'}")
+    assert "--cache-dir" in text

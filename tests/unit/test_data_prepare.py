@@ -1,0 +1,109 @@
+"""The commands that prepare and list data sets."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+from dl_jax import data
+from dl_jax.core.errors import InputError
+from dl_jax.data.prepare import prepare
+
+
+class DlJaxWords(tfds.core.GeneratorBasedBuilder):
+    """TFDS knows a builder by its class; this one needs no TensorFlow."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    prepared = 0
+
+    def _info(self):
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({"word": tfds.features.Text()}))
+
+    def _split_generators(self, dl_manager):
+        type(self).prepared += 1
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        yield from enumerate({"word": word} for word in ("one", "two", "three"))
+
+
+class DlJaxPictures(DlJaxWords):
+    """Encoding an array as an image takes TensorFlow."""
+
+    def _info(self):
+        features = tfds.features.FeaturesDict({"image": tfds.features.Image(shape=(2, 2, 1))})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _generate_examples(self):
+        yield 0, {"image": np.zeros((2, 2, 1), np.uint8)}
+
+
+class DlJaxOffline(DlJaxWords):
+    def _split_generators(self, dl_manager):
+        raise ConnectionError("no route to host\nand more")
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    tfds.disable_progress_bar()
+    yield
+    tfds.enable_progress_bar()
+
+
+def command(*args: str, **env: str) -> subprocess.CompletedProcess:
+    line = [sys.executable, "-m", "dl_jax.data", *args]
+    return subprocess.run(line, capture_output=True, text=True, env=os.environ | env)
+
+
+def test_preparing_makes_a_set_that_loads(tmp_path):
+    before = DlJaxWords.prepared
+    found = prepare("dl_jax_words", str(tmp_path))
+    assert found == prepare("dl_jax_words", str(tmp_path))
+    assert DlJaxWords.prepared == before + 1  # the second time it was there
+    description = found.folder / "dataset_info.json"
+    words = data.load("dl_jax_words", "train", str(tmp_path), str(tmp_path / "cache"))["word"]
+    assert sorted(words) == [b"one", b"three", b"two"]
+    description.write_text(description.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(InputError, match="is stored as tfrecord"):
+        prepare("dl_jax_words", str(tmp_path))
+
+
+@pytest.mark.skipif(bool(__import__("importlib.util").util.find_spec("tensorflow")), reason="TensorFlow is installed")
+@pytest.mark.parametrize("name", ["dl_jax_pictures", "glue/sst2"])
+def test_missing_tensorflow_is_one_line_with_the_command(tmp_path, name):
+    with pytest.raises(InputError, match=r"needs TensorFlow, .* pip install 'dl_jax\[prepare\]'") as error:
+        prepare(name, str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_a_failing_download_is_one_line(tmp_path):
+    with pytest.raises(
+        InputError, match=r"TFDS could not prepare dl_jax_offline .*ConnectionError: no route to host and"
+    ):
+        prepare("dl_jax_offline", str(tmp_path))
+
+
+def test_the_commands(tmp_path):
+    here = str(tmp_path / "tfds")
+    prepare("dl_jax_words", here)
+    listed = command("list", TFDS_DATA_DIR=here)
+    assert listed.returncode == 0
+    assert listed.stdout == f"1 prepared in {here}; digits is always there\ndl_jax_words 1.0.0: train 3\n"
+    again = command("prepare", "dl_jax_words", "--data-dir", here)
+    assert (again.returncode, again.stdout) == (0, "dl_jax_words 1.0.0: train 3\n")
+    bundled = command("prepare", "digits", XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert (bundled.returncode, bundled.stdout) == (0, "digits 1.0.0: train 1437, test 360\n")
+    assert Path(tmp_path, "cache", "dl_jax", "tfds", "digits", "1.0.0").is_dir()
+
+
+def test_an_unknown_set_exits_with_status_2(tmp_path):
+    failed = command("prepare", "mnits", "--data-dir", str(tmp_path))
+    assert failed.returncode == 2
+    assert failed.stdout == ""
+    assert failed.stderr.startswith("error: data set mnits is unknown to TFDS")
+    assert "did you mean" in failed.stderr
+    assert failed.stderr.count("\n") == 1

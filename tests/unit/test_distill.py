@@ -1,0 +1,125 @@
+"""Distillation: the loss against its equation, and the bias rule against counting."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dl_jax.compress import distill
+from dl_jax.core.errors import InputError
+from dl_jax.harness.run import Run
+
+
+def logits(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 3, shape).astype(np.float32)
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 20.0])
+def test_soft_is_the_scaled_cross_entropy_at_that_temperature(temperature):
+    student, teacher = logits(0, 4, 3, 5), logits(1, 4, 3, 5)
+    s, t = student.astype(np.float64) / temperature, teacher.astype(np.float64) / temperature
+    expected = -(temperature**2) * (softmax(t) * np.log(softmax(s))).sum(-1)
+    np.testing.assert_allclose(distill.soft(student, teacher, temperature), expected, rtol=1e-5)
+
+
+def test_the_gradient_is_t_times_the_difference_of_probabilities_and_none_reaches_the_teacher():
+    student, teacher = logits(0, 6, 10), logits(1, 6, 10)
+    total = lambda s, t: distill.soft(s, t, 4.0).sum()
+    to_student, to_teacher = jax.grad(total, argnums=(0, 1))(student, teacher)
+    np.testing.assert_allclose(to_student, 4 * (softmax(student / 4) - softmax(teacher / 4)), atol=1e-5)
+    assert not np.any(to_teacher)
+
+
+def test_at_high_temperature_logits_are_matched_and_the_gradient_does_not_vanish():
+    """Equation 4: (s - t) / C for logits of zero mean."""
+    student, teacher = (x - x.mean(-1, keepdims=True) for x in (logits(0, 6, 10), logits(1, 6, 10)))
+    gradient = jax.grad(lambda s: distill.soft(s, teacher, 1000.0).sum())(student)
+    np.testing.assert_allclose(gradient, (student - teacher) / 10, atol=0.02)
+
+
+def test_bfloat16_logits_are_compared_in_float32():
+    student, teacher = jnp.asarray(logits(0, 6, 10), jnp.bfloat16), jnp.asarray(logits(1, 6, 10), jnp.bfloat16)
+    found = distill.soft(student, teacher, 2.0)
+    assert found.dtype == jnp.float32
+    wide = distill.soft(student.astype(jnp.float32), teacher.astype(jnp.float32), 2.0)
+    np.testing.assert_allclose(found, wide, rtol=1e-2)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_a_temperature_that_is_not_positive(temperature):
+    with pytest.raises(InputError, match=r"temperature is .*expected a positive"):
+        distill.soft(logits(0, 2, 3), logits(1, 2, 3), temperature)
+
+
+def test_a_teacher_and_a_student_that_disagree_on_classes():
+    with pytest.raises(InputError, match="student has 3 classes and the teacher 4"):
+        distill.soft(logits(0, 2, 3), logits(1, 2, 4), 1.0)
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 99), frequency=st.floats(0.01, 0.99), inside=st.integers(1, 4))
+def test_the_bias_makes_the_group_as_frequent_as_asked(seed, frequency, inside):
+    outputs, group = logits(seed, 500, 5), np.arange(5) < inside
+    bias = distill.matched_bias(outputs, group, frequency)
+    predicted = group[(outputs + bias * group).argmax(1)].mean()
+    assert abs(predicted - frequency) <= 2 / 500
+
+
+@pytest.mark.parametrize(("group", "frequency"), [([0, 0, 0], 0.5), ([1, 1, 1], 0.5), ([1, 0, 0], 1.5)])
+def test_a_bias_that_cannot_be_matched(group, frequency):
+    with pytest.raises(InputError, match=r"matched_bias: .*expected"):
+        distill.matched_bias(logits(0, 9, 3), np.array(group, bool), frequency)
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 99), inside=st.integers(1, 4))
+def test_the_fewest_errors_are_those_of_the_best_of_all_biases(seed, inside):
+    outputs, group = np.round(logits(seed, 40, 5)).astype(np.float64), np.arange(5) < inside  # with equal margins
+    labels = np.random.default_rng(seed).integers(0, 5, 40)
+    turns = np.unique(distill.margins(outputs, group))
+    between = [turns[0] - 1, *(turns[1:] + turns[:-1]) / 2, turns[-1] + 1]
+    brute = min(int(((outputs + bias * group).argmax(1) != labels).sum()) for bias in between)
+    assert distill.fewest_errors(outputs, group, labels) == brute
+
+
+def test_the_loss_follows_the_teacher_alone():
+    apply = lambda variables, image, train, rngs: image.reshape(len(image), -1) @ variables["params"]["w"]
+    batch = {"image": np.full((4, 2, 2, 1), 51, np.uint8), "teacher_logits": logits(1, 4, 3)}
+    found, (collections, metrics) = distill.loss(apply, 4.0)(
+        {"params": {"w": logits(2, 4, 3)}}, batch, jax.random.key(0)
+    )
+    student = np.full((4, 4), 0.2, np.float32) @ logits(2, 4, 3)
+    np.testing.assert_allclose(found, distill.soft(student, batch["teacher_logits"], 4.0).mean(), rtol=1e-5)
+    assert collections == metrics == {}
+
+
+def test_a_wrong_temperature_is_found_before_any_training():
+    with pytest.raises(InputError, match=r"temperature is 0\.0, expected a positive"):
+        distill.loss(lambda *given, **settings: None, 0.0)
+
+
+def test_the_student_without_threes_is_shown_none(load_experiment, monkeypatch):
+    """Its transfer set holds no 3, whatever the teacher says; the other students see every digit."""
+    module, shown = load_experiment("compression/distill_mnist"), {}
+    train_as_before = module.trained
+
+    def trained(cfg, run, seed, name, model, loss, records, *rest):
+        shown[name] = records
+        return train_as_before(cfg, run, seed, name, model, loss, records, *rest)
+
+    monkeypatch.setattr(module, "trained", trained)
+    found = module.main(module.PRESETS["smoke"], Run())
+    assert set(shown["no_three"]["label"]) == {0, 1, 2, 4, 5, 6, 7, 8, 9}
+    assert set(shown["sevens_eights"]["label"]) == {7, 8}
+    assert set(shown["plain"]["label"]) == set(shown["distilled"]["label"]) == set(range(10))
+    kept = shown["distilled"]["label"] != 3
+    for name in ("image", "label", "teacher_logits"):
+        np.testing.assert_array_equal(shown["no_three"][name], shown["distilled"][name][kept])
+    assert found["errors/no_three/bias_tuned_on_test"] <= found["errors/no_three/bias"]

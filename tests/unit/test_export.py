@@ -1,0 +1,433 @@
+"""Exported files are opened again and compared; damaged ones and wrong inputs give one clear error."""
+
+import dataclasses
+import functools
+import itertools
+import logging
+import re
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from dl_jax.core.errors import InputError
+from dl_jax.export import onnx, plain, stablehlo
+from dl_jax.models.generative import vae
+from dl_jax.models.sequence import rnn
+from dl_jax.models.vision import lenet
+
+
+class Case(NamedTuple):
+    apply: Callable[..., jax.Array]
+    variables: Any
+    inputs: tuple[np.ndarray, ...]
+
+    def reference(self, *inputs: np.ndarray) -> np.ndarray:
+        return np.asarray(jax.jit(self.apply)(self.variables, *inputs))
+
+    def batch(self, size: int) -> tuple[np.ndarray, ...]:
+        """Rows of the examples in another order."""
+        rows = np.random.default_rng(size).integers(0, len(self.inputs[0]), size)
+        return tuple(each[rows] for each in self.inputs)
+
+
+def classifier(name: str, examples: dict[str, Any]) -> Case:
+    model, inputs = examples[name]
+    variables = jax.jit(lambda key: model.init(key, **inputs, train=False))(jax.random.key(0))
+    return Case(lambda variables, *x: model.apply(variables, *x, train=False), variables, tuple(inputs.values()))
+
+
+def decoder(name: str) -> Case:
+    model, inputs = vae.examples()[name]
+    variables = jax.jit(lambda key: model.init(key, **inputs, train=False))(jax.random.key(0))
+    z = np.random.default_rng(1).standard_normal((3, model.latents), np.float32)
+    return Case(lambda variables, z: model.apply(variables, z, method="decode"), variables, (z,))
+
+
+def affine(variables: Any, x: jax.Array) -> jax.Array:
+    return jnp.tanh(x @ variables["kernel"] + variables["bias"])
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "LeNet5": lambda: classifier("LeNet5", lenet.examples()),
+    "LeNetCaffe": lambda: classifier("LeNetCaffe", lenet.examples()),
+    "LeNet300": lambda: classifier("LeNet300", lenet.examples()),
+    "LSTM classifier": lambda: classifier("SequenceClassifier", rnn.examples()),
+    "VAE decoder": lambda: decoder("VAE"),
+    "ConvVAE decoder": lambda: decoder("ConvVAE"),
+}
+
+
+class Exported(NamedTuple):
+    case: Case
+    file: Path  # ONNX
+    difference: float
+
+    def kinds(self) -> list[str]:
+        """Of all nodes."""
+        import onnx as format
+
+        return [node.op_type for node in format.load(self.file).graph.node]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Callable[[str], Exported]:
+    """Name -> the case as an ONNX file, written once."""
+    folder = tmp_path_factory.mktemp("onnx")
+
+    @functools.cache
+    def export(name: str) -> Exported:
+        case, file = CASES[name](), folder / f"{name}.onnx"
+        return Exported(case, file, onnx.export(*case, file))
+
+    return export
+
+
+@pytest.fixture(scope="module")
+def small() -> Case:
+    draw = np.random.default_rng(2).standard_normal
+    return Case(affine, {"kernel": draw((4, 5), np.float32), "bias": draw(5, np.float32)}, (draw((3, 4), np.float32),))
+
+
+@pytest.fixture(scope="module")
+def hlo(small, tmp_path_factory) -> Path:
+    """`small` as StableHLO."""
+    file = tmp_path_factory.mktemp("small") / "small.stablehlo"
+    stablehlo.export(*small, file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def ort(small, tmp_path_factory) -> Path:
+    """`small` as ONNX."""
+    file = tmp_path_factory.mktemp("small") / "small.onnx"
+    onnx.export(*small, file)
+    return file
+
+
+OPEN_AND_CALL = """
+import sys
+import numpy as np
+from dl_jax.export import stablehlo
+for folder in sys.argv[1:]:
+    inputs = np.load(f"{folder}/inputs.npz")
+    np.save(f"{folder}/outputs.npy", stablehlo.load(f"{folder}/model")(*[inputs[name] for name in inputs.files]))
+assert not {"flax", "dl_jax.models"} & set(sys.modules)
+"""
+
+
+def test_stablehlo_gives_the_same_bits_in_another_process(tmp_path):
+    found = {}
+    for name in ("LeNet5", "LeNet300", "LSTM classifier", "ConvVAE decoder"):
+        case, folder = CASES[name](), tmp_path / name
+        folder.mkdir()
+        stablehlo.export(*case, folder / "model")
+        inputs = case.batch(7)
+        np.savez(folder / "inputs.npz", *inputs)
+        found[folder] = np.asarray(stablehlo.load(folder / "model")(*inputs))
+        expected = case.reference(*inputs)
+        np.testing.assert_allclose(found[folder], expected, atol=1e-6 * max(1, np.abs(expected).max()), rtol=0)
+    subprocess.run([sys.executable, "-c", OPEN_AND_CALL, *map(str, found)], check=True, timeout=300)
+    for folder, expected in found.items():
+        np.testing.assert_array_equal(np.load(folder / "outputs.npy"), expected, strict=True)
+
+
+def test_stablehlo_takes_any_batch_and_can_be_part_of_a_program(small, hlo):
+    predict = stablehlo.load(hlo)
+    for size in (1, 2, 33):
+        (x,) = small.batch(size)
+        np.testing.assert_array_equal(predict(x), small.reference(x))
+    (x,) = small.batch(6)
+    np.testing.assert_allclose(jax.jit(lambda x: predict(2 * x).sum(-1))(x), small.reference(2 * x).sum(-1), rtol=1e-6)
+
+
+def test_stablehlo_is_for_three_platforms_with_a_plain_convolution_beside_the_one_for_cpus(tmp_path):
+    case = CASES["LeNetCaffe"]()
+    stablehlo.export(*case, tmp_path / "model")
+    exported = jax.export.deserialize(bytearray((tmp_path / "model").read_bytes()[stablehlo.HEADER.size :]))
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+    convolutions = re.findall(r"= stablehlo.convolution\(.*: \((tensor\S+), ", exported.mlir_module())
+    assert set(convolutions) == {"tensor<?x28x28x1xf32>", "tensor<?x12x12x20xf32>"}
+
+
+def test_stablehlo_keeps_trees_of_results(tmp_path):
+    file = tmp_path / "model"
+    stablehlo.export(lambda v, x: {"sum": x.sum(-1), "pair": (x + v, x)}, 1.0, (np.ones((2, 3), np.float32),), file)
+    found = stablehlo.load(file)(np.ones((4, 3), np.float32))
+    np.testing.assert_array_equal(found["sum"], np.full(4, 3))
+    np.testing.assert_array_equal(found["pair"][0], np.full((4, 3), 2))
+
+
+def test_every_damage_of_a_stablehlo_file_is_noticed(hlo, tmp_path):
+    whole, file = hlo.read_bytes(), tmp_path / "damaged"
+    rng = np.random.default_rng(1)
+    damaged = [whole[:size] for size in (0, 1, 8, 15, 16, 17, len(whole) // 2, len(whole) - 1)]
+    damaged += [whole + b"\0", bytes(len(whole)), rng.bytes(len(whole))]
+    for place in [*range(stablehlo.HEADER.size), *rng.integers(0, len(whole), 300)]:
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << rng.integers(8)
+        damaged.append(bytes(flipped))
+    for data in damaged:
+        file.write_bytes(data)
+        with pytest.raises(InputError, match=r"is damaged|is not a StableHLO file|has layout \d+, expected 1") as e:
+            stablehlo.load(file)
+        assert "\n" not in str(e.value)
+
+
+def test_what_this_jax_cannot_read_is_one_error(hlo, tmp_path):
+    exported = jax.export.deserialize(bytearray(hlo.read_bytes()[stablehlo.HEADER.size :]))
+    later = dataclasses.replace(exported, mlir_module_serialized=b"with operations that are not known yet")
+    for data in (b"another layout", bytes(later.serialize())):
+        header = stablehlo.HEADER.pack(stablehlo.MAGIC, stablehlo.VERSION, zlib.crc32(data))
+        (tmp_path / "model").write_bytes(header + data)
+        with pytest.raises(InputError, match=f"cannot be read by JAX {jax.__version__}; use the JAX that wrote it"):
+            stablehlo.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("load", [stablehlo.load, onnx.load])
+def test_a_missing_file_is_named(load, tmp_path):
+    with pytest.raises(InputError, match=r"cannot read .*model \(No such file or directory\); export"):
+        load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("export", [stablehlo.export, onnx.export])
+def test_a_file_is_written_whole_or_not_at_all(export, small, tmp_path):
+    with pytest.raises(InputError, match=r"cannot write .*nowhere.*No such file"):
+        export(*small, tmp_path / "nowhere" / "model")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match=r"cannot write .*folder.*directory"):
+        export(*small, tmp_path / "folder")
+    assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ([np.ones((2, 5), np.float32)], r"input 0 is float32\[2, 5\], expected float32\[batch, 4\]"),
+        ([np.ones(4, np.float32)], r"input 0 is float32\[4\], expected float32\[batch, 4\]"),
+        ([np.ones((0, 4), np.float32)], r"input 0 is float32\[0, 4\], expected float32\[batch, 4\]"),
+        ([np.ones((2, 4))], r"input 0 is float64\[2, 4\], expected float32\[batch, 4\]; reshape or convert it"),
+        ([[[1.0, 2.0, 3.0, 4.0]]], r"input 0 is list\[1, 4\], expected float32\[batch, 4\]"),
+        ([], r"0 inputs, expected 1: float32\[batch, 4\]"),
+    ],
+)
+def test_wrong_inputs_are_one_error_in_both_formats(inputs, message, hlo, ort):
+    for predict in (stablehlo.load(hlo), onnx.load(ort)):
+        with pytest.raises(InputError, match=message):
+            predict(*inputs)
+
+
+def test_inputs_of_two_batch_sizes(tmp_path):
+    x = np.ones((2, 3), np.float32)
+    stablehlo.export(lambda _, x, y: x + y, None, (x, x), tmp_path / "model")
+    with pytest.raises(InputError, match=r"inputs with batches of [25] and [25], expected one size"):
+        stablehlo.load(tmp_path / "model")(x, np.ones((5, 3), np.float32))
+
+
+@pytest.mark.parametrize("inputs", [(), (np.float32(1),), (np.ones((0, 3)),), (np.ones((2, 3)), np.ones((3, 3)))])
+def test_examples_share_a_batch(inputs, small, tmp_path):
+    for export in (stablehlo.export, onnx.export):
+        with pytest.raises(InputError, match="expected arrays with the same batch as their first axis"):
+            export(affine, small.variables, inputs, tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_onnx_computes_the_same(name, exported):
+    case, file, difference = exported(name)
+    assert 0 <= difference <= 1e-5
+    predict = onnx.load(file)
+    for size in (1, 2, 5):
+        inputs = case.batch(size)
+        found, expected = predict(*inputs), case.reference(*inputs)
+        assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+        np.testing.assert_allclose(found, expected, atol=1e-5 * max(1, np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("name", ["LeNet5", "LeNetCaffe"])
+def test_onnx_has_real_convolutions(name, exported):
+    kinds = exported(name).kinds()
+    assert kinds.count("Conv") == 2
+    assert kinds.count("MatMul") == 2  # the dense layers; banded products would be two more
+    assert "If" not in kinds
+
+
+def test_onnx_has_relu_and_transposed_convolutions(exported):
+    assert exported("LeNet300").kinds().count("Relu") == 2
+    assert exported("ConvVAE decoder").kinds().count("ConvTranspose") == 2
+    assert exported("LSTM classifier").kinds().count("Loop") == 2  # both directions, not unrolled
+
+
+def test_examples_have_the_types_that_jax_gives_them(tmp_path):
+    def apply(table, tokens):
+        return table[tokens].sum(1)
+
+    table, tokens = np.arange(5, dtype=np.float64), np.array([[0, 4, 1], [2, 2, 3]])  # float64, int64
+    for format in (stablehlo, onnx):
+        format.export(apply, table, (tokens,), tmp_path / "model")
+        predict = format.load(tmp_path / "model")
+        np.testing.assert_array_equal(predict(tokens.astype(np.int32)), np.array([5, 7], np.float32), strict=True)
+        with pytest.raises(InputError, match=r"input 0 is int64\[2, 3\], expected int32\[batch, 3\]"):
+            predict(tokens)
+
+
+def test_onnx_gives_several_results(tmp_path):
+    x = np.ones((2, 3), np.float32)
+    onnx.export(lambda v, x: (x + v, jnp.maximum(x, 0).sum(-1)), 1.0, (x,), tmp_path / "model.onnx")
+    first, second = onnx.load(tmp_path / "model.onnx")(-x)
+    np.testing.assert_array_equal(first, np.zeros((2, 3)))
+    np.testing.assert_array_equal(second, np.zeros(2))
+
+
+@pytest.mark.parametrize(
+    "apply",
+    [
+        lambda _, x: lax.platform_dependent(x, cpu=lambda x: x, default=lambda x: x + 1e-4),  # ONNX gets the default
+        lambda _, x: jnp.log(-jnp.abs(x)),  # not a number
+    ],
+)
+def test_onnx_that_differs_is_refused(apply, tmp_path):
+    file = tmp_path / "model.onnx"
+    file.write_text("the one before")
+    with pytest.raises(InputError, match=r"ONNX Runtime differs from JAX by (1\.0e-04|inf), expected at most 1e-05"):
+        onnx.export(apply, None, (np.linspace(0.5, 1, 6, dtype=np.float32).reshape(2, 3),), file)
+    assert file.read_text() == "the one before"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_stablehlo_of_a_function_that_is_not_pure_is_not_written(tmp_path):
+    calls = itertools.count()  # another number at every trace
+    with pytest.raises(InputError, match=r"StableHLO file differs from JAX by \d\.\de-0\d, expected at most 1e-05"):
+        stablehlo.export(lambda _, x: x + 0.1 * next(calls), None, (np.ones((2, 3), np.float32),), tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_tolerance_is_the_callers(small, tmp_path):
+    def apply(variables, x):
+        return lax.platform_dependent(x, cpu=lambda x: 200 * x, default=lambda x: 200 * x + 0.1)
+
+    x = np.array([[1.0], [-1.0]], np.float32)
+    difference = onnx.export(apply, None, (x,), tmp_path / "model.onnx", tolerance=1e-3)
+    assert difference == pytest.approx(0.1 / 200, rel=1e-3)  # relative to the largest output
+
+
+@pytest.mark.parametrize("data", [b"", b"not a model", None])
+def test_what_is_no_onnx_model(data, ort, tmp_path):
+    file = tmp_path / "model.onnx"
+    file.write_bytes(ort.read_bytes()[:-20] if data is None else data)
+    with pytest.raises(InputError, match="is not an ONNX model that ONNX Runtime can open"):
+        onnx.load(file)
+    with pytest.raises(InputError, match="is not an ONNX model that ONNX Runtime can open"):
+        onnx.quantized(file, [(np.ones((2, 4), np.float32),)], tmp_path / "int8.onnx")
+
+
+@pytest.mark.parametrize("package", ["jax2onnx", "onnxruntime"])
+def test_a_missing_package_comes_with_the_command(package, small, tmp_path, monkeypatch):
+    onnx.require()
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError, match=rf"ONNX needs {package}, .* run: pip install 'dl_jax\[export\]'"):
+        onnx.require()
+    with pytest.raises(InputError, match=rf"ONNX needs {package}, .* run: pip install 'dl_jax\[export\]'"):
+        onnx.export(*small, tmp_path / "model.onnx")
+
+
+def test_exporting_leaves_jax_as_it_was(small, tmp_path):
+    """Exporters replace functions while they trace."""
+    modules = (jax, jnp, lax, jax.nn, jax.random, nn)
+    before = [dict(vars(module)) for module in modules]
+    onnx.export(*small, tmp_path / "model.onnx")
+    after = [vars(module) for module in modules]
+    assert [name for b, a in zip(before, after, strict=True) for name in b if a[name] is not b[name]] == []
+
+
+def test_exporting_leaves_logging_as_it_was(small, tmp_path):
+    root = logging.getLogger()
+    handlers, root.handlers = root.handlers, []
+    try:
+        onnx.export(*small, tmp_path / "model.onnx")
+        assert root.handlers == []
+    finally:
+        root.handlers = handlers
+
+
+@pytest.mark.parametrize("name", ["LeNet300", "LeNetCaffe"])
+def test_int8_is_small_and_near(name, exported, tmp_path):
+    import onnx as format
+
+    floats, int8 = exported(name).file, tmp_path / "int8.onnx"
+    images = 2 * np.random.default_rng(3).random((96, 28, 28, 1), np.float32)
+    images[:64] /= 2
+    onnx.quantized(floats, [(images[i : i + 32],) for i in (0, 32)], int8)
+    before, after = (onnx.load(file)(images) for file in (floats, int8))
+    largest = np.abs(before[:64]).max()
+    assert 0 < np.abs(before - after)[:64].max() < 0.05 * largest
+    assert np.abs(after[64:]).max() < 1.01 * largest < np.abs(before[64:]).max()  # clipped to the calibrated range
+    graph = format.load(int8).graph
+    sizes = {t.name: t.dims for t in graph.initializer}
+    integers = {t.name for t in graph.initializer if t.data_type == format.TensorProto.INT8 and len(t.dims) > 1}
+    scales = [n.input[1] for n in graph.node if n.op_type == "DequantizeLinear" and n.input[0] in integers]
+    channels = sorted(sizes[scale][0] for scale in scales)
+    assert channels == ([10, 100, 300] if name == "LeNet300" else [10, 20, 50, 500])
+    assert int8.stat().st_size < 0.27 * floats.stat().st_size
+
+
+def test_calibration_data_is_checked(ort, tmp_path):
+    for batches, message in [
+        ([], "the calibration set is empty, expected at least one batch"),
+        (iter(()), "the calibration set is empty"),
+        ([(np.ones((2, 5), np.float32),)], r"input 0 is float32\[2, 5\], expected float32\[batch, 4\]"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            onnx.quantized(ort, batches, tmp_path / "int8.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def primitives(jaxpr: Any) -> set[str]:
+    """Names of all primitives, those inside others included."""
+    names = set()
+    for equation in jaxpr.eqns:
+        names.add(equation.primitive.name)
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            if hasattr(getattr(inner, "jaxpr", inner), "eqns"):
+                names |= primitives(getattr(inner, "jaxpr", inner))
+    return names
+
+
+def test_plain_inlines_calls_and_folds_constants():
+    @jax.custom_vjp
+    def double(x):
+        return jax.jit(lambda x: 2 * x)(x)
+
+    double.defvjp(lambda x: (double(x), None), lambda _, g: (g,))
+
+    def function(x):
+        table = jnp.cumsum(jax.jit(jnp.exp)(jnp.arange(3.0)))  # depends on no input
+
+        def body(carry, row):
+            carry = lax.platform_dependent(carry, row, cpu=lambda c, r: c - r, default=lambda c, r: c + r)
+            return jax.nn.silu(carry), double(carry)
+
+        return lax.scan(body, x * table, jnp.ones((4, 3)))
+
+    x = np.array([[1.0, 2.0, 3.0]], np.float32)
+    inlined = plain.plain(function, [jax.ShapeDtypeStruct(x.shape, x.dtype)])
+    before, after = (primitives(jax.make_jaxpr(f)(x).jaxpr) for f in (function, inlined))
+    assert before >= {"custom_vjp_call", "cumsum", "cond", "scan", "exp"}
+    assert after == {"mul", "scan", "add", "logistic", "broadcast_in_dim"}
+    carry, rows = x * np.cumsum(np.exp(np.arange(3))), []
+    for _ in range(4):
+        carry = carry + 1
+        rows.append(2 * carry)
+        carry = carry / (1 + np.exp(-carry))
+    found = inlined(jnp.asarray(x))
+    np.testing.assert_allclose(found[0], carry, rtol=1e-5)
+    np.testing.assert_allclose(found[1], np.stack(rows), rtol=1e-5)

@@ -1,0 +1,333 @@
+"""The step, its combinators, the loop and the evaluation, on a linear regression whose every number is known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dl_jax import metrics, optim
+from dl_jax.core.evaluate import evaluate
+from dl_jax.core.fit import NonFiniteError, Recorder, Watch, fit
+from dl_jax.core.step import ArgumentError, State, gathered, init_state, make_step, per_seed, scanned
+
+WIDTH = 3
+RECORDS = {
+    "x": np.random.default_rng(0).normal(size=(64, WIDTH)).astype(np.float32),
+    "y": np.random.default_rng(1).normal(size=64).astype(np.float32),
+}
+
+
+def loss(variables, batch, key):
+    residual = batch["x"] @ variables["params"]["w"] - batch["y"]  # [B]
+    return (residual**2).mean(), ({}, {"bias": residual.mean()})
+
+
+def noisy_loss(variables, batch, key):
+    value, (_, found) = loss(variables, batch, key)
+    noise = jax.random.normal(key, (WIDTH,)) @ variables["params"]["w"]
+    seen = variables["counter"]["seen"] + 1
+    return value + 0.1 * noise, ({"counter": {"seen": seen}}, found)
+
+
+def rows(step, size=8):
+    index = (np.arange(size) + step * size) % len(RECORDS["y"])
+    return {name: column[index] for name, column in RECORDS.items()}
+
+
+ADAM = optax.adam(0.1)
+
+
+def start(seed=0, tx=ADAM):
+    w = jax.random.normal(jax.random.key(seed), (WIDTH,))
+    return init_state(jax.random.key(seed), {"params": {"w": w}, "counter": {"seen": jnp.zeros([], jnp.int32)}}, tx)
+
+
+def equal(a, b, **tolerance):
+    for x, y in zip(jax.tree.leaves(plain(a)), jax.tree.leaves(plain(b)), strict=True):
+        np.testing.assert_allclose(x, y, **tolerance) if tolerance else np.testing.assert_array_equal(x, y)
+
+
+def plain(state: State):
+    return state._replace(key=jax.random.key_data(state.key))
+
+
+class Log(Recorder):
+    def __init__(self, save_at=(), skip=False):
+        self.reports, self.saves, self.save_at, self.skip_nonfinite = [], [], save_at, skip
+
+    def report(self, step, metrics):
+        self.reports.append((step, metrics))
+
+    def stepped(self, step):
+        return step in self.save_at
+
+    def save(self, step, tree, measured):
+        self.saves.append((step, jax.device_get(plain(tree["state"])), measured))
+
+
+def test_golden_step():
+    """One SGD step on a batch of two, by hand: w - 0.1 * 2/B X^T (Xw - y)."""
+    x, y, w = np.array([[1.0, 2, 0], [0, 1, -1]]), np.array([1.0, 2]), np.array([0.5, -1, 2])
+    residual = x @ w - y  # -2.5, -5
+    assert residual.tolist() == [-2.5, -5.0]
+    tx = optax.sgd(0.1)
+    state = init_state(jax.random.key(0), {"params": {"w": jnp.asarray(w, jnp.float32)}}, tx)
+    state, found = make_step(loss, tx)(state, {"x": jnp.float32(x), "y": jnp.float32(y)})
+    np.testing.assert_allclose(state.params["w"], [0.75, 0.0, 1.5], rtol=1e-6)  # gradient -2.5, -10, 5
+    np.testing.assert_allclose(found["loss"], (2.5**2 + 5**2) / 2, rtol=1e-6)
+    np.testing.assert_allclose(found["grad_norm"], np.sqrt(2.5**2 + 10**2 + 5**2), rtol=1e-6)
+    np.testing.assert_allclose(found["bias"], -3.75, rtol=1e-6)
+    assert state.step == 1
+
+
+def test_the_key_of_a_step_depends_on_seed_and_step_alone():
+    keys = []
+    tx = optax.sgd(0.0)
+
+    def record(variables, batch, key):
+        jax.debug.callback(lambda k: keys.append(k.tolist()), jax.random.key_data(key), ordered=True)
+        return variables["params"]["w"].sum(), ({}, {})
+
+    state = start(tx=tx)
+    step = make_step(record, tx)
+    for i in (0, 1, 1, 5):
+        step(state._replace(step=jnp.int32(i)), rows(i))
+    jax.effects_barrier()
+    assert keys == [jax.random.key_data(jax.random.fold_in(state.key, i)).tolist() for i in (0, 1, 1, 5)]
+
+
+def test_extra_collections_pass_through():
+    tx = optax.adam(0.1)
+    state = fit(make_step(noisy_loss, tx), start(), rows, steps=7)
+    assert state.extra["counter"]["seen"] == 7
+
+
+@pytest.mark.parametrize("k", [2, 4, 8])
+def test_microbatches_give_the_gradient_of_the_whole_batch(k):
+    tx = optax.sgd(0.1)
+    whole = fit(make_step(loss, tx), start(tx=tx), rows, steps=5)
+    parts = fit(make_step(loss, tx, microbatches=k), start(tx=tx), rows, steps=5)
+    equal(whole, parts, rtol=1e-5, atol=1e-6)
+
+
+def test_microbatches_thread_the_collections_and_differ_in_their_keys():
+    tx = optax.sgd(0.1)
+    state = fit(make_step(noisy_loss, tx, microbatches=4), start(tx=tx), rows, steps=3)
+    assert state.extra["counter"]["seen"] == 12
+
+
+def test_per_seed_equals_each_seed_alone():
+    tx, seeds = optax.adam(0.1), (3, 4, 5)
+    step = make_step(noisy_loss, tx)
+    states = jax.tree.map(lambda *x: jnp.stack(x), *map(start, seeds))
+    together = fit(
+        per_seed(step), states, lambda i: jax.tree.map(lambda *x: np.stack(x), *[rows(i + s) for s in seeds]), steps=20
+    )
+    for lane, seed in enumerate(seeds):
+        alone = fit(step, start(seed), lambda i, seed=seed: rows(i + seed), steps=20)
+        equal(jax.tree.map(lambda x, lane=lane: x[lane], together), alone, rtol=1e-5, atol=1e-6)
+
+
+def test_scanned_equals_single_steps_and_averages_metrics():
+    tx, one, four = optax.adam(0.1), Log(), Log()
+    step = make_step(noisy_loss, tx)
+    expected = fit(step, start(), rows, steps=16, every=8, run=one)
+    stacked = lambda i: jax.tree.map(lambda *x: np.stack(x), *[rows(i + j) for j in range(4)])
+    found = fit(scanned(step, 4), start(), stacked, steps=16, every=8, run=four)
+    equal(expected, found, rtol=1e-6, atol=1e-7)
+    assert [s for s, _ in four.reports] == [8, 16]
+    for (_, a), (_, b) in zip(one.reports, four.reports, strict=True):
+        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(("steps", "every"), [(15, 5), (16, 6)])
+def test_scanned_wants_multiples(steps, every):
+    stacked = lambda i: jax.tree.map(lambda *x: np.stack(x), *[rows(i + j) for j in range(4)])
+    with pytest.raises(ValueError, match="multiple of the 4 steps"):
+        fit(scanned(make_step(loss, optax.adam(0.1)), 4), start(), stacked, steps=steps, every=every)
+
+
+def test_a_step_that_does_not_count_is_named():
+    with pytest.raises(ValueError, match=r"advanced state\.step by 0"):
+        fit(lambda state, batch: (state, {"loss": jnp.zeros([])}), start(), rows, steps=2)
+
+
+@pytest.mark.parametrize("wrap", [lambda step: step, lambda step: scanned(step, 2)])
+def test_gathered_equals_batches_from_the_host_and_passes_records_as_an_argument(wrap):
+    tx = optax.adam(0.1)
+    step = make_step(loss, tx)
+    pairs = wrap(step) is not step
+    index = lambda i: {"index": (np.arange(8) + i * 8) % 64}
+    stack = lambda f: (lambda i: jax.tree.map(lambda *x: np.stack(x), f(i), f(i + 1))) if pairs else f
+    resident = gathered(wrap(step), jax.tree.map(jnp.asarray, RECORDS))
+    equal(
+        fit(wrap(step), start(), stack(rows), steps=6, every=2), fit(resident, start(), stack(index), steps=6, every=2)
+    )
+    large = {"x": jnp.ones((100_000, WIDTH)), "y": jnp.ones(100_000)}
+    text = jax.jit(lambda s, *a: s(*a)).lower(gathered(step, large), start(), index(0)).as_text()
+    assert len(text) < 100_000  # a captured constant would be printed in full
+
+
+def test_fit_leaves_the_callers_state_usable():
+    state = start()
+    before = np.asarray(state.params["w"])
+    fit(make_step(loss, optax.adam(0.1)), state, rows, steps=3)
+    np.testing.assert_array_equal(before, state.params["w"])
+
+
+@settings(deadline=None, max_examples=10)
+@given(cut=st.integers(0, 12))
+def test_a_fit_cut_in_two_is_the_same_fit(cut):
+    step = make_step(noisy_loss, optax.adam(0.1))
+    whole = fit(step, start(), rows, steps=12)
+    equal(whole, fit(step, fit(step, start(), rows, steps=cut), rows, steps=12))
+
+
+def test_reports_are_exact_means():
+    log, single = Log(), Log()
+    step = make_step(loss, optax.adam(0.1))
+    fit(step, start(), rows, steps=10, every=4, run=log)
+    fit(step, start(), rows, steps=10, every=1, run=single)
+    values = [float(m["loss"]) for _, m in single.reports]
+    assert [s for s, _ in log.reports] == [4, 8, 10]
+    means = [np.mean(values[0:4]), np.mean(values[4:8]), np.mean(values[8:])]
+    np.testing.assert_allclose([float(m["loss"]) for _, m in log.reports], means, rtol=1e-12)
+    assert all(0 <= m["data_wait"] <= 1 for _, m in log.reports)
+
+
+def poisoned(step):
+    batch = rows(step)
+    return {**batch, "y": np.full_like(batch["y"], np.nan)} if step in (4, 5) else batch
+
+
+def test_nan_stops_with_the_step_and_the_last_checkpoint():
+    log = Log(save_at=(2, 4, 6))
+    with pytest.raises(NonFiniteError, match="loss is nan at step 5, expected finite numbers; nothing was saved"):
+        fit(make_step(loss, optax.adam(0.1)), start(), poisoned, steps=10, run=log)
+    assert [step for step, *_ in log.saves] == [2, 4]
+
+
+def test_nan_skipped_is_as_if_the_step_had_not_changed_anything():
+    tx, log = optax.adam(0.1), Log(skip=True)
+    step = make_step(loss, tx)
+    found = fit(step, start(), poisoned, steps=10, every=10, run=log)
+    expected = fit(step, start(), rows, steps=4)._replace(step=jnp.int32(6))
+    equal(found, fit(step, expected, rows, steps=10))
+    ((_, report),) = log.reports
+    assert report["skipped"] == 2
+    assert np.isfinite(report["loss"])
+
+
+@pytest.mark.parametrize("every", [3, 100])
+def test_skipping_for_ever_is_an_error(every):
+    always = lambda i: {**rows(i), "y": np.full(8, np.inf, np.float32)}
+    log = Log(skip=True)
+    with pytest.raises(NonFiniteError, match="at step 10 and in the 9 steps before"):
+        fit(make_step(loss, ADAM), start(), always, steps=100, run=log, every=every)
+    assert all(np.isnan(report["loss"]) for _, report in log.reports)
+
+
+def test_one_lost_lane_among_others_is_an_error():
+    states = jax.tree.map(lambda *x: jnp.stack(x), start(0), start(1))
+    half = lambda i: {**{k: np.stack([v, v]) for k, v in rows(i).items()}, "y": np.float32([[1] * 8, [np.nan] * 8])}
+    with pytest.raises(NonFiniteError, match="loss is"):
+        fit(per_seed(make_step(loss, ADAM)), states, half, steps=100, run=Log(skip=True), every=4)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        ({"steps": -4}, "steps is -4"),
+        ({"every": 0}, "every is 0"),
+        ({"watch": Watch(0, lambda variables: {})}, r"watch\.every is 0"),
+        ({"stop": optim.early_stopping("error", 1, mode="min")}, "a stop rule without a watch"),
+    ],
+)
+def test_intervals_that_make_no_sense(wrong, expected):
+    with pytest.raises(ArgumentError, match=expected):
+        fit(make_step(loss, ADAM), start(), rows, **{"steps": 2, **wrong})
+
+
+@pytest.mark.parametrize(("k", "expected"), [(0, "microbatches is 0"), (3, "a batch of 8 rows cannot be split into 3")])
+def test_microbatches_that_make_no_sense(k, expected):
+    with pytest.raises(ArgumentError, match=expected):
+        fit(make_step(loss, ADAM, microbatches=k), start(), rows, steps=1)
+
+
+def test_the_best_measurement_is_saved():
+    errors = iter([3.0, 1.0, 2.0])
+    log = Log()
+    watch = Watch(4, lambda variables: {"error": np.float32(next(errors))}, best=("error", "min"))
+    fit(make_step(loss, ADAM), start(), rows, steps=12, run=log, watch=watch)
+    assert [(step, float(measured["error"])) for step, _, measured in log.saves] == [(4, 3.0), (8, 1.0), (12, 2.0)]
+
+
+@pytest.mark.parametrize("place", ["params", "extra"])
+@pytest.mark.parametrize("save_at", [(2, 5), (2,)])
+def test_what_is_not_finite_is_neither_saved_nor_returned(place, save_at):
+    def step(state, batch):
+        bad = {"w": jnp.where(state.step >= 3, jnp.nan, jnp.ones(2))}
+        return state._replace(step=state.step + 1, **{place: bad}), {"loss": jnp.zeros([])}
+
+    log, state = Log(save_at=save_at), start()._replace(**{place: {"w": jnp.ones(2)}})
+    at = 5 if 5 in save_at else 10
+    with pytest.raises(NonFiniteError, match=f"a parameter or statistic is NaN or infinite at step {at}"):
+        fit(step, state, rows, steps=10, run=log)
+    assert [step for step, *_ in log.saves] == [2]
+
+
+def test_watch_and_early_stopping_freeze_each_lane():
+    tx, seeds = optax.sgd(0.05), (0, 1, 2)
+    states = jax.tree.map(lambda *x: jnp.stack(x), *[start(s, tx) for s in seeds])
+    script = iter(np.float32([[5, 5, 5], [4, 6, 4], [3, 7, 3], [2, 8, 4], [1, 9, 5], [0, 9, 9]]))
+    seen = []
+
+    def measure(variables):
+        seen.append(np.asarray(variables["params"]["w"]))
+        return {"error": next(script)}
+
+    rule = optim.early_stopping("error", patience=2, mode="min", lanes=3)
+    batches = lambda i: jax.tree.map(lambda x: np.stack([x] * 3), rows(i))
+    step = per_seed(make_step(loss, tx))
+    state = fit(step, states, batches, steps=12, watch=Watch(2, measure), stop=rule)
+    assert state.step.tolist() == [12, 6, 10]  # lane 1 worsens at once, lane 2 from its fourth measurement
+    np.testing.assert_array_equal(state.params["w"][1], seen[2][1])
+    np.testing.assert_array_equal(state.params["w"][2], seen[4][2])
+
+
+def test_fit_ends_when_every_lane_has_stopped():
+    rule = optim.early_stopping("error", patience=1, mode="min")
+    asked = []
+    batches = lambda i: asked.append(i) or rows(i)
+    watch = Watch(2, lambda variables: {"error": np.float32(len(asked))})
+    state = fit(make_step(loss, optax.adam(0.1)), start(), batches, steps=100, watch=watch, stop=rule)
+    assert state.step == 4
+    assert asked == [0, 1, 2, 3]
+
+
+@settings(deadline=None, max_examples=15)
+@given(size=st.integers(1, 70))
+def test_evaluate_counts_every_example_once(size):
+    def measure(variables, batch, key):
+        return {"y": metrics.masked(batch["y"], batch["mask"]), "n": (batch["mask"].sum(), jnp.float32(1))}
+
+    batches = []
+    for i in range(0, 64, size):
+        real = len(RECORDS["y"][i : i + size])
+        padded = np.concatenate([RECORDS["y"][i : i + size], np.full(size - real, 99, np.float32)])
+        batches.append({"y": padded, "mask": (np.arange(size) < real).astype(np.float32)})
+    found = evaluate(measure, {}, batches, jax.random.key(0))
+    np.testing.assert_allclose(found["y"], RECORDS["y"].astype(np.float64).mean(), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(found["n"] * len(batches), 64)
+
+
+def test_evaluate_gives_batch_i_the_key_fold_in_i_and_keeps_lanes():
+    def measure(variables, batch, key):
+        return {"noise": (jax.random.normal(key, (3,)), jnp.ones(3))}
+
+    found = evaluate(measure, {}, [{}, {}], jax.random.key(7))
+    expected = [jax.random.normal(jax.random.fold_in(jax.random.key(7), i), (3,)) for i in range(2)]
+    np.testing.assert_allclose(found["noise"], np.mean(expected, 0), rtol=1e-6)

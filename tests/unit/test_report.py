@@ -1,0 +1,392 @@
+"""Sinks: JSON lines, TensorBoard, pictures, the progress bar and the final table."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from etils.epath import testing as epath_testing
+
+from dl_jax.core.errors import InputError
+from dl_jax.harness.report import terminal
+from dl_jax.harness.report import writers as report
+from dl_jax.harness.report.figures import confusion_figure, picture_sheet
+from dl_jax.harness.report.terminal import Progress, print_table
+from dl_jax.harness.report.writers import JsonLines, TensorBoard
+from dl_jax.harness.results.claims import Claim, judge, summary
+
+
+class Terminal(io.StringIO):
+    """What a terminal would be sent."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def bucket(tmp_path):
+    """Makes gs://bucket a folder that, like a bucket, knows no appending; returns the folder."""
+
+    def local(path):
+        return str(path).replace("gs://bucket", str(tmp_path / "bucket"))
+
+    def opened(original, path, mode):
+        assert "a" not in mode, "objects cannot be appended to"
+        return original(local(path), mode)
+
+    moved = lambda original, path, **keywords: original(local(path), **keywords)
+    with epath_testing.mock_epath(open=opened, exists=moved, makedirs=moved, mkdir=moved):
+        yield tmp_path / "bucket"
+
+
+def records(path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def points(events, tag) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+# --- JSON lines --------------------------------------------------------------------------------------------------
+
+
+def test_a_line_holds_numbers_and_one_value_for_each_seed(tmp_path):
+    sink = JsonLines(tmp_path / "run" / "metrics.jsonl", 0)
+    values = {"loss": np.float32(0.5), "error": np.array([0.25, np.nan]), "epoch": np.int32(3), "worst": -np.inf}
+    sink.write(np.int64(100), values)
+    (record,) = records(tmp_path / "run" / "metrics.jsonl")  # already there, before `close`
+    sink.close()
+    assert record.pop("time") > 1.6e9
+    assert record == {"step": 100, "loss": 0.5, "error": [0.25, None], "epoch": 3, "worst": None}
+
+
+def test_resuming_drops_repeated_steps_and_a_torn_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 100, "loss": 1}\n{"step": 200, "loss": 2}\n{"step": 300, "loss": 3}\n{"step": 100, "lo')
+    sink = JsonLines(path, 200)
+    assert [r["step"] for r in records(path)] == [100, 200]
+    sink.write(300, {"loss": 4})
+    sink.close()
+    assert [r["loss"] for r in records(path)] == [1, 2, 4]
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "torn", [b'{"step": 200', b'{"step": 200}', b'{"step": 200}\nnull\n[1]\n{"loss": 1}\n', b"\xff\n"]
+)
+def test_resuming_survives_any_torn_or_foreign_line(tmp_path, torn):
+    path = tmp_path / "metrics.jsonl"
+    whole = b'{"step": 100, "loss": 1}\n'
+    path.write_bytes(whole + torn)
+    JsonLines(path, 200).close()
+    assert path.read_bytes() == whole + (b'{"step": 200}\n' if torn.startswith(b'{"step": 200}\n') else b"")
+
+
+def test_a_sound_file_is_left_as_it_is(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 100}\n')
+    before = path.stat().st_ino
+    JsonLines(path, 100).close()
+    assert path.stat().st_ino == before
+
+
+def test_sigkill_loses_no_written_line(tmp_path):
+    script = textwrap.dedent("""
+        import os, signal, sys
+        from dl_jax.report import JsonLines
+        sink = JsonLines(sys.argv[1], 0)
+        for step in range(1, 4): sink.write(step, {"loss": 1.0})
+        os.kill(os.getpid(), signal.SIGKILL)
+    """)
+    path = tmp_path / "metrics.jsonl"
+    status = subprocess.run([sys.executable, "-c", script, str(path)], cwd=Path(__file__).parents[2]).returncode
+    assert status == -9
+    assert [r["step"] for r in records(path)] == [1, 2, 3]
+
+
+def test_lines_in_a_bucket_are_uploaded_whole(bucket, monkeypatch):
+    there = bucket / "run" / "metrics.jsonl"
+    sink = JsonLines("gs://bucket/run/metrics.jsonl", 0)
+    sink.write(1, {"loss": 1.0})
+    assert records(there) == []  # not yet due
+    sink.flush()
+    assert [r["step"] for r in records(there)] == [1]
+    monkeypatch.setattr(report, "SYNC_EVERY", 0.0)
+    sink.write(2, {"loss": 1.0})
+    assert [r["step"] for r in records(there)] == [1, 2]
+    sink.close()
+    resumed = JsonLines("gs://bucket/run/metrics.jsonl", 1)
+    assert [r["step"] for r in records(there)] == [1]
+    resumed.write(2, {"loss": 3.0})
+    resumed.close()
+    assert [r["loss"] for r in records(there)] == [1.0, 3.0]
+
+
+# --- TensorBoard -------------------------------------------------------------------------------------------------
+
+
+def test_scalars_come_back_one_curve_for_each_seed_and_the_mean(tmp_path, accumulated):
+    sink = TensorBoard(tmp_path, 0)
+    sink.scalars(100, {"loss": np.float32(0.5), "error": np.array([1.0, 3.0])})
+    sink.scalars(200, {"loss": np.nan, "error": np.array([2.0, 4.0])})
+    sink.close()
+    events = accumulated(tmp_path)
+    assert set(events.Tags()["scalars"]) == {"loss", "error/seed0", "error/seed1", "error/mean"}
+    assert points(events, "error/mean") == [(100, 2.0), (200, 3.0)]
+    assert points(events, "error/seed1") == [(100, 3.0), (200, 4.0)]
+    assert np.isnan(points(events, "loss")[1][1])
+
+
+def test_steps_that_are_repeated_after_a_resume_are_hidden(tmp_path, accumulated):
+    first = TensorBoard(tmp_path, 0)
+    for step in (100, 200, 300):
+        first.scalars(step, {"loss": 1.0})
+    first.flush()  # and then it is killed
+    second = TensorBoard(tmp_path, 200)  # within the same second
+    second.scalars(250, {"loss": 2.0})
+    second.close()
+    assert points(accumulated(tmp_path), "loss") == [(100, 1.0), (200, 1.0), (250, 2.0)]
+    first.close()
+
+
+def test_hparams_leave_the_scalars_alone(tmp_path, accumulated):
+    sink = TensorBoard(tmp_path, 0)
+    sink.scalars(100, {"loss": 1.0})
+    config = {"learning_rate": 1e-3, "steps": 10, "dataset": "digits", "augment": True, "hidden": (3, 4), "clip": None}
+    sink.hparams(config, {"error": np.array([1.0, 2.0])})
+    sink.scalars(200, {"loss": 2.0})
+    sink.close()
+    events = accumulated(tmp_path)
+    assert points(events, "loss") == [(100, 1.0), (200, 2.0)]
+    assert points(events, "measured/error") == [(0, 1.5)]
+    from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
+
+    content = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    stored = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert stored["learning_rate"].number_value == 1e-3
+    assert stored["augment"].bool_value is True
+    assert (stored["dataset"].string_value, stored["hidden"].string_value) == ("digits", "(3, 4)")
+
+
+def test_pictures_and_figures_come_back(tmp_path, accumulated):
+    from PIL import Image
+
+    sink = TensorBoard(tmp_path, 0)
+    pictures = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1), np.uint8)
+    sink.image("samples", 5, pictures)
+    sink.figure("confusion", 5, confusion_figure(np.eye(3), "abc"))
+    sink.close()
+    events = accumulated(tmp_path)
+    (image,) = events.Images("samples")
+    assert (image.step, image.width, image.height) == (5, 17, 17)
+    decoded = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
+    np.testing.assert_array_equal(decoded[9:, 9:, 0], pictures[3, :, :, 0])
+    assert events.Images("confusion")[0].width > 300
+
+
+def test_events_in_a_bucket(bucket, accumulated):
+    sink = TensorBoard("gs://bucket/run", 0)
+    sink.scalars(1, {"loss": 1.0})
+    sink.flush()
+    assert points(accumulated(bucket / "run"), "loss") == [(1, 1.0)]
+    sink.scalars(2, {"loss": 2.0})
+    sink.close()
+    assert points(accumulated(bucket / "run"), "loss") == [(1, 1.0), (2, 2.0)]
+
+
+# --- pictures ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "shape"), [(1, (8, 6)), (3, (17, 13)), (5, (17, 20))])
+def test_a_sheet_is_a_grid_with_white_lines(n, shape):
+    pictures = np.linspace(-0.5, 1.2, n * 8 * 6 * 3).reshape(n, 8, 6, 3)
+    sheet = picture_sheet(pictures)
+    assert sheet.shape == (*shape, 3)
+    np.testing.assert_array_equal(sheet[:8, :6], np.round(255 * np.clip(pictures[0], 0, 1)))
+    if n > 1:
+        assert (sheet[:, 6] == 255).all()
+        assert (sheet[8] == 255).all()
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((8, 8, 1)), np.zeros((2, 8, 8, 4)), np.zeros((2, 8, 8, 1), np.int32)])
+def test_a_sheet_of_something_else_is_refused(wrong):
+    with pytest.raises(InputError, match=r"expected .*\[N, H, W, C\]|expected uint8"):
+        picture_sheet(wrong)
+
+
+def test_confusion_figure_shows_counts_and_shares():
+    figure = confusion_figure(np.array([[8, 2], [0, 0]]), ["cat", "dog"])
+    axes = figure.axes[0]
+    assert [text.get_text() for text in axes.texts] == ["8", "2"]
+    np.testing.assert_allclose(axes.images[0].get_array(), [[0.8, 0.2], [0, 0]])
+    assert axes.get_title() == "8 of 10 right (80.00%)"
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
+    with pytest.raises(InputError, match=r"shape \(2, 2\), expected \(3, 3\)"):
+        confusion_figure(np.eye(2), "abc")
+
+
+# --- progress ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still; advance it by `clock.now += seconds`."""
+
+    class Clock:
+        now = 1000.0
+
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: Clock.now)
+    return Clock
+
+
+def test_plain_lines_first_every_ten_seconds_and_last(clock):
+    out = io.StringIO()
+    bar = Progress("lenet", 0, 1000, 128, file=out)
+    for step in range(1, 601):
+        bar.update(step, {"loss": np.array([1.0, 2.0])} if step % 100 == 0 else None)
+        clock.now += 0.0625
+    bar.close()
+    bar.close()
+    assert out.getvalue().splitlines() == [
+        "lenet 1/1000",
+        "lenet 161/1000 · 16 steps/s · loss 1.5 · 2.05k examples/s · 0:52 left",
+        "lenet 321/1000 · 16 steps/s · loss 1.5 · 2.05k examples/s · 0:42 left",
+        "lenet 481/1000 · 16 steps/s · loss 1.5 · 2.05k examples/s · 0:32 left",
+        "lenet 600/1000 · 16 steps/s · loss 1.5 · 2.05k examples/s · in 0:37",
+    ]
+
+
+def test_the_last_seconds_give_the_speed_and_a_resumed_run_does_not_count_old_steps(clock):
+    out = io.StringIO()
+    bar = Progress("", 5000, 9000, file=out)
+    for step, seconds in ((5001, 0.0), (5011, 10.0), (6011, 10.0)):
+        clock.now += seconds
+        bar.update(step, {"g": 1.0, "d": 2.0, "e": 3.0})
+    assert out.getvalue().splitlines() == [
+        "5001/9000 · g 1 · d 2",
+        "5011/9000 · 1 steps/s · g 1 · d 2 · 1:06:29 left",
+        "6011/9000 · 100 steps/s · g 1 · d 2 · 0:30 left",
+    ]
+
+
+@pytest.mark.parametrize("loss", [np.nan, np.inf, np.array([np.nan, 1.0]), np.float32(1e-30)])
+def test_no_value_breaks_the_text(clock, loss):
+    for out in (io.StringIO(), Terminal()):
+        bar = Progress("[odd] label", 0, 2, 0, file=out)
+        bar.update(1, {"loss": loss})
+        clock.now += 100
+        bar.update(2, {"loss": loss})
+        bar.close()
+        assert "[odd] label" in out.getvalue()
+        assert f"loss {np.mean(loss):.4g}" in out.getvalue()
+
+
+def test_without_an_update_nothing_is_printed():
+    out = io.StringIO()
+    Progress("lenet", 100, 100, file=out).close()
+    assert out.getvalue() == ""
+
+
+def test_a_terminal_gets_a_bar_that_moves_between_reports(clock, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TERM", "xterm")
+    out = Terminal()
+    bar = Progress("lenet", 0, 1000, 128, file=out)
+    bar.update(1, {"loss": 0.25})
+    clock.now += 0.1
+    drawn = len(out.getvalue())
+    bar.update(50)
+    assert len(out.getvalue()) == drawn  # not yet due
+    clock.now += 0.4
+    bar.update(101)
+    seen = re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", out.getvalue()[drawn:])
+    assert "101/1000 · 200 steps/s · loss 0.25 · 25.6k examples/s · 0:04 left" in seen
+    bar.close()
+    assert out.getvalue().rindex("\x1b[?25h") > out.getvalue().rindex("\x1b[?25l")  # the cursor is back
+
+
+@pytest.mark.parametrize(("columns", "shown", "left_out"), [(70, "steps/s", "examples/s"), (45, "loss", "steps/s")])
+def test_a_narrow_terminal_leaves_out_the_least_telling(clock, monkeypatch, columns, shown, left_out):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    out = Terminal()
+    bar = Progress("lenet/seed0", 0, 1000, 128, file=out)
+    bar.update(1, {"loss": 0.25})
+    clock.now += 1
+    bar.update(101)
+    bar.close()
+    assert shown in out.getvalue()
+    assert left_out not in out.getvalue()
+    assert "left" in out.getvalue()
+
+
+# --- the final table ---------------------------------------------------------------------------------------------
+
+CLAIMS = (
+    Claim("error", "Doe 2020", "Table 1", 1.0, 0.2, "%", given={"dataset": "mnist"}),
+    Claim("error", "Roe 2021", "Table 2", 3.0, 0.2, "%", verified=False),
+    Claim("error", "Poe 2022", "Table 3", 1.0, 0.2, "%", preset="quick"),
+    Claim("error/imagenet", "Poe 2022", "Table 4", 20.0, 0.2, "%"),
+)
+
+
+def result(config=None, preset="paper") -> dict:
+    measured = {"error": [1.0, 1.1, 0.9, 1.05, 0.95], "seconds": [7.0, 8.0, 9.0, 8.0, 8.0]}
+    config = config or {"dataset": "mnist"}
+    return {
+        "measured": {name: summary(values) for name, values in measured.items()},
+        "claims": judge(CLAIMS, measured, preset=preset, config=config),
+        "preset": preset,
+        "config": config,
+    }
+
+
+def test_the_table_in_a_file_is_plain_and_never_wrapped(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    out = io.StringIO()
+    print_table(result(), out)
+    lines = [re.split(r"\s{2,}", line.strip()) for line in out.getvalue().splitlines()]
+    assert lines[1:] == [
+        ["metric", "paper", "claimed", "measured ± std (n)", "tolerance", "verdict"],
+        ["─" * len(out.getvalue().splitlines()[2].strip())],
+        ["error", "Doe 2020, Table 1", "1 %", "1.000 ± 0.079 (5)", "± 0.2", "reproduced"],
+        ["error", "Roe 2021, Table 2", "3 % (unverified)", "1.000 ± 0.079 (5)", "± 0.2", "better than claimed"],
+        ["error", "Poe 2022, Table 3", "1 %", "± 0.2", "not applicable: needs preset quick"],
+        ["error/imagenet", "Poe 2022, Table 4", "20 %", "± 0.2", "not run"],
+        ["seconds", "8.00 ± 0.71 (5)"],
+        [""],
+    ]
+    assert "\x1b" not in out.getvalue()
+
+
+def test_a_number_that_answers_no_claim_stands_in_its_own_row():
+    out = io.StringIO()
+    print_table(result({"dataset": "digits"}, "smoke"), out)
+    rows = [line for line in out.getvalue().splitlines() if line.startswith(" error ")]
+    assert [("1.000 ± 0.079 (5)" in row, "not applicable" in row) for row in rows] == [(False, True)] * 3 + [
+        (True, False)
+    ]
+
+
+def test_the_table_fits_a_terminal_of_80_columns(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    out = Terminal()
+    print_table(result(), out)
+    plain = re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", out.getvalue())
+    assert max(map(len, plain.splitlines())) <= 80
+    for words in ("1.000 ± 0.079 (5)", "Doe 2020, Table 1", "reproduced", "(unverified)", "needs preset quick"):
+        assert words.split()[0] in plain
+    assert "1.000 ± 0.079 (5)" in plain
+
+
+def test_an_ascii_stream_still_gets_the_table():
+    raw = io.BytesIO()
+    out = io.TextIOWrapper(raw, encoding="ascii")
+    print_table(result(), out)
+    assert b"1.000 ? 0.079 (5)" in raw.getvalue()

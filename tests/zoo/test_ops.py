@@ -1,0 +1,243 @@
+"""Every formulation equals the XLA operation that it stands for, in values and derivatives."""
+
+import flax.linen as nn
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from jax import lax
+from jax.test_util import check_grads
+
+from dl_jax.models import ops
+
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+
+
+def draw(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
+
+
+def value_and_gradients(convolve, image, kernel):
+    """The output and both gradients for a random cotangent."""
+
+    @jax.jit
+    def run(image, kernel):
+        output, pullback = jax.vjp(convolve, image, kernel)
+        return output, *pullback(draw(*output.shape, seed=2))
+
+    return run(image, kernel)
+
+
+def assert_close(actual, expected):
+    """To 1e-5 of the largest number of the array."""
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert one.shape == other.shape
+        assert one.dtype == other.dtype
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * float(abs(other).max(initial=1e-3)))
+
+
+CONFIGURATIONS = {  # image, kernel, strides, padding, dilation
+    "C1 of LeNet-5": ((3, 32, 32, 1), (5, 5, 1, 6), (1, 1), "VALID", None),
+    "C3 of LeNet-5": ((3, 14, 14, 6), (5, 5, 6, 16), (1, 1), "VALID", None),
+    "second of LeNetCaffe": ((2, 12, 12, 20), (5, 5, 20, 50), (1, 1), "VALID", (1, 1)),
+    "colour stem": ((2, 17, 16, 3), (3, 3, 3, 8), (1, 1), "SAME", None),
+    "strided stem": ((2, 23, 30, 3), (7, 7, 3, 4), (2, 2), "SAME", None),
+    "strides differ": ((2, 12, 10, 2), (5, 3, 2, 5), (2, 1), "VALID", None),
+    "dilated": ((2, 13, 12, 4), (2, 4, 4, 3), (1, 2), ((1, 2), (0, 3)), (2, 3)),
+    "cropped": ((2, 9, 9, 2), (3, 3, 2, 3), (1, 1), ((-1, 0), (1, -2)), None),
+    "pointwise": ((2, 5, 5, 1), (1, 1, 1, 4), (1, 1), "SAME", None),
+    "many channels": ((2, 6, 6, 12), (3, 3, 12, 5), (1, 1), "SAME", None),
+    "nothing comes out": ((2, 4, 4, 1), (5, 5, 1, 2), (1, 1), "VALID", None),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_convolution_equals_xla(name):
+    image, kernel, strides, padding, dilation = CONFIGURATIONS[name]
+    arguments = {"rhs_dilation": dilation, "dimension_numbers": LAYOUT}
+    ours, xla = (
+        value_and_gradients(
+            lambda x, w, f=f: f(x, w, strides, padding, **arguments), draw(*image), draw(*kernel, seed=1)
+        )
+        for f in (ops.conv_general_dilated, lax.conv_general_dilated)
+    )
+    assert_close(ours, xla)
+
+
+SEQUENCES = ("NWC", "WIO", "NWC")
+
+
+@settings(deadline=None, max_examples=12, derandomize=True)
+@given(
+    size=st.integers(1, 14),
+    taps=st.integers(1, 4),
+    more=st.integers(1, 4),
+    stride=st.integers(1, 3),
+    dilation=st.integers(1, 3),
+    padding=st.sampled_from(["SAME", "VALID"]) | st.tuples(st.tuples(st.integers(-1, 6), st.integers(-1, 3))),
+)
+def test_any_convolution_of_sequences_equals_xla(size, taps, more, stride, dilation, padding):
+    sequence, kernel = draw(2, size, taps + more), draw(taps, taps + more, 3, seed=1)
+    arguments = ((stride,), padding, None, (dilation,), SEQUENCES)
+    ours, xla = (
+        value_and_gradients(lambda x, w, f=f: f(x, w, *arguments), sequence, kernel)
+        for f in (ops.conv_general_dilated, lax.conv_general_dilated)
+    )
+    assert_close(ours, xla)
+
+
+@settings(deadline=None, max_examples=12, derandomize=True)
+@given(
+    size=st.tuples(st.integers(1, 11), st.integers(1, 11)),
+    taps=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    maps=st.tuples(st.integers(1, 4), st.integers(1, 9)),
+    strides=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 3)),
+    padding=st.sampled_from(["SAME", "VALID"]) | st.tuples(*[st.tuples(st.integers(0, 3), st.integers(0, 3))] * 2),
+)
+def test_any_convolution_equals_xla(size, taps, maps, strides, dilation, padding):
+    image, kernel = draw(2, *size, maps[0]), draw(*taps, *maps, seed=1)
+    arguments = (strides, padding, None, dilation, LAYOUT)
+    ours, xla = (
+        value_and_gradients(lambda x, w, f=f: f(x, w, *arguments), image, kernel)
+        for f in (ops.conv_general_dilated, lax.conv_general_dilated)
+    )
+    assert_close(ours, xla)
+
+
+def same(image, kernel):
+    return ops.conv_general_dilated(image, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT)
+
+
+def test_convolution_against_finite_differences():
+    check_grads(same, (draw(2, 4, 5, 2), draw(3, 3, 2, 3, seed=1)), order=2, modes=("fwd", "rev"), rtol=5e-2)
+
+
+def test_vmapped_convolution_equals_one_by_one():
+    images, kernels = draw(3, 2, 6, 6, 2), draw(3, 3, 3, 2, 4, seed=1)
+    together = jax.vmap(lambda x, w: value_and_gradients(same, x, w))(images, kernels)
+    alone = [value_and_gradients(same, image, kernel) for image, kernel in zip(images, kernels, strict=True)]
+    assert_close(together, jax.tree.map(lambda *rows: jnp.stack(rows), *alone))
+
+
+def test_scanned_convolution_equals_one_by_one():
+    images, kernel = draw(3, 2, 6, 6, 2), draw(3, 3, 2, 4, seed=1)
+    gradient = jax.grad(lambda w, x: (same(x, w) ** 2).sum())
+    total, _ = jax.jit(lambda: lax.scan(lambda sum, x: (sum + gradient(kernel, x), None), 0 * kernel, images))()
+    assert_close(total, sum(gradient(kernel, image) for image in images))
+
+
+def forward_and_backward(image, kernel):
+    return jax.vjp(same, image, kernel)[1](same(image, kernel))
+
+
+IMAGES = jnp.ones((2, 6, 6, 2)), jnp.ones((3, 3, 2, 4))
+DEEP = jnp.ones((2, 6, 6, 32)), jnp.ones((3, 3, 32, 4))  # more channels than taps
+
+
+def causal(sequence, kernel):
+    return ops.conv_general_dilated(sequence, kernel, (1,), ((4, 0),), rhs_dilation=(2,), dimension_numbers=SEQUENCES)
+
+
+def causal_forward_and_backward(sequence, kernel):
+    return jax.vjp(causal, sequence, kernel)[1](causal(sequence, kernel))
+
+
+both = pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        (forward_and_backward, IMAGES),
+        (forward_and_backward, DEEP),
+        (causal_forward_and_backward, (jnp.ones((2, 9, 4)), jnp.ones((3, 4, 5)))),
+    ],
+    ids=["images", "deep images", "sequences"],
+)
+
+
+def lowered(platform, function, arguments):
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+
+
+@both
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_accelerators_get_plain_convolutions(platform, function, arguments):
+    text = lowered(platform, function, arguments)
+    assert text.count("stablehlo.convolution") == 3  # forward, and one for each gradient
+    assert "dot_general" not in text
+
+
+@both
+def test_cpu_gets_no_convolution_even_vmapped(function, arguments):
+    assert "stablehlo.convolution" not in lowered("cpu", function, arguments)
+    members = [jnp.stack([leaf, leaf]) for leaf in arguments]
+    assert "stablehlo.convolution" not in lowered("cpu", jax.vmap(function), members)
+
+
+def test_one_export_serves_all_platforms():
+    exported = jax.export.export(jax.jit(same), platforms=("cpu", "tpu"))(
+        jnp.ones((2, 6, 6, 2)), jnp.ones((3, 3, 2, 4))
+    )
+    image, kernel = draw(2, 6, 6, 2), draw(3, 3, 2, 4, seed=1)
+    assert "stablehlo.convolution" in exported.mlir_module()
+    assert_close(exported.call(image, kernel), same(image, kernel))
+
+
+@pytest.mark.parametrize(
+    ("image", "kernel", "arguments"),
+    [
+        ((2, 6, 6, 4), (3, 3, 1, 4), {"dimension_numbers": LAYOUT, "feature_group_count": 4}),
+        ((2, 6, 6, 2), (3, 3, 2, 4), {"dimension_numbers": LAYOUT, "lhs_dilation": (2, 2)}),
+        ((2, 6, 2), (3, 2, 4), {"dimension_numbers": SEQUENCES}),  # no more channels than taps
+        ((2, 6, 4), (3, 1, 4), {"dimension_numbers": SEQUENCES, "feature_group_count": 4}),
+        ((2, 4, 6), (5, 4, 3), {"dimension_numbers": ("NCW", "OIW", "NCW")}),
+        ((2, 4, 4, 4, 9), (2, 2, 2, 9, 3), {"dimension_numbers": ("NWHDC", "WHDIO", "NWHDC")}),
+        ((2, 2, 6, 6), (4, 2, 3, 3), {}),  # the default layout, NCHW
+        ((2, 2, 6, 6), (4, 2, 3, 3), {"dimension_numbers": ("NCHW", "OIHW", "NCHW")}),
+    ],
+)
+def test_other_convolutions_are_left_alone(image, kernel, arguments):
+    def run(convolve):
+        dimensions = len(image) - 2
+        return lambda x, w: convolve(x, w, (1,) * dimensions, ((1, 1),) * dimensions, **arguments)
+
+    ours = jax.make_jaxpr(run(ops.conv_general_dilated))(jnp.ones(image), jnp.ones(kernel))
+    assert str(ours) == str(jax.make_jaxpr(run(lax.conv_general_dilated))(jnp.ones(image), jnp.ones(kernel)))
+
+
+@pytest.mark.parametrize("fields", [{}, {"strides": 2, "padding": 2}, {"padding": "CIRCULAR"}, {"kernel_dilation": 2}])
+def test_it_goes_into_a_flax_convolution(fields):
+    image = draw(2, 9, 8, 3)
+    plain = nn.Conv(4, (3, 3), **fields)
+    ours = nn.Conv(4, (3, 3), conv_general_dilated=ops.conv_general_dilated, **fields)
+    variables = jax.jit(plain.init)(jax.random.key(0), image)
+    assert_close(jax.jit(ours.apply)(variables, image), jax.jit(plain.apply)(variables, image))
+
+
+def test_half_precision_stays_half_precision():
+    image, kernel = draw(2, 6, 6, 2).astype(jnp.bfloat16), draw(3, 3, 2, 4, seed=1).astype(jnp.bfloat16)
+    assert same(image, kernel).dtype == jnp.bfloat16
+    exact = same(image.astype(jnp.float32), kernel.astype(jnp.float32))
+    np.testing.assert_allclose(same(image, kernel).astype(jnp.float32), exact, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "window"), [((2, 8, 6, 3), 2), ((2, 7, 5, 1), 2), ((2, 9, 10, 4), 3), ((1, 4, 4, 2), 1)]
+)
+def test_pools_equal_flax(shape, window):
+    def both(pool):
+        output, pullback = jax.vjp(pool, draw(*shape))
+        return output, pullback(draw(*output.shape, seed=3))
+
+    sides = (window, window)
+    for ours, flax in (
+        (ops.max_pool, lambda x: nn.max_pool(x, sides, sides)),
+        (ops.sum_pool, lambda x: nn.avg_pool(x, sides, sides) * window**2),
+    ):
+        assert_close(jax.jit(lambda f=ours: both(lambda x: f(x, window)))(), jax.jit(lambda f=flax: both(f))())
+
+
+def test_equal_maxima_share_the_gradient():
+    gradient = jax.grad(lambda x: ops.max_pool(x, 2).sum())(jnp.zeros((1, 2, 2, 1)))
+    np.testing.assert_array_equal(gradient, np.full((1, 2, 2, 1), 0.25))
