@@ -5,8 +5,7 @@ BatchNorm's statistics are global.
 """
 
 import itertools
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dl_jax.core.errors import InputError
-from dl_jax.core.step import Batch, Tree
+from dl_jax.core.step import Tree
 
 AXIS = "data"
 
@@ -23,8 +22,7 @@ AXIS = "data"
 def data_mesh(devices: Sequence[Any] | None = None, *, batch_size: int | None = None) -> Mesh:
     """All devices of all processes (or `devices`) in one axis, process after process.
 
-    With a `batch_size`, which a paper may have fixed, as many of each process's devices as divide it: 5 of 8 for 100,
-    which is said in a line, for it takes longer.
+    With a `batch_size`, which a paper may have fixed, as many of each process's devices as divide it: 5 of 8 for 100.
     Not `jax.make_mesh`: it follows the wires of a TPU slice, and then a process's rows are not contiguous.
     """
     devices = sorted(jax.devices() if devices is None else devices, key=lambda d: (d.process_index, d.id))
@@ -33,10 +31,7 @@ def data_mesh(devices: Sequence[Any] | None = None, *, batch_size: int | None = 
         each = min(map(len, processes))
         while each > 1 and batch_size % (each * len(processes)):
             each -= 1
-        chosen = [device for own in processes for device in own[:each]]
-        if len(chosen) < len(devices) and jax.process_index() == 0:
-            print(f"a batch of {batch_size} is split over {len(chosen)} of {len(devices)} devices", file=sys.stderr)
-        devices = chosen
+        devices = [device for own in processes for device in own[:each]]
     # Auto: with Explicit axes, the default, a Linen CNN with Dropout raises ShardingTypeError.
     return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
 
@@ -70,7 +65,7 @@ def process_rows(batch_size: int, mesh: Mesh) -> slice:
 
 
 def place(rows: Tree, mesh: Mesh, axis: int = 0) -> Tree:
-    """One global array from every process's rows, of a batch or of a state that has rows, such as a carry.
+    """One global array from every process's rows of a batch.
 
     `axis` is where the rows are in each leaf (1 for [S, B, ...]).
     """
@@ -78,6 +73,12 @@ def place(rows: Tree, mesh: Mesh, axis: int = 0) -> Tree:
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), rows)
 
 
-def placed(batches: Callable[[int], Batch], mesh: Mesh, axis: int = 0) -> Callable[[int], Batch]:
-    """`batches` as global arrays on the mesh."""
-    return lambda step: place(batches(step), mesh, axis)
+def sharded(tree: Tree, mesh: Mesh, axis: int = 0) -> Tree:
+    """`tree`, given whole by every process, split over the devices along `axis`."""
+    sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
+
+    def put(leaf: Any) -> jax.Array:
+        values = np.asarray(leaf)
+        return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
+    return jax.tree.map(put, tree)

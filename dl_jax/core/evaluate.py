@@ -1,39 +1,90 @@
-"""Evaluation: sums and weights over every example, divided once."""
+"""Evaluation over every example of a set in memory, each counted once whatever the batch size."""
 
 import collections
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dl_jax.core.devices import data_mesh, place, process_rows, replicated
 from dl_jax.core.fit import IN_FLIGHT, Measurements
 from dl_jax.core.step import Array, Batch, Tree
+from dl_jax.core.stream import count, epoch
 
 
-def evaluate(
+def evaluator(
     metrics: Callable[[Tree, Batch, Array], Mapping[str, tuple[Array, Array]]],
-    variables: Tree,
-    batches: Iterable[Batch],
-    key: Array,
-) -> Measurements:
-    """Sum over weight of each metric, over all batches: exact over every example, whatever the batch size.
+    records: Mapping[str, np.ndarray],
+    batch_size: int,
+    keys: Array,
+) -> Callable[[Tree], Measurements]:
+    """A function from variables [S, ...] to {name: Σ sum / Σ weight over all records, [S, ...]}.
 
-    `metrics(variables, batch, key) -> {name: (sum, weight)}`; a leading [S] axis is kept. Batch i gets the key
-    `fold_in(key, i)`. Pass the same function each time: it is compiled once.
+    `metrics(variables, batch, key) -> {name: (sum, weight)}` is that of one seed; the seeds are computed one after the
+    other. The batches are those of `stream.epoch`: a column `mask` float32 [B] is 0 for padding. Batch i of the seed
+    whose key in `keys` [S] is k gets the key `fold_in(k, i)`. `batch_size` counts over all devices; as many devices as
+    divide it take part. Raises InputError as `stream.epoch` does.
     """
-    measure = jax.jit(metrics)
-    total: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    pending: collections.deque = collections.deque()
+    epoch(records, batch_size)
 
-    def settle(most: int) -> None:
-        while len(pending) > most:
-            for name, pair in pending.popleft().items():
+    @jax.jit
+    def measure(variables: Tree, batch: Batch, keys: Array, i: Array) -> Mapping[str, tuple[Array, Array]]:
+        one = lambda given: metrics(given[0], batch, jax.random.fold_in(given[1], i))
+        return jax.lax.map(one, (variables, keys))
+
+    def evaluate(variables: Tree) -> Measurements:
+        total: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        mesh = data_mesh(batch_size=batch_size)
+        variables, batches = _on(mesh, variables), _placed(records, batch_size, mesh)
+        found = (measure(variables, batch, keys, np.int32(i)) for i, batch in enumerate(batches))
+        for pairs in _two_in_flight(found):
+            for name, pair in pairs.items():
                 value, weight = (np.asarray(x, np.float64) for x in pair)
                 value_before, weight_before = total.get(name, (0.0, 0.0))
                 total[name] = (value_before + value, weight_before + weight)
+        return {name: np.asarray(value / weight) for name, (value, weight) in total.items()}
 
-    for i, batch in enumerate(batches):
-        settle(IN_FLIGHT - 1)
-        pending.append(measure(variables, batch, jax.random.fold_in(key, i)))
-    settle(0)
-    return {name: np.asarray(value / weight) for name, (value, weight) in total.items()}
+    return evaluate
+
+
+def collect(
+    predict: Callable[[Tree, Batch], Tree], variables: Tree, records: Mapping[str, np.ndarray], batch_size: int
+) -> Tree:
+    """`predict(variables, batch)` over all records: every leaf NumPy [S, N, ...], on every process.
+
+    For what is no sum over examples: a teacher's logits, F1, BLEU, a rank correlation. `predict` takes the variables of
+    one seed and a batch of `stream.epoch` and gives leaves [B, ...]; the padding is removed. Raises InputError as
+    `stream.epoch` does.
+    """
+    mesh = data_mesh(batch_size=batch_size)
+    whole = NamedSharding(mesh, PartitionSpec())
+    answer = jax.jit(
+        lambda variables, batch: jax.lax.map(lambda one: predict(one, batch), variables), out_shardings=whole
+    )
+    variables = _on(mesh, variables)
+    found = list(_two_in_flight(answer(variables, batch) for batch in _placed(records, batch_size, mesh)))
+    return jax.tree.map(lambda *parts: np.concatenate(parts, 1)[:, : count(records)], *found)
+
+
+def _placed(records: Mapping[str, np.ndarray], batch_size: int, mesh: Mesh) -> Iterator[Batch]:
+    return (place(batch, mesh) for batch in epoch(records, batch_size, process_rows(batch_size, mesh)))
+
+
+def _on(mesh: Mesh, variables: Tree) -> Tree:
+    """`variables` where the batches are; a fit with another batch size may have left them on other devices."""
+    devices = set(mesh.devices.flat)
+    there = all(isinstance(x, jax.Array) and x.sharding.device_set == devices for x in jax.tree.leaves(variables))
+    return variables if there else replicated(variables, mesh)
+
+
+def _two_in_flight(calls: Iterator[Any]) -> Iterator[Any]:
+    """The results of asynchronous calls, on the host, while the next is under way."""
+    pending: collections.deque[Any] = collections.deque()
+    for call in calls:
+        if len(pending) == IN_FLIGHT:
+            yield jax.device_get(pending.popleft())
+        pending.append(call)
+    while pending:
+        yield jax.device_get(pending.popleft())

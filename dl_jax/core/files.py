@@ -1,17 +1,28 @@
-"""Files that several processes may want to write at once."""
+"""The cache folder, locks between processes, and files written whole."""
 
 import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from dl_jax.core.errors import InputError
 
 
 def cache_folder(cache_dir: str | None = None) -> Path:
-    """`cache_dir`, else $XDG_CACHE_HOME/dl_jax, else ~/.cache/dl_jax. It may be deleted at any time."""
+    """`cache_dir`, else $DL_JAX_CACHE_DIR, else $XDG_CACHE_HOME/dl_jax, else ~/.cache/dl_jax.
+
+    It may be deleted at any time.
+    """
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    return Path(cache_dir or base / "dl_jax").expanduser().absolute()
+    return Path(cache_dir or os.environ.get("DL_JAX_CACHE_DIR") or base / "dl_jax").expanduser().absolute()
+
+
+def write_whole(file: Any, data: bytes) -> None:
+    """Writes the file at a `pathlib` or `epath` path, all of it or nothing."""
+    new = file.with_name(f"{file.name}.new")
+    new.write_bytes(data)
+    new.replace(file)
 
 
 @contextlib.contextmanager

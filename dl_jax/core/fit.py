@@ -1,17 +1,22 @@
-"""The loop that drives a step, what it tells a run, and evaluation. It knows no model, data set or method."""
+"""The loop that drives a step, and what it tells a run. It knows no model, data set or method."""
 
 import collections
 import dataclasses
 import functools
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from dl_jax.core.step import ArgumentError, Array, Batch, State, Step, Tree
+from dl_jax.core.devices import data_mesh, place, process_rows, replicated, sharded
+from dl_jax.core.errors import InputError
+from dl_jax.core.step import Array, Batch, Metric, State, Step, Tree
+from dl_jax.core.stream import Stream, gather
 
 Batches = Callable[[int], Batch]  # step -> batch
 Measurements = dict[str, np.ndarray]
@@ -72,20 +77,29 @@ class NonFiniteError(ArithmeticError):
     """A metric of the train step, or what it trained, became NaN or infinite."""
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["names"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["names", "pairs"])
 @dataclasses.dataclass(frozen=True)
 class _Row:
     """One step's metrics in a single array, so that the host fetches once."""
 
-    names: tuple[str, ...]
-    values: Array  # float32 [M] or [M, S]
+    names: tuple[str, ...]  # M
+    pairs: tuple[int, ...]  # P, which of them are (sum, weight)
+    values: Array  # float32 [M + P] or [M + P, S]: all means and sums, then the weights of the pairs
 
 
-def _where(lanes: Array, new: Tree, old: Tree) -> Tree:
-    """Per lane, `new` or `old`; `lanes` is bool [] or [S], leaves are [...] or [S, ...]."""
+def _row(metrics: Any) -> _Row:
+    names = tuple(sorted(metrics))
+    found = [metrics[name] for name in names]
+    pairs = tuple(i for i, metric in enumerate(found) if isinstance(metric, tuple))
+    values = [metric[0] if isinstance(metric, tuple) else metric for metric in found] + [found[i][1] for i in pairs]
+    return _Row(names, pairs, jnp.stack([v.astype(jnp.float32) for v in values]) if values else jnp.zeros(0))
+
+
+def _where(seeds: Array, new: Tree, old: Tree) -> Tree:
+    """For each seed, `new` or `old`; `seeds` is bool [] or [S], leaves are [...] or [S, ...]."""
 
     def choose(n: Array, o: Array) -> Array:
-        return jnp.where(lanes.reshape(lanes.shape + (1,) * (n.ndim - lanes.ndim)), n, o)
+        return jnp.where(seeds.reshape(seeds.shape + (1,) * (n.ndim - seeds.ndim)), n, o)
 
     return jax.tree.map(choose, new, old)
 
@@ -93,13 +107,12 @@ def _where(lanes: Array, new: Tree, old: Tree) -> Tree:
 @functools.partial(jax.jit, static_argnames=("skip", "freeze"), donate_argnames=("state",))
 def _advance(step: Any, state: State, batch: Batch, stopped: Array, skip: bool, freeze: bool) -> tuple[State, _Row]:
     new, metrics = step(state, batch)
-    names = tuple(sorted(metrics))
-    values = jnp.stack([metrics[name].astype(jnp.float32) for name in names])
+    row = _row(metrics)
     if skip:
-        new = _where(jnp.isfinite(values).all(0), new, state._replace(step=new.step))
+        new = _where(jnp.isfinite(row.values).all(0), new, state._replace(step=new.step))
     if freeze:
         new = _where(~stopped, new, state)
-    return new, _Row(names, values)
+    return new, row
 
 
 class _Window:
@@ -107,23 +120,25 @@ class _Window:
 
     def __init__(self) -> None:
         self.names: tuple[str, ...] = ()
+        self.pairs: tuple[int, ...] = ()
         self.lost_in_a_row: Any = 0  # steps, [] or [S]
         self.reset()
 
     def reset(self) -> None:
-        self.rows: list[np.ndarray] = []  # each [M] or [M, S]
+        self.rows: list[np.ndarray] = []  # each [M + P] or [M + P, S]
         self.began, self.waited, self.elsewhere = time.perf_counter(), 0.0, 0.0  # seconds
 
     def add(self, step: int, row: _Row, stopped: np.ndarray, run: Recorder) -> None:
         """Waits for the step. Raises NonFiniteError."""
         values: np.ndarray = np.asarray(row.values, np.float64)
-        self.names = row.names
+        self.names, self.pairs = row.names, row.pairs
         self.rows.append(values)
         lost = ~(np.isfinite(values) | stopped)
         self.lost_in_a_row = np.where(lost.any(0), self.lost_in_a_row + 1, 0)
         hopeless = self.lost_in_a_row.max() >= HOPELESS
         if lost.any() and (hopeless or not run.skip_nonfinite):
-            bad = ", ".join(f"{n} is {v}" for n, v, b in zip(row.names, values.tolist(), lost, strict=True) if b.any())
+            names = [*row.names, *(f"the weight of {row.names[i]}" for i in row.pairs)]
+            bad = ", ".join(f"{n} is {v}" for n, v, b in zip(names, values.tolist(), lost, strict=True) if b.any())
             before = f" and in the {HOPELESS - 1} steps before" if hopeless else ""
             raise NonFiniteError(
                 f"{bad} at step {step}{before}, expected finite numbers; {run.last_saved()}; lower the learning rate"
@@ -131,43 +146,64 @@ class _Window:
             )
 
     def means(self, stride: int, skip: bool) -> Measurements:
-        """NaN where no step was finite."""
-        rows = np.stack(self.rows)  # [n, M] or [n, M, S]
+        """NaN where no step was finite; a pair whose weights sum to 0 is left out (NaN for one seed among others)."""
+        rows, m = np.stack(self.rows), len(self.names)  # [n, M + P] or [n, M + P, S]
         whole = np.asarray(np.isfinite(rows).all(1, keepdims=True))  # [n, 1] or [n, 1, S]
-        count = whole.sum(0)
-        means = np.where(count > 0, np.where(whole, rows, 0).sum(0) / np.maximum(count, 1), np.nan)  # [M] or [M, S]
+        totals = np.where(whole, rows, 0).sum(0)  # [M + P] or [M + P, S]
+        weights = np.array(np.broadcast_to(whole.sum(0), totals[:m].shape), np.float64)
+        weights[list(self.pairs)] = totals[m:]
+        means = np.divide(totals[:m], weights, out=np.full(weights.shape, np.nan), where=weights != 0)
+        empty = {self.names[i] for i in self.pairs if not weights[i].any()}
         seconds = time.perf_counter() - self.began - self.elsewhere
         rates = {"steps_per_second": stride * len(rows) / seconds, "data_wait": self.waited / seconds}
         skipped = {"skipped": (~whole[:, 0]).sum(0)} if skip else {}
-        return {**dict(zip(self.names, means, strict=True)), **{k: np.asarray(v) for k, v in (rates | skipped).items()}}
+        named = {name: mean for name, mean in zip(self.names, means, strict=True) if name not in empty}
+        return {**named, **{k: np.asarray(v) for k, v in (rates | skipped).items()}}
 
 
 def fit(
     step: Step,
     state: State,
-    batches: Batches,
+    stream: Stream | Batches,
     *,
     steps: int,
     run: Recorder | None = None,
+    scan: int = 1,
     every: int = 100,
     watch: Watch | None = None,
     stop: StopRule | None = None,
+    carried: Sequence[str] = (),
 ) -> State:
-    """Drives `step` until `state.step` is `steps`, or `stop` has stopped every lane. The only loop in the codebase.
+    """Drives `step` until `state.step` is `steps`, or `stop` has stopped every seed. The only loop in the codebase.
 
-    `batches(i)` is the batch of step i. Metrics are reported as means over `every` steps. The caller's `state` stays
-    usable. How far one call advances (1, or k for `scanned(step, k)`) is read off `state.step` after the first call.
+    Args:
+      step: `(state, batch) -> (state, metrics)`, compiled here. It adds 1 or more to `state.step`.
+      state: where to begin; it stays usable.
+      stream: the batches. Those of a `Stream` are split over as many devices as divide its batch size, each process
+        reading its own rows, and the state is copied to all of them. Those of a plain function of the step go to the
+        compiled program as they are, whole on every process.
+      steps: of `state.step`, when the fit ends.
+      run: what records, saves, and says from where to go on.
+      scan: steps in one call of the compiled program. A set in memory is then kept on the devices, and the host sends
+        the indices of the rows alone.
+      every: steps between reports of the metrics' means.
+      watch: what is measured besides, and when.
+      stop: early stopping, asked after each measurement of `watch`.
+      carried: the collections of `state.extra` that have a row for each row of the batch, such as the carry of
+        truncated back-propagation. They are given whole, [B, ...] or [S, B, ...], and split as the batch is.
 
-    Raises ArgumentError where `steps` is negative, `steps`, `every` or `watch.every` is not a multiple of that, a stop
-    rule has nothing to watch, or the run to go on with has other keys than `state`; NonFiniteError where a metric, or
-    what was trained and is about to be saved or returned, is not finite.
+    Raises InputError where `steps` is negative, `steps`, `every` or `watch.every` is not a multiple of what one call
+    advances, a stop rule has nothing to watch, or the run to go on with has other keys than `state`; NonFiniteError
+    where a metric, or what was trained and is about to be saved or returned, is not finite.
     """
-    _require_intervals(steps, every, watch, stop)
+    _require_intervals(steps, every, scan, watch, stop)
     run = run or Recorder()
-    step = jax.tree_util.Partial(step)
+    mesh = _mesh(stream)
+    state, batches = _on_devices(state, stream, mesh, scan, carried)
+    program = _program(step, stream, mesh, scan)
     saved = run.start({"state": state, "stop": stop.init() if stop else {}}, steps, watch.best if watch else None)
     if saved["state"] is not state and not _same_keys(saved["state"], state):  # another run's data must not join
-        raise ArgumentError(
+        raise InputError(
             "the run to go on with has other random keys; give the --seed and --seeds it was begun with, or another "
             "--workdir"
         )
@@ -187,7 +223,7 @@ def fit(
         batch = batches(i)
         window.waited += time.perf_counter() - asked
         settle(IN_FLIGHT - 1)
-        state, row = _advance(step, state, batch, stopped(), run.skip_nonfinite, stop is not None)
+        state, row = _advance(program, state, batch, stopped(), run.skip_nonfinite, stop is not None)
         stride = stride or _checked_stride(_count(state) - i, i, steps, every, watch)
         i += stride
         pending.append((i, row, stopped()))
@@ -214,6 +250,67 @@ def fit(
     return state
 
 
+def _mesh(stream: Stream | Batches) -> Mesh:
+    """As many devices as divide the batch; that others stand idle is said in a line, for it takes longer."""
+    if not isinstance(stream, Stream):
+        return data_mesh()
+    mesh = data_mesh(batch_size=stream.batch_size)
+    if mesh.devices.size < jax.device_count() and jax.process_index() == 0:
+        idle = f"{mesh.devices.size} of {jax.device_count()} devices"
+        print(f"a batch of {stream.batch_size} is split over {idle}", file=sys.stderr)
+    return mesh
+
+
+def _on_devices(
+    state: State, stream: Stream | Batches, mesh: Mesh, scan: int, carried: Sequence[str]
+) -> tuple[State, Batches]:
+    """The state placed, and what gives the placed batches of a call of the program."""
+    unknown = sorted(set(carried) - state.extra.keys())
+    if unknown:
+        raise InputError(f"carried names {unknown[0]!r}, expected collections of state.extra: {sorted(state.extra)}")
+    if not isinstance(stream, Stream):
+        state = replicated(state, mesh) if jax.process_count() > 1 else state
+        return state, stream if scan == 1 else lambda i: _stacked([stream(i + j) for j in range(scan)])
+    rows = process_rows(stream.batch_size, mesh)
+    split = {name: sharded(state.extra[name], mesh, stream.axis) for name in carried}
+    rest = {name: value for name, value in state.extra.items() if name not in carried}
+    state = replicated(state._replace(extra=rest), mesh)
+    state = state._replace(extra={**state.extra, **split})
+    if scan == 1:
+        return state, lambda i: place(stream(i, rows), mesh, stream.axis)
+    # Of a set in memory the indices alone: `_program` has the records.
+    return state, lambda i: place(_stacked([stream.read(i + j, rows) for j in range(scan)]), mesh, stream.axis + 1)
+
+
+def _stacked(batches: Sequence[Batch]) -> Batch:
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+
+
+def _program(step: Step, stream: Stream | Batches, mesh: Mesh, scan: int) -> Step:
+    """What is compiled: arrays that it reads are leaves of the Partial, hence arguments and no constants."""
+    step = step if isinstance(step, jax.tree_util.Partial) else jax.tree_util.Partial(step)
+    if scan == 1:
+        return step
+    records = stream.records if isinstance(stream, Stream) else None
+    return jax.tree_util.Partial(_Scanned(scan), step, records and replicated(dict(records), mesh))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scanned:
+    """k steps in one call, on batches [k, ...]; its metrics are the means over them. Equal k, the same function."""
+
+    k: int
+
+    def __call__(self, step: Step, records: Any, state: State, batches: Batch) -> tuple[State, dict[str, Metric]]:
+        def one(state: State, batch: Batch) -> tuple[State, Any]:
+            return step(state, batch if records is None else gather(records, batch))
+
+        state, metrics = jax.lax.scan(one, state, batches, length=self.k)
+        return state, {
+            name: (m[0].sum(0), m[1].sum(0)) if isinstance(m, tuple) else m.mean(0) for name, m in metrics.items()
+        }
+
+
 @jax.jit
 def _copied(state: State) -> State:
     return jax.tree.map(jnp.copy, state)
@@ -225,27 +322,27 @@ def _same_keys(state: State, other: State) -> Array:  # -> bool []
 
 
 def _count(state: State) -> int:
-    """The furthest lane's step."""
+    """The furthest seed's step."""
     return int(np.max(np.asarray(state.step)))
 
 
-def _require_intervals(steps: int, every: int, watch: Watch | None, stop: StopRule | None) -> None:
+def _require_intervals(steps: int, every: int, scan: int, watch: Watch | None, stop: StopRule | None) -> None:
     if steps < 0:
-        raise ArgumentError(f"steps is {steps}, expected 0 or more")
-    for name, value in {"every": every, "watch.every": watch.every if watch else 1}.items():
+        raise InputError(f"steps is {steps}, expected 0 or more")
+    for name, value in {"every": every, "scan": scan, "watch.every": watch.every if watch else 1}.items():
         if value < 1:
-            raise ArgumentError(f"{name} is {value}, expected a number of steps, 1 or more")
+            raise InputError(f"{name} is {value}, expected a number of steps, 1 or more")
     if stop and not watch:
-        raise ArgumentError("a stop rule without a watch would never be asked; give fit both")
+        raise InputError("a stop rule without a watch would never be asked; give fit both")
 
 
 def _checked_stride(stride: int, i: int, steps: int, every: int, watch: Watch | None) -> int:
     if stride < 1:
-        raise ArgumentError(f"the step advanced state.step by {stride}, expected 1 or more: add to state.step in it")
+        raise InputError(f"the step advanced state.step by {stride}, expected 1 or more: add to state.step in it")
     wanted = {"steps": steps - i, "every": every, "watch.every": watch.every if watch else stride}
     for name, value in wanted.items():
         if value % stride:
-            raise ArgumentError(f"{name} leaves {value} steps, expected a multiple of the {stride} steps of one call")
+            raise InputError(f"{name} leaves {value} steps, expected a multiple of the {stride} steps of one call")
     return stride
 
 

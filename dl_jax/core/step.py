@@ -6,9 +6,11 @@ Four kinds of function, each closed under composition:
     tx     optax.GradientTransformation
     step   (state, batch) -> (state, metrics)
     batch  (key, batch) -> batch
+
+A step's metric is a mean, or a pair (sum, weight) where "nothing happened" is possible: no episode ended, no word was
+masked. Its mean over several steps is then Σ sum / Σ weight, and there is none where the weights sum to 0.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,10 +18,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dl_jax.core.errors import InputError
+
 Tree = Any
 Array = jax.Array
 Batch = Mapping[str, Any]  # every leaf is [B, ...]
-Metrics = Mapping[str, Array]  # scalars, or [S] under per_seed
+Metric = Array | tuple[Array, Array]  # a mean, or (sum, weight); scalars, or [S] under per_seed
+Metrics = Mapping[str, Metric]
 Loss = Callable[[Tree, Batch, Array], tuple[Array, tuple[Tree, Metrics]]]
 
 
@@ -40,15 +45,33 @@ class State(NamedTuple):
 Step = Callable[[State, Batch], tuple[State, Metrics]]
 
 
-class ArgumentError(ValueError):
-    """Numbers that do not fit together: steps, intervals, the size of a batch and its parts."""
-
-
 def init_state(key: Array, variables: Tree, tx: optax.GradientTransformation) -> State:
-    """A state at step 0 from what `module.init` returned."""
+    """A state at step 0 from what `module.init` returned, of one seed."""
     extra = {name: value for name, value in variables.items() if name != "params"}
     opt_state = jax.jit(tx.init)(variables["params"])  # one program, where eager zeros are one for each shape
     return State(jnp.zeros([], jnp.int32), variables["params"], extra, opt_state, key)
+
+
+def init_states(keys: Array, variables: Tree, tx: optax.GradientTransformation) -> State:
+    """States at step 0 of S seeds: keys [S], every leaf of `variables` and of the result [S, ...]."""
+    return jax.jit(jax.vmap(lambda key, variables: init_state(key, variables, tx)))(keys, variables)
+
+
+def init_variables(model: Any, keys: Array, *inputs: Any) -> Tree:
+    """What `model.init(key, *inputs, train=False)` draws for each of S seeds: keys [S], every leaf [S, ...].
+
+    `inputs` are examples of what the model takes, such as `jnp.zeros((1, 28, 28, 1))`: their values do not matter.
+    """
+    return jax.jit(jax.vmap(lambda key: model.init(key, *inputs, train=False)))(keys)
+
+
+def start(model: Any, tx: optax.GradientTransformation, key_init: Array, key: Array, *inputs: Any) -> State:
+    """States at step 0 of a Flax model for S seeds, every leaf [S, ...].
+
+    `key_init` [S] draw the parameters, `key` [S] is the source of each seed's randomness in training; `inputs` as in
+    `init_variables`.
+    """
+    return init_states(key, init_variables(model, key_init, *inputs), tx)
 
 
 def make_step(loss: Loss, tx: optax.GradientTransformation, microbatches: int = 1) -> Step:
@@ -58,7 +81,7 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, microbatches: int = 
     gradient is the mean over k parts of the batch, one after the other: k times less memory for activations.
     """
     if microbatches < 1:
-        raise ArgumentError(f"microbatches is {microbatches}, expected 1 or more; 1 takes the batch whole")
+        raise InputError(f"microbatches is {microbatches}, expected 1 or more; 1 takes the batch whole")
     gradient = _accumulated(_gradient(loss), microbatches) if microbatches > 1 else _gradient(loss)
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
@@ -83,9 +106,7 @@ def _accumulated(gradient, k: int):
     def accumulate(params, extra, batch, key):
         rows = {len(x) for x in jax.tree.leaves(batch)}
         if any(n % k for n in rows):
-            raise ArgumentError(
-                f"a batch of {max(rows)} rows cannot be split into {k} microbatches, expected a multiple"
-            )
+            raise InputError(f"a batch of {max(rows)} rows cannot be split into {k} microbatches, expected a multiple")
         # Part i holds rows i, i + k, ...: every device keeps its share of every part.
         parts = jax.tree.map(lambda x: x.reshape(-1, k, *x.shape[1:]).swapaxes(0, 1), batch)  # [k, B / k, ...]
 
@@ -101,34 +122,33 @@ def _accumulated(gradient, k: int):
         first = part(extra, (0, jax.tree.map(lambda x: x[0], parts)))
         rest = (jnp.arange(1, k), jax.tree.map(lambda x: x[1:], parts))
         (extra, total), _ = jax.lax.scan(add, first, rest)
-        value, metrics, grads = jax.tree.map(lambda x: x / k, total)
-        return (value, (extra, metrics)), grads
+        value, metrics, grads = total
+        mean = lambda tree: jax.tree.map(lambda x: x / k, tree)
+        metrics = {name: m if isinstance(m, tuple) else mean(m) for name, m in metrics.items()}
+        return (mean(value), (extra, metrics)), mean(grads)
 
     return accumulate
 
 
-def per_seed(step: Step) -> Step:
-    """Trains a stack of states [S, ...] on a stack of batches [S, B, ...]: one lane a seed, its data order its own."""
-    return jax.vmap(step)
+def per_seed(step: Step, one_by_one: bool = False) -> Step:
+    """Trains states [S, ...] on batches [S, B, ...], a model for each seed, each on its own data.
 
-
-def scanned(step: Step, k: int) -> Step:
-    """Runs k steps in one call on stacked batches [k, B, ...]; its metrics are the means over the k steps."""
-
-    def steps(state: State, batches: Batch) -> tuple[State, Metrics]:
-        state, metrics = jax.lax.scan(step, state, batches, length=k)
-        return state, jax.tree.map(lambda m: m.mean(0), metrics)
-
-    return steps
-
-
-def gathered(step: Step, records: Batch) -> Step:
-    """A step on batches {"index": int [...]} that reads its rows from `records` [N, ...], resident on the device.
-
-    Goes outermost: the records must reach the compiled step as an argument, not as a constant.
+    All seeds are computed side by side (`jax.vmap`). With `one_by_one` a CPU computes one after the other
+    (`jax.lax.map`): this suits convolutions, which vmap turns into grouped ones, and models that fill the machine; and
+    it takes the memory of one seed's activations. Inside such a loop XLA's CPU backend is slow at the gradients of
+    convolutions that `models.ops` does not write as matrix products. Accelerators compute side by side either way.
     """
-    return jax.tree_util.Partial(functools.partial(_gather_and_step, step), records)
+    side_by_side = jax.vmap(step)
+    if not one_by_one:
+        return side_by_side
+    in_turn = lambda states, batches: jax.lax.map(lambda both: step(*both), (states, batches))
+    return lambda states, batches: jax.lax.platform_dependent(states, batches, cpu=in_turn, default=side_by_side)
 
 
-def _gather_and_step(step: Step, records: Batch, state: State, batch: Batch) -> tuple[State, Metrics]:
-    return step(state, {name: column[batch["index"]] for name, column in records.items()})
+def holding(step: Callable[[Tree, State, Batch], tuple[State, Metrics]], tree: Tree) -> Step:
+    """The step `step(tree, state, batch)` with its first argument: a teacher's parameters, a large table.
+
+    Goes outermost. `fit` then passes the tree to the compiled program as an argument; an array that a function captures
+    is compiled into it as a constant.
+    """
+    return jax.tree_util.Partial(step, tree)

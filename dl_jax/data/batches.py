@@ -1,17 +1,12 @@
-"""Columns to batches. The order is a pure function of (seed, step): there is no iterator, hence nothing to save.
-
-A stream is a function step -> batch; `batches` makes one from columns in memory, `streaming.stream` one from disk.
-"""
+"""Columns in memory to shuffled batches. The order is a pure function of (seed, step)."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from dl_jax.core.errors import InputError
-
-Columns = dict[str, np.ndarray]  # every column [N, ...]
-Stream = Callable[[int], Columns]  # step -> columns [B, ...]
+from dl_jax.core.stream import INDEX, Stream, check_batch, count, stacked
 
 _ORDER, _TRANSFORM = 0, 1  # keep the two uses of one seed apart
 
@@ -23,7 +18,8 @@ def order(n: int, seed: int) -> Callable[[int, int], np.ndarray]:
     is reached at once: the last two permutations asked for are kept, none before is needed. Raises InputError for a
     negative seed.
     """
-    _check_seed(seed)
+    if seed < 0:
+        raise InputError(f"seed {seed}: expected 0 or more; use a non-negative --seed")
 
     @functools.lru_cache(maxsize=2)
     def permutation(epoch: int) -> np.ndarray:
@@ -41,100 +37,32 @@ def generator(seed: int, position: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_TRANSFORM, position)))
 
 
-def batches(records: Mapping[str, np.ndarray], batch_size: int, seed: int, rows: slice = slice(None)) -> Stream:
-    """Shuffled batches for ever: step -> rows `rows` of the global batch of `batch_size` examples.
+def shuffled(records: Mapping[str, np.ndarray], batch_size: int, seeds: int | Sequence[int]) -> Stream:
+    """Shuffled batches of `records` [N, ...] without end: [B, ...] for one seed, [S, B, ...] for S of them.
 
-    Step s covers the positions [s B, (s + 1) B) of `order`, across epoch borders, so that no example is dropped and a
-    batch may be larger than the set. Process p of n passes `rows=slice(p * B // n, (p + 1) * B // n)` and gathers
-    nothing but its own rows. Raises InputError for no records, columns of different lengths, a batch size below 1, rows
-    outside the batch or a negative seed.
+    Step s covers the positions [s B, (s + 1) B) of each seed's own `order`, across epoch borders, so that no example is
+    dropped and a batch may be larger than the set. Raises InputError for no records, no seed, columns of different
+    lengths, a batch size below 1 or a negative seed.
     """
-    n = _count(records)
-    check_batch(batch_size, rows)
-    indices = order(n, seed)
-
-    def batch(step: int) -> Columns:
-        chosen = indices(step * batch_size, (step + 1) * batch_size)[rows]
-        return {name: column[chosen] for name, column in records.items()}
-
-    return batch
-
-
-def later(stream: Stream, begin: int) -> Stream:
-    """`stream` from step `begin` on: the next stage of a training goes on in the data where the one before ended."""
-    return lambda step: stream(begin + step)
-
-
-class Epoch:
-    """The batches of one pass; may be iterated any number of times. See `epoch`."""
-
-    def __init__(self, records: Mapping[str, np.ndarray], batch_size: int, rows: slice) -> None:
-        self._records, self._batch_size, self._rows = records, batch_size, rows
-        self._count = _count(records)
-
-    def __len__(self) -> int:
-        return -(-self._count // self._batch_size)
-
-    def __iter__(self) -> Iterator[Columns]:
-        for start in range(0, self._count, self._batch_size):
-            positions = np.arange(start, start + self._batch_size)[self._rows]
-            # Padding repeats the last example: its loss is finite, so that 0 times it is 0.
-            chosen = np.minimum(positions, self._count - 1)
-            batch = {name: column[chosen] for name, column in self._records.items()}
-            yield {**batch, "mask": (positions < self._count).astype(np.float32)}
-
-
-def epoch(records: Mapping[str, np.ndarray], batch_size: int, rows: slice = slice(None)) -> Epoch:
-    """The batches of one pass in the set's own order, each with `mask` float32 [B]: 1 for an example, 0 for padding.
-
-    Only the last batch is padded, with copies of the last example. `rows` is this process's part of each global batch,
-    as in `batches`: every process gets the same number of batches. Raises InputError as `batches` does, and for records
-    that have a column `mask` already.
-    """
-    check_batch(batch_size, rows)
-    if "mask" in records:
-        raise InputError("the records have a column 'mask', expected none: `epoch` adds it; rename the column")
-    return Epoch(records, batch_size, rows)
+    n = count(records)
+    check_batch(batch_size)
+    if isinstance(seeds, int):
+        indices = order(n, seeds)
+        read = lambda step, rows: {INDEX: indices(step * batch_size, (step + 1) * batch_size)[rows]}
+        return Stream(batch_size, read, records=records)
+    return per_seed([shuffled(records, batch_size, seed) for seed in seeds])
 
 
 def per_seed(streams: Sequence[Stream]) -> Stream:
-    """One stream of batches [S, B, ...] from S streams of [B, ...]: each seed keeps its own order."""
-    return lambda step: _stacked([stream(step) for stream in streams])
+    """One stream of batches [S, B, ...] from S streams of [B, ...]: each seed keeps its own order, or its own set.
 
-
-def windows(stream: Stream, k: int) -> Stream:
-    """A stream of [k, B, ...]: at `step`, the batches of steps step .. step + k - 1, as `step.scanned` takes them.
-
-    Raises InputError for k < 1.
+    Raises InputError for no stream, and for batch sizes that differ.
     """
-    if k < 1:
-        raise InputError(f"{k} steps in one call, expected 1 or more; give a larger number")
-    return lambda step: _stacked([stream(step + i) for i in range(k)])
-
-
-def _stacked(parts: Sequence[Columns]) -> Columns:
-    return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
-
-
-def check_batch(batch_size: int, rows: slice) -> None:
-    """Raises InputError for a batch size below 1, or rows that select nothing of the batch."""
-    if batch_size < 1:
-        raise InputError(f"batch size {batch_size}: expected 1 or more; use a positive --batch-size")
-    if not range(batch_size)[rows]:
-        raise InputError(
-            f"rows {rows.start}:{rows.stop} select nothing of a batch of {batch_size}, expected some of it"
-        )
-
-
-def _check_seed(seed: int) -> None:
-    if seed < 0:
-        raise InputError(f"seed {seed}: expected 0 or more; use a non-negative --seed")
-
-
-def _count(records: Mapping[str, np.ndarray]) -> int:
-    lengths = {name: len(column) for name, column in records.items()}
-    if len(set(lengths.values())) > 1:
-        raise InputError(f"columns of different lengths {lengths}, expected one row per example in each")
-    if not sum(lengths.values()):
-        raise InputError("no records, expected at least one example; choose a split that is not empty")
-    return next(iter(lengths.values()))
+    sizes = {stream.batch_size for stream in streams}
+    if len(sizes) != 1:
+        raise InputError(f"streams of batch sizes {sorted(sizes)}, expected one size; give one stream for each seed")
+    first = streams[0]
+    if first.records is not None and all(stream.records is first.records for stream in streams):
+        read = lambda step, rows: stacked([stream.read(step, rows) for stream in streams])
+        return Stream(first.batch_size, read, first.axis + 1, first.records)
+    return Stream(first.batch_size, lambda step, rows: stacked([s(step, rows) for s in streams]), first.axis + 1)

@@ -16,7 +16,7 @@ import numpy as np
 
 from dl_jax.core.errors import InputError
 from dl_jax.core.files import locked
-from dl_jax.data.batches import Columns
+from dl_jax.core.stream import Columns
 from dl_jax.data.describe import Feature
 from dl_jax.data.records import Example, Records, stack
 from dl_jax.data.source import Prepared, cache_entry, find
@@ -38,7 +38,7 @@ def load(
 
     The first call decodes and writes below the cache folder (see `files.cache_folder`), later ones map the files.
     Raises InputError for a set, split or file that is missing or damaged, examples that make no column, and columns of
-    more than `budget` bytes, for which there is `stream`.
+    more than `budget` bytes, for which there is `streamed`.
     """
     found = find(name, data_dir, cache_dir)
     split = "".join(split.split())
@@ -116,7 +116,7 @@ def _decode(found: Prepared, split: str, budget: int) -> Columns:
 def _too_large(found: Prepared, split: str, size: int, budget: int) -> str:
     return (
         f"{found.name} {split} takes {size / 1e6:,.0f} MB or more when decoded, expected at most {budget / 1e6:,.0f}: "
-        "read it with data.stream, or load a slice of it"
+        "read it with data.streamed, or load a slice of it"
     )
 
 

@@ -8,20 +8,12 @@ from dl_jax.core.errors import InputError
 from dl_jax.data.columns import load
 
 
-def grey_pictures(
-    name: str,
-    split: str,
-    data_dir: str | None = None,
-    cache_dir: str | None = None,
-    *,
-    size: int = 28,
-    classes: int = 10,
-) -> dict[str, np.ndarray]:
-    """{"image": uint8 [N, size, size, 1], "label": int [N]} of a set of grey pictures of `size` or 8x8 pixels.
+def grey_images(name: str, split: str, *, size: int = 28, classes: int = 10) -> dict[str, np.ndarray]:
+    """{"image": uint8 [N, size, size, 1], "label": int [N]} of a set of grey images of `size` or 8x8 pixels.
 
-    8x8 pictures, the bundled digits, are enlarged. Raises InputError for another kind of set.
+    8x8 images, the bundled digits, are enlarged. Raises InputError for another kind of set.
     """
-    records = load(name, split, data_dir, cache_dir)
+    records = load(name, split)
     check_images(records, name, sizes=(8, size))
     check_labels(records, name, classes)
     return {"image": enlarge(records["image"], size), "label": records["label"]}

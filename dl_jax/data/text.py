@@ -5,12 +5,14 @@ nothing once its logits have sunk. In ASCII texts, as these are, a byte is a cha
 """
 
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dl_jax.core.errors import InputError, nearest
-from dl_jax.data.batches import Columns, Stream, check_batch, order
+from dl_jax.core.stream import Columns, Stream, check_batch
+from dl_jax.data.batches import order, per_seed
 from dl_jax.data.columns import load as load_columns
 
 VOCABULARY = 256
@@ -30,7 +32,7 @@ def decode(ids: np.ndarray) -> str:
     return bytes(ids.astype(np.uint8)).decode(errors="replace")
 
 
-def load(name: str, split: str, data_dir: str | None = None, cache_dir: str | None = None) -> np.ndarray:
+def load(name: str, split: str) -> np.ndarray:
     """A split as ids uint8 [N]: of `standard_library`, or the column `text` of a TFDS set, its records line by line.
 
     `standard_library` is the source text of the running Python's own top-level modules, in the order of their names up
@@ -40,7 +42,7 @@ def load(name: str, split: str, data_dir: str | None = None, cache_dir: str | No
     """
     if name == STANDARD_LIBRARY:
         return _standard_library(split)
-    records = load_columns(name, split, data_dir, cache_dir)
+    records = load_columns(name, split)
     if "text" not in records or records["text"].dtype.kind != "S":
         found = ", ".join(f"{column} ({values.dtype})" for column, values in records.items())
         raise InputError(
@@ -71,20 +73,21 @@ def _standard_library(split: str) -> np.ndarray:
     return ids[start:stop]
 
 
-def windows(ids: np.ndarray, batch_size: int, length: int, seed: int, rows: slice = slice(None)) -> Stream:
-    """Windows of a text of ids [N] for ever: step -> {"token", "target": int32 [B, T], "first": bool [B]}.
+def windows(ids: np.ndarray, batch_size: int, length: int, seeds: int | Sequence[int]) -> Stream:
+    """Windows of a text of ids [N] without end: batches {"token", "target": int32 [B, T], "first": bool [B]}.
 
     The text is cut into B = `batch_size` stretches, one to a row, and a stretch into windows of T = `length` characters
     that follow each other step by step; `target` is the character after each token. Row b starts at the window of its
     stretch that (seed, b) draws and comes back to the beginning after the last, so that every pass shows every window
     once. `first` says which rows do not continue what they showed in the step before: there, a carried state starts
-    anew. A stretch that T does not divide leaves out its end, fewer than T characters.
+    anew. A stretch that T does not divide leaves out its end, fewer than T characters. With S seeds, [S, B, ...].
 
-    Like `data.batches` a pure function of the step, and `rows` is this process's part. Raises InputError for a text of
-    fewer than B T + 1 characters, a length or batch size below 1, rows outside the batch or a negative seed.
+    Raises InputError for a text of fewer than B T + 1 characters, a length or batch size below 1 or a negative seed.
     """
-    check_batch(batch_size, rows)
+    check_batch(batch_size)
     _check_length(length)
+    if not isinstance(seeds, int):
+        return per_seed([windows(ids, batch_size, length, seed) for seed in seeds])
     stretch = (len(ids) - 1) // batch_size
     count = stretch // length  # windows in a stretch
     if count < 1:
@@ -92,15 +95,15 @@ def windows(ids: np.ndarray, batch_size: int, length: int, seed: int, rows: slic
             f"a text of {len(ids)} characters is too short for {batch_size} rows of {length}, expected at least "
             f"{batch_size * length + 1}: use a longer text, or a smaller --batch-size or --length"
         )
-    starts = order(count, seed)(0, batch_size)[rows]  # [B]
-    begins = np.arange(batch_size)[rows] * stretch  # [B]
+    starts = order(count, seeds)(0, batch_size)  # [B]
+    begins = np.arange(batch_size) * stretch  # [B]
 
-    def batch(step: int) -> Columns:
-        window = (starts + step) % count  # [B]
-        shown = ids[(begins + window * length)[:, None] + np.arange(length + 1)].astype(np.int32)  # [B, T + 1]
+    def read(step: int, rows: slice) -> Columns:
+        window = (starts[rows] + step) % count  # [B]
+        shown = ids[(begins[rows] + window * length)[:, None] + np.arange(length + 1)].astype(np.int32)  # [B, T + 1]
         return {"token": shown[:, :-1], "target": shown[:, 1:], "first": (window == 0) | (step == 0)}
 
-    return batch
+    return Stream(batch_size, read)
 
 
 def reading(ids: np.ndarray, length: int) -> Columns:

@@ -1,7 +1,21 @@
 """What an experiment needs of the machinery that launches and records it."""
 
+from dl_jax.harness.fields import Between, Distinct, Fraction, NonNegative, Positive, Probability, Some
 from dl_jax.harness.launch import launch
+from dl_jax.harness.report.figures import confusion_figure
 from dl_jax.harness.results.claims import Claim
 from dl_jax.harness.run import Run
 
-__all__ = ["Claim", "Run", "launch"]
+__all__ = [
+    "Between",
+    "Claim",
+    "Distinct",
+    "Fraction",
+    "NonNegative",
+    "Positive",
+    "Probability",
+    "Run",
+    "Some",
+    "confusion_figure",
+    "launch",
+]

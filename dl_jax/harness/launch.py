@@ -21,7 +21,7 @@ from etils import epath
 
 from dl_jax.core.errors import InputError
 from dl_jax.core.fit import NonFiniteError
-from dl_jax.core.step import ArgumentError
+from dl_jax.harness.fields import check
 from dl_jax.harness.machine import cache_programs, device, git_state, initialize, keep_freed_memory, versions
 from dl_jax.harness.report.terminal import print_table
 from dl_jax.harness.report.writers import TensorBoard
@@ -56,7 +56,7 @@ class Common:
     data_dir: str | None = None
     """Folder of prepared TFDS sets [default: $TFDS_DATA_DIR, then TFDS's own]."""
     cache_dir: str | None = None
-    """Folder for decoded data and compiled programs [default: $XDG_CACHE_HOME/dl_jax]."""
+    """Folder for decoded data and compiled programs [default: $DL_JAX_CACHE_DIR, then $XDG_CACHE_HOME/dl_jax]."""
     seeds: int = 5
     """How many seeds to run."""
     seed: int = 0
@@ -85,11 +85,13 @@ def launch(main: Main, presets: Mapping[str, Any], claims: Sequence[Claim]) -> N
     preset, config, common = parse(sys.argv[1:], presets, inspect.getdoc(inspect.getmodule(main)) or "")
     distributed = False
     try:
+        check(config)
         keep_freed_memory()
+        set_folders(common)
         distributed = join_processes(common)
-        cache_programs(common.cache_dir)
+        cache_programs()
         status = run_experiment(Experiment(main, presets, claims), preset, config, common, distributed)
-    except (InputError, ArgumentError, NonFiniteError) as error:
+    except (InputError, NonFiniteError) as error:
         if common.debug:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
@@ -100,6 +102,13 @@ def launch(main: Main, presets: Mapping[str, Any], claims: Sequence[Claim]) -> N
         traceback.print_exc()
         status = 1
     leave(status, distributed)
+
+
+def set_folders(common: Common) -> None:
+    """Tells `data`, and processes that this one starts, where the flags say that things lie."""
+    for variable, folder in {"TFDS_DATA_DIR": common.data_dir, "DL_JAX_CACHE_DIR": common.cache_dir}.items():
+        if folder:
+            os.environ[variable] = folder
 
 
 def leave(status: int, distributed: bool) -> None:
@@ -148,12 +157,10 @@ def run_experiment(experiment: Experiment, preset: str, config: Any, common: Com
     code = git_state(script.parent)
     seeds = tuple(range(common.seed, common.seed + common.seeds))
     fields = dataclasses.asdict(config)
-    identity = {"experiment": name_of(script), "preset": preset, "config": fields}
+    identity = {"experiment": name_of(script), "preset": preset, "config": fields, "seeds": list(seeds)}
     with work_directory(common.workdir, identity, script, distributed) as directory, attempt(directory, code) as so_far:
         settings = Settings(
             seeds=seeds,
-            data_dir=common.data_dir,
-            cache_dir=common.cache_dir,
             skip_nonfinite=common.on_nan == "skip",
             checkpoint_every=common.checkpoint_every,
             batch_size=fields.get("batch_size"),
@@ -167,7 +174,6 @@ def run_experiment(experiment: Experiment, preset: str, config: Any, common: Com
         record = {
             **identity,
             "preset": ran,
-            "seeds": list(seeds),
             "command": command(identity["experiment"], sys.argv[1:]),
             "commit": code["commit"],
             "clean": all(each["clean"] for each in attempts),

@@ -16,10 +16,10 @@ from dl_jax.core.errors import InputError
 from dl_jax.core.files import cache_folder
 
 
-def cache_programs(cache_dir: str | None) -> None:
+def cache_programs() -> None:
     """Keeps compiled programs on disk, small ones too: a second start is seconds faster."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder(cache_dir) / "programs"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

@@ -7,19 +7,26 @@ Only process 0 writes text; all processes take part in checkpoints.
 
 import contextlib
 import dataclasses
+import io
+import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from etils import epath
 
 from dl_jax.core.errors import InputError, nearest
+from dl_jax.core.files import write_whole
 from dl_jax.core.fit import Best, Measurements, Recorder
 from dl_jax.core.step import Tree
 from dl_jax.harness.checkpoint.store import Checkpoints
+from dl_jax.harness.report.figures import figure_png, sheet_png
 from dl_jax.harness.report.terminal import Progress
 from dl_jax.harness.report.writers import JsonLines, TensorBoard, read_lines
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PREEMPTED = 143  # 128 + SIGTERM, so that a supervisor restarts the run
 
@@ -41,8 +48,6 @@ class Settings:
     """What a run and its children have in common."""
 
     seeds: tuple[int, ...] = (0,)
-    data_dir: str | None = None
-    cache_dir: str | None = None
     skip_nonfinite: bool = False
     checkpoint_every: int = 1000  # steps
     batch_size: int | None = None  # examples in a step
@@ -71,6 +76,11 @@ class Run(Recorder):
     @property
     def seeds(self) -> tuple[int, ...]:
         return self.settings.seeds
+
+    def keys(self, n: int) -> tuple[jax.Array, ...]:
+        """n independent typed PRNG keys of each seed: n arrays [S]."""
+        keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), n))(np.array(self.seeds))  # [S, n]
+        return tuple(keys[:, i] for i in range(n))
 
     def __truediv__(self, name: str) -> "Run":
         """The child of this name, in a folder of its own."""
@@ -159,10 +169,42 @@ class Run(Recorder):
             return "nothing was saved"
         return f"the last good checkpoint is step {self._saved} in {self.directory}/checkpoints"
 
+    def images(self, step: int, draw: Callable[[], Mapping[str, Any]]) -> None:
+        """Shows `draw() -> {name: images [N, H, W, C], uint8 or floats in [0, 1]}`, each on one sheet.
+
+        In TensorBoard at `step`, and as NAME.png in the run's folder. `draw` is called on the first process, and only
+        where there is a folder.
+        """
+        if self._keeps:
+            for name, images in draw().items():
+                self._show(name, step, sheet_png(np.asarray(images)))
+
+    def figure(self, name: str, step: int, draw: Callable[[], "Figure"]) -> None:
+        """Shows the Matplotlib figure `draw()`, as `images` does."""
+        if self._keeps:
+            self._show(name, step, figure_png(draw()))
+
+    def keep(self, name: str, content: Any) -> None:
+        """Leaves the file `name` in the run's folder, for people and for whoever loads the run.
+
+        `content` is a text, bytes, an array for NumPy's .npy format, or anything that JSON can hold: a vocabulary, a
+        mean. The first process writes it, where there is a folder. Raises InputError for what none of these is.
+        """
+        if self._keeps:
+            assert self.directory
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_whole(self.directory / name, _file_content(name, content))
+
     @property
-    def board(self) -> TensorBoard | None:
-        """For pictures; None without a directory, and on all processes but the first."""
-        return self._board
+    def _keeps(self) -> bool:
+        return self.directory is not None and jax.process_index() == 0
+
+    def _show(self, name: str, step: int, png: bytes) -> None:
+        assert self.directory
+        if not self._board:
+            self._board = TensorBoard(self.directory, self._step)
+        self._board.png(name, step, png)
+        self.keep(f"{name}.png", png)
 
     def close(self) -> None:
         """Ends what this run and its children still write."""
@@ -170,3 +212,21 @@ class Run(Recorder):
             for end in (*self._children.values(), self._progress, self._lines, self._board, self._checkpoints):
                 if end:
                     stack.callback(end.close)
+
+
+def _file_content(name: str, content: Any) -> bytes:
+    if isinstance(content, bytes):
+        return content
+    if isinstance(content, str):
+        return content.encode()
+    if isinstance(content, np.ndarray | jax.Array):
+        file = io.BytesIO()
+        np.save(file, np.asarray(content), allow_pickle=False)
+        return file.getvalue()
+    try:
+        return json.dumps(content, indent=2, allow_nan=False).encode() + b"\n"
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"cannot keep {name}, a {type(content).__name__} ({error}); expected text, bytes, an array, or lists and "
+            "dicts of numbers and texts"
+        ) from error

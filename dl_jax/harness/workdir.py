@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from dl_jax.core.errors import InputError
+from dl_jax.core.files import write_whole
 
 DEEPEST = 3  # levels of child runs: cell / seed and one more
 
@@ -64,9 +65,7 @@ def attempt(directory: epath.Path | None, code: Mapping[str, Any]) -> Iterator[C
 
 def write_json(file: epath.Path, content: Any) -> None:
     """All of it or nothing."""
-    new = file.parent / f"{file.name}.new"
-    new.write_text(json.dumps(content, indent=2) + "\n")
-    new.replace(file)
+    write_whole(file, json.dumps(content, indent=2).encode() + b"\n")
 
 
 def require_writable(directory: epath.Path, workdir: str) -> None:

@@ -15,25 +15,18 @@ step counts.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from dl_jax import augment, classify, data, losses, metrics, optim
-from dl_jax.core import devices
-from dl_jax.core.errors import require_probability
-from dl_jax.core.evaluate import evaluate
+from dl_jax.core.evaluate import evaluator
 from dl_jax.core.fit import Watch, fit
-from dl_jax.core.step import init_state, make_step
-from dl_jax.harness.launch import launch
-from dl_jax.harness.report.figures import confusion_figure
-from dl_jax.harness.results.claims import Claim
-from dl_jax.harness.run import Run
+from dl_jax.core.step import Array, make_step, per_seed, start
+from dl_jax.harness import Claim, Positive, Probability, Run, confusion_figure, launch
 from dl_jax.models.vision.lenet import LeNet5, map_loss
 
 
@@ -42,21 +35,21 @@ class Config:
     dataset: str = "mnist"  # TFDS name of a set of ten classes of 28x28 or 8x8 grey images
     train_split: str = "train"  # TFDS split to learn from
     test_split: str = "test"  # TFDS split to test on
-    steps: int = 9375  # train steps without distortions: 20 passes over 60,000 digits, as in the paper
-    distorted_steps: int = 14063  # train steps with distortions: 30 passes
-    batch_size: int = 128  # examples per step, over all devices
-    microbatches: int = 1  # parts of the batch whose gradients are accumulated: less memory
-    learning_rate: float = 1e-2  # at its peak
-    warmup: float = 0.05  # fraction of the steps in which the learning rate rises
-    momentum: float = 0.9  # of SGD
-    rubbish: float = 10.0  # penalty of the class of no digit, j in the paper's equation 9
+    steps: Positive[int] = 9375  # train steps without distortions: 20 passes over 60,000 digits, as in the paper
+    distorted_steps: Positive[int] = 14063  # train steps with distortions: 30 passes
+    batch_size: Positive[int] = 128  # examples per step, over all devices
+    microbatches: Positive[int] = 1  # parts of the batch whose gradients are accumulated: less memory
+    learning_rate: Positive[float] = 1e-2  # at its peak
+    warmup: Probability = 0.05  # fraction of the steps in which the learning rate rises
+    momentum: Probability = 0.9  # of SGD
+    rubbish: Positive[float] = 10.0  # penalty of the class of no digit, j in the paper's equation 9
     degrees: float = 5.0  # rotation of a distorted digit, at most; degrees
     scale: float = 0.1  # its change of size, at most; fraction
     squeeze: float = 0.1  # its change of width against height, at most; fraction
     shear: float = 0.15  # its slant, at most; pixels to the right per pixel upwards
     translate: float = 1.5  # its shift, at most; pixels
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters are float32
-    watch_every: int = 1875  # steps between measurements of the test error, shown and never chosen on
+    watch_every: Positive[int] = 1875  # steps between measurements of the test error, shown and never chosen on
 
 
 PRESETS = {
@@ -82,65 +75,48 @@ CLAIMS = (
 )  # fmt: skip
 
 
-def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
-    require_probability({"momentum": cfg.momentum})
-    mesh = devices.data_mesh()
-    folders = run.settings.data_dir, run.settings.cache_dir
-    train, test = (data.grey_pictures(cfg.dataset, split, *folders) for split in (cfg.train_split, cfg.test_split))
+def main(cfg: Config, run: Run) -> Mapping[str, Array]:
+    train, test = (data.grey_images(cfg.dataset, split) for split in (cfg.train_split, cfg.test_split))
     model = LeNet5(dtype=jnp.dtype(cfg.compute_dtype))
-    start = jax.jit(functools.partial(model.init, train=False))
-    examine = functools.partial(examined, model.apply)
-    rows = devices.process_rows(cfg.batch_size, mesh)
-    exam = [devices.place(batch, mesh) for batch in data.epoch(test, cfg.batch_size, rows)]
+    key_init, key, key_test = run.keys(3)  # [S] each
 
+    def loss(variables, batch, key):
+        logits = model.apply(variables, batch["image"], train=True)  # [B, 10]
+        error = (logits.argmax(-1) != batch["label"]).mean()
+        return map_loss(logits, batch["label"], cfg.rubbish).mean(), ({}, {"error": error})
+
+    def measure(variables, batch, key):
+        logits = model.apply(variables, classify.to_unit(batch["image"]), train=False)
+        given = logits, batch["label"], batch["mask"]
+        return {"error": metrics.error_rate(*given), "confusion": metrics.confusion_matrix(*given)}
+
+    up_to = lambda most, rest=0.0: (rest - most, rest + most)
     distort = augment.affine(
-        degrees=(-cfg.degrees, cfg.degrees),
-        scale=(1 - cfg.scale, 1 + cfg.scale),
-        squeeze=(1 - cfg.squeeze, 1 + cfg.squeeze),
-        shear=(-cfg.shear, cfg.shear),
-        translate=(-cfg.translate, cfg.translate),
+        degrees=up_to(cfg.degrees),
+        scale=up_to(cfg.scale, 1),
+        squeeze=up_to(cfg.squeeze, 1),
+        shear=up_to(cfg.shear),
+        translate=up_to(cfg.translate),
     )
     cells = {
         "plain": (cfg.steps, classify.unit),
         "distorted": (cfg.distorted_steps, augment.compose(classify.unit, distort)),
     }
-    errors = {f"test_error/{cell}": [] for cell in cells}
+    test_of = evaluator(measure, test, cfg.batch_size, key_test)
+    watch = Watch(cfg.watch_every, lambda variables: {"test_error": 100 * test_of(variables)["error"]})
+    stream, found = data.shuffled(train, cfg.batch_size, run.seeds), {}
     for cell, (steps, see) in cells.items():
         tx = optax.sgd(optim.warmup_cosine(cfg.learning_rate, steps, cfg.warmup), cfg.momentum)
-        loss = losses.with_batch(functools.partial(reading_loss, model.apply, cfg.rubbish), see)
-        step = make_step(loss, tx, cfg.microbatches)
-        for seed in run.seeds:
-            child = run / cell / f"seed{seed}"
-            key_init, key, key_exam = jax.random.split(jax.random.key(seed), 3)
-            measure = lambda variables, key=key_exam: evaluate(examine, variables, exam, key)
-            state = init_state(key, start(key_init, jnp.zeros((1, 28, 28, 1))), tx)
-            batches = devices.placed(data.batches(train, cfg.batch_size, seed, rows), mesh)
-            watch = Watch(cfg.watch_every, lambda variables, m=measure: {"test_error": 100 * m(variables)["error"]})
-            state = fit(step, devices.replicated(state, mesh), batches, steps=steps, run=child, watch=watch)
-            found = measure(state.variables)
-            errors[f"test_error/{cell}"].append(100 * found["error"])
-            first = {name: column[:64] for name, column in train.items()}
-            show(child, steps, see(key, first), np.rint(found["confusion"] * len(test["label"])))
-    return {name: np.array(values) for name, values in errors.items()}
-
-
-def reading_loss(apply: Callable[..., Any], rubbish: float, variables, batch, key):
-    logits = apply(variables, batch["image"], train=True)  # [B, 10]
-    error = (logits.argmax(-1) != batch["label"]).mean()
-    return map_loss(logits, batch["label"], rubbish).mean(), ({}, {"error": error})
-
-
-def examined(apply: Callable[..., Any], variables, batch, key):
-    logits = apply(variables, classify.to_unit(batch["image"]), train=False)
-    given = (logits, batch["label"], batch["mask"])
-    return {"error": metrics.error_rate(*given), "confusion": metrics.confusion_matrix(*given)}
-
-
-def show(run: Run, step: int, batch: Mapping, confusion: np.ndarray) -> None:
-    """What the network saw and what it takes for what, in TensorBoard."""
-    if run.board:
-        run.board.image("seen", step, np.asarray(batch["image"]))
-        run.board.figure("confusion", step, confusion_figure(confusion, [str(digit) for digit in range(10)]))
+        step = per_seed(make_step(losses.with_batch(loss, see), tx, cfg.microbatches), one_by_one=True)
+        states = start(model, tx, key_init, key, jnp.zeros((1, 28, 28, 1)))
+        states = fit(step, states, stream, steps=steps, run=run / cell, watch=watch)
+        measured = test_of(states.variables)
+        found[f"test_error/{cell}"] = 100 * measured["error"]
+        first = {name: column[:64] for name, column in train.items()}
+        (run / cell).images(steps, lambda see=see, first=first: {"seen": see(key[0], first)["image"]})
+        counts = np.rint(measured["confusion"][0] * len(test["label"]))  # of the first seed
+        (run / cell).figure("confusion", steps, lambda counts=counts: confusion_figure(counts, "0123456789"))
+    return found
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Pictures of a run: the confusion matrix and a sheet of images."""
+"""Figures of a run: the confusion matrix, a sheet of images, and both as PNG."""
 
+import io
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -64,3 +65,19 @@ def picture_sheet(pictures: Any) -> np.ndarray:
     for i, picture in enumerate(pictures):
         sheet[i // columns, :height, i % columns, :width] = picture
     return sheet.reshape(rows * (height + 1), columns * (width + 1), 3)[:-1, :-1]
+
+
+def sheet_png(pictures: Any) -> bytes:
+    """`picture_sheet(pictures)` as a PNG file."""
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(picture_sheet(pictures)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def figure_png(figure: "Figure") -> bytes:
+    """A Matplotlib figure as a PNG file."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    return stream.getvalue()

@@ -6,7 +6,6 @@ to, so there the file grows in a local temporary folder and is uploaded whole, e
 then a run that resumes from it misses nothing.
 """
 
-import io
 import json
 import math
 import os
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from etils import epath
 
-from dl_jax.harness.report.figures import picture_sheet
+from dl_jax.harness.report.figures import figure_png, sheet_png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -138,14 +137,19 @@ class TensorBoard:
         self._add(step=resume_step + 1, session_log=log(status=log.START))
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        """A curve for every name; for [S] values one for every seed, `name/seed0`, and their mean, `name/mean`."""
+        """A curve for every name; for [S] values one for every seed, `name/seed0`, and their mean, `name/mean`.
+
+        NaN, where a metric had nothing to report, is left out.
+        """
         curves: dict[str, float] = {}
         for name, value in values.items():
             array = np.asarray(value, np.float64)
             if array.ndim:
                 curves |= {f"{name}/seed{i}": item for i, item in enumerate(array.ravel().tolist())}
-            curves[f"{name}/mean" if array.ndim else name] = float(array.mean())
-        self._summary(step, [{"tag": name, "simple_value": value} for name, value in curves.items()])
+            known = array[~np.isnan(array)]
+            curves[f"{name}/mean" if array.ndim else name] = float(known.mean()) if known.size else math.nan
+        tagged = [{"tag": name, "simple_value": value} for name, value in curves.items() if not math.isnan(value)]
+        self._summary(step, tagged)
 
     def hparams(self, config: Mapping[str, Any], metrics: Mapping[str, Any]) -> None:
         """The run's row in the HPARAMS tab: its `config`, and `metrics` as `measured/name` (the mean for [S])."""
@@ -159,17 +163,17 @@ class TensorBoard:
 
     def image(self, name: str, step: int, pictures: Any) -> None:
         """`pictures` [N, H, W, C], uint8 or floats in [0, 1], on one sheet. Raises InputError for any other."""
-        from PIL import Image
-
-        stream = io.BytesIO()
-        Image.fromarray(picture_sheet(pictures)).save(stream, "PNG")
-        self._png(name, step, stream.getvalue())
+        self.png(name, step, sheet_png(pictures))
 
     def figure(self, name: str, step: int, figure: "Figure") -> None:
         """A Matplotlib figure."""
-        stream = io.BytesIO()
-        figure.savefig(stream, format="png")
-        self._png(name, step, stream.getvalue())
+        self.png(name, step, figure_png(figure))
+
+    def png(self, name: str, step: int, png: bytes) -> None:
+        """The content of a PNG file."""
+        width, height = (int.from_bytes(png[at : at + 4]) for at in (16, 20))  # the PNG's header
+        image = {"height": height, "width": width, "colorspace": 3, "encoded_image_string": png}
+        self._summary(step, [{"tag": name, "image": image}])
 
     def flush(self) -> None:
         self._writer.flush()
@@ -179,11 +183,6 @@ class TensorBoard:
         self._writer.flush()
         self._writer.close()
         self._place.close()
-
-    def _png(self, name: str, step: int, png: bytes) -> None:
-        width, height = (int.from_bytes(png[at : at + 4]) for at in (16, 20))  # the PNG's header
-        image = {"height": height, "width": width, "colorspace": 3, "encoded_image_string": png}
-        self._summary(step, [{"tag": name, "image": image}])
 
     def _summary(self, step: int, values: list[dict[str, Any]]) -> None:
         self._add(step, summary=self._summaries.Summary(value=values))

@@ -1,0 +1,112 @@
+"""Batches as a pure function of the step: `Stream`, and one pass over a set. Never imports JAX."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from dl_jax.core.errors import InputError
+
+Columns = dict[str, np.ndarray]  # every column [N, ...], or [B, ...] of a batch
+ALL = slice(None)
+INDEX = "index"  # the column of a batch that points into a stream's records
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Batches without end: `stream(step, rows)` gives rows `rows` of the global batch of `step`.
+
+    There is no iterator, hence nothing to save: the same step gives the same batch at any time, on any process. A
+    process asks for its own rows only.
+
+    Attributes:
+      batch_size: rows of a global batch, B.
+      read: (step, rows) -> columns. Where the stream has `records`, a column `index` int [..., B] points into them.
+      axis: which axis the rows are: 0 in [B, ...], 1 in [S, B, ...] for S seeds.
+      records: the columns [N, ...] of a set in memory, which `fit` can keep on the device; None where `read` gives the
+        batch itself.
+    """
+
+    batch_size: int
+    read: Callable[[int, slice], Columns]
+    axis: int = 0
+    records: Mapping[str, np.ndarray] | None = None
+
+    def __call__(self, step: int, rows: slice = ALL) -> Columns:
+        batch = self.read(step, rows)
+        return batch if self.records is None else gather(self.records, batch)
+
+    def later(self, begin: int) -> "Stream":
+        """This stream from step `begin` on: the next stage of a training goes on in the data where one ended."""
+        return dataclasses.replace(self, read=lambda step, rows: self.read(begin + step, rows))
+
+
+def gather(records: Mapping, batch: Mapping) -> dict:
+    """The rows of `records` [N, ...] that batch["index"] names, beside the batch's other columns.
+
+    Works on NumPy arrays and, traced, on JAX's. Raises InputError where a column is in both.
+    """
+    rest = {name: column for name, column in batch.items() if name != INDEX}
+    clash = sorted(records.keys() & rest.keys())
+    if clash:
+        raise InputError(f"column {clash[0]!r} is in the records and in the batch that points into them; rename one")
+    return {**{name: column[batch[INDEX]] for name, column in records.items()}, **rest}
+
+
+def stacked(parts: Sequence[Mapping]) -> Columns:
+    """Batches side by side, along a new first axis."""
+    return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Epoch:
+    """The batches of one pass; may be iterated any number of times. See `epoch`."""
+
+    records: Mapping[str, np.ndarray]
+    batch_size: int
+    rows: slice
+
+    def __len__(self) -> int:
+        return -(-count(self.records) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Columns]:
+        n = count(self.records)
+        for start in range(0, n, self.batch_size):
+            positions = np.arange(start, start + self.batch_size)[self.rows]
+            # Padding repeats the last example: its loss is finite, so that 0 times it is 0.
+            batch = gather(self.records, {INDEX: np.minimum(positions, n - 1)})
+            yield {**batch, "mask": (positions < n).astype(np.float32)}
+
+
+def epoch(records: Mapping[str, np.ndarray], batch_size: int, rows: slice = ALL) -> Epoch:
+    """The batches of one pass in the set's own order, each with `mask` float32 [B]: 1 for an example, 0 for padding.
+
+    Only the last batch is padded, with copies of the last example. `rows` is this process's part of each global batch:
+    every process gets the same number of batches. Raises InputError for no records, columns of different lengths, a
+    batch size below 1, rows outside the batch, and records that have a column `mask` already.
+    """
+    check_batch(batch_size, rows)
+    if "mask" in records:
+        raise InputError("the records have a column 'mask', expected none: `epoch` adds it; rename the column")
+    count(records)
+    return Epoch(records, batch_size, rows)
+
+
+def check_batch(batch_size: int, rows: slice = ALL) -> None:
+    """Raises InputError for a batch size below 1, or rows that select nothing of the batch."""
+    if batch_size < 1:
+        raise InputError(f"batch size {batch_size}: expected 1 or more; use a positive --batch-size")
+    if not range(batch_size)[rows]:
+        raise InputError(
+            f"rows {rows.start}:{rows.stop} select nothing of a batch of {batch_size}, expected some of it"
+        )
+
+
+def count(records: Mapping[str, np.ndarray]) -> int:
+    """How many examples there are. Raises InputError for none, and for columns of different lengths."""
+    lengths = {name: len(column) for name, column in records.items()}
+    if len(set(lengths.values())) > 1:
+        raise InputError(f"columns of different lengths {lengths}, expected one row per example in each")
+    if not sum(lengths.values()):
+        raise InputError("no records, expected at least one example; choose a split that is not empty")
+    return next(iter(lengths.values()))
