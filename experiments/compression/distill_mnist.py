@@ -16,9 +16,7 @@ on the training digits as often as they occur there, and the paper's way stands 
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -27,13 +25,11 @@ import optax
 
 from dl_jax import augment, classify, data, losses, optim
 from dl_jax.compress import distill
-from dl_jax.core import devices
-from dl_jax.core.errors import InputError, require_not_negative, require_positive, require_probability
+from dl_jax.core.errors import InputError
+from dl_jax.core.evaluate import collect
 from dl_jax.core.fit import fit
-from dl_jax.core.step import State, init_state, make_step
-from dl_jax.harness.launch import launch
-from dl_jax.harness.results.claims import Claim
-from dl_jax.harness.run import Run
+from dl_jax.core.step import Loss, Tree, make_step, per_seed, start
+from dl_jax.harness import Claim, NonNegative, Positive, Probability, Run, Some, launch
 from dl_jax.models.vision.mlp import MLP
 
 
@@ -42,19 +38,19 @@ class Config:
     dataset: str = "mnist"  # TFDS name of a set of ten classes of 28x28 or 8x8 grey images
     train_split: str = "train"  # TFDS split to learn from
     test_split: str = "test"  # TFDS split to test on
-    teacher_hidden: tuple[int, ...] = (1200, 1200)  # units of the teacher's layers
-    student_hidden: tuple[int, ...] = (800, 800)  # units of the student's layers
-    teacher_epochs: int = 60  # the teacher's passes over the training set
-    student_epochs: int = 40  # a student's passes over its transfer set
-    batch_size: int = 250  # examples per step, over all devices
-    learning_rate: float = 0.1  # at its peak
-    momentum: float = 0.9  # of SGD
-    dropout: float = 0.5  # probability that the teacher drops a hidden unit
-    input_dropout: float = 0.2  # probability that the teacher drops a pixel
-    max_norm: float = 15**0.5  # bound on the norm of the weights into each of the teacher's units
-    jitter: int = 2  # shift of the teacher's digits, at most; pixels
-    temperature: float = 20.0  # of the soft targets
-    hard_weight: float = 0.1  # of the cross-entropy with the labels, beside the soft targets
+    teacher_hidden: Some[Positive[int]] = (1200, 1200)  # units of the teacher's layers
+    student_hidden: Some[Positive[int]] = (800, 800)  # units of the student's layers
+    teacher_epochs: Positive[int] = 60  # the teacher's passes over the training set
+    student_epochs: Positive[int] = 40  # a student's passes over its transfer set
+    batch_size: Positive[int] = 250  # examples per step, over all devices
+    learning_rate: Positive[float] = 0.1  # at its peak
+    momentum: Probability = 0.9  # of SGD
+    dropout: Probability = 0.5  # probability that the teacher drops a hidden unit
+    input_dropout: Probability = 0.2  # probability that the teacher drops a pixel
+    max_norm: Positive[float] = 15**0.5  # bound on the norm of the weights into each of the teacher's units
+    jitter: NonNegative[int] = 2  # shift of the teacher's digits, at most; pixels
+    temperature: Positive[float] = 20.0  # of the soft targets
+    hard_weight: NonNegative[float] = 0.1  # of the cross-entropy with the labels, beside the soft targets
 
 
 PRESETS = {
@@ -88,24 +84,17 @@ CLAIMS = (
           given=GIVEN, verified=False, note=f"{LESS}; the paper's bias was chosen on the test set"),
 )  # fmt: skip
 
+EVALUATION_BATCH = 1000  # images
 THREE, SEVENS_EIGHTS = np.arange(10) == 3, np.isin(np.arange(10), (7, 8))  # classes, bool [10]
 
 
+Columns = Mapping[str, np.ndarray]
+
+
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
-    require_positive({"batch_size": cfg.batch_size})
-    require_not_negative({"hard_weight": cfg.hard_weight})
-    require_probability({"momentum": cfg.momentum})
-    folders = run.settings.data_dir, run.settings.cache_dir
-    train, test = (data.grey_pictures(cfg.dataset, split, *folders) for split in (cfg.train_split, cfg.test_split))
+    train, test = (data.grey_images(cfg.dataset, split) for split in (cfg.train_split, cfg.test_split))
     big = MLP(cfg.teacher_hidden, dropout=cfg.dropout, input_dropout=cfg.input_dropout)
     small = MLP(cfg.student_hidden)
-    for model in (big, small):  # what cannot be built is said now, not after the teacher has learned
-        jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
-    jittered = augment.compose(classify.unit, augment.pad_and_crop(cfg.jitter))
-    teach = losses.with_batch(classify.loss(big.apply), jittered)
-    alone = classify.loss(small.apply)
-    follow = distill.loss(small.apply, cfg.temperature)
-    both = losses.weighted_sum({"soft": (1.0, follow), "hard": (cfg.hard_weight, alone)})
     smallest = min(len(only(train, classes)["label"]) for classes in (~THREE, SEVENS_EIGHTS))
     for epochs, digits in ((cfg.teacher_epochs, len(train["label"])), (cfg.student_epochs, smallest)):
         if epochs * digits < cfg.batch_size:
@@ -113,80 +102,69 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
                 f"{epochs} passes over {digits} digits make no batch of {cfg.batch_size}, expected one or more; raise "
                 "the epochs or lower the batch size"
             )
-    found = []
-    for seed in run.seeds:
-        train_on = functools.partial(trained, cfg, run, seed)
-        teacher = train_on("teacher", big, teach, train, cfg.teacher_epochs, [optim.max_norm(cfg.max_norm)])
-        answers = {**train, "teacher_logits": outputs(big.apply, teacher, train["image"])}
-        student = lambda name, loss, records, train_on=train_on: train_on(
-            name, small, loss, records, cfg.student_epochs, []
-        )
-        exam = lambda apply, state: outputs(apply, state, test["image"])
-        plain = student("plain", alone, train)
-        whole = student("distilled", both, answers)
-        errors = {
-            "errors/teacher": wrong(exam(big.apply, teacher), test["label"]),
-            "errors/plain": wrong(exam(small.apply, plain), test["label"]),
-            "errors/distilled": wrong(exam(small.apply, whole), test["label"]),
+    jittered = augment.compose(classify.unit, augment.pad_and_crop(cfg.jitter))
+    teach = losses.with_batch(classify.loss(big.apply), jittered)
+    alone = classify.loss(small.apply)
+    soft = distill.loss(small.apply, cfg.temperature)
+    both = losses.weighted_sum({"soft": (1.0, soft), "hard": (cfg.hard_weight, alone)})
+
+    def trained(name: str, model: MLP, loss: Loss, sets: Sequence[Columns], epochs: int, *last) -> Tree:
+        """The variables [S, ...] of `model` after its passes over each seed's set; `last` goes behind SGD."""
+        steps = epochs * len(sets[0]["label"]) // cfg.batch_size
+        tx = optax.chain(optax.sgd(optim.warmup_cosine(cfg.learning_rate, steps), cfg.momentum), *last)
+        states = start(model, tx, *keys_of(model, run.seeds), jnp.zeros((1, 28, 28, 1)))
+        pairs = zip(sets, run.seeds, strict=True)
+        stream = data.per_seed([data.shuffled(records, cfg.batch_size, seed) for records, seed in pairs])
+        step = per_seed(make_step(loss, tx), one_by_one=True)
+        return fit(step, states, stream, steps=steps, run=run / name).variables
+
+    def logits(model: MLP, variables: Tree, records: Columns) -> np.ndarray:  # [S, N, 10]
+        predict = lambda variables, batch: model.apply(variables, classify.to_unit(batch["image"]), train=False)
+        return collect(predict, variables, {"image": records["image"]}, EVALUATION_BATCH)
+
+    same = [train for _ in run.seeds]
+    teacher = trained("teacher", big, teach, same, cfg.teacher_epochs, optim.max_norm(cfg.max_norm))
+    answers = [{**train, "teacher_logits": each} for each in logits(big, teacher, train)]
+    plain = trained("plain", small, alone, same, cfg.student_epochs)
+    distilled = trained("distilled", small, both, answers, cfg.student_epochs)
+    found = {
+        "errors/teacher": wrong(logits(big, teacher, test), test["label"]),
+        "errors/plain": wrong(logits(small, plain, test), test["label"]),
+        "errors/distilled": wrong(logits(small, distilled, test), test["label"]),
+    }
+    for name, group, seen in (("no_three", THREE, ~THREE), ("sevens_eights", SEVENS_EIGHTS, SEVENS_EIGHTS)):
+        student = trained(name, small, both, [only(each, seen) for each in answers], cfg.student_epochs)
+        on_train, on_test = logits(small, student, train), logits(small, student, test)
+        share = float(group[train["label"]].mean())
+        bias = np.array([distill.matched_bias(each, group, share) for each in on_train])  # [S]
+        biased = on_test + bias[:, None, None] * group
+        tuned = [distill.fewest_errors(each, group, test["label"]) for each in on_test]
+        found |= {
+            f"errors/{name}": wrong(on_test, test["label"]),
+            f"errors/{name}/bias": wrong(biased, test["label"]),
+            f"errors/{name}/bias_tuned_on_test": np.array(tuned),
         }
-        for name, group, seen_classes in (
-            ("no_three", THREE, ~THREE),
-            ("sevens_eights", SEVENS_EIGHTS, SEVENS_EIGHTS),
-        ):
-            state = student(name, both, only(answers, seen_classes))
-            on_train, on_test = outputs(small.apply, state, train["image"]), exam(small.apply, state)
-            bias = distill.matched_bias(on_train, group, float(group[train["label"]].mean()))
-            errors |= {
-                f"errors/{name}": wrong(on_test, test["label"]),
-                f"errors/{name}/bias": wrong(on_test + bias * group, test["label"]),
-                f"errors/{name}/bias_tuned_on_test": distill.fewest_errors(on_test, group, test["label"]),
-            }
-            if name == "no_three":
-                threes = test["label"] == 3
-                read = (on_test + bias * group).argmax(1) == test["label"]
-                errors["threes_right/no_three/bias"] = 100 * read[threes].mean()
-        found.append(errors)
-    return {name: np.array([errors[name] for errors in found]) for name in found[0]}
+        if name == "no_three":
+            threes = test["label"] == 3
+            found["threes_right/no_three/bias"] = 100 * (biased[:, threes].argmax(-1) == 3).mean(1)
+    return found
 
 
-def trained(
-    cfg: Config,
-    run: Run,
-    seed: int,
-    name: str,
-    model: MLP,
-    loss: losses.Loss,
-    records: Mapping[str, np.ndarray],
-    epochs: int,
-    last: list[optax.GradientTransformation],
-) -> State:
-    """`model` after its passes over `records`; `last` goes behind SGD."""
-    mesh = devices.data_mesh(batch_size=cfg.batch_size)
-    steps = epochs * len(records["label"]) // cfg.batch_size
-    tx = optax.chain(optax.sgd(optim.warmup_cosine(cfg.learning_rate, steps), cfg.momentum), *last)
-    key_init, key = jax.random.split(jax.random.fold_in(jax.random.key(seed), sum(model.hidden)))
-    start = jax.jit(functools.partial(model.init, train=False))
-    state = init_state(key, start(key_init, jnp.zeros((1, 28, 28, 1))), tx)
-    rows = devices.process_rows(cfg.batch_size, mesh)
-    batches = devices.placed(data.batches(records, cfg.batch_size, seed, rows), mesh)
-    child = run / name / f"seed{seed}"
-    return fit(make_step(loss, tx), devices.replicated(state, mesh), batches, steps=steps, run=child)
+def keys_of(model: MLP, seeds: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+    """Of the parameters and of the training [S] each: all students of a seed are the same at first."""
+    one = lambda seed: jax.random.split(jax.random.fold_in(jax.random.key(seed), sum(model.hidden)))
+    keys = jax.vmap(one)(np.array(seeds))  # [S, 2]
+    return keys[:, 0], keys[:, 1]
 
 
-def only(records: Mapping[str, np.ndarray], classes: np.ndarray) -> dict[str, np.ndarray]:
+def only(records: Columns, classes: np.ndarray) -> dict[str, np.ndarray]:
     """The rows whose label is one of `classes`, bool [10]."""
     kept = classes[records["label"]]
     return {name: column[kept] for name, column in records.items()}
 
 
-def outputs(apply: Callable[..., Any], state: State, images: np.ndarray) -> np.ndarray:
-    """Logits [N, 10] of uint8 images [N, H, W, 1]."""
-    read = jax.jit(lambda variables, image: apply(variables, classify.to_unit(image), train=False))
-    return classify.outputs(functools.partial(read, state.variables), images)
-
-
-def wrong(logits: np.ndarray, labels: np.ndarray) -> int:
-    return int((logits.argmax(1) != labels).sum())
+def wrong(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:  # [S, N, 10], [N] -> int [S]
+    return (logits.argmax(-1) != labels).sum(-1)
 
 
 if __name__ == "__main__":
