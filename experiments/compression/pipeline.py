@@ -31,17 +31,14 @@ import optax
 
 from dl_jax import classify, data, losses, optim
 from dl_jax.compress import codec, distill, measure, prune, quantize
-from dl_jax.core import devices
-from dl_jax.core import seeds as lanes
-from dl_jax.core.errors import require_not_negative, require_positive, require_probability
+from dl_jax.core import seeds
+from dl_jax.core.evaluate import collect
 from dl_jax.core.fit import fit
-from dl_jax.core.step import init_state, make_step, per_seed
+from dl_jax.core.step import Loss, init_states, init_variables, make_step, per_seed
 from dl_jax.export import onnx, stablehlo
-from dl_jax.harness.launch import launch
+from dl_jax.harness import Claim, NonNegative, Positive, Probability, Run, launch
 from dl_jax.harness.machine import device
-from dl_jax.harness.results.claims import Claim
 from dl_jax.harness.results.record import measured_cell
-from dl_jax.harness.run import Run
 from dl_jax.models.vision.lenet import LeNet300
 
 
@@ -50,18 +47,18 @@ class Config:
     dataset: str = "mnist"  # TFDS name of a set of ten classes of 28x28 or 8x8 grey images
     train_split: str = "train"  # TFDS split to learn from
     test_split: str = "test"  # TFDS split to test on
-    steps: int = 6000  # train steps of the teacher: 10 passes over 60,000 digits
-    prune_steps: int = 6000  # train steps after that, in whose first half the weights are pruned
-    batch_size: int = 100  # examples per step, over all devices
-    learning_rate: float = 0.1  # of the teacher, at its peak
-    prune_rate: float = 0.05  # learning rate after that, at its peak
-    momentum: float = 0.9  # of SGD
-    prune_every: int = 100  # train steps between two prunings
-    sparsity: float = 0.9  # share of each layer's weights that become 0
-    temperature: float = 4.0  # of the teacher's answers
-    hard_weight: float = 0.5  # of the cross-entropy with the labels, beside the teacher's answers
-    calibration: int = 500  # training examples that give the ranges of the activations
-    rounds: int = 200  # timed calls of each file, batch size and seed
+    steps: Positive[int] = 6000  # train steps of the teacher: 10 passes over 60,000 digits
+    prune_steps: Positive[int] = 6000  # train steps after that, in whose first half the weights are pruned
+    batch_size: Positive[int] = 100  # examples per step, over all devices
+    learning_rate: Positive[float] = 0.1  # of the teacher, at its peak
+    prune_rate: Positive[float] = 0.05  # learning rate after that, at its peak
+    momentum: Probability = 0.9  # of SGD
+    prune_every: Positive[int] = 100  # train steps between two prunings
+    sparsity: Probability = 0.9  # share of each layer's weights that become 0
+    temperature: Positive[float] = 4.0  # of the teacher's answers
+    hard_weight: NonNegative[float] = 0.5  # of the cross-entropy with the labels, beside the teacher's answers
+    calibration: Positive[int] = 500  # training examples that give the ranges of the activations
+    rounds: Positive[int] = 200  # timed calls of each file, batch size and seed
 
 
 PRESETS = {
@@ -100,14 +97,8 @@ class Cost(NamedTuple):
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     onnx.require()
-    require_positive({"rounds": cfg.rounds, "calibration": cfg.calibration})
-    require_not_negative({"hard_weight": cfg.hard_weight})
-    require_probability({"momentum": cfg.momentum})
-    mesh = devices.data_mesh(batch_size=cfg.batch_size)
-    folders = run.settings.data_dir, run.settings.cache_dir
-    train, test = (data.grey_pictures(cfg.dataset, split, *folders) for split in (cfg.train_split, cfg.test_split))
-    share = devices.process_rows(cfg.batch_size, mesh)
-    key_init, key = jnp.stack([jax.random.split(jax.random.key(seed)) for seed in run.seeds], 1)  # [S], [S]
+    train, test = (data.grey_images(cfg.dataset, split) for split in (cfg.train_split, cfg.test_split))
+    key_init, key = run.keys(2)  # [S] each
     model = LeNet300()
     read = functools.partial(logits, model.apply)
 
@@ -119,30 +110,27 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
         prune.magnitude(prune.cubic(cfg.sparsity, 0, cfg.prune_steps // 2), cfg.prune_every),
     )
 
-    def train_on(name: str, records: Sequence[Mapping], loss: losses.Loss, tx, params: Params, begin: int, steps: int):
-        pairs = zip(records, run.seeds, strict=True)
-        streams = [data.batches(columns, cfg.batch_size, seed, share) for columns, seed in pairs]
-        batches = devices.placed(data.later(data.per_seed(streams), begin), mesh, axis=1)
-        states = jax.jit(jax.vmap(lambda key, params: init_state(key, {"params": params}, tx)))(key, params)
-        step = per_seed(make_step(loss, tx))
-        return fit(step, devices.replicated(states, mesh), batches, steps=steps, run=run / name).params
+    def train_on(name: str, stream: data.Stream, loss: Loss, tx: Any, variables: Params, steps: int) -> Params:
+        states = init_states(key, variables, tx)
+        return fit(per_seed(make_step(loss, tx)), states, stream, steps=steps, run=run / name).params
 
-    start = jax.jit(jax.vmap(lambda key: model.init(key, jnp.zeros((1, 28, 28, 1)), train=False)["params"]))
-    teacher = train_on("teacher", [train] * len(run.seeds), hard, teacher_tx, start(key_init), 0, cfg.steps)
-    answer = jax.jit(read)
-    taught = [
-        {**train, "teacher_logits": classify.outputs(functools.partial(answer, one), seen(train))}
-        for one in lanes.split(teacher)
-    ]
-    pruned = train_on("pruned", taught, taught_loss, pruned_tx, teacher, cfg.steps, cfg.prune_steps)
+    start = init_variables(model, key_init, jnp.zeros((1, 28, 28, 1)))
+    teacher = train_on("teacher", data.shuffled(train, cfg.batch_size, run.seeds), hard, teacher_tx, start, cfg.steps)
+    answer = lambda params, batch: read(params, classify.to_unit(batch["image"]))
+    answers = collect(answer, teacher, {"image": train["image"]}, 1000)  # [S, N, 10]
+    sets = [{**train, "teacher_logits": each} for each in answers]
+    pairs = zip(sets, run.seeds, strict=True)
+    taught = data.per_seed([data.shuffled(each, cfg.batch_size, seed) for each, seed in pairs]).later(cfg.steps)
+    pruned = train_on("pruned", taught, taught_loss, pruned_tx, {"params": teacher}, cfg.prune_steps)
 
     some, found = seen({"image": train["image"][: cfg.calibration]}), []
-    for seed, *pair in zip(run.seeds, lanes.split(teacher), lanes.split(pruned), strict=True):
+    for seed, *pair in zip(run.seeds, seeds.split(teacher), seeds.split(pruned), strict=True):
         with tempfile.TemporaryDirectory() as folder:
             models = {TEACHER: pair[0], PRUNED: pair[1], INT8: quantize.quantize(pair[1], 8)}
             paths = written(Path(folder), read, models, some)
             found.append(costs(paths, read, models, seen(test), test["label"], cfg.rounds))
-            keep(run / "files" / f"seed{seed}", {path.name: path.read_bytes() for path in paths.values()})
+            for path in paths.values():
+                (run / "files" / f"seed{seed}").keep(path.name, path.read_bytes())
     publish(run, found)
     return measured(found)
 
@@ -153,7 +141,7 @@ def logits(apply: Callable[..., Any], params: Params, image: Any) -> jax.Array: 
 
 
 def seen(records: Mapping) -> np.ndarray:
-    """The pictures as the files take them: float32 [N, 28, 28, 1] in [0, 1]."""
+    """The images as the files take them: float32 [N, 28, 28, 1] in [0, 1]."""
     return np.asarray(classify.to_unit(records["image"]))
 
 
@@ -227,7 +215,7 @@ def remarks(found: Sequence[Mapping[Name, Cost]]) -> Iterator[str]:
     counts = found[0][PRUNED, ONNX].counts
     yield (
         f"Accuracy on the test set, ± std over {len(found)} seeds. Microseconds of a call on "
-        f"{' or '.join(map(str, BATCHES))} pictures, p50 / p95, all files in turns; StableHLO in XLA on {device()}, "
+        f"{' or '.join(map(str, BATCHES))} images, p50 / p95, all files in turns; StableHLO in XLA on {device()}, "
         "ONNX in ONNX Runtime on the CPU, whose threads do not spin between calls. The encoded file runs once decoded."
     )
     yield (
@@ -280,17 +268,9 @@ def publish(run: Run, found: Sequence[Mapping[Name, Cost]]) -> None:
         with wide.capture() as text:
             wide.print(table(MARKDOWN))
         lines = [line.rstrip() for line in text.get().strip().splitlines()]
-        keep(run, {"table.md": "\n".join([*lines, *(f"\n{remark}" for remark in remarks(found)), ""]).encode()})
+        run.keep("table.md", "\n".join([*lines, *(f"\n{remark}" for remark in remarks(found)), ""]))
         console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
         console.print("", table(SIMPLE_HEAD), "", *remarks(found), sep="\n")
-
-
-def keep(run: Run, files: Mapping[str, bytes]) -> None:
-    """Writes the files into the run's folder, if it has one."""
-    if run.directory and jax.process_index() == 0:
-        run.directory.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            (run.directory / name).write_bytes(content)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import optax
 from dl_jax import augment, classify, data, losses, metrics, optim
 from dl_jax.core.evaluate import evaluator
 from dl_jax.core.fit import Watch, fit
-from dl_jax.core.step import Array, make_step, per_seed, start
+from dl_jax.core.step import make_step, per_seed, start
 from dl_jax.harness import Claim, Positive, Probability, Run, confusion_figure, launch
 from dl_jax.models.vision.lenet import LeNet5, map_loss
 
@@ -75,7 +75,7 @@ CLAIMS = (
 )  # fmt: skip
 
 
-def main(cfg: Config, run: Run) -> Mapping[str, Array]:
+def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     train, test = (data.grey_images(cfg.dataset, split) for split in (cfg.train_split, cfg.test_split))
     model = LeNet5(dtype=jnp.dtype(cfg.compute_dtype))
     key_init, key, key_test = run.keys(3)  # [S] each
