@@ -16,7 +16,7 @@ step counts.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -81,12 +81,12 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     key_init, key, key_test = run.keys(3)  # [S] each
 
     def loss(variables, batch, key):
-        logits = model.apply(variables, batch["image"], train=True)  # [B, 10]
+        logits: Any = model.apply(variables, batch["image"], train=True)  # [B, 10]
         error = (logits.argmax(-1) != batch["label"]).mean()
         return map_loss(logits, batch["label"], cfg.rubbish).mean(), ({}, {"error": error})
 
     def measure(variables, batch, key):
-        logits = model.apply(variables, classify.to_unit(batch["image"]), train=False)
+        logits: Any = model.apply(variables, classify.to_unit(batch["image"]), train=False)
         given = logits, batch["label"], batch["mask"]
         return {"error": metrics.error_rate(*given), "confusion": metrics.confusion_matrix(*given)}
 

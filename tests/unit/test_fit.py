@@ -1,4 +1,4 @@
-"""The step, its combinators, the loop and the evaluation, on a linear regression whose every number is known."""
+"""The step, its combinators and the loop, on a linear regression whose every number is known."""
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dl_jax import metrics, optim
-from dl_jax.core.evaluate import evaluate
+from dl_jax import data, optim
+from dl_jax.core import fit as fit_module
+from dl_jax.core.errors import InputError
 from dl_jax.core.fit import NonFiniteError, Recorder, Watch, fit
-from dl_jax.core.step import ArgumentError, State, gathered, init_state, make_step, per_seed, scanned
+from dl_jax.core.step import State, holding, init_state, make_step, per_seed
+from dl_jax.core.stream import Stream
 
 WIDTH = 3
 RECORDS = {
@@ -52,6 +54,9 @@ def equal(a, b, **tolerance):
 
 def plain(state: State):
     return state._replace(key=jax.random.key_data(state.key))
+
+
+STEP = make_step(loss, ADAM)
 
 
 class Log(Recorder):
@@ -126,17 +131,16 @@ def test_per_seed_equals_each_seed_alone():
     together = fit(
         per_seed(step), states, lambda i: jax.tree.map(lambda *x: np.stack(x), *[rows(i + s) for s in seeds]), steps=20
     )
-    for lane, seed in enumerate(seeds):
+    for place, seed in enumerate(seeds):
         alone = fit(step, start(seed), lambda i, seed=seed: rows(i + seed), steps=20)
-        equal(jax.tree.map(lambda x, lane=lane: x[lane], together), alone, rtol=1e-5, atol=1e-6)
+        equal(jax.tree.map(lambda x, place=place: x[place], together), alone, rtol=1e-5, atol=1e-6)
 
 
-def test_scanned_equals_single_steps_and_averages_metrics():
-    tx, one, four = optax.adam(0.1), Log(), Log()
-    step = make_step(noisy_loss, tx)
-    expected = fit(step, start(), rows, steps=16, every=8, run=one)
-    stacked = lambda i: jax.tree.map(lambda *x: np.stack(x), *[rows(i + j) for j in range(4)])
-    found = fit(scanned(step, 4), start(), stacked, steps=16, every=8, run=four)
+@pytest.mark.parametrize("stream", [rows, data.shuffled(RECORDS, 8, seeds=3)], ids=["function", "stream"])
+def test_a_scan_equals_single_steps_and_averages_metrics(stream):
+    one, four, step = Log(), Log(), make_step(noisy_loss, ADAM)
+    expected = fit(step, start(), stream, steps=16, every=8, run=one)
+    found = fit(step, start(), stream, steps=16, every=8, run=four, scan=4)
     equal(expected, found, rtol=1e-6, atol=1e-7)
     assert [s for s, _ in four.reports] == [8, 16]
     for (_, a), (_, b) in zip(one.reports, four.reports, strict=True):
@@ -144,37 +148,115 @@ def test_scanned_equals_single_steps_and_averages_metrics():
 
 
 @pytest.mark.parametrize(("steps", "every"), [(15, 5), (16, 6)])
-def test_scanned_wants_multiples(steps, every):
-    stacked = lambda i: jax.tree.map(lambda *x: np.stack(x), *[rows(i + j) for j in range(4)])
-    with pytest.raises(ValueError, match="multiple of the 4 steps"):
-        fit(scanned(make_step(loss, optax.adam(0.1)), 4), start(), stacked, steps=steps, every=every)
+def test_a_scan_wants_multiples(steps, every):
+    with pytest.raises(InputError, match="multiple of the 4 steps"):
+        fit(STEP, start(), rows, steps=steps, every=every, scan=4)
 
 
 def test_a_step_that_does_not_count_is_named():
-    with pytest.raises(ValueError, match=r"advanced state\.step by 0"):
+    with pytest.raises(InputError, match=r"advanced state\.step by 0"):
         fit(lambda state, batch: (state, {"loss": jnp.zeros([])}), start(), rows, steps=2)
 
 
-@pytest.mark.parametrize("wrap", [lambda step: step, lambda step: scanned(step, 2)])
-def test_gathered_equals_batches_from_the_host_and_passes_records_as_an_argument(wrap):
-    tx = optax.adam(0.1)
-    step = make_step(loss, tx)
-    pairs = wrap(step) is not step
-    index = lambda i: {"index": (np.arange(8) + i * 8) % 64}
-    stack = lambda f: (lambda i: jax.tree.map(lambda *x: np.stack(x), f(i), f(i + 1))) if pairs else f
-    resident = gathered(wrap(step), jax.tree.map(jnp.asarray, RECORDS))
-    equal(
-        fit(wrap(step), start(), stack(rows), steps=6, every=2), fit(resident, start(), stack(index), steps=6, every=2)
-    )
-    large = {"x": jnp.ones((100_000, WIDTH)), "y": jnp.ones(100_000)}
-    text = jax.jit(lambda s, *a: s(*a)).lower(gathered(step, large), start(), index(0)).as_text()
-    assert len(text) < 100_000  # a captured constant would be printed in full
+def test_a_resident_set_is_an_argument_of_the_program(monkeypatch):
+    """A captured array would be compiled in: a program as large as the set, compiled anew for each set."""
+    sizes = []
+    stream = data.shuffled({"x": np.ones((100_000, WIDTH), np.float32), "y": np.ones(100_000, np.float32)}, 8, seeds=0)
+    advance = fit_module._advance
+
+    def seen(program, *args):
+        sizes.append(len(advance.lower(program, *args).as_text()))
+        return advance(program, *args)
+
+    monkeypatch.setattr(fit_module, "_advance", seen)
+    fit(STEP, start(), stream, steps=4, every=4, scan=2)
+    fit(holding(lambda table, state, batch: STEP(state, batch), stream.records), start(), rows, steps=1)
+    assert len(sizes) == 3
+    assert max(sizes) < 100_000
+
+
+def test_a_batch_that_points_into_the_records_keeps_its_other_columns():
+    weighted = lambda variables, batch, key: (jnp.mean(batch["weight"] * batch["y"]), ({}, {}))
+    records, weight = {"y": RECORDS["y"]}, np.arange(8, dtype=np.float32)
+    read = lambda step, rows: {"index": (np.arange(8) + step * 8)[rows] % 64, "weight": weight[rows]}
+    stream, log = Stream(8, read, records=records), Log()
+    for scan in (1, 2):
+        fit(make_step(weighted, ADAM), start(), stream, steps=2, every=2, run=log, scan=scan)
+    expected = np.mean([np.mean(weight * records["y"][i : i + 8]) for i in (0, 8)])
+    np.testing.assert_allclose([report["loss"] for _, report in log.reports], [expected, expected], rtol=1e-6)
+    clash = Stream(8, lambda step, rows: {"index": np.arange(8)[rows], "y": weight[rows]}, records=records)
+    with pytest.raises(InputError, match="column 'y' is in the records and in the batch"):
+        fit(make_step(weighted, ADAM), start(), clash, steps=1)
+
+
+def test_holding_passes_a_tree_as_the_first_argument():
+    def step(scale, state, batch):
+        return STEP(state, {**batch, "y": scale * batch["y"]})
+
+    doubled = lambda i: {**rows(i), "y": 2 * rows(i)["y"]}
+    equal(fit(holding(step, jnp.float32(2)), start(), rows, steps=3), fit(STEP, start(), doubled, steps=3))
+
+
+def test_one_by_one_is_side_by_side():
+    states = jax.tree.map(lambda *x: jnp.stack(x), *map(start, (3, 4, 5)))
+    stream, step = data.shuffled(RECORDS, 8, seeds=(3, 4, 5)), make_step(noisy_loss, ADAM)
+    one, other = (fit(per_seed(step, one_by_one), states, stream, steps=10) for one_by_one in (False, True))
+    equal(one, other, rtol=1e-5, atol=1e-6)
+
+
+def reporting(metrics):
+    """A step that reports `metrics(step)` and trains nothing."""
+    return lambda state, batch: (state._replace(step=state.step + 1), metrics(state.step))
+
+
+@pytest.mark.parametrize("scan", [1, 2])
+def test_a_pair_is_a_weighted_mean_and_is_left_out_where_nothing_happened(scan):
+    """Steps 0 to 3 report (s, s): Σ s² / Σ s is no mean of means. Nothing happens from step 4 on."""
+    weight = lambda s: jnp.where(s < 4, s, 0).astype(jnp.float32)
+    log = Log()
+    step = reporting(lambda s: {"length": (weight(s) * s, weight(s)), "plain": s.astype(jnp.float32)})
+    fit(step, start(), lambda i: {}, steps=8, every=4, run=log, scan=scan)
+    (_, first), (_, second) = log.reports
+    np.testing.assert_allclose(first["length"], (1 + 4 + 9) / (1 + 2 + 3))
+    np.testing.assert_allclose(first["plain"], 1.5)
+    assert "length" not in second
+    np.testing.assert_allclose(second["plain"], 5.5)
+
+
+def test_a_pair_is_each_seeds_own():
+    log = Log()
+    step = per_seed(reporting(lambda s: {"length": (jnp.float32(3) * (s > 4), jnp.where(s > 4, 2.0, 0.0))}))
+    states = jax.tree.map(lambda *x: jnp.stack(x), start(0), start(1)._replace(step=jnp.int32(4)))
+    fit(step, states, lambda i: {"x": np.zeros((2, 1))}, steps=6, every=2, run=log)  # the second from 4
+    ((_, report),) = log.reports
+    np.testing.assert_array_equal(report["length"], [np.nan, 1.5])
+
+
+def test_microbatches_add_pairs_up():
+    def counted(variables, batch, key):
+        value, (extra, _) = loss(variables, batch, key)
+        return value, (extra, {"positive": ((batch["y"] * (batch["y"] > 0)).sum(), (batch["y"] > 0).sum())})
+
+    y, log = rows(0)["y"], Log()
+    fit(make_step(counted, ADAM, microbatches=4), start(), rows, steps=1, every=1, run=log)
+    np.testing.assert_allclose(log.reports[0][1]["positive"], y[y > 0].mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("seeds", [False, True])
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_step_without_metrics_works(seeds, skip):
+    log, state = Log(skip=skip), start()
+    step = reporting(lambda s: {})
+    if seeds:
+        step, state = per_seed(step), jax.tree.map(lambda x: jnp.stack([x, x]), state)
+    assert np.all(fit(step, state, lambda i: {"x": np.zeros((2, 1))}, steps=3, every=3, run=log).step == 3)
+    assert set(log.reports[0][1]) == {"steps_per_second", "data_wait", *(["skipped"] if skip else [])}
 
 
 def test_fit_leaves_the_callers_state_usable():
     state = start()
     before = np.asarray(state.params["w"])
-    fit(make_step(loss, optax.adam(0.1)), state, rows, steps=3)
+    fit(STEP, state, rows, steps=3)
     np.testing.assert_array_equal(before, state.params["w"])
 
 
@@ -188,7 +270,7 @@ def test_a_fit_cut_in_two_is_the_same_fit(cut):
 
 def test_reports_are_exact_means():
     log, single = Log(), Log()
-    step = make_step(loss, optax.adam(0.1))
+    step = STEP
     fit(step, start(), rows, steps=10, every=4, run=log)
     fit(step, start(), rows, steps=10, every=1, run=single)
     values = [float(m["loss"]) for _, m in single.reports]
@@ -206,7 +288,7 @@ def poisoned(step):
 def test_nan_stops_with_the_step_and_the_last_checkpoint():
     log = Log(save_at=(2, 4, 6))
     with pytest.raises(NonFiniteError, match="loss is nan at step 5, expected finite numbers; nothing was saved"):
-        fit(make_step(loss, optax.adam(0.1)), start(), poisoned, steps=10, run=log)
+        fit(STEP, start(), poisoned, steps=10, run=log)
     assert [step for step, *_ in log.saves] == [2, 4]
 
 
@@ -226,11 +308,11 @@ def test_skipping_for_ever_is_an_error(every):
     always = lambda i: {**rows(i), "y": np.full(8, np.inf, np.float32)}
     log = Log(skip=True)
     with pytest.raises(NonFiniteError, match="at step 10 and in the 9 steps before"):
-        fit(make_step(loss, ADAM), start(), always, steps=100, run=log, every=every)
+        fit(STEP, start(), always, steps=100, run=log, every=every)
     assert all(np.isnan(report["loss"]) for _, report in log.reports)
 
 
-def test_one_lost_lane_among_others_is_an_error():
+def test_one_lost_seed_among_others_is_an_error():
     states = jax.tree.map(lambda *x: jnp.stack(x), start(0), start(1))
     half = lambda i: {**{k: np.stack([v, v]) for k, v in rows(i).items()}, "y": np.float32([[1] * 8, [np.nan] * 8])}
     with pytest.raises(NonFiniteError, match="loss is"):
@@ -243,17 +325,19 @@ def test_one_lost_lane_among_others_is_an_error():
         ({"steps": -4}, "steps is -4"),
         ({"every": 0}, "every is 0"),
         ({"watch": Watch(0, lambda variables: {})}, r"watch\.every is 0"),
+        ({"scan": 0}, "scan is 0"),
+        ({"carried": ("carry",)}, r"carried names 'carry', expected collections of state.extra: \['counter'\]"),
         ({"stop": optim.early_stopping("error", 1, mode="min")}, "a stop rule without a watch"),
     ],
 )
 def test_intervals_that_make_no_sense(wrong, expected):
-    with pytest.raises(ArgumentError, match=expected):
-        fit(make_step(loss, ADAM), start(), rows, **{"steps": 2, **wrong})
+    with pytest.raises(InputError, match=expected):
+        fit(STEP, start(), rows, **{"steps": 2, **wrong})
 
 
 @pytest.mark.parametrize(("k", "expected"), [(0, "microbatches is 0"), (3, "a batch of 8 rows cannot be split into 3")])
 def test_microbatches_that_make_no_sense(k, expected):
-    with pytest.raises(ArgumentError, match=expected):
+    with pytest.raises(InputError, match=expected):
         fit(make_step(loss, ADAM, microbatches=k), start(), rows, steps=1)
 
 
@@ -261,7 +345,7 @@ def test_the_best_measurement_is_saved():
     errors = iter([3.0, 1.0, 2.0])
     log = Log()
     watch = Watch(4, lambda variables: {"error": np.float32(next(errors))}, best=("error", "min"))
-    fit(make_step(loss, ADAM), start(), rows, steps=12, run=log, watch=watch)
+    fit(STEP, start(), rows, steps=12, run=log, watch=watch)
     assert [(step, float(measured["error"])) for step, _, measured in log.saves] == [(4, 3.0), (8, 1.0), (12, 2.0)]
 
 
@@ -279,7 +363,7 @@ def test_what_is_not_finite_is_neither_saved_nor_returned(place, save_at):
     assert [step for step, *_ in log.saves] == [2]
 
 
-def test_watch_and_early_stopping_freeze_each_lane():
+def test_watch_and_early_stopping_freeze_each_seed():
     tx, seeds = optax.sgd(0.05), (0, 1, 2)
     states = jax.tree.map(lambda *x: jnp.stack(x), *[start(s, tx) for s in seeds])
     script = iter(np.float32([[5, 5, 5], [4, 6, 4], [3, 7, 3], [2, 8, 4], [1, 9, 5], [0, 9, 9]]))
@@ -289,45 +373,20 @@ def test_watch_and_early_stopping_freeze_each_lane():
         seen.append(np.asarray(variables["params"]["w"]))
         return {"error": next(script)}
 
-    rule = optim.early_stopping("error", patience=2, mode="min", lanes=3)
+    rule = optim.early_stopping("error", patience=2, mode="min", seeds=3)
     batches = lambda i: jax.tree.map(lambda x: np.stack([x] * 3), rows(i))
     step = per_seed(make_step(loss, tx))
     state = fit(step, states, batches, steps=12, watch=Watch(2, measure), stop=rule)
-    assert state.step.tolist() == [12, 6, 10]  # lane 1 worsens at once, lane 2 from its fourth measurement
+    assert state.step.tolist() == [12, 6, 10]  # seed 1 worsens at once, lane 2 from its fourth measurement
     np.testing.assert_array_equal(state.params["w"][1], seen[2][1])
     np.testing.assert_array_equal(state.params["w"][2], seen[4][2])
 
 
-def test_fit_ends_when_every_lane_has_stopped():
+def test_fit_ends_when_every_seed_has_stopped():
     rule = optim.early_stopping("error", patience=1, mode="min")
     asked = []
     batches = lambda i: asked.append(i) or rows(i)
     watch = Watch(2, lambda variables: {"error": np.float32(len(asked))})
-    state = fit(make_step(loss, optax.adam(0.1)), start(), batches, steps=100, watch=watch, stop=rule)
+    state = fit(STEP, start(), batches, steps=100, watch=watch, stop=rule)
     assert state.step == 4
     assert asked == [0, 1, 2, 3]
-
-
-@settings(deadline=None, max_examples=15)
-@given(size=st.integers(1, 70))
-def test_evaluate_counts_every_example_once(size):
-    def measure(variables, batch, key):
-        return {"y": metrics.masked(batch["y"], batch["mask"]), "n": (batch["mask"].sum(), jnp.float32(1))}
-
-    batches = []
-    for i in range(0, 64, size):
-        real = len(RECORDS["y"][i : i + size])
-        padded = np.concatenate([RECORDS["y"][i : i + size], np.full(size - real, 99, np.float32)])
-        batches.append({"y": padded, "mask": (np.arange(size) < real).astype(np.float32)})
-    found = evaluate(measure, {}, batches, jax.random.key(0))
-    np.testing.assert_allclose(found["y"], RECORDS["y"].astype(np.float64).mean(), rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(found["n"] * len(batches), 64)
-
-
-def test_evaluate_gives_batch_i_the_key_fold_in_i_and_keeps_lanes():
-    def measure(variables, batch, key):
-        return {"noise": (jax.random.normal(key, (3,)), jnp.ones(3))}
-
-    found = evaluate(measure, {}, [{}, {}], jax.random.key(7))
-    expected = [jax.random.normal(jax.random.fold_in(jax.random.key(7), i), (3,)) for i in range(2)]
-    np.testing.assert_allclose(found["noise"], np.mean(expected, 0), rtol=1e-6)
