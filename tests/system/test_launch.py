@@ -15,9 +15,12 @@ import optax
 import pytest
 from etils import epath
 
+from dl_jax.core.files import cache_folder
 from dl_jax.core.fit import Watch, fit
 from dl_jax.core.step import init_state, make_step
+from dl_jax.data.source import data_folder
 from dl_jax.harness.checkpoint import store as checkpoint
+from dl_jax.harness.fields import Positive
 from dl_jax.harness.launch import command, launch, name_of, parse
 from dl_jax.harness.results.claims import Claim
 from dl_jax.harness.run import Run, Settings
@@ -31,7 +34,7 @@ class Config:
     dataset: str = "points"  # what it learns from
     steps: int = 12  # train steps
     batch_size: int = 4  # examples per step
-    learning_rate: float = 0.1  # of SGD
+    learning_rate: Positive[float] = 0.1  # of SGD
     poison: int = -1  # step whose batch is NaN
     width: int = 1  # of the parameter
     hidden_bug: bool = False  # whether main crashes
@@ -188,11 +191,29 @@ def test_every_attempt_is_part_of_the_evidence(call, tmp_path):
     assert not result["clean"]
 
 
-def test_more_seeds_go_on_in_the_same_folder(call, tmp_path):
+def test_other_seeds_in_the_folder_are_refused(call, tmp_path):
     flags = ("--preset", "paper", "--workdir", str(tmp_path))
     call(*flags, "--seeds", "1")
-    assert call(*flags, "--seeds", "3")[0] == 0
-    assert json.loads((tmp_path / "result.json").read_text())["measured"]["slope"]["n"] == 3
+    for other, here in (("--seeds=3", "[0, 1, 2]"), ("--seed=7", "[7]")):
+        status, _, err = call(*flags, "--seeds", "1", other)
+        assert status == 2
+        assert f"seeds is [0] there, {here} here" in one_line(err)
+    assert json.loads((tmp_path / "result.json").read_text())["measured"]["slope"]["n"] == 1
+
+
+def test_a_field_that_its_type_forbids_is_one_line_before_any_work(call, tmp_path):
+    status, _, err = call("--learning-rate", "-0.1", "--workdir", str(tmp_path / "run"))
+    assert status == 2
+    assert one_line(err) == "error: --learning-rate is -0.1, expected more than 0"
+    assert not (tmp_path / "run").exists()
+
+
+def test_folders_given_as_flags_are_the_environment_of_the_run(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", "/nowhere")
+    monkeypatch.setenv("DL_JAX_CACHE_DIR", "/nowhere")
+    call("--seeds", "1", "--data-dir", str(tmp_path / "data"), "--cache-dir", str(tmp_path / "cache"))
+    assert data_folder() == tmp_path / "data"
+    assert cache_folder() == tmp_path / "cache"
 
 
 def test_a_run_that_never_began_gives_its_folder_free(call, tmp_path):

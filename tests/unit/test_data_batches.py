@@ -20,7 +20,7 @@ def records(n: int) -> dict[str, np.ndarray]:
 @quick
 @given(sizes, batch_sizes, seeds)
 def test_each_epoch_is_a_permutation_whatever_the_batch_size(n, batch_size, seed):
-    stream = data.batches({"index": np.arange(n)}, batch_size, seed)
+    stream = data.shuffled({"index": np.arange(n)}, batch_size, seed)
     steps = -(-3 * n // batch_size)  # three epochs at least; a batch may be larger than the set
     seen = np.concatenate([stream(step)["index"] for step in range(steps)])
     assert len(stream(0)["index"]) == batch_size
@@ -32,27 +32,26 @@ def test_each_epoch_is_a_permutation_whatever_the_batch_size(n, batch_size, seed
 @given(sizes, st.integers(1, 6), st.integers(1, 8), seeds, st.integers(0, 1000))
 def test_processes_side_by_side_hold_what_one_process_holds(n, processes, rows, seed, step):
     size = processes * rows
-    whole = data.batches(records(n), size, seed)(step)
-    parts = [
-        data.batches(records(n), size, seed, slice(p * rows, (p + 1) * rows))(step)["image"] for p in range(processes)
-    ]
+    stream = data.shuffled(records(n), size, seed)
+    whole = stream(step)
+    parts = [stream(step, slice(p * rows, (p + 1) * rows))["image"] for p in range(processes)]
     np.testing.assert_array_equal(np.concatenate(parts), whole["image"])
     np.testing.assert_array_equal(whole["image"], records(n)["image"][whole["index"]])
 
 
 def test_a_batch_depends_on_seed_and_step_alone():
-    one, other = (data.batches(records(10), 4, seed=3) for _ in range(2))
+    one, other = (data.shuffled(records(10), 4, 3) for _ in range(2))
     forwards = [one(step)["index"] for step in range(20)]
     backwards = [other(step)["index"] for step in reversed(range(20))][::-1]
     np.testing.assert_array_equal(forwards, backwards)
-    assert not np.array_equal(one(0)["index"], data.batches(records(10), 4, seed=4)(0)["index"])
+    assert not np.array_equal(one(0)["index"], data.shuffled(records(10), 4, 4)(0)["index"])
     first, second = (order(10, 3)(10 * e, 10 * e + 10) for e in range(2))
     assert not np.array_equal(first, second)
 
 
 def test_batches_are_copies():
     columns = records(4)
-    data.batches(columns, 4, seed=0)(0)["image"][:] = 0
+    data.shuffled(columns, 4, 0)(0)["image"][:] = 0
     np.testing.assert_array_equal(columns["image"], records(4)["image"])
 
 
@@ -61,7 +60,7 @@ def test_any_step_is_reached_at_once(monkeypatch):
     drawn = []
     draw = np.random.default_rng
     monkeypatch.setattr(np.random, "default_rng", lambda source: drawn.append(source.spawn_key) or draw(source))
-    stream = data.batches({"index": np.arange(100)}, 30, seed=0)
+    stream = data.shuffled({"index": np.arange(100)}, 30, 0)
     stream(10**15)  # positions from 3e16, a multiple of 100
     stream(10**15 + 3)  # across the border to the next epoch
     assert drawn == [(0, 3 * 10**14), (0, 3 * 10**14 + 1)]
@@ -94,51 +93,60 @@ def test_an_epoch_holds_every_example_once_and_pads_the_last_batch(n, processes,
 
 
 def test_an_epoch_may_be_iterated_again():
-    exam = data.epoch(records(5), 2)
-    assert [b["index"].tolist() for b in exam] == [b["index"].tolist() for b in exam] == [[0, 1], [2, 3], [4, 4]]
+    epoch = data.epoch(records(5), 2)
+    assert [b["index"].tolist() for b in epoch] == [b["index"].tolist() for b in epoch] == [[0, 1], [2, 3], [4, 4]]
 
 
-def test_per_seed_stacks_each_seeds_own_order():
-    streams = [data.batches(records(10), 4, seed) for seed in (5, 6, 7)]
-    batch = data.per_seed(streams)(2)
-    assert batch["image"].shape == (3, 4, 2, 2, 1)
-    for lane, stream in enumerate(streams):
-        np.testing.assert_array_equal(batch["index"][lane], stream(2)["index"])
+def test_several_seeds_are_stacked_each_in_its_own_order():
+    columns, seeds = records(10), (5, 6, 7)
+    alone = [data.shuffled(columns, 4, seed) for seed in seeds]
+    for stream in (data.shuffled(columns, 4, seeds), data.per_seed(alone)):
+        batch = stream(2, slice(1, 3))
+        assert (stream.axis, stream.batch_size) == (1, 4)
+        assert stream.records is columns  # one copy on the device serves all seeds
+        assert batch["image"].shape == (3, 2, 2, 2, 1)
+        for place, one in enumerate(alone):
+            np.testing.assert_array_equal(batch["index"][place], one(2)["index"][1:3])
 
 
-def test_a_window_holds_the_steps_from_the_one_asked_for():
-    stream = data.batches(records(10), 4, seed=0)
-    window = data.windows(stream, 3)(6)
-    assert window["image"].shape == (3, 4, 2, 2, 1)
-    for i in range(3):
-        np.testing.assert_array_equal(window["index"][i], stream(6 + i)["index"])
+def test_each_seed_may_have_its_own_set():
+    sets = [{"x": np.arange(8)}, {"x": 100 + np.arange(8)}]
+    stream = data.per_seed([data.shuffled(each, 8, 0) for each in sets])
+    assert stream.records is None
+    np.testing.assert_array_equal(stream(0)["x"][1], stream(0)["x"][0] + 100)
+    np.testing.assert_array_equal(stream.read(3, slice(2, 4))["x"], stream(3)["x"][:, 2:4])
 
 
-@pytest.mark.parametrize("make", [data.epoch, lambda *a, **k: data.batches(*a, seed=0, **k)])
+@pytest.mark.parametrize("sizes", [(), (2, 4)])
+def test_streams_that_make_no_batch_are_refused(sizes):
+    with pytest.raises(InputError, match="streams of batch sizes"):
+        data.per_seed([data.shuffled(records(8), size, 0) for size in sizes])
+
+
+@pytest.mark.parametrize("make", [data.epoch, lambda *given: data.shuffled(*given, 0)])
 @pytest.mark.parametrize(
-    ("columns", "batch_size", "rows", "message"),
+    ("columns", "batch_size", "message"),
     [
-        (records(3), 0, slice(None), "batch size 0"),
-        (records(3), -4, slice(None), "batch size -4"),
-        (records(0), 4, slice(None), "no records"),
-        ({}, 4, slice(None), "no records"),
-        ({"a": np.zeros(3), "b": np.zeros(4)}, 4, slice(None), "different lengths {'a': 3, 'b': 4}"),
-        (records(3), 4, slice(4, 8), "rows 4:8"),
+        (records(3), 0, "batch size 0"),
+        (records(3), -4, "batch size -4"),
+        (records(0), 4, "no records"),
+        ({}, 4, "no records"),
+        ({"a": np.zeros(3), "b": np.zeros(4)}, 4, "different lengths {'a': 3, 'b': 4}"),
     ],
 )
-def test_bad_batches_are_refused(make, columns, batch_size, rows, message):
+def test_bad_batches_are_refused(make, columns, batch_size, message):
     with pytest.raises(InputError, match=message):
-        make(columns, batch_size, rows=rows)
+        make(columns, batch_size)
+
+
+def test_rows_outside_the_batch_are_refused():
+    with pytest.raises(InputError, match="rows 4:8"):
+        data.epoch(records(3), 4, slice(4, 8))
 
 
 def test_a_negative_seed_is_refused():
     with pytest.raises(InputError, match="seed -1"):
-        data.batches(records(3), 2, seed=-1)
-
-
-def test_windows_of_no_steps_are_refused():
-    with pytest.raises(InputError, match="0 steps in one call, expected 1 or more"):
-        data.windows(lambda step: {}, 0)
+        data.shuffled(records(3), 2, -1)
 
 
 def test_a_column_called_mask_is_refused():
@@ -147,7 +155,7 @@ def test_a_column_called_mask_is_refused():
 
 
 def test_a_later_stream_goes_on_where_another_ended():
-    stream = data.batches({"index": np.arange(10)}, 4, seed=0)
-    later = data.later(stream, 3)
+    stream = data.shuffled({"index": np.arange(10)}, 4, 0)
+    later = stream.later(3)
     for step in range(4):
         np.testing.assert_array_equal(later(step)["index"], stream(3 + step)["index"])

@@ -57,7 +57,7 @@ def test_processes_side_by_side_hold_what_one_process_holds(processes, rows, len
     ids = numbered(200)
     whole = text.windows(ids, processes * rows, length, seed)(step)
     parts = [
-        text.windows(ids, processes * rows, length, seed, slice(p * rows, (p + 1) * rows))(step)
+        text.windows(ids, processes * rows, length, seed)(step, slice(p * rows, (p + 1) * rows))
         for p in range(processes)
     ]
     for name in whole:
@@ -65,18 +65,18 @@ def test_processes_side_by_side_hold_what_one_process_holds(processes, rows, len
 
 
 def test_a_window_depends_on_seed_and_step_alone():
-    one, other = (text.windows(numbered(300), 4, 5, seed=3) for _ in range(2))
+    one, other = (text.windows(numbered(300), 4, 5, seeds=3) for _ in range(2))
     forwards = [one(step)["token"] for step in range(30)]
     backwards = [other(step)["token"] for step in reversed(range(30))][::-1]
     np.testing.assert_array_equal(forwards, backwards)
-    assert not np.array_equal(one(0)["token"], text.windows(numbered(300), 4, 5, seed=4)(0)["token"])
+    assert not np.array_equal(one(0)["token"], text.windows(numbered(300), 4, 5, seeds=4)(0)["token"])
     starts = one(0)["token"][:, 0] % ((300 - 1) // 4)
     assert len(set(starts)) > 1  # a row's beginning is its own
 
 
 def test_windows_by_hand():
     """Two rows of a text of 13: stretches 0..5 and 6..11, three windows of two each."""
-    stream = text.windows(numbered(13), 2, 2, seed=0)
+    stream = text.windows(numbered(13), 2, 2, seeds=0)
     starts = stream(0)["token"][:, 0] - [0, 6]
     for step in range(7):
         window = (starts // 2 + step) % 3
@@ -89,7 +89,7 @@ def test_windows_by_hand():
 
 def test_seeds_are_stacked_like_any_stream():
     ids = text.encode("to be, or not to be: that is the question")
-    batch = data.per_seed([text.windows(ids, 2, 4, seed) for seed in (0, 1, 2)])(5)
+    batch = text.windows(ids, 2, 4, (0, 1, 2))(5)
     assert {name: column.shape for name, column in batch.items()} == {
         "token": (3, 2, 4),
         "target": (3, 2, 4),
@@ -128,7 +128,7 @@ def test_bad_windows_are_refused(arguments, message):
 
 
 def test_the_shortest_text_will_do():
-    batch = text.windows(numbered(21), 4, 5, seed=0)(17)
+    batch = text.windows(numbered(21), 4, 5, seeds=0)(17)
     np.testing.assert_array_equal(batch["token"], np.arange(20).reshape(4, 5))
     assert batch["first"].all()
 

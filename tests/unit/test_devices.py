@@ -9,13 +9,13 @@ import numpy as np
 import optax
 import pytest
 
-from dl_jax import losses
-from dl_jax import metrics as measures
+from dl_jax import data, losses
 from dl_jax.core import devices
 from dl_jax.core.errors import InputError
-from dl_jax.core.evaluate import evaluate
 from dl_jax.core.fit import fit
+from dl_jax.core.pmap import pmapped
 from dl_jax.core.step import init_state, make_step, per_seed
+from dl_jax.core.stream import Stream
 
 RECORDS = {
     "image": np.random.default_rng(0).random((64, 8, 8, 1), np.float32),
@@ -60,56 +60,54 @@ def rows(step, size=16):
     return {name: column[index] for name, column in RECORDS.items()}
 
 
-def train_on(n, steps=5, microbatches=1):
-    mesh = devices.data_mesh(jax.devices()[:n])
+STREAM = Stream(16, lambda step, slice_: {name: column[slice_] for name, column in rows(step).items()})
+
+
+@pytest.mark.parametrize(("microbatches", "scan"), [(1, 1), (2, 1), (1, 5)])
+def test_eight_devices_equal_one(microbatches, scan):
+    """A stream is split over all devices, a plain function of the step stays on one."""
     tx = optax.adam(1e-2)
     step = make_step(losses.with_batch(loss_of(Net()), noise), tx, microbatches)
-    state = devices.replicated(start(Net(), tx), mesh)
-    return fit(step, state, devices.placed(rows, mesh), steps=steps)
-
-
-@pytest.mark.parametrize("microbatches", [1, 2])
-def test_eight_devices_equal_one(microbatches):
-    one, eight = train_on(1, microbatches=microbatches), train_on(8, microbatches=microbatches)
+    one = fit(step, start(Net(), tx), rows, steps=5)
+    eight = fit(step, start(Net(), tx), STREAM, steps=5, every=5, scan=scan)
+    assert len(jax.tree.leaves(one.params)[0].sharding.device_set) == 1
     assert len(jax.tree.leaves(eight.params)[0].sharding.device_set) == 8
     for a, b in zip(jax.tree.leaves(one.variables), jax.tree.leaves(eight.variables), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_lanes_times_devices_equal_one_device():
-    """[S, B, ...] split over its rows."""
+@pytest.mark.parametrize("scan", [1, 3])
+def test_seeds_times_devices_equal_one_device(scan):
+    """[S, B, ...] split over its rows; a carried collection [S, B] is split as the batch is."""
+
+    def carrying(variables, batch, key):
+        value, (_, metrics) = loss_of(Plain())({"params": variables["params"]}, batch, key)
+        return value, ({"carry": variables["carry"] + batch["label"]}, metrics)
+
     tx = optax.adam(1e-2)
-    step = per_seed(make_step(loss_of(Plain()), tx))
-    state = jax.tree.map(lambda x: jnp.stack([x, x]), start(Plain(), tx))
-    stacked = lambda i: jax.tree.map(lambda a, b: np.stack([a, b]), rows(i), rows(i + 1))
-    mesh = devices.data_mesh()
-    one = fit(step, state, stacked, steps=3)
-    eight = fit(step, devices.replicated(state, mesh), devices.placed(stacked, mesh, axis=1), steps=3)
+    state = start(Plain(), tx)._replace(extra={"carry": jnp.arange(16)})
+    states = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+    step, stream = per_seed(make_step(carrying, tx)), data.shuffled(RECORDS, 16, seeds=(0, 1))
+    one = fit(step, states, lambda i: stream(i), steps=3)
+    eight = fit(step, states, stream, steps=3, every=3, scan=scan, carried=("carry",))
+    assert eight.extra["carry"].sharding.shard_shape((2, 16)) == (2, 2)
+    np.testing.assert_array_equal(one.extra["carry"], eight.extra["carry"])
     for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(eight.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-def test_evaluation_on_eight_devices_equals_one():
-    model, tx = Plain(), optax.sgd(0.1)
-    variables = start(model, tx).variables
-
-    def measure(variables, batch, key):
-        logits = model.apply(variables, batch["image"], train=False)
-        return {"nats": measures.cross_entropy(logits, batch["label"], jnp.ones(len(logits)))}
-
-    def on(n):
-        mesh = devices.data_mesh(jax.devices()[:n])
-        batches = [devices.place(rows(i), mesh) for i in range(4)]
-        return evaluate(measure, devices.replicated(variables, mesh), batches, jax.random.key(0))["nats"]
-
-    np.testing.assert_allclose(on(8), on(1), rtol=1e-6)
+@pytest.mark.parametrize(("size", "said"), [(16, ""), (20, "a batch of 20 is split over 5 of 8 devices\n")])
+def test_devices_that_stand_idle_are_named(size, said, capsys):
+    tx = optax.sgd(0.1)
+    fit(make_step(loss_of(Plain()), tx), start(Plain(), tx), data.shuffled(RECORDS, size, 0), steps=0)
+    assert capsys.readouterr().err == said
 
 
 def test_pmapped_equals_jit():
     tx = optax.adam(1e-2)
     state, loss = start(Plain(), tx), loss_of(Plain())
     expected = fit(make_step(loss, tx), state, rows, steps=4)
-    step = devices.pmapped(loss, tx)
+    step = pmapped(loss, tx)
     states = jax.tree.map(lambda x: jnp.stack([x] * 8), state)
     norms = []
     for i in range(4):
@@ -129,11 +127,10 @@ def test_a_batch_that_the_devices_do_not_divide_is_named(size):
         devices.process_rows(size, devices.data_mesh())
 
 
-@pytest.mark.parametrize(("size", "devices"), [(128, 8), (100, 5), (60, 6), (1, 1), (11, 1)])
-def test_a_mesh_for_a_batch_has_as_many_devices_as_divide_it(size, devices, capsys):
+@pytest.mark.parametrize(("size", "expected"), [(128, 8), (100, 5), (60, 6), (1, 1), (11, 1)])
+def test_a_mesh_for_a_batch_has_as_many_devices_as_divide_it(size, expected):
     mesh = devices.data_mesh(batch_size=size)
-    assert (f"a batch of {size} is split over {devices} of 8 devices" in capsys.readouterr().err) == (devices < 8)
-    assert mesh.devices.tolist() == jax.devices()[:devices]
+    assert mesh.devices.tolist() == jax.devices()[:expected]
     assert devices.process_rows(size, mesh) == slice(0, size)
 
 

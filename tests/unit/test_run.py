@@ -1,17 +1,20 @@
 """A run: what it remembers of its fit."""
 
 import contextlib
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import PIL.Image
 import pytest
 from etils import epath
 
 from dl_jax.core.errors import InputError
 from dl_jax.core.fit import Watch, fit
-from dl_jax.core.step import ArgumentError, init_state, make_step
+from dl_jax.core.step import init_state, make_step
+from dl_jax.harness.report.figures import confusion_figure
 from dl_jax.harness.run import Preempted, Run, Settings
 
 
@@ -57,7 +60,7 @@ def test_a_fit_of_other_seeds_is_not_gone_on_with(tmp_path, stopped):
         quadratic(run)
     with (
         contextlib.closing(Run(epath.Path(tmp_path))) as run,
-        pytest.raises(ArgumentError, match="give the --seed and --seeds it was begun with"),
+        pytest.raises(InputError, match="give the --seed and --seeds it was begun with"),
     ):
         quadratic(run, seed=1)
     with contextlib.closing(Run(epath.Path(tmp_path))) as run:
@@ -83,3 +86,46 @@ def test_a_wrong_name_is_one_clear_error():
     quadratic(run)
     with pytest.raises(InputError, match=r"no history of 'los', expected one of .*loss.*; did you mean loss"):
         run.history("los")
+
+
+def test_keys_are_each_seeds_own_split():
+    one, other = Run(settings=Settings(seeds=(5, 9))).keys(2)
+    for place, seed in enumerate((5, 9)):
+        expected = jax.random.key_data(jax.random.split(jax.random.key(seed), 2))
+        np.testing.assert_array_equal(jax.random.key_data(one[place]), expected[0])
+        np.testing.assert_array_equal(jax.random.key_data(other[place]), expected[1])
+
+
+def test_what_is_kept_is_a_file_of_its_kind(tmp_path):
+    run = Run(epath.Path(tmp_path)) / "teacher"
+    run.keep("vocabulary.json", {"words": ["a", "b"], "unknown": 0})
+    run.keep("mean.npy", np.float32([0.1, 0.2]))
+    run.keep("sample.txt", "hé")
+    run.keep("net.bin", b"\x00")
+    folder = tmp_path / "teacher"
+    assert json.loads((folder / "vocabulary.json").read_text()) == {"words": ["a", "b"], "unknown": 0}
+    np.testing.assert_array_equal(np.load(folder / "mean.npy"), np.float32([0.1, 0.2]))
+    assert (folder / "sample.txt").read_text(encoding="utf-8") == "hé"
+    assert (folder / "net.bin").read_bytes() == b"\x00"
+    assert {path.name for path in folder.iterdir()} == {"vocabulary.json", "mean.npy", "sample.txt", "net.bin"}
+    for content in (object(), {"loss": float("nan")}):
+        with pytest.raises(InputError, match=r"cannot keep it\.json, a (object|dict)"):
+            run.keep("it.json", content)
+
+
+def test_images_and_figures_are_files_and_on_the_board(tmp_path, accumulated):
+    run = Run(epath.Path(tmp_path))
+    run.images(3, lambda: {"seen": np.zeros((2, 4, 4, 1), np.uint8)})
+    run.figure("confusion", 3, lambda: confusion_figure(np.eye(2), "ab"))
+    run.close()
+    assert set(accumulated(tmp_path).Tags()["images"]) == {"seen", "confusion"}
+    with PIL.Image.open(tmp_path / "seen.png") as seen, PIL.Image.open(tmp_path / "confusion.png") as confusion:
+        assert seen.size == (4, 9)  # a line between the two
+        assert confusion.size[0] > 100
+
+
+def test_a_run_without_a_folder_draws_and_keeps_nothing():
+    run = Run()
+    run.images(1, lambda: pytest.fail("drawn"))
+    run.figure("f", 1, lambda: pytest.fail("drawn"))
+    run.keep("x", object())
