@@ -30,9 +30,9 @@ from dl_jax.core.errors import require_probability
 from dl_jax.core.evaluate import evaluate
 from dl_jax.core.fit import Watch, fit
 from dl_jax.core.step import init_state, make_step
+from dl_jax.harness import Claim
 from dl_jax.harness.launch import launch
 from dl_jax.harness.report.figures import confusion_figure
-from dl_jax.harness.results.claims import Claim
 from dl_jax.harness.run import Run
 from dl_jax.models.vision.lenet import LeNet5, map_loss
 
@@ -66,19 +66,14 @@ PRESETS = {
                     batch_size=16, watch_every=2),
 }  # fmt: skip
 
-PAPER = "LeCun et al. 1998"
 TABLE = "as in the results table of the authors' MNIST page: Convolutional net LeNet-5,"
+error = functools.partial(Claim, paper="LeCun et al. 1998", unit="%", given={"dataset": "mnist"})
 CLAIMS = (
-    Claim("test_error/plain", PAPER, "LeNet-5, no distortions", 0.95, 0.19, "%",
-          given={"dataset": "mnist"}, note=f"{TABLE} [no distortions], none, 0.95"),
-    Claim("test_error/distorted", PAPER, "LeNet-5, distortions", 0.8, 0.18, "%",
-          given={"dataset": "mnist"}, note=f"{TABLE} [distortions], none, 0.8. Ours "
-          "sees a new distortion at every access, where the paper's network saw nine of each digit again and again"),
-    Claim("test_error/huge_distortions", PAPER, "LeNet-5, huge distortions", 0.85, 0.18, "%",
-          given={"dataset": "mnist"}, note=f"{TABLE} [huge distortions], none, 0.85; how huge is not said"),
-    Claim("test_error/flax_cnn", "flax examples/mnist", "README: 99.17 % top-1", 0.83, 0.18, "%",
-          given={"dataset": "mnist"}, note="for comparison, a larger network of another design: top-1 accuracy of one "
-          "run of 10 epochs, in flax's examples/mnist/README.md at commit 9ab266d3"),
+    error("test_error/plain", locator="LeNet-5, no distortions", claimed=0.95, tolerance=0.19,
+          note=f"{TABLE} [no distortions], none, 0.95"),
+    error("test_error/distorted", locator="LeNet-5, distortions", claimed=0.8, tolerance=0.18,
+          note=f"{TABLE} [distortions], none, 0.8. Ours sees a new distortion at every access, where the paper's "
+          "network saw nine of each digit again and again"),
 )  # fmt: skip
 
 
