@@ -210,8 +210,9 @@ def _not_attempted(all_papers: Sequence[Paper], entries: Iterable[Entry]) -> lis
             number = amount(cell.number, cell.unit) + ("" if cell.verified else " (unverified)")
             rows.append((cell.locator, cell.quantity, number, cell.read_in))
         notes = "".join(f"- {cell.locator}: {cell.note}\n" for cell in paper.cells if cell.note)
+        count = "1 cell" if len(rows) == 1 else f"{len(rows)} cells"
         parts += [
-            f"<details>\n<summary>{paper.paper}: {len(rows)} cell{'s' * (len(rows) != 1)}</summary>\n",
+            f"<details>\n<summary>{paper.paper}: {count}</summary>\n",
             f"{paper.authors} ({paper.year}), [{paper.title}]({paper.url}) ([file]({_link(paper.path)}))\n",
             _markdown(("cell", "quantity", "claimed", "read in"), rows),
             *([notes] if notes else []),
