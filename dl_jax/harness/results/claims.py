@@ -69,7 +69,6 @@ class Claim:
             check(pairs, f"cells={self.cells}, expected a tuple of pairs (metric, versus)")
             count, n = self.at_least, len(self.cells)
             check(n == len(set(self.cells)), f"cells={self.cells}, expected each only once")
-            check(not self.versus, f"versus={self.versus!r} with cells, which have their own")
             check(type(count) is int and 1 <= count <= n, f"at_least={count}, expected a number of cells, 1 to {n}")
         fewest = 2 if self.versus or self.cells else 1  # a difference is judged by its spread
         check(self.seeds >= fewest, f"seeds={self.seeds}, expected at least {fewest}")
