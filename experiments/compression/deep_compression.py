@@ -38,8 +38,8 @@ from dl_jax.core.errors import require_positive, require_probability
 from dl_jax.core.evaluate import evaluate
 from dl_jax.core.fit import fit
 from dl_jax.core.step import Loss, Step, Tree, init_state, make_step, per_seed
+from dl_jax.harness import Claim
 from dl_jax.harness.launch import launch
-from dl_jax.harness.results.claims import Claim
 from dl_jax.harness.run import Run
 from dl_jax.models.vision.lenet import LeNet300
 
@@ -70,26 +70,24 @@ PRESETS = {
                     prune_steps=2, share_steps=2, batch_size=16),
 }  # fmt: skip
 
-PAPER = "Han et al. 2016"
-GIVEN = {"dataset": "mnist"}
-IMAGENET = {"dataset": "imagenet2012"}
 OTHER = "another network than this experiment's"
+claim = functools.partial(Claim, paper="Han et al. 2016", given={"dataset": "mnist"})
+error = functools.partial(claim, unit="%")
+ratio = functools.partial(claim, unit="x", better="higher")
 CLAIMS = (
-    Claim("ratio/file", PAPER, "Table 1, LeNet-300-100 compressed", 40, 4, "x", "higher", given=GIVEN,
+    ratio("ratio/file", locator="Table 1, LeNet-300-100 compressed", claimed=40, tolerance=4,
           note="1070 KB to 27 KB; ours counts every byte of the file: biases, codebooks, names, checksum"),
-    Claim("test_error/decoded", PAPER, "Table 1, no loss of accuracy", 0, 0.15, "%", given=GIVEN,
-          versus="test_error/reference", note="of the network read back from the file"),
-    Claim("test_error/reference", PAPER, "Table 1, LeNet-300-100 reference", 1.64, 0.25, "%", given=GIVEN,
+    error("test_error/decoded", versus="test_error/reference", locator="Table 1, no loss of accuracy", claimed=0,
+          tolerance=0.15, note="of the network read back from the file"),
+    error("test_error/reference", locator="Table 1, LeNet-300-100 reference", claimed=1.64, tolerance=0.25,
           note="ours is trained for 20 passes with a cosine schedule; the paper does not say how its own was"),
-    Claim("test_error/decoded", PAPER, "Table 1, LeNet-300-100 compressed", 1.58, 0.25, "%", given=GIVEN),
-    Claim("ratio/pruned", PAPER, "Table 2, pruned", 12, 0.5, "x", "higher", given=GIVEN,
+    error("test_error/decoded", locator="Table 1, LeNet-300-100 compressed", claimed=1.58, tolerance=0.25),
+    ratio("ratio/pruned", locator="Table 2, pruned", claimed=12, tolerance=0.5,
           note="weights, not biases; follows from the shares of the weights that are kept, which are the paper's"),
-    Claim("ratio/quantised", PAPER, "Table 2, pruned and quantised", 32, 3.2, "x", "higher", given=GIVEN,
+    ratio("ratio/quantised", locator="Table 2, pruned and quantised", claimed=32, tolerance=3.2,
           note="weights, not biases: 6 bits of value and 5 of distance an entry, fillers and codebooks counted"),
-    Claim("ratio/lenet5", PAPER, "Table 1, LeNet-5 compressed", 39, 4, "x", "higher", given=GIVEN, note=OTHER),
-    Claim("test_error/lenet5", PAPER, "Table 1, LeNet-5 compressed", 0.74, 0.17, "%", given=GIVEN, note=OTHER),
-    Claim("ratio/alexnet", PAPER, "Table 1, AlexNet compressed", 35, 3.5, "x", "higher", given=IMAGENET, note=OTHER),
-    Claim("ratio/vgg16", PAPER, "Table 1, VGG-16 compressed", 49, 5, "x", "higher", given=IMAGENET, note=OTHER),
+    ratio("ratio/lenet5", locator="Table 1, LeNet-5 compressed", claimed=39, tolerance=4, note=OTHER),
+    error("test_error/lenet5", locator="Table 1, LeNet-5 compressed", claimed=0.74, tolerance=0.17, note=OTHER),
 )  # fmt: skip
 
 Tx = optax.GradientTransformation

@@ -68,15 +68,14 @@ PRESETS = {
                     batch_size=16, calibration=32, rounds=3),
 }  # fmt: skip
 
-GIVEN = {"dataset": "mnist"}
-WHITEPAPER = "Krishnamoorthi 2018"
+factor = functools.partial(Claim, paper="Krishnamoorthi 2018", unit="x", better="higher", given={"dataset": "mnist"})
 CLAIMS = (
-    Claim("times_smaller/int8", WHITEPAPER, "abstract, size", 4, 0.25, "x", "higher", given=GIVEN,
-          note="the whole file, with scales, biases and the graph"),
-    Claim("times_faster/int8/batch1", WHITEPAPER, "abstract, CPU", 2.5, 0.5, "x", "higher", given=GIVEN,
-          note="missed; the paper has 2x to 3x on CPUs for convolutional networks, ours is dense, in ONNX Runtime"),
-    Claim("error/int8", "Han et al. 2016", "abstract, accuracy", 0, 0.2, "points", given=GIVEN,
-          versus="error/teacher", note="pruned and quantised; the margin is ours"),
+    factor("times_smaller/int8", locator="abstract, size", claimed=4, tolerance=0.25,
+           note="the whole file, with scales, biases and the graph"),
+    factor("times_faster/int8/batch1", locator="abstract, CPU", claimed=2.5, tolerance=0.5,
+           note="missed; the paper has 2x to 3x on CPUs for convolutional networks, ours is dense, in ONNX Runtime"),
+    Claim("error/int8", versus="error/teacher", paper="Han et al. 2016", locator="abstract, accuracy", claimed=0,
+          tolerance=0.2, unit="points", given={"dataset": "mnist"}, note="pruned and quantised; the margin is ours"),
 )  # fmt: skip
 TEACHER, PRUNED, INT8 = "teacher", "pruned", "int8"
 XLA, ONNX, ENCODED = "StableHLO", "ONNX", "encoded"  # kinds of files: for XLA, for ONNX Runtime, to be decoded

@@ -34,8 +34,8 @@ from dl_jax.core.errors import require_positive, require_probability
 from dl_jax.core.evaluate import evaluate
 from dl_jax.core.fit import fit
 from dl_jax.core.step import Step, Tree, init_state, make_step
+from dl_jax.harness import Claim
 from dl_jax.harness.launch import launch
-from dl_jax.harness.results.claims import Claim
 from dl_jax.harness.run import Run
 from dl_jax.models.vision.lenet import LeNet300, LeNetCaffe
 
@@ -67,32 +67,26 @@ PRESETS = {
                     round_steps=2, batch_size=16),
 }  # fmt: skip
 
-PAPER = "Han et al. 2015"
-OTHER = "another network than this experiment's"
 BY_CONSTRUCTION = "follows from the shares of the weights that are kept, which are the paper's"
 SLOW = "missed: in part, we suspect, as the rest is trained on at a tenth of the learning rate"
+claim = functools.partial(Claim, paper="Han et al. 2015", given={"dataset": "mnist"})
+error = functools.partial(claim, unit="%", tolerance=0.25)
+no_loss = functools.partial(claim, unit="%", claimed=0, tolerance=0.15)
+rate = functools.partial(claim, unit="x", better="higher", claimed=12, tolerance=0.5, note=BY_CONSTRUCTION)
+error5 = functools.partial(error, tolerance=0.18, preset="lenet5")
 CLAIMS = (
-    Claim("test_error/lenet300", PAPER, "Table 1, LeNet-300-100 Ref", 1.64, 0.25, "%", given={"dataset": "mnist"}),
-    Claim("test_error/lenet300_pruned", PAPER, "Table 1, LeNet-300-100 Pruned", 1.59, 0.25, "%",
-          given={"dataset": "mnist"}),
-    Claim("test_error/lenet300_pruned", PAPER, "Table 1, LeNet-300-100 Pruned against Ref", 0, 0.15, "%",
-          given={"dataset": "mnist"}, versus="test_error/lenet300",
-          note="missed: the rest is trained on at a tenth of the learning rate, as in the paper; at the full rate "
-          "again, in deep_compression.py, the same shares of the weights lose nothing"),
-    Claim("rate/lenet300", PAPER, "Table 1, LeNet-300-100 Pruned", 12, 0.5, "x", "higher", given={"dataset": "mnist"},
-          note=BY_CONSTRUCTION),
-    Claim("test_error/lenet5", PAPER, "Table 1, LeNet-5 Ref", 0.80, 0.18, "%", preset="lenet5",
-          given={"dataset": "mnist"}),
-    Claim("test_error/lenet5_pruned", PAPER, "Table 1, LeNet-5 Pruned", 0.77, 0.18, "%", preset="lenet5",
-          given={"dataset": "mnist"}, note=SLOW),
-    Claim("test_error/lenet5_pruned", PAPER, "Table 1, LeNet-5 Pruned against Ref", 0, 0.15, "%", preset="lenet5",
-          given={"dataset": "mnist"}, versus="test_error/lenet5", note=SLOW),
-    Claim("rate/lenet5", PAPER, "Table 1, LeNet-5 Pruned", 12, 0.5, "x", "higher", preset="lenet5",
-          given={"dataset": "mnist"}, note=BY_CONSTRUCTION),
-    Claim("rate/alexnet", PAPER, "Table 1, AlexNet Pruned", 9, 0.5, "x", "higher",
-          given={"dataset": "imagenet2012"}, note=OTHER),
-    Claim("rate/vgg16", PAPER, "Table 1, VGG-16 Pruned", 13, 0.5, "x", "higher",
-          given={"dataset": "imagenet2012"}, note=OTHER),
+    error("test_error/lenet300", locator="Table 1, LeNet-300-100 Ref", claimed=1.64),
+    error("test_error/lenet300_pruned", locator="Table 1, LeNet-300-100 Pruned", claimed=1.59),
+    no_loss("test_error/lenet300_pruned", versus="test_error/lenet300",
+            locator="Table 1, LeNet-300-100 Pruned against Ref",
+            note="missed: the rest is trained on at a tenth of the learning rate, as in the paper; at the full rate "
+            "again, in deep_compression.py, the same shares of the weights lose nothing"),
+    rate("rate/lenet300", locator="Table 1, LeNet-300-100 Pruned"),
+    error5("test_error/lenet5", locator="Table 1, LeNet-5 Ref", claimed=0.80),
+    error5("test_error/lenet5_pruned", locator="Table 1, LeNet-5 Pruned", claimed=0.77, note=SLOW),
+    no_loss("test_error/lenet5_pruned", versus="test_error/lenet5", locator="Table 1, LeNet-5 Pruned against Ref",
+            preset="lenet5", note=SLOW),
+    rate("rate/lenet5", locator="Table 1, LeNet-5 Pruned", preset="lenet5"),
 )  # fmt: skip
 
 

@@ -36,8 +36,8 @@ from dl_jax.core.errors import InputError, require_positive, require_probability
 from dl_jax.core.evaluate import evaluate
 from dl_jax.core.fit import fit
 from dl_jax.core.step import Tree, init_state, make_step, per_seed
+from dl_jax.harness import Claim
 from dl_jax.harness.launch import launch
-from dl_jax.harness.results.claims import Claim
 from dl_jax.harness.run import Run
 from dl_jax.models.vision.lenet import LeNet300
 
@@ -65,19 +65,17 @@ PRESETS = {
                     batch_size=16, calibration=32),
 }  # fmt: skip
 
-GIVEN = {"dataset": "mnist"}
-JACOB = "Jacob et al. 2018"
-KRISHNAMOORTHI = "Krishnamoorthi 2018"
 MECHANISM = "mechanism row, no number of the paper: it reports ImageNet and COCO; the margin is ours"
 ORDER = "the paper: on ImageNet 4-bit weights lose 2 % to 10 % with it; here both sides have trained for as long"
+claim = functools.partial(Claim, given={"dataset": "mnist"})
+no_loss = functools.partial(claim, versus="error/float", paper="Jacob et al. 2018", claimed=0, tolerance=0.2,
+                            unit="points", note=MECHANISM)  # fmt: skip
 CLAIMS = (
-    Claim("error/ptq8", JACOB, "section 2, 8 bits after training", 0, 0.2, "points", given=GIVEN,
-          versus="error/float", note=MECHANISM),
-    Claim("error/qat8", JACOB, "section 3, 8 bits in training", 0, 0.2, "points", given=GIVEN, versus="error/float",
-          note=MECHANISM),
-    Claim("error/qat4", KRISHNAMOORTHI, "abstract, 4-bit weights", None, 0, given=GIVEN, versus="error/ptq4",
+    no_loss("error/ptq8", locator="section 2, 8 bits after training"),
+    no_loss("error/qat8", locator="section 3, 8 bits in training"),
+    claim("error/qat4", versus="error/ptq4", paper="Krishnamoorthi 2018", locator="abstract, 4-bit weights",
           note=f"{ORDER}; missed, as this network loses nothing at 4 bits either way"),
-    Claim("error/qat2", KRISHNAMOORTHI, "abstract, carried on to 2 bits", None, 0, given=GIVEN, versus="error/ptq2",
+    claim("error/qat2", versus="error/ptq2", paper="Krishnamoorthi 2018", locator="abstract, carried on to 2 bits",
           note=ORDER),
 )  # fmt: skip
 

@@ -38,8 +38,8 @@ from dl_jax.core import seeds as lanes
 from dl_jax.core.errors import InputError, require_positive, require_probability
 from dl_jax.core.fit import fit
 from dl_jax.core.step import Batch, Metrics, State, Step, Tree, gathered, per_seed, scanned
+from dl_jax.harness import Claim
 from dl_jax.harness.launch import launch
-from dl_jax.harness.results.claims import Claim
 from dl_jax.harness.run import Run
 from dl_jax.losses import latent
 from dl_jax.models.generative.gan import Discriminator, Generator
@@ -78,25 +78,19 @@ PRESETS = {
                     samples=50, scan_steps=2, report_every=4),
 }  # fmt: skip
 
-PAPER = "Goodfellow et al. 2014"
-OTHERS = "another model, for comparison"
-OURS = "our bar"
 DECLARED = (
     "for a small net and a short run, declared before it; missed, as in one of five seeds the discriminator won, at "
     "-310 nats: the other four, 16 to 37, are above both bars"
 )
 FEW = 100  # real digits
+claim = functools.partial(Claim, "parzen/gan", unit="nats", better="higher", given={"dataset": "mnist"})
+ours = functools.partial(claim, paper="our bar", preset="short", note=DECLARED)
 CLAIMS = (
-    Claim("parzen/gan", PAPER, "Table 1, MNIST, adversarial nets", 225, 15, "nats", better="higher",
-          given={"dataset": "mnist"}, note="the paper's own ± 2 is over test digits; the length of its run is not "
-          "given, and its authors warn that other hardware needs other hyper-parameters"),
-    Claim("parzen/dbn", PAPER, "Table 1, MNIST, DBN", 138, 2, "nats", better="higher", note=OTHERS),
-    Claim("parzen/stacked_cae", PAPER, "Table 1, MNIST, Stacked CAE", 121, 1.6, "nats", better="higher", note=OTHERS),
-    Claim("parzen/deep_gsn", PAPER, "Table 1, MNIST, Deep GSN", 214, 1.1, "nats", better="higher", note=OTHERS),
-    Claim("parzen/gan", OURS, "samples after the last step against samples before the first", None, 0, "nats",
-          better="higher", preset="short", given={"dataset": "mnist"}, versus="parzen/untrained", note=DECLARED),
-    Claim("parzen/gan", OURS, "10,000 samples against 100 real digits", None, 0, "nats", better="higher",
-          preset="short", given={"dataset": "mnist"}, versus="parzen/digits_100", note=DECLARED),
+    claim(paper="Goodfellow et al. 2014", locator="Table 1, MNIST, adversarial nets", claimed=225, tolerance=15,
+          note="the paper's own ± 2 is over test digits; the length of its run is not given, and its authors warn "
+          "that other hardware needs other hyper-parameters"),
+    ours(versus="parzen/untrained", locator="samples after the last step against samples before the first"),
+    ours(versus="parzen/digits_100", locator="10,000 samples against 100 real digits"),
 )  # fmt: skip
 
 

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dl_jax import data
 from dl_jax.core.errors import InputError
 from dl_jax.data import text
 

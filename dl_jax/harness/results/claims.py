@@ -17,61 +17,94 @@ Measured = Mapping[str, Sequence[float]]  # metric -> one value per seed
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """One number of a paper, with the tolerance that is declared before the run.
+    """One number of a paper, or a bar of our own, that is declared before the run. It claims one of four things:
 
-    Without `versus` the claim is about the mean of `metric` over the seeds. With `versus` it is about the paired
-    difference `metric - versus`, seed by seed: `claimed` is then the size of the difference, 0 for "no loss" (with
-    `tolerance` as the margin), or None where the paper claims only that one beats the other.
+    - A value: the mean of `metric` over the seeds is `claimed` ± `tolerance`.
+    - A bar: the mean, or with `worst` the worst seed, is `at_least` or `at_most` so much.
+    - A difference `metric - versus`, paired seed by seed: it is `claimed` ± `tolerance`, or, without a number, beyond 0
+      on the better side. A claimed difference of 0 is "no loss", with `tolerance` as the margin.
+    - Differences in several `cells`, (metric, versus) each: `at_least` so many are beyond 0 on the better side.
+      `metric` is then a name for the whole.
+
     Raises InputError if the fields contradict each other.
     """
 
     metric: str  # a name in the result of `main`, e.g. "test_error/distorted"
     paper: str  # e.g. "LeCun et al. 1998"
     locator: str  # where in the paper: table, figure or section
-    claimed: float | None
-    tolerance: float  # in the unit of `claimed`
+    claimed: float | None = None
+    tolerance: float = 0.0  # in the unit of `claimed`
     unit: str = ""
-    better: Literal["lower", "higher"] = "lower"
+    better: Literal["lower", "higher"] | None = None  # None: as the bar says, else "lower"
     preset: str = "paper"  # the only preset whose numbers can answer the claim
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # config fields and their values, e.g. the data
     verified: bool = True  # False: the number is from memory and is printed as "unverified"
     note: str = ""  # e.g. how the protocol differs from the paper's
     versus: str = ""  # the metric on the other side of a paired difference
     seeds: int = 5  # the fewest seeds that can answer the claim; 3 where a run exceeds half an hour
+    at_least: float | None = None
+    at_most: float | None = None
+    worst: bool = False  # every seed must meet the bar, not only their mean
+    cells: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         def check(good: bool, problem: str) -> None:
             if not good:
                 raise InputError(f"claim on {self.metric!r}: {problem}")
 
-        check(self.better in ("lower", "higher"), f"better={self.better!r}, expected 'lower' or 'higher'")
+        numbers = {name: getattr(self, name) for name in ("claimed", "at_least", "at_most")}
+        stated = {name: value for name, value in numbers.items() if value is not None}
+        shown = " and ".join(f"{name}={value}" for name, value in stated.items())
+        bar = self.claimed is None and not self.versus and not self.cells
+        unused = self.claimed is None and self.tolerance != 0
+        check(len(stated) <= 1, f"{shown}, expected only one of them")
+        check(bool(stated or self.versus), "nothing is claimed; give claimed, at_least, at_most or versus")
+        check(all(map(math.isfinite, stated.values())), f"{shown}, expected a finite number")
         check(0 <= self.tolerance < math.inf, f"tolerance={self.tolerance}, expected a finite number of at least 0")
-        fewest = 2 if self.versus else 1  # a difference is judged by its spread
+        check(not unused, f"tolerance={self.tolerance} has no meaning without claimed; leave it out")
+        check(not self.versus or set(stated) <= {"claimed"}, f"{shown} with versus; give the difference as claimed")
+        check(bar or not self.worst, "worst=True, expected only with a bar: at_least or at_most without cells")
+        if self.cells:
+            pairs = isinstance(self.cells, tuple) and all(map(_is_pair, self.cells))
+            check(pairs, f"cells={self.cells}, expected a tuple of pairs (metric, versus)")
+            count, n = self.at_least, len(self.cells)
+            check(n == len(set(self.cells)), f"cells={self.cells}, expected each only once")
+            check(type(count) is int and 1 <= count <= n, f"at_least={count}, expected a number of cells, 1 to {n}")
+        fewest = 2 if self.versus or self.cells else 1  # a difference is judged by its spread
         check(self.seeds >= fewest, f"seeds={self.seeds}, expected at least {fewest}")
-        if self.claimed is None:
-            check(bool(self.versus), "claimed=None needs `versus`: only an order can be claimed without a number")
-            check(self.tolerance == 0, f"tolerance={self.tolerance} has no meaning with claimed=None; give 0")
-        else:
-            check(math.isfinite(self.claimed), f"claimed={self.claimed}, expected a finite number")
+        side = ("lower" if self.at_least is None else "higher") if bar else self.better or "lower"
+        check(self.better in (None, "lower", "higher"), f"better={self.better!r}, expected 'lower' or 'higher'")
+        check(self.better in (None, side), f"better={self.better!r} contradicts {shown}; leave it out")
+        object.__setattr__(self, "better", side)
 
     @property
     def quantity(self) -> str:
-        return f"{self.metric} − {self.versus}" if self.versus else self.metric
+        if self.versus:
+            return f"{self.metric} − {self.versus}"
+        return f"worst seed of {self.metric}" if self.worst else self.metric
+
+
+def _is_pair(cell: Any) -> bool:
+    return isinstance(cell, tuple) and len(set(cell)) == len(cell) == 2
 
 
 def quantity(claim: Claim, measured: Measured) -> np.ndarray | None:
-    """The values that answer `claim`, float64 [n]: the metric's, or its paired differences; None if not measured.
+    """The values that answer `claim`, float64 [n], or [cells, n]: the metric's, or paired differences.
 
-    Raises InputError if the two sides of a difference have not the same seeds.
+    None if one is not measured. Raises InputError if the two sides of a difference have not the same seeds.
     """
-    names = (claim.metric, claim.versus) if claim.versus else (claim.metric,)
+    pairs = claim.cells or ((claim.metric, claim.versus),)
+    names = [name for pair in pairs for name in pair if name]
     if not all(name in measured for name in names):
         return None
-    sides = [np.asarray(measured[name], np.float64).ravel() for name in names]
-    if len({len(side) for side in sides}) > 1:
-        lengths = " and ".join(str(len(side)) for side in sides)
-        raise InputError(f"claim on {claim.quantity!r}: the two have {lengths} values, expected one per seed in both")
-    return sides[0] if len(sides) == 1 else sides[0] - sides[1]
+    values = {name: np.asarray(measured[name], np.float64).ravel() for name in names}
+    lengths = {len(each): None for each in values.values()}
+    if len(lengths) > 1:
+        counts = " and ".join(map(str, lengths))
+        raise InputError(f"claim on {claim.quantity!r}: its metrics have {counts} values, expected one per seed")
+    with np.errstate(invalid="ignore"):  # inf - inf
+        answers = [values[a] - values[b] if b else values[a] for a, b in pairs]
+    return np.stack(answers) if claim.cells else answers[0]
 
 
 def obstacle(claim: Claim, n: int, *, preset: str, config: Mapping[str, Any]) -> str:
@@ -102,38 +135,64 @@ def verdict(claim: Claim, measured: Measured, *, preset: str, config: Mapping[st
     A paired difference must first have a 95 % confidence interval that excludes 0 on the claimed side; it is then
     `reproduced` if its size is within the tolerance or was not claimed, `better than claimed` or else `ordering only`.
     "No loss" (a claimed difference of 0): the interval's worse end lies within the tolerance.
-    A value that is not finite is a failed seed: it is never left out, and the claim is `not reproduced`.
+    A bar, and a number of cells, is reached, `reproduced`, or not.
+    A value that is not finite is a failed seed: it is never left out, and the claim, or the cell, is missed.
     """
     values = quantity(claim, measured)
-    if obstacle(claim, claim.seeds if values is None else len(values), preset=preset, config=config):
+    n = claim.seeds if values is None else values.shape[-1]
+    if obstacle(claim, n, preset=preset, config=config):
         return "not applicable"
     if values is None:
         return "not run"
+    if claim.cells:
+        return "reproduced" if cells_won(claim, values) >= (claim.at_least or 0) else "not reproduced"
     if not np.isfinite(values).all():
         return "not reproduced"
-    return _difference(claim, values) if claim.versus else _value(claim, float(values.mean()))
+    if claim.versus:
+        return _difference(claim, values)
+    return _value(claim, level(claim, values))
 
 
-def _value(claim: Claim, mean: float) -> Verdict:
-    assert claim.claimed is not None  # Claim allows None only with `versus`
-    if _within(abs(mean - claim.claimed), claim):
+def level(claim: Claim, values: np.ndarray) -> float:
+    """Of `values` [n] what is held against a value or a bar: the mean, or the worst seed."""
+    if not claim.worst:
+        return float(values.mean())
+    return float(values.max() if claim.better == "lower" else values.min())
+
+
+def cells_won(claim: Claim, values: np.ndarray) -> int:
+    """In how many cells of `values` [cells, n] the difference's interval excludes 0 on the better side."""
+    return sum(bool(np.isfinite(each).all()) and _beyond_0(each, claim.better == "lower") for each in values)
+
+
+def _value(claim: Claim, found: float) -> Verdict:
+    if claim.claimed is None:
+        bar = claim.at_most if claim.at_least is None else claim.at_least
+        assert bar is not None  # Claim allows None only for a difference
+        return "reproduced" if _within(-_gain(claim, found - bar), 0, bar) else "not reproduced"
+    if _within(abs(found - claim.claimed), claim.tolerance, claim.claimed):
         return "reproduced"
-    return "better than claimed" if _gain(claim, mean - claim.claimed) > 0 else "not reproduced"
+    return "better than claimed" if _gain(claim, found - claim.claimed) > 0 else "not reproduced"
 
 
 def _difference(claim: Claim, values: np.ndarray) -> Verdict:
-    mean, (low, high) = float(values.mean()), interval(values)
+    mean = float(values.mean())
     if claim.claimed == 0:
-        worst = max(-_gain(claim, low), -_gain(claim, high))
-        if not _within(worst, claim):
+        worst = max(-_gain(claim, end) for end in interval(values))
+        if not _within(worst, claim.tolerance):
             return "not reproduced"
-        return "reproduced" if _within(abs(mean), claim) else "better than claimed"
-    negative = claim.better == "lower" if claim.claimed is None else claim.claimed < 0
-    if not (high < 0 if negative else low > 0):
+        return "reproduced" if _within(abs(mean), claim.tolerance) else "better than claimed"
+    if not _beyond_0(values, claim.better == "lower" if claim.claimed is None else claim.claimed < 0):
         return "not reproduced"
-    if claim.claimed is None or _within(abs(mean - claim.claimed), claim):
+    if claim.claimed is None or _within(abs(mean - claim.claimed), claim.tolerance, claim.claimed):
         return "reproduced"
     return "better than claimed" if _gain(claim, mean - claim.claimed) > 0 else "ordering only"
+
+
+def _beyond_0(values: np.ndarray, below: bool) -> bool:
+    """Whether the 95 % confidence interval of `values` [n] lies below 0, or above it."""
+    low, high = interval(values)
+    return high < 0 if below else low > 0
 
 
 def _gain(claim: Claim, change: float) -> float:
@@ -141,9 +200,9 @@ def _gain(claim: Claim, change: float) -> float:
     return -change if claim.better == "lower" else change
 
 
-def _within(distance: float, claim: Claim) -> bool:
-    """Whether `distance` is at most the tolerance, but for rounding (1.05 - 0.95 > 0.1 in float64)."""
-    return distance <= claim.tolerance + 1e-9 * max(claim.tolerance, abs(claim.claimed or 0))
+def _within(distance: float, tolerance: float, of: float = 0.0) -> bool:
+    """Whether a `distance` from the number `of` is at most the tolerance, but for rounding (1.05 - 0.95 > 0.1)."""
+    return distance <= tolerance + 1e-9 * max(tolerance, abs(of))
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:

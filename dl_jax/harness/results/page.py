@@ -1,45 +1,51 @@
-"""The results page: `python -m dl_jax.results` writes docs/results.md from results/*.json and experiments/."""
+"""The results page: `python -m dl_jax.results` writes docs/results.md from results/, experiments/ and papers/."""
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
+from typing import NamedTuple
 
 from dl_jax.core.errors import InputError, nearest
-from dl_jax.harness.results.catalogue import Entry, catalogue
 from dl_jax.harness.results.claims import MISSED, VERDICTS, Claim, quantity
+from dl_jax.harness.results.papers import Paper, papers
 from dl_jax.harness.results.record import (
     Result,
     Row,
+    amount,
+    answer_cells,
     claim_of,
     claimed_cells,
-    interval_cell,
-    measured_cell,
     measured_values,
     read,
     tolerance_cell,
 )
 
-PAGE, RESULTS, EXPERIMENTS = Path("docs/results.md"), Path("results"), Path("experiments")
+PAGE = Path("docs/results.md")
+RESULTS, EXPERIMENTS, PAPERS = Path("results"), Path("experiments"), Path("papers")
 
 _INTRO = """\
 # Results
 
-Written by `python -m dl_jax.results` from the files in `results/`; do not edit. Every experiment in `experiments/` is
-listed with every claim it makes, also those that were missed or not run.
+Written by `python -m dl_jax.results` from the files in `results/`, `experiments/` and `papers/`; do not edit. Every
+experiment is listed with every claim it makes, also those that were missed or not run. Cells of the papers' tables that
+no experiment attempts are listed at the end.
 
-| verdict | a claim about a value | a claim about a difference, paired by seed |
-| --- | --- | --- |
+| verdict | a claim about a value | a claim about a difference, paired by seed | a bar, or a number of cells |
+| --- | --- | --- | --- |
 | reproduced | the mean over seeds is within the tolerance | the interval excludes 0 on the claimed side and the size, \
-if one is claimed, is within the tolerance; for "no loss", the interval's worse end is within the tolerance |
+if one is claimed, is within the tolerance; for "no loss", the interval's worse end is within the tolerance | the \
+mean, or the worst seed, reaches the bar; the intervals of enough differences exclude 0 on the better side |
 | better than claimed | outside the tolerance on the better side: the protocols differ, which a note should explain | \
-the same |
-| ordering only | | the interval excludes 0 on the claimed side, but the size is missed |
-| not reproduced | anything else, also if one seed failed | anything else, also if one seed failed |
-| not run | `results/` has no run with the claim's preset, data and number of seeds | the same |
+the same | |
+| ordering only | | the interval excludes 0 on the claimed side, but the size is missed | |
+| not reproduced | anything else, also if one seed failed | anything else, also if one seed failed | anything else; a \
+cell with a failed seed does not count |
+| not run | `results/` has no run with the claim's preset, data and number of seeds | the same | the same |
 
 The tolerance is declared in the experiment's file before the run. Measured is mean ± sample standard deviation (number
 of seeds), always in the preset that the claim names; a quicker run never stands in this column. The interval is the
@@ -47,13 +53,27 @@ of seeds), always in the preset that the claim names; a quicker run never stands
 """
 
 
-def render(results_dir: str | PurePath = RESULTS, experiments_dir: str | PurePath = EXPERIMENTS) -> str:
-    """The page, in Markdown, of the experiments below `experiments_dir` and the evidence in `results_dir`/*.json.
+class Entry(NamedTuple):
+    """An experiment's file."""
 
-    Links are relative to PAGE's folder. Raises InputError for a malformed result, one of an unknown experiment, or one
-    whose claims were changed in the experiment's file after the run.
+    name: str  # "vision/lenet"
+    path: Path
+    title: str  # the first line of its docstring
+    claims: tuple[Claim, ...]
+
+
+def render(
+    results_dir: str | PurePath = RESULTS,
+    experiments_dir: str | PurePath = EXPERIMENTS,
+    papers_dir: str | PurePath = PAPERS,
+) -> str:
+    """The page, in Markdown: the experiments below `experiments_dir`, which are imported and not run, the evidence in
+    `results_dir`/*.json, and the cells of `papers_dir`/*.toml.
+
+    Links are relative to PAGE's folder. Raises InputError for a malformed file, a result of an unknown experiment or
+    one whose claims were changed in the experiment's file after the run, and a cell that an experiment claims too.
     """
-    entries = catalogue(experiments_dir)
+    entries = experiments(experiments_dir)
     evidence: dict[str, dict[str, Result]] = {name: {} for name in entries}  # experiment -> path -> result
     for path in sorted(Path(results_dir).glob("*.json")):
         result = read(path)
@@ -63,7 +83,43 @@ def render(results_dir: str | PurePath = RESULTS, experiments_dir: str | PurePat
         evidence[name][path.as_posix()] = result
     sections = {name: _section(entry, evidence[name]) for name, entry in entries.items()}
     counts = {name: counted for name, (_, counted) in sections.items()}
-    return "\n".join([_INTRO, _summary(counts), *(text for text, _ in sections.values())])
+    rest = _not_attempted(papers(papers_dir), entries.values())
+    return "\n".join([_INTRO, _summary(counts), *(text for text, _ in sections.values()), *rest])
+
+
+def experiments(directory: str | PurePath) -> dict[str, Entry]:
+    """{name: entry} of every experiment below `directory`, in order of name; names that start with "_" are left out.
+
+    Raises InputError if there is no such directory, or a file cannot be imported, has no docstring or no CLAIMS.
+    """
+    root = Path(directory)
+    if not root.is_dir():
+        raise InputError(f"there is no {root}; run this at the root of the repository")
+    files = [file for file in root.rglob("*.py") if not any(p.startswith("_") for p in file.relative_to(root).parts)]
+    entries = [_entry(file, file.relative_to(root).with_suffix("").as_posix()) for file in files]
+    return {entry.name: entry for entry in sorted(entries)}
+
+
+def _entry(file: Path, name: str) -> Entry:
+    module_name = f"_experiment_{name}"  # no name that an import could ask for
+    spec = importlib.util.spec_from_file_location(module_name, file)
+    assert spec
+    assert spec.loader
+    module = sys.modules[module_name] = importlib.util.module_from_spec(spec)  # a dataclass looks its module up
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as e:
+        problem = " ".join(f"{type(e).__name__}: {e}".split())
+        raise InputError(f"{file}: {problem}; an experiment must import without an error, and run nothing") from None
+    finally:
+        del sys.modules[module_name]
+    docstring = (module.__doc__ or "").strip()
+    if not docstring:
+        raise InputError(f"{file} has no docstring; expected one whose first line says what is claimed")
+    claims = getattr(module, "CLAIMS", None)
+    if not isinstance(claims, tuple) or not all(isinstance(claim, Claim) for claim in claims):
+        raise InputError(f"{file}: CLAIMS is missing or wrong, expected a tuple of Claim, () for none")
+    return Entry(name, file, docstring.splitlines()[0], claims)
 
 
 def _summary(counts: Mapping[str, Counter[str]]) -> str:
@@ -85,30 +141,34 @@ def _section(entry: Entry, results: Mapping[str, Result]) -> tuple[str, Counter[
             rows.append((name + given, paper, number, *cells, tolerance_cell(claim), shown, link))
             counts[word] += 1
     header = ("metric", "paper", "claimed", "measured", "interval", "tolerance", "verdict", "evidence")
-    empty = "Not run; the file computes its claims, so that they are listed once it has run.\n"
     parts = [
         f"## {entry.name}\n\n{entry.title} ([file]({_link(entry.path)}))\n",
         "".join(f"- {_provenance(path, result)}\n" for path, result in results.items()),
-        _markdown(header, rows) if rows else empty if entry.claims is None else "It makes no claim.\n",
-        "".join(f"- {claim.quantity}: {claim.note}\n" for claim in claims if claim.note),
+        _markdown(header, rows) if rows else "It makes no claim.\n",
+        "".join(f"- {claim.quantity}: {note}\n" for claim in claims if (note := _note(claim))),
     ]
     return "\n".join(part for part in parts if part), counts
+
+
+def _note(claim: Claim) -> str:
+    cells = ", ".join(f"{metric} − {versus}" for metric, versus in claim.cells)
+    return "; ".join(part for part in (cells, claim.note) if part)
 
 
 def _all_claims(entry: Entry, results: Mapping[str, Result]) -> list[Claim]:
     """The claims of the file, then those it no longer makes and a run has answered: what was missed stays in sight."""
     claims: dict[str, Claim] = {}
-    for claim in entry.claims or ():
+    for claim in entry.claims:
         if _key(claim) in claims:
             raise InputError(f"{entry.path}: two claims on {claim.quantity!r} have the same paper, locator and given")
         claims[_key(claim)] = claim
     for path, result in results.items():
         for said in result["claims"]:
             then, answered = claim_of(said), said["verdict"] not in ("not run", "not applicable")
-            if entry.claims is not None and _key(then) not in claims and not answered:
+            if _key(then) not in claims and not answered:
                 continue
             now = claims.setdefault(_key(then), then)
-            for field in ("claimed", "tolerance", "better", "seeds"):
+            for field in ("claimed", "tolerance", "at_least", "at_most", "cells", "better", "seeds"):
                 old, new = getattr(then, field), getattr(now, field)
                 if old != new:
                     raise InputError(
@@ -120,7 +180,7 @@ def _all_claims(entry: Entry, results: Mapping[str, Result]) -> list[Claim]:
 
 def _key(claim: Claim) -> str:
     """What makes two claims the same one, at the time of a run and now."""
-    return json.dumps([claim.metric, claim.versus, claim.paper, claim.locator, claim.preset, claim.given], default=str)
+    return json.dumps([claim.quantity, claim.paper, claim.locator, claim.preset, claim.given], default=str)
 
 
 def _answers(claim: Claim, results: Mapping[str, Result]) -> list[tuple[str, str, str, str]]:
@@ -131,8 +191,34 @@ def _answers(claim: Claim, results: Mapping[str, Result]) -> list[tuple[str, str
             values = quantity(claim, measured_values(result))
             if _key(claim_of(entry)) == _key(claim) and values is not None and entry["verdict"] != "not applicable":
                 link = f"[{PurePath(path).stem}]({_link(path)})" + ("" if result["clean"] else ", uncommitted changes")
-                answers.append((measured_cell(values), interval_cell(values), entry["verdict"], link))
+                answers.append((*answer_cells(claim, values), entry["verdict"], link))
     return answers
+
+
+def _not_attempted(all_papers: Sequence[Paper], entries: Iterable[Entry]) -> list[str]:
+    """The section of the cells that no experiment attempts, folded away by paper. Raises InputError if one does."""
+    claimed = {(claim.paper, claim.locator, claim.unit): entry.path for entry in entries for claim in entry.claims}
+    parts = ["## Cells not attempted\n\nNumbers of the papers' tables that no experiment measures.\n"]
+    for paper in all_papers:
+        rows = []
+        for i, cell in enumerate(paper.cells):
+            experiment = claimed.get((paper.paper, cell.locator, cell.unit))
+            if experiment:
+                raise InputError(
+                    f"{paper.path}: cell.{i}.locator {cell.locator!r} is claimed in {experiment} too; take it out here"
+                )
+            number = amount(cell.number, cell.unit) + ("" if cell.verified else " (unverified)")
+            rows.append((cell.locator, cell.quantity, number, cell.read_in))
+        notes = "".join(f"- {cell.locator}: {cell.note}\n" for cell in paper.cells if cell.note)
+        count = "1 cell" if len(rows) == 1 else f"{len(rows)} cells"
+        parts += [
+            f"<details>\n<summary>{paper.paper}: {count}</summary>\n",
+            f"{paper.authors} ({paper.year}), [{paper.title}]({paper.url}) ([file]({_link(paper.path)}))\n",
+            _markdown(("cell", "quantity", "claimed", "read in"), rows),
+            *([notes] if notes else []),
+            "</details>\n",
+        ]
+    return parts if all_papers else []
 
 
 def _provenance(path: str, result: Result) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dl_jax.core.errors import InputError
-from dl_jax.harness.results.claims import Claim, obstacle, quantity, summary, verdict
+from dl_jax.harness.results.claims import Claim, cells_won, level, obstacle, quantity, summary, verdict
 
 Result = Mapping[str, Any]  # the content of a result.json
 Row = tuple[str, ...]
@@ -80,7 +80,8 @@ _KEYS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 
 def claim_of(entry: Mapping[str, Any]) -> Claim:
     """The Claim in an entry of a result's `claims`."""
-    return Claim(**{key: value for key, value in entry.items() if key != "verdict"})
+    fields = {key: value for key, value in entry.items() if key != "verdict"}
+    return Claim(**{**fields, "cells": tuple(map(tuple, fields.get("cells", ())))})
 
 
 def measured_values(result: Result) -> dict[str, list[float]]:
@@ -99,29 +100,48 @@ def table_rows(result: Result) -> tuple[Row, list[Row]]:
         claim, word = claim_of(entry), entry["verdict"]
         values = quantity(claim, measured)
         if values is None or word == "not applicable":
-            n = claim.seeds if values is None else len(values)
+            n = claim.seeds if values is None else values.shape[-1]
             why = obstacle(claim, n, preset=result["preset"], config=result["config"])
             rows.append((*claimed_cells(claim), "", tolerance_cell(claim), f"{word}: {why}" if why else word))
         else:
             shown.add(claim.quantity)
-            rows.append((*claimed_cells(claim), measured_cell(values), tolerance_cell(claim), word))
+            rows.append((*claimed_cells(claim), answer_cells(claim, values)[0], tolerance_cell(claim), word))
     rows += [(name, "", "", measured_cell(values), "", "") for name, values in measured.items() if name not in shown]
     return ("metric", "paper", "claimed", "measured ± std (n)", "tolerance", "verdict"), rows
 
 
 def claimed_cells(claim: Claim) -> tuple[str, str, str]:
     """What is claimed, by whom, and the number."""
-    if claim.claimed is None:
+    if claim.cells:
+        number = f"≥ {claim.at_least} of {len(claim.cells)} cells"
+    elif claim.at_least is not None:
+        number = f"≥ {amount(claim.at_least, claim.unit)}"
+    elif claim.at_most is not None:
+        number = f"≤ {amount(claim.at_most, claim.unit)}"
+    elif claim.claimed is None:
         number = "< 0" if claim.better == "lower" else "> 0"
     elif claim.versus and claim.claimed == 0:
         number = "no loss"
     else:
-        number = f"{claim.claimed:.7g} {claim.unit}".rstrip()
+        number = amount(claim.claimed, claim.unit)
     return claim.quantity, f"{claim.paper}, {claim.locator}", number if claim.verified else f"{number} (unverified)"
+
+
+def amount(number: float, unit: str) -> str:
+    return f"{number:.7g} {unit}".rstrip()
 
 
 def tolerance_cell(claim: Claim) -> str:
     return "" if claim.claimed is None else f"± {claim.tolerance:.7g}"
+
+
+def answer_cells(claim: Claim, values: np.ndarray) -> tuple[str, str]:
+    """What `values`, the `quantity` of `claim`, say: the number that is held against the claim, and its interval."""
+    if claim.cells:
+        return f"{cells_won(claim, values)} of {len(values)} ({values.shape[-1]})", ""
+    if claim.worst:
+        return f"{level(claim, values):.5g} ({len(values)})", ""
+    return measured_cell(values), interval_cell(values)
 
 
 def measured_cell(values: Sequence[float] | np.ndarray) -> str:
