@@ -390,3 +390,42 @@ def test_fit_ends_when_every_seed_has_stopped():
     state = fit(STEP, start(), batches, steps=100, watch=watch, stop=rule)
     assert state.step == 4
     assert asked == [0, 1, 2, 3]
+
+
+def test_a_step_may_be_an_epoch_without_a_gradient():
+    """k-means by Lloyd's algorithm, against NumPy; the points are an argument of the program."""
+
+    def kmeans(points, state, batch):  # [N, D]
+        squares = ((points[:, None] - state.params) ** 2).sum(-1)  # [N, K]
+        mine = jax.nn.one_hot(squares.argmin(-1), len(state.params))
+        centres = mine.T @ points / mine.sum(0)[:, None]
+        return state._replace(step=state.step + 1, params=centres), {"inertia": squares.min(-1).mean()}
+
+    points, expected, inertias = RECORDS["x"], RECORDS["x"][:4].astype(np.float64), []
+    for _ in range(5):
+        squares = ((points[:, None] - expected) ** 2).sum(-1)
+        inertias.append(squares.min(-1).mean())
+        expected = np.stack([points[squares.argmin(-1) == k].mean(0) for k in range(4)])
+    log, state = Log(), State(jnp.int32(0), jnp.asarray(points[:4]), {}, (), jax.random.key(0))
+    state = fit(holding(kmeans, jnp.asarray(points)), state, lambda i: {}, steps=5, every=1, run=log)
+    np.testing.assert_allclose(state.params, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose([report["inertia"] for _, report in log.reports], inertias, rtol=1e-5)
+
+
+def test_a_step_may_be_a_rollout():
+    """A walker climbs by 1; an episode ends at 5, after 5 steps. A rollout of 3 steps sees an end, or not."""
+
+    def rollout(state, batch):
+        def walk(height, _):
+            height = height + 1
+            ended = height == 5
+            return jnp.where(ended, 0, height), (jnp.where(ended, 5.0, 0.0), ended)
+
+        height, (returns, ended) = jax.lax.scan(walk, state.extra["height"], length=3)
+        metrics = {"return": (returns.sum(), ended.sum())}
+        return state._replace(step=state.step + 1, extra={"height": height}), metrics
+
+    log, state = Log(), State(jnp.int32(0), {}, {"height": jnp.int32(0)}, (), jax.random.key(0))
+    state = fit(rollout, state, lambda i: {}, steps=5, every=1, run=log)
+    assert state.extra["height"] == 0  # 15 steps, three episodes
+    assert [report.get("return") for _, report in log.reports] == [None, 5, 5, None, 5]
