@@ -428,4 +428,4 @@ def test_a_step_may_be_a_rollout():
     log, state = Log(), State(jnp.int32(0), {}, {"height": jnp.int32(0)}, (), jax.random.key(0))
     state = fit(rollout, state, lambda i: {}, steps=5, every=1, run=log)
     assert state.extra["height"] == 0  # 15 steps, three episodes
-    assert [report.get("return") for _, report in log.reports] == [None, 5, 5, None, 5]
+    assert [report.get("return") for _, report in log.reports] == [None, 5, None, 5, 5]  # ends at steps 5, 10 and 15
