@@ -27,7 +27,7 @@ from dl_jax import augment, classify, data, losses, metrics, optim
 from dl_jax.core.evaluate import evaluator
 from dl_jax.core.fit import Watch, fit
 from dl_jax.core.step import make_step, per_seed, start
-from dl_jax.harness import Claim, Positive, Probability, Run, confusion_figure, launch
+from dl_jax.harness import Claim, NonNegative, Positive, Probability, Run, confusion_figure, launch
 from dl_jax.models.vision.lenet import LeNet5, map_loss
 
 
@@ -44,11 +44,11 @@ class Config:
     warmup: Probability = 0.05  # fraction of the steps in which the learning rate rises
     momentum: Probability = 0.9  # of SGD
     rubbish: Positive[float] = 10.0  # penalty of the class of no digit, j in the paper's equation 9
-    degrees: float = 5.0  # rotation of a distorted digit, at most; degrees
-    scale: float = 0.1  # its change of size, at most; fraction
-    squeeze: float = 0.1  # its change of width against height, at most; fraction
-    shear: float = 0.15  # its slant, at most; pixels to the right per pixel upwards
-    translate: float = 1.5  # its shift, at most; pixels
+    degrees: NonNegative[float] = 5.0  # rotation of a distorted digit, at most; degrees
+    scale: Probability = 0.1  # its change of size, at most; fraction
+    squeeze: Probability = 0.1  # its change of width against height, at most; fraction
+    shear: NonNegative[float] = 0.15  # its slant, at most; pixels to the right per pixel upwards
+    translate: NonNegative[float] = 1.5  # its shift, at most; pixels
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters are float32
     watch_every: Positive[int] = 1875  # steps between measurements of the test error, shown and never chosen on
 

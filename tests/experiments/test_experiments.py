@@ -1,14 +1,18 @@
 """Every file in experiments/ runs its smoke preset and says what it claims. A deleted file deletes its tests."""
 
 import contextlib
+import dataclasses
 import inspect
 import math
 from pathlib import Path
+from typing import Annotated, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
 from etils import epath
 
+from dl_jax.core.errors import InputError
+from dl_jax.harness.fields import Between, check
 from dl_jax.harness.launch import name_of
 from dl_jax.harness.results.claims import obstacle
 from dl_jax.harness.run import Run, Settings
@@ -68,3 +72,34 @@ def test_every_field_is_explained(experiment):
     fields = [line for line in source if ": " in line and "=" in line and not line.strip().startswith("#")]
     assert len(fields) == len(vars(experiment.PRESETS["paper"]))
     assert [line for line in fields if "  # " not in line] == []
+
+
+def test_every_number_says_what_it_may_hold_and_is_checked(experiment):
+    """Each field that is a number, or holds numbers, is refused outside its range, in one line with its flag."""
+    good, hints = experiment.PRESETS["paper"], get_type_hints(experiment.Config, include_extras=True)
+    check(good)
+    for name, hint in hints.items():
+        ranges = [note for note in notes_of(hint) if isinstance(note, Between)]
+        assert ranges or not is_number(getattr(good, name)), name
+        for wrong in outside(ranges, getattr(good, name)):
+            with pytest.raises(InputError, match=f"^--{name.replace('_', '-')} is "):
+                check(dataclasses.replace(good, **{name: wrong}))
+
+
+def notes_of(hint) -> list:
+    """All that the types within `hint` are annotated with."""
+    own = list(get_args(hint)[1:]) if get_origin(hint) is Annotated else []
+    return own + [note for inner in get_args(hint) if inner is not Ellipsis for note in notes_of(inner)]
+
+
+def is_number(value) -> bool:
+    return any(map(is_number, value)) if isinstance(value, tuple) else type(value) in (int, float)
+
+
+def outside(ranges: list[Between], value) -> list:
+    """Values of the shape of `value` in which every number is below, or above, all of `ranges`."""
+    fill = lambda value, number: tuple(fill(v, number) for v in value) if isinstance(value, tuple) else number
+    low, high = min((r.low for r in ranges), default=-math.inf), max((r.high for r in ranges), default=math.inf)
+    return [fill(value, math.nan)] * bool(ranges) + [
+        fill(value, end) for end in (low - 1, high + 1) if abs(end) < math.inf
+    ]
