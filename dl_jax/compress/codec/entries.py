@@ -1,22 +1,20 @@
 """A leaf as entries, each a number and its distance from the entry before, in the layout that takes the fewest bytes.
 
 Han, Mao & Dally 2016 (arXiv:1510.00149), sections 2 to 4: where the next number that is not zero lies more than 2^b
-places on, an entry of zero fills in; numbers go through a codebook; both are Huffman coded. What the paper fixes is
-chosen by size here: b, which axis runs fastest, and whether a codebook or distances are worth their bytes at all.
+places on, an entry of zero fills in; numbers go through a codebook; both are Huffman coded, here by deflate. What the
+paper fixes is chosen by size: which axis runs fastest, and whether a codebook or distances are worth their bytes at
+all. b is 8, so a distance fits a byte: fewer bits made no file smaller, since a rare distance takes a long code anyway.
 
 Numbers are bit patterns, unsigned integers, of which 0 alone is zero: -0.0 is not.
 """
 
 import math
-from collections.abc import Iterator
-from typing import Literal
 
 import numpy as np
 
-from dl_jax.compress.codec import huffman
-from dl_jax.compress.codec.wire import DamagedError, Reader, integer
+from dl_jax.compress.codec.wire import DamagedError, Reader, deflated, integer
 
-SPANS = range(1, 9)  # b: a distance fits a byte
+BITS = 8  # b
 TRANSPOSED, SPARSE = 1, 2  # bits of a layout: the first axis runs fastest; there are distances
 
 
@@ -40,42 +38,58 @@ def distances(occupied: np.ndarray, bits: int) -> np.ndarray:  # bool [N] -> int
 
 def pack(leaf: np.ndarray) -> bytes:  # uint [...]
     """`leaf` in its smallest layout."""
-    return min(_layouts(leaf), key=len)
-
-
-def _layouts(leaf: np.ndarray) -> Iterator[bytes]:
     kinds, symbols = np.unique(leaf, return_inverse=True)
     symbols = symbols.reshape(leaf.shape)  # ranks among the kinds: zero, where there is one, is symbol 0
-    yield integer(0) + huffman.write(symbols.ravel(), kinds)
-    if not len(kinds) or kinds[0] != 0:
-        return
-    for layout in [SPARSE, SPARSE | TRANSPOSED]:
-        flat = symbols.ravel(_order(layout))
-        for bits in SPANS:
-            gaps = distances(flat > 0, bits)
-            head = integer(layout) + integer(len(gaps)) + huffman.write(gaps - 1, np.arange(256, dtype=np.uint8))
-            yield head + huffman.write(flat[np.cumsum(gaps) - 1], kinds)
+    layouts = [integer(0) + _write(symbols.ravel(), kinds)]
+    if 0 in kinds[:1]:
+        for layout, flat in [(SPARSE, symbols.ravel()), (SPARSE | TRANSPOSED, symbols.T.ravel())]:
+            gaps = distances(flat > 0, BITS)
+            head = integer(layout) + integer(len(gaps)) + deflated((gaps - 1).astype(np.uint8))
+            layouts.append(head + _write(flat[np.cumsum(gaps) - 1], kinds))
+    return min(layouts, key=len)
 
 
 def unpack(reader: Reader, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:  # -> uint [...]
-    """The leaf that `pack` wrote. Raises DamagedError; allocates nothing that the bytes it read do not account for."""
-    size = math.prod(shape)
-    layout = reader.integer()
+    """The leaf that `pack` wrote. Raises DamagedError."""
+    size, layout = math.prod(shape), reader.integer()
     if layout > SPARSE | TRANSPOSED:
         raise DamagedError(f"layout {layout}, not 0 to {SPARSE | TRANSPOSED}")
-    if not layout & SPARSE:
-        flat = huffman.read(reader, size, dtype)
-    else:
-        entries = reader.integer()
-        places = np.cumsum(huffman.read(reader, entries, np.dtype(np.uint8)).astype(np.int64) + 1) - 1
-        numbers = huffman.read(reader, entries, dtype)
-        if not entries or places[-1] != size - 1:
-            raise DamagedError(f"{entries} entries that do not end where a leaf of {size} numbers does")
+    if layout & SPARSE:
+        count = reader.integer()
+        if count > size:
+            raise DamagedError(f"{count} entries in a leaf of {size} numbers")
+        ends = reader.inflated(count, np.dtype(np.uint8)).astype(np.int64)
+        ends += 1
+        np.cumsum(ends, out=ends)
+        if not count or ends[-1] != size:
+            raise DamagedError(f"{count} entries that do not end where a leaf of {size} numbers does")
+        ends -= 1
         flat = np.zeros(size, dtype)
-        flat[places] = numbers
-    return np.array(flat.reshape(shape, order=_order(layout)), order="C")
+        flat[ends] = _read(reader, count, dtype)
+    else:
+        flat = _read(reader, size, dtype)
+    leaf = flat.reshape(shape[::-1]).T if layout & TRANSPOSED else flat.reshape(shape)
+    return np.array(leaf, order="C")
 
 
-def _order(layout: int) -> Literal["C", "F"]:
-    """NumPy's name for the order of the numbers."""
-    return "F" if layout & TRANSPOSED else "C"
+def _write(symbols: np.ndarray, kinds: np.ndarray) -> bytes:  # int [n], uint [K] -> bytes
+    """kinds[symbols] in fewer bytes: after a 0 as they are, or after K and the kinds as their indices."""
+    plain = integer(0) + deflated(kinds[symbols])
+    indexed = integer(len(kinds)) + kinds.tobytes() + deflated(symbols.astype(_index(len(kinds))))
+    return min(plain, indexed, key=len)
+
+
+def _read(reader: Reader, n: int, dtype: np.dtype) -> np.ndarray:  # -> uint [n]
+    """What `_write` wrote of `n` numbers. Raises DamagedError."""
+    count = reader.integer()
+    if not count:
+        return reader.inflated(n, dtype)
+    kinds, symbols = reader.array(count, dtype), reader.inflated(n, _index(count))
+    if symbols.max(initial=0) >= count:
+        raise DamagedError(f"number {symbols.max()} of a codebook of {count}")
+    return kinds[symbols]
+
+
+def _index(count: int) -> np.dtype:
+    """The smallest type for 0 to `count` - 1, as a file holds it."""
+    return np.min_scalar_type(max(count - 1, 0)).newbyteorder("<")

@@ -1,16 +1,20 @@
 """The compressed file of a pruned network with shared weights: `encode(tree) -> bytes`, `decode(bytes) -> tree`.
 
 Lossless for any tree of numbers, to the last bit of a NaN. It is small where numbers are zero, as pruning leaves them,
-or few in kind, as weight sharing leaves them (Han, Mao & Dally 2016, arXiv:1510.00149; `entries.py` says how); a dense
-float leaf becomes its own bytes.
+or few in kind, as weight sharing leaves them (Han, Mao & Dally 2016, arXiv:1510.00149; `entries.py` says how); of a
+dense float leaf, its exponents are coded.
 
     file      magic, version, leaves, CRC-32 of all before
     leaf      path, type, axes, shape, layout, entries and their distances where the layout has them, numbers
-    numbers   0 and the bytes themselves, or a code: the longest length L, how many codes have 1 .. L bits, the symbols
-              in canonical order, how many bytes the stream has, the stream; distances too
+    numbers   how many kinds K there are, these, and their indices; or 0 and the numbers themselves
 
-Integers are LEB128, numbers little-endian. Every entry takes a bit or more and stands for 256 numbers or fewer: a file
-of n bytes, however it was forged, makes `decode` use no more than some 16 n KB.
+Integers are LEB128, numbers little-endian. Distances, indices and numbers are deflate streams, each after its length.
+zlib codes them by Huffman's method alone. The end of a block takes a code too: of two kinds as frequent as each other,
+a number takes 1.5 bits, of four 2.25.
+
+A forged byte can stand for a thousand entries and each of these for 256 numbers, so `decode` has a limit for the tree.
+Every length is checked before memory is taken for it, and all memory together stays below 12 times that limit (numbers
+of one byte, each an entry; five times for float32).
 """
 
 import math
@@ -28,7 +32,7 @@ from dl_jax.core.leaves import named, nested
 
 Tree = Any
 
-MAGIC, VERSION = b"\x89DLJ\r\n\x1a", 1  # a copy that takes the file for text changes these bytes
+MAGIC, VERSION = b"\x89DLJ\r\n\x1a", 2  # a copy that takes the file for text changes these bytes
 DTYPES = [  # a file names a type by its place here
     *("float32", "float64", "float16", "bfloat16"),
     *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
@@ -52,10 +56,11 @@ def encode(tree: Tree) -> bytes:
     return data + _checksum(data)
 
 
-def decode(data: bytes) -> dict[str, Any]:
+def decode(data: bytes, limit: int = 2 * 10**9) -> dict[str, Any]:
     """The tree that `encode` was given, as plain nested dicts of NumPy arrays.
 
-    Raises InputError for anything but the whole, undamaged content of such a file.
+    Raises InputError for anything but the whole, undamaged content of such a file, and for a tree of more than `limit`
+    bytes, before memory is taken for it.
     """
     if not data.startswith(MAGIC):
         raise InputError(f"no compressed model: it begins with {data[:7]!r}, expected {MAGIC!r}; choose another file")
@@ -63,20 +68,29 @@ def decode(data: bytes) -> dict[str, Any]:
     try:
         if len(body) <= len(MAGIC) or _checksum(body) != data[-4:]:
             raise DamagedError(f"the checksum of its {len(data)} bytes is wrong")
-        if body[len(MAGIC)] != VERSION:
-            raise InputError(f"compressed model of version {body[len(MAGIC)]}, expected {VERSION}; update dl_jax")
-        return _tree(Reader(body[len(MAGIC) + 1 :]))
+        version = body[len(MAGIC)]
+        if version != VERSION:
+            way = "update dl_jax" if version > VERSION else "no release reads it, encode the network again"
+            raise InputError(f"compressed model of version {version}, expected {VERSION}; {way}")
+        return _tree(Reader(body[len(MAGIC) + 1 :]), limit)
     except DamagedError as error:
         raise InputError(f"damaged compressed model: {error}; expected it as it was written, copy it again") from error
 
 
-def _tree(reader: Reader) -> dict[str, Any]:
+def _tree(reader: Reader, limit: int) -> dict[str, Any]:
     leaves: dict[str, np.ndarray] = {}
+    total = 0
     while reader.left:
-        path, leaf = _unpacked(reader)
+        path, shape, dtype = _head(reader)
         if path in leaves:
             raise DamagedError(f"two leaves of the path {path[:80]!r}")
-        leaves[path] = leaf
+        total += math.prod(shape) * dtype.itemsize
+        if total > limit:
+            raise InputError(
+                f"compressed model of {total} bytes or more, expected at most {limit}; "
+                "pass a higher limit to decode if you trust the file"
+            )
+        leaves[path] = entries.unpack(reader, shape, _patterns(dtype)).view(dtype)
     parents = {path[:i] for path in leaves for i, character in enumerate(path) if character == "/"}
     clash = parents & leaves.keys()
     if clash:
@@ -98,7 +112,8 @@ def _packed(path: str, leaf: Any) -> bytes:
     return block(path.encode()) + b"".join(map(integer, head)) + entries.pack(values.view(_patterns(values.dtype)))
 
 
-def _unpacked(reader: Reader) -> tuple[str, np.ndarray]:
+def _head(reader: Reader) -> tuple[str, tuple[int, ...], np.dtype]:
+    """Path, shape and type of the next leaf."""
     path = reader.block().decode("ascii", errors="replace")
     code, axes = reader.integer(), reader.integer()
     if path.count("/") >= DEEPEST or axes > DEEPEST:
@@ -107,9 +122,9 @@ def _unpacked(reader: Reader) -> tuple[str, np.ndarray]:
         raise DamagedError(f"type {code} of leaf {path[:80]!r}, not 0 to {len(DTYPES) - 1}")
     dtype = jnp.dtype(DTYPES[code])
     shape = tuple(reader.integer() for _ in range(axes))
-    if math.prod(max(length, 1) for length in shape) * dtype.itemsize >= 1 << 63:
+    if math.prod(max(length, 1) for length in shape) * dtype.itemsize >= 1 << 62:
         raise DamagedError(f"a shape beyond all memory of leaf {path[:80]!r}")
-    return path, entries.unpack(reader, shape, _patterns(dtype)).view(dtype)
+    return path, shape, dtype
 
 
 def _patterns(dtype: np.dtype) -> np.dtype:

@@ -1,5 +1,7 @@
 """Integers and arrays as bytes, and a reader that trusts nothing."""
 
+import zlib
+
 import numpy as np
 
 
@@ -19,6 +21,17 @@ def integer(value: int) -> bytes:
 def block(content: bytes) -> bytes:
     """`content` after its length."""
     return integer(len(content)) + content
+
+
+def deflated(values: np.ndarray) -> bytes:  # [n]
+    """`values` as a block of raw deflate (RFC 1951): the first byte of each, then the second of each, and so on.
+
+    zlib codes bytes by Huffman's method alone, without searching for repetitions, and has a code for each place.
+    """
+    coder = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
+    places = values.reshape(-1, 1).view(np.uint8).T  # [itemsize, n]
+    stream = b"".join(coder.compress(place.tobytes()) + coder.flush(zlib.Z_BLOCK) for place in places)
+    return block(stream + coder.flush())
 
 
 class Reader:
@@ -53,3 +66,16 @@ class Reader:
 
     def array(self, n: int, dtype: np.dtype) -> np.ndarray:  # -> [n]
         return np.frombuffer(self.take(n * dtype.itemsize), dtype)
+
+    def inflated(self, n: int, dtype: np.dtype) -> np.ndarray:  # -> [n]
+        """What `deflated` wrote of `n` numbers. However far the stream would go on, no more than these are made."""
+        stream, size = self.block(), n * dtype.itemsize
+        inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+        try:
+            content = inflater.decompress(stream, size + 1)  # a byte more shows what is too long; 0 is no bound at all
+        except zlib.error as error:
+            raise DamagedError(f"a stream that is no deflate: {error}") from error
+        if len(content) != size or not inflater.eof or inflater.unused_data:
+            raise DamagedError(f"a stream that does not end after {n} numbers of {dtype.itemsize} bytes")
+        places = np.frombuffer(content, np.uint8).reshape(dtype.itemsize, n)
+        return np.ascontiguousarray(places.T).view(dtype).ravel()
