@@ -1,4 +1,8 @@
-"""Shared fixtures. The environment is set before JAX is imported: 8 simulated devices and a compilation cache."""
+"""Shared fixtures, how many processes share the suite, and the environment, which is set before JAX is imported.
+
+That is 8 simulated devices, a compilation cache, and programs compiled without most of XLA's optimisations: nearly all
+that a test computes is computed once, and to optimise it takes two to nine times as long as to compile it plainly.
+"""
 
 import importlib.util
 import os
@@ -17,7 +21,25 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import pytest
 
+MOST_WORKERS = 8  # the longest file is an eighth of the suite
+
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "not slow" in config.option.markexpr:  # slow tests train for longer than they compile
+        os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """What `-n auto` stands for: a worker for each processor, but not more than files, and none for a single file.
+
+    A worker takes seconds to start and a gigabyte to live, and in this very process a debugger and prints work.
+    """
+    files = {Path(argument.partition("::")[0]) for argument in config.args}
+    most = len(files) if all(file.suffix == ".py" for file in files) else MOST_WORKERS
+    workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, most)
+    return workers if workers > 1 else 0
 
 
 @pytest.fixture

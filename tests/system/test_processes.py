@@ -1,103 +1,141 @@
-"""Two processes give what one gives; one that fails takes the other down."""
+"""Two processes give what one gives; one that fails takes the other down.
 
+One pair of processes does all that succeeds, see programs/pair.py, beside one of which a process fails.
+"""
+
+import contextlib
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 from dl_jax.harness.checkpoint import store as checkpoint
 
-PROGRAM = Path(__file__).parent / "programs" / "two.py"
+PROGRAM = Path(__file__).parent / "programs" / "pair.py"
+EXPERIMENTS = {  # name -> what it measures
+    "vision/lenet": "test_error/plain",
+    "generative/vae_mnist": "nll/vae-k1",  # images are drawn by one process
+    "text/char_lm": "bits/test",  # a state that has rows
+}
 
 
-def free_address() -> str:
+class End(NamedTuple):
+    status: int
+    stderr: str
+    at: float  # seconds, time.monotonic
+
+
+class Pair(NamedTuple):
+    folder: Path
+    processes: list[subprocess.Popen[str]]
+    ending: list[Future[End]]
+
+    def wait_for(self, path: Path, seconds: float) -> None:
+        """Until there is something in a file that a process writes."""
+        deadline = time.monotonic() + seconds
+        while not (path.exists() and path.read_text()):
+            if any(process.poll() is not None for process in self.processes):
+                pytest.fail(f"a process ended before {path.name} came: {self.ends()}")
+            assert time.monotonic() < deadline, f"{path.name} never came"
+            time.sleep(0.05)
+
+    def ends(self) -> list[End]:
+        """Once both have ended."""
+        return [each.result(timeout=100) for each in self.ending]
+
+
+def end_of(process: subprocess.Popen[str]) -> End:
+    stderr = process.communicate()[1]
+    return End(process.returncode, stderr, time.monotonic())
+
+
+@contextlib.contextmanager
+def start(folder: Path, *experiments: str) -> Iterator[Pair]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{free.getsockname()[1]}"
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    commands = [[sys.executable, PROGRAM, address, str(i), folder, *experiments] for i in range(2)]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    processes = [subprocess.Popen(c, env={**os.environ, "XLA_FLAGS": ""}, text=True, **pipes) for c in commands]
+    with ThreadPoolExecutor(2) as waiting:
+        try:
+            yield Pair(folder, processes, [waiting.submit(end_of, process) for process in processes])
+        finally:
+            for process in processes:
+                process.kill()
 
 
-def start(processes: int, devices: int, folder: Path, *more: str) -> list[subprocess.Popen[str]]:
-    address = free_address()
-    environment = {**os.environ, "XLA_FLAGS": ""}
-    return [
-        subprocess.Popen(
-            [sys.executable, PROGRAM, address, str(processes), str(i), str(devices), folder, *more],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(processes)
-    ]
+@pytest.fixture(scope="module")
+def failing(tmp_path_factory) -> Iterator[Pair]:
+    """A pair of which process 1 fails. It is begun first and asked last: the other waits for its end meanwhile."""
+    with start(tmp_path_factory.mktemp("failing")) as pair:
+        yield pair
 
 
-def finish(running: list[subprocess.Popen[str]]) -> np.ndarray:
-    ends = [process.communicate(timeout=120) for process in running]
-    assert [process.returncode for process in running] == [0] * len(running), ends
-    return np.array(json.loads(ends[0][0].splitlines()[-1]))
+@pytest.fixture(scope="module")
+def pair(failing, tmp_path_factory) -> Iterator[Pair]:
+    with start(tmp_path_factory.mktemp("pair"), *EXPERIMENTS) as pair:
+        yield pair
 
 
-def test_two_processes_equal_one_and_resume_as_one(tmp_path):
-    one = finish(start(1, 4, tmp_path / "one"))
-    two = finish(start(2, 2, tmp_path / "two"))
-    np.testing.assert_allclose(one, two, atol=1e-6)
-    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
+def test_two_processes_equal_one_and_resume_as_one(pair, tmp_path):
+    train = runpy.run_path(str(PROGRAM))["train"]
+    alone = train(tmp_path / "one", 12, False)  # on eight devices, where the two have four
+    pair.wait_for(pair.folder / "weights.1", 60)
+    for process in range(2):
+        together = json.loads((pair.folder / f"weights.{process}").read_text())
+        np.testing.assert_allclose(alone, together, atol=1e-6)
+    lines = [(f / "metrics.jsonl").read_text().splitlines() for f in (tmp_path / "one", pair.folder / "trained")]
     assert len(lines[0]) == len(lines[1]) == 3  # process 1 writes nothing
     # Two processes went on to step 12; one with another number of devices takes their checkpoint to step 16.
-    longer = finish(start(1, 1, tmp_path / "two", "-1", "16"))
-    whole = finish(start(1, 4, tmp_path / "whole", "-1", "16"))
+    longer = train(pair.folder / "trained", 16, False)
+    whole = train(tmp_path / "whole", 16, False)
     np.testing.assert_allclose(longer, whole, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("name", "metric"),
-    [
-        ("vision/lenet", "test_error/plain"),
-        ("generative/vae_mnist", "nll/vae-k1"),  # seeds are lanes, and pictures are drawn by one process
-        pytest.param("generative/gan_mnist", "parzen/gan", marks=pytest.mark.slow),
-        ("text/char_lm", "bits/test"),  # a state that has rows
-    ],
-)
-def test_an_experiment_runs_on_two_processes(name, metric, tmp_path):
-    script = (PROGRAM.parents[3] / "experiments" / name).with_suffix(".py")
-    flags = ["--preset", "smoke", "--seeds", "1", "--workdir", str(tmp_path), "--processes", "2"]
-    flags += ["--coordinator", free_address()]
-    commands = [[sys.executable, str(script), *flags, "--process-id", str(i)] for i in range(2)]
-    environment = {**os.environ, "XLA_FLAGS": ""}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    running = [subprocess.Popen(command, env=environment, text=True, **pipes) for command in commands]
-    ends = [process.communicate(timeout=300) for process in running]
-    assert [process.returncode for process in running] == [0, 0], ends
-    assert metric in ends[0][0]
-    assert metric not in ends[1][0] + ends[1][1]
-    assert (tmp_path / "result.json").exists()
+def check_experiments(pair: Pair, experiments: dict[str, str]) -> None:
+    pair.wait_for(pair.folder / "told" / "metrics.jsonl", 300)
+    for name, metric in experiments.items():
+        first, second = ((pair.folder / f"{name}.{process}").read_text() for process in range(2))
+        assert metric in first, name
+        assert metric not in second, name
+        assert (pair.folder / name / "result.json").exists(), name
 
 
-def test_sigterm_to_one_saves_and_ends_both_at_the_same_step(tmp_path):
-    running = start(2, 1, tmp_path, "-1", "100000", "0.01")
-    lines = tmp_path / "metrics.jsonl"
-    while not (lines.exists() and lines.read_text()):
-        assert all(process.poll() is None for process in running)
-        time.sleep(0.1)
-    running[1].send_signal(signal.SIGTERM)
-    ends = [process.communicate(timeout=100) for process in running]
-    assert [process.returncode for process in running] == [143, 143], ends
-    step, tree = checkpoint.load(str(tmp_path / "checkpoints"))
+def test_experiments_run_on_two_processes_and_one_of_them_speaks(pair):
+    check_experiments(pair, EXPERIMENTS)
+
+
+@pytest.mark.slow
+def test_a_gan_runs_on_two_processes(tmp_path):
+    experiments = {"generative/gan_mnist": "parzen/gan"}
+    with start(tmp_path, *experiments) as pair:
+        check_experiments(pair, experiments)
+
+
+def test_sigterm_to_one_saves_and_ends_both_at_the_same_step(pair):
+    pair.wait_for(pair.folder / "told" / "metrics.jsonl", 300)
+    pair.processes[1].send_signal(signal.SIGTERM)
+    ends = pair.ends()
+    assert [end.status for end in ends] == [143, 143], ends
+    step, tree = checkpoint.load(str(pair.folder / "told" / "checkpoints"))
     assert tree["state"]["step"] == step < 100_000
 
 
-def test_a_process_that_fails_takes_the_other_down(tmp_path):
-    began = time.monotonic()
-    running = start(2, 1, tmp_path, "3")
-    ends = [process.communicate(timeout=100) for process in running]
-    assert time.monotonic() - began < 75  # starting up, and the 45 seconds promised
-    assert running[1].returncode == 1
-    assert "a bug in one process" in ends[1][1]
-    assert running[0].returncode != 0
+def test_a_process_that_fails_takes_the_other_down(failing):
+    other, failed = failing.ends()
+    assert failed.status == 1
+    assert "a bug in one process" in failed.stderr
+    assert other.status != 0
+    assert other.at - failed.at < 60  # the 45 seconds promised, on a machine that does other things too

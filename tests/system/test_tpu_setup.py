@@ -95,7 +95,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (repository / "experiments").mkdir()
     (repository / "experiments" / "lenet.py").write_text("")
     shutil.copy(ROOT / SCRIPT, repository)
-    git(repository, "init", "--quiet")
+    git(repository, "init", "--quiet", "--template=")
     for text in ("first", "second"):
         (repository / "pyproject.toml").write_text(text)
         git(repository, "add", ".")
@@ -167,6 +167,12 @@ def cloud(tmp_path: Path, template: Path) -> Cloud:
     return Cloud(tmp_path / "cloud", template, workers=1)
 
 
+@pytest.fixture(scope="module")
+def idle(tmp_path_factory: pytest.TempPathFactory, template: Path) -> Cloud:
+    """For all calls of the script that must leave everything as it is."""
+    return Cloud(tmp_path_factory.mktemp("idle") / "cloud", template, workers=1)
+
+
 @pytest.fixture
 def pod(tmp_path: Path, template: Path) -> Cloud:
     return Cloud(tmp_path / "pod", template, workers=2)
@@ -188,22 +194,22 @@ def test_shellcheck_finds_nothing(script: str) -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_help_names_every_command(cloud: Cloud) -> None:
-    done = cloud("--help")
+def test_help_names_every_command(idle: Cloud) -> None:
+    done = idle("--help")
     assert done.returncode == 0
     assert all(f"\n  {command}" in done.stdout for command in COMMANDS)
-    assert cloud.calls == []
+    assert idle.calls == []
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_dry_run_prints_commands_and_calls_none(cloud: Cloud, command: str) -> None:
-    done = cloud("--dry-run", *COMMANDS[command])
+def test_a_dry_run_prints_commands_and_calls_none(idle: Cloud, command: str) -> None:
+    done = idle("--dry-run", *COMMANDS[command])
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("+ ")
     assert "gcloud compute tpus tpu-vm" in done.stdout
     assert "--zone=us-central2-b --quiet" in done.stdout
-    assert cloud.calls == []
-    assert sorted(path.name for path in cloud.folder.iterdir()) == [
+    assert idle.calls == []
+    assert sorted(path.name for path in idle.folder.iterdir()) == [
         "answers", "bin", "experiment", "repository", "worker-bin", "worker0"
     ]  # fmt: skip
 
@@ -219,13 +225,13 @@ def test_a_dry_run_prints_what_a_run_calls(cloud: Cloud) -> None:
     assert words.split("\0")[1:-1] == cloud.calls[-1]
 
 
-def test_a_dry_run_needs_no_slice(cloud: Cloud, tmp_path: Path) -> None:
+def test_a_dry_run_needs_no_slice(idle: Cloud, tmp_path: Path) -> None:
     linked = tmp_path / SCRIPT
-    linked.symlink_to(cloud.repository / SCRIPT)
+    linked.symlink_to(idle.repository / SCRIPT)
     command = ["bash", str(linked), "--dry-run", "install"]
-    done = subprocess.run(command, env=cloud.environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env=idle.environment, capture_output=True, text=True, check=True)
     assert "name:dl_jax.tar.gz --worker=all --zone=zone --quiet" in done.stdout
-    assert f" {cloud.repository} {cloud.commit()}\n" in done.stdout
+    assert f" {idle.repository} {idle.commit()}\n" in done.stdout
 
 
 def test_every_call_names_slice_zone_and_project_and_asks_nothing(cloud: Cloud) -> None:
@@ -344,11 +350,11 @@ def test_install_can_go_back_and_keeps_what_experiments_wrote(cloud: Cloud) -> N
     assert not (cloud.home() / "src" / "stale.py").exists()
 
 
-def test_install_of_an_unknown_commit_calls_nothing(cloud: Cloud) -> None:
-    done = cloud("install", "no-such-branch")
+def test_install_of_an_unknown_commit_calls_nothing(idle: Cloud) -> None:
+    done = idle("install", "no-such-branch")
     assert done.returncode == 2
     assert "no commit 'no-such-branch'" in done.stderr
-    assert cloud.calls == []
+    assert idle.calls == []
 
 
 def test_install_survives_failing_transfers(cloud: Cloud) -> None:
@@ -397,11 +403,11 @@ def test_run_before_install_says_so(cloud: Cloud) -> None:
 
 
 @pytest.mark.parametrize("arguments", [[], ["lenet.py"], ["--seeds", "5"]])
-def test_run_wants_an_experiment(cloud: Cloud, arguments: list[str]) -> None:
-    done = cloud("run", *arguments)
+def test_run_wants_an_experiment(idle: Cloud, arguments: list[str]) -> None:
+    done = idle("run", *arguments)
     assert done.returncode == 2
     assert "run needs an experiment's file first" in done.stderr
-    assert cloud.calls == []
+    assert idle.calls == []
 
 
 def test_a_running_experiment_is_left_alone_until_it_is_stopped(cloud: Cloud) -> None:
@@ -471,12 +477,12 @@ def test_check_fails_where_a_worker_does(pod: Cloud) -> None:
         (["delete", "all"], "delete takes no arguments"),
     ],
 )
-def test_wrong_use_is_one_line_and_calls_nothing(cloud: Cloud, arguments: list[str], message: str) -> None:
-    done = cloud(*arguments)
+def test_wrong_use_is_one_line_and_calls_nothing(idle: Cloud, arguments: list[str], message: str) -> None:
+    done = idle(*arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
-    assert cloud.calls == []
+    assert idle.calls == []
 
 
 def test_without_gcloud_it_says_what_to_install(cloud: Cloud) -> None:

@@ -45,6 +45,9 @@ ALL = {
 JITTED = {name: jax.jit(f) for name, f in ALL.items()}  # compiled once for all tests: one shape, SHAPE
 SHAPE = (16, 12, 10, 3)
 each = pytest.mark.parametrize("name", ALL)
+# All programs there are, for what is dear to compile: `rotate`, `scale`, `translate` and `shear` are `affine` with
+# other intervals, `colour_jitter` runs the four colours, and `compose` flips, crops and adds noise.
+each_program = pytest.mark.parametrize("name", ["affine", "colour_jitter", "cutout", "compose"])
 
 
 def pictures(*shape: int, seed: int = 0) -> np.ndarray:
@@ -53,6 +56,11 @@ def pictures(*shape: int, seed: int = 0) -> np.ndarray:
 
 def applied(augmentation: augment.Augmentation, images: np.ndarray, key: jax.Array = KEY) -> np.ndarray:
     return np.asarray(jax.jit(augmentation)(key, {"image": images})["image"])
+
+
+def eager(augmentation: augment.Augmentation, images: np.ndarray) -> np.ndarray:
+    """For many hyper-parameters and one shape: a jitted augmentation would be compiled for each of them."""
+    return np.asarray(augmentation(KEY, {"image": jnp.asarray(images)})["image"])
 
 
 def brute_force(image: np.ndarray, forward: np.ndarray) -> np.ndarray:
@@ -85,11 +93,10 @@ def forward_map(
 
 
 @each
-def test_same_key_same_result_and_jit_is_eager(name):
+def test_same_key_same_result(name):
     batch = {"image": jnp.asarray(pictures(*SHAPE))}
     result = JITTED[name](KEY, batch)["image"]
     np.testing.assert_array_equal(result, JITTED[name](KEY, batch)["image"])
-    np.testing.assert_allclose(result, ALL[name](KEY, batch)["image"], atol=2e-6)
     assert not np.array_equal(result, JITTED[name](jax.random.key(1), batch)["image"])
     assert not np.array_equal(result, batch["image"])
 
@@ -104,11 +111,15 @@ def test_shape_dtype_range_and_other_columns_stay(name):
     if name not in ("noise", "compose"):
         assert float(result.min()) >= 0
         assert float(result.max()) <= 1 + 1e-6
-    batch = jax.eval_shape(ALL[name], KEY, {"image": images, "label": label, "mask": mask})
-    assert set(batch) == {"image", "label", "mask"}
-    batch = ALL[name](KEY, {"image": jnp.asarray(images), "label": label, "mask": mask})
-    assert batch["label"] is label
-    assert batch["mask"] is mask
+
+    def beside(key, images):
+        batch = ALL[name](key, {"image": images, "label": label, "mask": mask})
+        assert set(batch) == {"image", "label", "mask"}
+        assert batch["label"] is label
+        assert batch["mask"] is mask
+        return batch["image"]
+
+    jax.eval_shape(beside, KEY, images)
     np.testing.assert_array_equal(images, before)
 
 
@@ -119,14 +130,14 @@ def test_equal_examples_are_drawn_apart(name):
     assert len(np.unique(result, axis=0)) >= (2 if name == "flip" else 10)
 
 
-@each
+@each_program
 def test_an_examples_draws_depend_on_its_position_alone(name):
     images = pictures(*SHAPE)
     whole = JITTED[name](KEY, {"image": images})["image"]
     np.testing.assert_allclose(JITTED[name](KEY, {"image": images[:4]})["image"], whole[:4], atol=2e-6)
 
 
-@each
+@each_program
 def test_devices_share_a_batch_without_exchange(name):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     rows = NamedSharding(mesh, PartitionSpec("data"))
@@ -140,7 +151,7 @@ def test_devices_share_a_batch_without_exchange(name):
     assert not [line for line in program.splitlines() if "all-" in line or "collective-permute" in line]
 
 
-@each
+@each_program
 def test_vmapped_over_seeds(name):
     images, keys = pictures(3, *SHAPE), jax.random.split(KEY, 3)
     lanes = jax.jit(jax.vmap(ALL[name]))(keys, {"image": images})["image"]
@@ -154,19 +165,14 @@ def test_vmapped_over_seeds(name):
         augment.compose(),
         augment.pad_and_crop(0),
         augment.affine(),
-        augment.rotate((0, 0)),
-        augment.scale((1, 1)),
-        augment.translate((0, 0)),
-        augment.shear((0, 0)),
         augment.brightness((1, 1)),
         augment.contrast((1, 1)),
         augment.saturation((1, 1)),
         augment.noise(0),
     ],
 )
-@pytest.mark.parametrize("shape", [(3, 8, 8, 3), (2, 7, 10, 3)])
-def test_identity_is_exact(augmentation, shape):
-    images = pictures(*shape)
+def test_identity_is_exact(augmentation):
+    images = pictures(2, 7, 10, 3)
     np.testing.assert_array_equal(applied(augmentation, images), images)
 
 
@@ -175,7 +181,7 @@ def test_identity_of_hue_to_rounding():
     np.testing.assert_allclose(applied(augment.hue((0, 0)), images), images, atol=1e-6)
 
 
-@each
+@each_program
 def test_gradients_pass_and_are_finite(name):
     images = pictures(*SHAPE)
     images[:, :2] = 0.5  # grey: no hue
@@ -212,7 +218,7 @@ def test_pad_and_crop_gives_every_window_equally_often():
 @pytest.mark.parametrize(("size", "turns"), [(8, 1), (9, 1), (8, 2), (9, -1)])
 def test_quarter_turns_are_rot90(size, turns):
     images = pictures(2, size, size, 3)
-    result = applied(augment.rotate((90 * turns, 90 * turns)), images)
+    result = eager(augment.rotate((90 * turns, 90 * turns)), images)
     np.testing.assert_allclose(result, np.rot90(images, turns, axes=(1, 2)), atol=1e-5)
 
 
@@ -243,8 +249,10 @@ ONE_BY_ONE: list[tuple[Callable[[float], augment.Augmentation], dict[str, float]
 @pytest.mark.parametrize(("make", "value"), ONE_BY_ONE)
 def test_one_distortion_against_brute_force(make, value):
     image = pictures(9, 12, 2)
-    result = applied(make(*value.values()), image[None])[0]
-    np.testing.assert_allclose(result, brute_force(image, forward_map(**value)), atol=1e-5)
+    expected = brute_force(image, forward_map(**value))
+    np.testing.assert_allclose(eager(make(*value.values()), image[None])[0], expected, atol=1e-5)
+    if value == ONE_BY_ONE[0][1]:  # compiled or not
+        np.testing.assert_allclose(applied(make(*value.values()), image[None])[0], expected, atol=1e-5)
 
 
 @settings(max_examples=15, deadline=None)
@@ -256,9 +264,8 @@ def test_one_distortion_against_brute_force(make, value):
     translate=st.floats(-4, 4),
 )
 def test_all_distortions_together_against_brute_force(**values):
-    image = pictures(7, 9, 1)
-    distort = augment.affine(**{name: (v, v) for name, v in values.items()})
-    result = distort(KEY, {"image": jnp.asarray(image[None])})["image"][0]  # jitted it would compile for each example
+    image = pictures(9, 12, 2)
+    result = eager(augment.affine(**{name: (v, v) for name, v in values.items()}), image[None])[0]
     np.testing.assert_allclose(result, brute_force(image, forward_map(**values)), atol=5e-5)
 
 
@@ -340,7 +347,7 @@ def test_hue_against_colorsys(turns):
     for at in np.ndindex(images.shape[:3]):
         h, s, v = colorsys.rgb_to_hsv(*(float(channel) for channel in images[at]))
         expected[at] = colorsys.hsv_to_rgb((h + turns) % 1, s, v)
-    np.testing.assert_allclose(applied(augment.hue((turns, turns)), images), expected, atol=2e-6)
+    np.testing.assert_allclose(eager(augment.hue((turns, turns)), images), expected, atol=2e-6)
 
 
 def test_a_third_of_a_turn_takes_red_to_green():

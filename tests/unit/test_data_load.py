@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import time
 import zlib
 from pathlib import Path
 
@@ -229,7 +228,7 @@ def test_loading_imports_neither_jax_nor_tensorflow(cache):
         heavy = lambda: {"jax", "tensorflow", "grain", "tensorflow_datasets", "sklearn"} & set(sys.modules)
         data.load("digits", "train", cache_dir=sys.argv[1])  # from the cache
         print(sorted(heavy()))
-        data.stream("digits", "train", 4, 0, cache_dir=sys.argv[1])(0)  # decodes
+        data.streamed("digits", "train", 4, 0, cache_dir=sys.argv[1])(0)  # decodes
         print(sorted(heavy()))
     """
     command = [sys.executable, "-c", textwrap.dedent(program), cache]
@@ -256,19 +255,14 @@ def test_a_set_beyond_the_budget_is_refused(cache, times):
 def test_mnist_is_what_tfds_reads(tfds_dir, tmp_path):
     import tensorflow_datasets as tfds
 
-    began = time.monotonic()
-    train, test = (data.load("mnist", split, tfds_dir, str(tmp_path)) for split in ("train", "test"))
-    decoded = time.monotonic()
-    again = data.load("mnist", "train", tfds_dir, str(tmp_path))
-    print(f"decoding mnist took {decoded - began:.1f} s, loading it again {time.monotonic() - decoded:.4f} s")
-    assert train["image"].shape == again["image"].shape == (60000, 28, 28, 1)
+    test = data.load("mnist", "test", tfds_dir, str(tmp_path))
     assert test["image"].shape == (10000, 28, 28, 1)
-    assert train["image"].dtype == np.uint8
-    counts = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]  # as published
-    assert np.bincount(train["label"]).tolist() == counts
+    assert test["image"].dtype == np.uint8
+    counts = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]  # as published
+    assert np.bincount(test["label"]).tolist() == counts
     assert data.info("mnist", tfds_dir, str(tmp_path)).classes == 10
-    source = tfds.data_source("mnist", data_dir=tfds_dir, split="train")
-    for i in (0, 1, 255, 256, 31111, 59999):
-        np.testing.assert_array_equal(train["image"][i], source[i]["image"])
-        assert train["label"][i] == source[i]["label"]
+    source = tfds.data_source("mnist", data_dir=tfds_dir, split="test")
+    for i in (0, 1, 255, 256, 5555, 9999):
+        np.testing.assert_array_equal(test["image"][i], source[i]["image"])
+        assert test["label"][i] == source[i]["label"]
     assert json.dumps(data.info("mnist", tfds_dir, str(tmp_path)).splits) == '{"train": 60000, "test": 10000}'

@@ -1,6 +1,5 @@
 """The commands that prepare and list data sets."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import tensorflow_datasets as tfds
 
 from dl_jax import data
 from dl_jax.core.errors import InputError
+from dl_jax.data.__main__ import main
 from dl_jax.data.prepare import prepare
 
 
@@ -54,9 +54,15 @@ def quiet():
     tfds.enable_progress_bar()
 
 
-def command(*args: str, **env: str) -> subprocess.CompletedProcess:
-    line = [sys.executable, "-m", "dl_jax.data", *args]
-    return subprocess.run(line, capture_output=True, text=True, env=os.environ | env)
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs `python -m dl_jax.data` within this process; gives (exit status, stdout, stderr)."""
+
+    def run(*args: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dl_jax.data", *args])
+        return (main(), *capsys.readouterr())
+
+    return run
 
 
 def test_preparing_makes_a_set_that_loads(tmp_path):
@@ -87,21 +93,21 @@ def test_a_failing_download_is_one_line(tmp_path):
         prepare("dl_jax_offline", str(tmp_path))
 
 
-def test_the_commands(tmp_path):
+def test_the_commands(command, tmp_path, monkeypatch):
     here = str(tmp_path / "tfds")
-    prepare("dl_jax_words", here)
-    listed = command("list", TFDS_DATA_DIR=here)
-    assert listed.returncode == 0
-    assert listed.stdout == f"1 prepared in {here}; digits is always there\ndl_jax_words 1.0.0: train 3\n"
-    again = command("prepare", "dl_jax_words", "--data-dir", here)
-    assert (again.returncode, again.stdout) == (0, "dl_jax_words 1.0.0: train 3\n")
-    bundled = command("prepare", "digits", XDG_CACHE_HOME=str(tmp_path / "cache"))
-    assert (bundled.returncode, bundled.stdout) == (0, "digits 1.0.0: train 1437, test 360\n")
+    assert command("prepare", "dl_jax_words", "--data-dir", here)[0] == 0
+    monkeypatch.setenv("TFDS_DATA_DIR", here)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    status, out, _ = command("list")
+    assert (status, out) == (0, f"1 prepared in {here}; digits is always there\ndl_jax_words 1.0.0: train 3\n")
+    assert command("prepare", "dl_jax_words", "--data-dir", here)[:2] == (0, "dl_jax_words 1.0.0: train 3\n")
+    assert command("prepare", "digits")[:2] == (0, "digits 1.0.0: train 1437, test 360\n")
     assert Path(tmp_path, "cache", "dl_jax", "tfds", "digits", "1.0.0").is_dir()
 
 
 def test_an_unknown_set_exits_with_status_2(tmp_path):
-    failed = command("prepare", "mnits", "--data-dir", str(tmp_path))
+    line = [sys.executable, "-m", "dl_jax.data", "prepare", "mnits", "--data-dir", str(tmp_path)]
+    failed = subprocess.run(line, capture_output=True, text=True)
     assert failed.returncode == 2
     assert failed.stdout == ""
     assert failed.stderr.startswith("error: data set mnits is unknown to TFDS")

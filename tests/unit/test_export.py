@@ -41,15 +41,22 @@ class Case(NamedTuple):
         return tuple(each[rows] for each in self.inputs)
 
 
+def drawn(model: Any, inputs: dict[str, Any]) -> Any:
+    """Variables from NumPy: to compile an initialisation would take longer than the export."""
+    rng = np.random.default_rng(0)
+    draw = lambda leaf: (rng.normal(size=leaf.shape) / np.sqrt(max(10, leaf.size // leaf.shape[-1]))).astype(np.float32)
+    return jax.tree.map(draw, jax.eval_shape(lambda key: model.init(key, **inputs, train=False), jax.random.key(0)))
+
+
 def classifier(name: str, examples: dict[str, Any]) -> Case:
     model, inputs = examples[name]
-    variables = jax.jit(lambda key: model.init(key, **inputs, train=False))(jax.random.key(0))
+    variables = drawn(model, inputs)
     return Case(lambda variables, *x: model.apply(variables, *x, train=False), variables, tuple(inputs.values()))
 
 
 def decoder(name: str) -> Case:
     model, inputs = vae.examples()[name]
-    variables = jax.jit(lambda key: model.init(key, **inputs, train=False))(jax.random.key(0))
+    variables = drawn(model, inputs)
     z = np.random.default_rng(1).standard_normal((3, model.latents), np.float32)
     return Case(lambda variables, z: model.apply(variables, z, method="decode"), variables, (z,))
 
@@ -63,7 +70,6 @@ CASES: dict[str, Callable[[], Case]] = {
     "LeNetCaffe": lambda: classifier("LeNetCaffe", lenet.examples()),
     "LeNet300": lambda: classifier("LeNet300", lenet.examples()),
     "LSTM classifier": lambda: classifier("SequenceClassifier", rnn.examples()),
-    "VAE decoder": lambda: decoder("VAE"),
     "ConvVAE decoder": lambda: decoder("ConvVAE"),
 }
 
@@ -94,6 +100,14 @@ def exported(tmp_path_factory) -> Callable[[str], Exported]:
 
 
 @pytest.fixture(scope="module")
+def convolutional(tmp_path_factory) -> tuple[Case, Path]:
+    """LeNetCaffe as StableHLO."""
+    case, file = CASES["LeNetCaffe"](), tmp_path_factory.mktemp("convolutional") / "model"
+    stablehlo.export(*case, file)
+    return case, file
+
+
+@pytest.fixture(scope="module")
 def small() -> Case:
     draw = np.random.default_rng(2).standard_normal
     return Case(affine, {"kernel": draw((4, 5), np.float32), "bias": draw(5, np.float32)}, (draw((3, 4), np.float32),))
@@ -119,27 +133,25 @@ OPEN_AND_CALL = """
 import sys
 import numpy as np
 from dl_jax.export import stablehlo
-for folder in sys.argv[1:]:
-    inputs = np.load(f"{folder}/inputs.npz")
-    np.save(f"{folder}/outputs.npy", stablehlo.load(f"{folder}/model")(*[inputs[name] for name in inputs.files]))
+for file in sys.argv[1:]:
+    inputs = np.load(f"{file}.npz")
+    np.save(f"{file}.npy", stablehlo.load(file)(*[inputs[name] for name in inputs.files]))
 assert not {"flax", "dl_jax.models"} & set(sys.modules)
 """
 
 
-def test_stablehlo_gives_the_same_bits_in_another_process(tmp_path):
-    found = {}
-    for name in ("LeNet5", "LeNet300", "LSTM classifier", "ConvVAE decoder"):
-        case, folder = CASES[name](), tmp_path / name
-        folder.mkdir()
-        stablehlo.export(*case, folder / "model")
+def test_stablehlo_gives_the_same_bits_in_another_process(convolutional, tmp_path):
+    recurrent, found = CASES["LSTM classifier"](), {}
+    stablehlo.export(*recurrent, tmp_path / "model")
+    for case, file in (convolutional, (recurrent, tmp_path / "model")):
         inputs = case.batch(7)
-        np.savez(folder / "inputs.npz", *inputs)
-        found[folder] = np.asarray(stablehlo.load(folder / "model")(*inputs))
+        np.savez(f"{file}.npz", *inputs)
+        found[file] = np.asarray(stablehlo.load(file)(*inputs))
         expected = case.reference(*inputs)
-        np.testing.assert_allclose(found[folder], expected, atol=1e-6 * max(1, np.abs(expected).max()), rtol=0)
+        np.testing.assert_allclose(found[file], expected, atol=1e-6 * max(1, np.abs(expected).max()), rtol=0)
     subprocess.run([sys.executable, "-c", OPEN_AND_CALL, *map(str, found)], check=True, timeout=300)
-    for folder, expected in found.items():
-        np.testing.assert_array_equal(np.load(folder / "outputs.npy"), expected, strict=True)
+    for file, expected in found.items():
+        np.testing.assert_array_equal(np.load(f"{file}.npy"), expected, strict=True)
 
 
 def test_stablehlo_takes_any_batch_and_can_be_part_of_a_program(small, hlo):
@@ -151,10 +163,9 @@ def test_stablehlo_takes_any_batch_and_can_be_part_of_a_program(small, hlo):
     np.testing.assert_allclose(jax.jit(lambda x: predict(2 * x).sum(-1))(x), small.reference(2 * x).sum(-1), rtol=1e-6)
 
 
-def test_stablehlo_is_for_three_platforms_with_a_plain_convolution_beside_the_one_for_cpus(tmp_path):
-    case = CASES["LeNetCaffe"]()
-    stablehlo.export(*case, tmp_path / "model")
-    exported = jax.export.deserialize(bytearray((tmp_path / "model").read_bytes()[stablehlo.HEADER.size :]))
+def test_stablehlo_is_for_three_platforms_with_a_plain_convolution_beside_the_one_for_cpus(convolutional):
+    _, file = convolutional
+    exported = jax.export.deserialize(bytearray(file.read_bytes()[stablehlo.HEADER.size :]))
     assert exported.platforms == ("cpu", "cuda", "tpu")
     convolutions = re.findall(r"= stablehlo.convolution\(.*: \((tensor\S+), ", exported.mlir_module())
     assert set(convolutions) == {"tensor<?x28x28x1xf32>", "tensor<?x12x12x20xf32>"}
@@ -246,7 +257,7 @@ def test_onnx_computes_the_same(name, exported):
     case, file, difference = exported(name)
     assert 0 <= difference <= 1e-5
     predict = onnx.load(file)
-    for size in (1, 2, 5):
+    for size in (1, 5) if name == "LeNet300" else (5,):
         inputs = case.batch(size)
         found, expected = predict(*inputs), case.reference(*inputs)
         assert (found.shape, found.dtype) == (expected.shape, expected.dtype)

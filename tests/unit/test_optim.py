@@ -96,7 +96,7 @@ def shrunk(z, t, l1, l2):
     """The new parameters from `z`, reached by the chain before, starting at 0.7."""
     tx = optim.proximal_elastic_net(t, l1, l2, where=everything)
     params = jnp.full_like(z, 0.7)
-    updates, _ = jax.jit(tx.update)(z - params, tx.init(params), params)
+    updates, _ = tx.update(z - params, tx.init(params), params)  # jitted it would be compiled for each penalty
     return optax.apply_updates(params, updates)
 
 

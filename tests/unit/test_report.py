@@ -99,7 +99,7 @@ def test_a_sound_file_is_left_as_it_is(tmp_path):
 def test_sigkill_loses_no_written_line(tmp_path):
     script = textwrap.dedent("""
         import os, signal, sys
-        from dl_jax.report import JsonLines
+        from dl_jax.harness.report.writers import JsonLines
         sink = JsonLines(sys.argv[1], 0)
         for step in range(1, 4): sink.write(step, {"loss": 1.0})
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,7 +1,8 @@
-"""Trains a small network undisturbed, then while killing it with SIGKILL at random steps; prints both digests.
+"""Trains a small network undisturbed, then while killing it with SIGKILL; prints both digests.
 
     python killed.py FOLDER KILLS SEED
 
+The run is cut into as many parts as there are kills, and each is at a random step of its part.
 Imports once and forks for every attempt. One CPU: with more, a sum's order depends on which thread is first.
 """
 
@@ -54,7 +55,7 @@ def train(folder: str, report) -> None:
     tx = optax.adamw(optim.warmup_cosine(1e-2, STEPS))
     variables = jax.jit(lambda key: Net().init(key, RECORDS["image"][:1], train=False))(jax.random.key(0))
     state = init_state(jax.random.key(1), variables, tx)
-    stream = data.batches(RECORDS, 16, seed=2)
+    stream = data.shuffled(RECORDS, 16, seeds=2)
     run = Run(epath.Path(folder), Settings(checkpoint_every=4))
     state = fit(
         make_step(losses.with_batch(loss, augment.compose(augment.flip(), augment.noise(0.1))), tx),
@@ -98,7 +99,8 @@ def attempt(folder: str, kill_at: int | None) -> tuple[int, int]:
 def main() -> None:
     folder, kills, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     undisturbed = attempt(f"{folder}/undisturbed", None)
-    steps = sorted(random.Random(seed).sample(range(2, STEPS), kills))
+    chance, part = random.Random(seed), (STEPS - 2) // kills
+    steps = [2 + i * part + chance.randrange(part) for i in range(kills)]
     attempts = [attempt(f"{folder}/killed", step) for step in [*steps, None]]
     digests = [(epath.Path(folder) / name / "digest").read_text() for name in ("undisturbed", "killed")]
     print(json.dumps({"undisturbed": undisturbed, "steps": steps, "attempts": attempts, "digests": digests}))

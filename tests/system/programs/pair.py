@@ -1,0 +1,101 @@
+"""One of two processes with two devices each. They join once, and then do one thing after the other:
+
+    python pair.py COORDINATOR PROCESS_ID FOLDER EXPERIMENT...
+
+trains a small network in FOLDER/trained, runs the smoke preset of each EXPERIMENT in a folder of its name, and trains
+again, in FOLDER/told, until it is told to end. What an experiment prints goes to FOLDER/<its name>.<process>. With no
+experiment process 1 fails at step 3 of the first training.
+"""
+
+import sys
+
+import jax
+
+if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", 2)  # before anything asks for a device
+
+import contextlib
+import dataclasses
+import json
+import runpy
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+
+from dl_jax import data, losses
+from dl_jax.core.fit import fit
+from dl_jax.core.step import init_state, make_step
+from dl_jax.harness.launch import leave, preemption
+from dl_jax.harness.machine import initialize
+from dl_jax.harness.run import PREEMPTED, Preempted, Run, Settings
+
+ROOT = Path(__file__).parents[3]
+RECORDS = {
+    "x": np.random.default_rng(0).normal(size=(64, 5)).astype(np.float32),
+    "label": np.random.default_rng(1).integers(0, 3, 64).astype(np.int32),
+}
+
+
+def loss(variables, batch, key):
+    logits = batch["x"] @ variables["params"]["w"] + 0.1 * jax.random.normal(key, (len(batch["x"]), 3))
+    return losses.cross_entropy(logits, batch["label"]).mean(), ({}, {})
+
+
+def train(folder: Path, steps: int, distributed: bool, before: Callable[[int], None] = lambda step: None) -> list:
+    """The weights after `steps` on all devices; `before` is called with the number of each step."""
+    tx = optax.adam(0.05)
+    state = init_state(jax.random.key(0), {"params": {"w": jnp.zeros((5, 3))}}, tx)
+    stream = data.shuffled(RECORDS, 16, seeds=3)
+    told = dataclasses.replace(stream, read=lambda step, rows: (before(step), stream.read(step, rows))[1])
+    settings = Settings(checkpoint_every=5, preempted=preemption(True)) if distributed else Settings(checkpoint_every=5)
+    with contextlib.closing(Run(epath.Path(folder), settings)) as run:
+        state = fit(make_step(loss, tx), state, told, steps=steps, run=run, every=4)
+    return np.asarray(state.params["w"].addressable_data(0)).tolist()
+
+
+def experiment(name: str, folder: Path, address: str, process: int) -> None:
+    """As from its command line, but that this process has joined the other before and does not leave it."""
+    script = str(ROOT / "experiments" / f"{name}.py")
+    sys.argv = [script, "--preset", "smoke", "--seeds", "1", "--workdir", str(folder / name)]
+    sys.argv += ["--coordinator", address, "--processes", "2", "--process-id", str(process)]
+    said = folder / f"{name}.{process}"
+    said.parent.mkdir(parents=True, exist_ok=True)
+    with said.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            if end.code:
+                raise
+
+
+def main(address: str, process: int, folder: Path, experiments: Sequence[str]) -> None:
+    initialize(address, 2, process)
+
+    def fail(step: int) -> None:
+        if process == 1 and step == 3 and not experiments:
+            raise RuntimeError("a bug in one process")
+
+    try:
+        weights = train(folder / "trained", 12, True, fail)
+    except RuntimeError as error:
+        print(error, file=sys.stderr, flush=True)
+        leave(1, True)
+    (folder / f"weights.{process}").write_text(json.dumps(weights))
+    joined, jax.distributed.initialize = jax.distributed.initialize, lambda *given, **options: None
+    left, jax.distributed.shutdown = jax.distributed.shutdown, lambda: None
+    for name in experiments:
+        experiment(name, folder, address, process)
+    jax.distributed.initialize, jax.distributed.shutdown = joined, left
+    try:
+        train(folder / "told", 100_000, True, lambda step: time.sleep(0.01))
+    except Preempted:
+        leave(PREEMPTED, True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
