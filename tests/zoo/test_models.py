@@ -93,6 +93,7 @@ def test_one_row_known_when_traced_and_seeds_as_an_axis(name):
     found = jit(jax.vmap(lambda variables: model.apply(variables, **alone, train=False)))(members)
     for leaf, *expected in zip(*map(jax.tree.leaves, (found, output, predict(others, inputs))), strict=True):
         for member, whole in zip(leaf, expected, strict=True):
+            assert member.shape == whole[:1].shape
             np.testing.assert_allclose(member, whole[:1], atol=1e-4)
 
 
