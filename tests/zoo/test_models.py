@@ -1,12 +1,15 @@
 """Checks that every model of the zoo must pass, found by walking `dl_jax.models`, then each model's own."""
 
+import functools
 import importlib
 import pkgutil
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import jit, shapes
 
 from dl_jax import models
 from dl_jax.core.errors import InputError
@@ -29,12 +32,22 @@ zoo = pytest.mark.parametrize("name", EXAMPLES)
 KEYS = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
 
 
-def initialised(model, inputs):
-    return jax.jit(lambda: model.init(KEYS, **inputs, train=False))()
+class Example(NamedTuple):
+    """What all checks of a model share, so that each of these is traced and compiled once."""
+
+    model: Any
+    inputs: dict[str, Any]
+    variables: Any  # as the model starts
+    predict: Any  # (variables, inputs) -> outputs, compiled for the shapes of `inputs`
+    output: Any  # of `variables` and `inputs`
 
 
-def predict(model, variables, inputs):
-    return jax.jit(lambda variables, inputs: model.apply(variables, **inputs, train=False))(variables, inputs)
+@functools.cache
+def example(name) -> Example:
+    model, inputs = EXAMPLES[name]
+    variables = jit(lambda: model.init(KEYS, **inputs, train=False))()
+    predict = jit(lambda variables, inputs: model.apply(variables, **inputs, train=False))
+    return Example(model, inputs, variables, predict, predict(variables, inputs))
 
 
 def count(tree):
@@ -43,17 +56,17 @@ def count(tree):
 
 @zoo
 def test_parameters_are_float32_whatever_it_computes_in(name):
-    model, inputs = EXAMPLES[name]
-    for dtype in (jnp.float32, jnp.bfloat16):
-        variables = initialised(model.clone(dtype=dtype), inputs)
-        assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    model, inputs, variables, *_ = example(name)
+    half = shapes(model.clone(dtype=jnp.bfloat16), **inputs, train=False)
+    for tree in (variables, half):
+        assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype("float32")}
+    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, half)
 
 
 @zoo
 def test_half_precision_is_used_and_near(name):
-    model, inputs = EXAMPLES[name]
-    variables = initialised(model, inputs)
-    full, half = (predict(model.clone(dtype=dtype), variables, inputs) for dtype in (jnp.float32, jnp.bfloat16))
+    model, inputs, variables, _, full = example(name)
+    half = jit(lambda v, inputs: model.clone(dtype=jnp.bfloat16).apply(v, **inputs, train=False))(variables, inputs)
     for one, other in zip(jax.tree.leaves(half), jax.tree.leaves(full), strict=True):
         assert one.dtype == other.dtype == jnp.float32
         assert (one != other).any()
@@ -61,92 +74,86 @@ def test_half_precision_is_used_and_near(name):
 
 
 @zoo
-def test_compiled_equals_eager(name):
-    model, inputs = EXAMPLES[name]
-    variables = model.init(KEYS, **inputs, train=False)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), variables, initialised(model, inputs))
-    eager = model.apply(variables, **inputs, train=False)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), eager, predict(model, variables, inputs))
-
-
-@zoo
 def test_a_row_depends_on_itself_alone(name):
-    model, inputs = EXAMPLES[name]
-    variables = initialised(model, inputs)
-    others = jax.tree.map(lambda x: x[::-1].copy(), inputs)
-    mixed = jax.tree.map(lambda x, y: np.concatenate([x[:1], y[1:]]), inputs, others)
-    alone = jax.tree.map(lambda x: x[:1], inputs)
-    output = predict(model, variables, inputs)
-    for leaf, same, single in zip(
-        *(jax.tree.leaves(o) for o in (output, predict(model, variables, mixed), predict(model, variables, alone))),
-        strict=True,
-    ):
+    _, inputs, variables, predict, output = example(name)
+    mixed = jax.tree.map(lambda x: np.concatenate([x[:1], x[::-1][1:]]), inputs)
+    for leaf, same in zip(*map(jax.tree.leaves, (output, predict(variables, mixed))), strict=True):
         assert len(leaf) == len(jax.tree.leaves(inputs)[0])
         np.testing.assert_array_equal(leaf[0], same[0])
-        np.testing.assert_allclose(leaf[:1], single, atol=1e-4)
         assert (leaf[1:] != leaf[0]).any()
 
 
 @zoo
-def test_gradients_are_finite_and_reach_every_parameter(name):
-    model, inputs = EXAMPLES[name]
-    variables = initialised(model, inputs)
+def test_one_row_known_when_traced_and_seeds_as_an_axis(name):
+    """A batch of one, whose values the model sees in Python, under `vmap` over two sets of variables."""
+    model, inputs, variables, predict, output = example(name)
+    alone = jax.tree.map(lambda x: x[:1], inputs)
+    others = jax.tree.map(lambda leaf: np.float32(0.7) * leaf, variables)
+    members = jax.tree.map(lambda *leaves: np.stack(leaves), variables, others)
+    found = jit(jax.vmap(lambda variables: model.apply(variables, **alone, train=False)))(members)
+    for leaf, *expected in zip(*map(jax.tree.leaves, (found, output, predict(others, inputs))), strict=True):
+        for member, whole in zip(leaf, expected, strict=True):
+            assert member.shape == whole[:1].shape
+            np.testing.assert_allclose(member, whole[:1], atol=1e-4)
+
+
+@zoo
+def test_training_reaches_every_parameter_with_finite_gradients(name):
+    model, inputs, variables, _, still = example(name)
 
     def loss(params):
         output = model.apply({**variables, "params": params}, **inputs, train=True, rngs=KEYS, mutable=True)[0]
-        return sum((leaf**2).sum() for leaf in jax.tree.leaves(output))
+        return sum((leaf**2).sum() for leaf in jax.tree.leaves(output)), output
 
-    for path, gradient in jax.tree.leaves_with_path(jax.jit(jax.grad(loss))(variables["params"])):
+    gradients, output = jit(jax.grad(loss, has_aux=True))(variables["params"])
+    for path, gradient in jax.tree.leaves_with_path(gradients):
         assert np.isfinite(gradient).all(), path
         assert gradient.any(), path
+    if any(getattr(model, rate, 0) for rate in ("dropout", "input_dropout")):
+        moved = [abs(a - b).max() / abs(b).max() for a, b in zip(*map(jax.tree.leaves, (output, still)), strict=True)]
+        assert max(moved) > 1e-3
 
 
 @zoo
 def test_classifiers_give_one_logit_per_class(name):
-    model, inputs = EXAMPLES[name]
+    model, inputs, *_, output = example(name)
     if not hasattr(model, "classes"):
         pytest.skip("not a classifier")
-    assert predict(model, initialised(model, inputs), inputs).shape == (len(jax.tree.leaves(inputs)[0]), model.classes)
+    assert output.shape == (len(jax.tree.leaves(inputs)[0]), model.classes)
 
 
 def test_input_dropout_hides_pixels_and_only_in_training():
-    model, inputs = MLP(hidden=(), classes=1, input_dropout=0.25), {"image": np.ones((1, 50, 80, 1), np.float32)}
+    model, image = MLP(hidden=(), classes=1, input_dropout=0.25), np.ones((1, 50, 80, 1), np.float32)
     variables = {"params": {"Dense_0": {"kernel": jnp.ones((4000, 1)), "bias": jnp.zeros(1)}}}
-    shown = model.apply(variables, **inputs, train=True, rngs={"dropout": jax.random.key(0)})
+    shown, whole = jit(
+        lambda v: [model.apply(v, image, train=train, rngs={"dropout": jax.random.key(0)}) for train in (True, False)]
+    )(variables)
     assert abs(float(shown[0, 0]) - 4000) > 1  # a draw of 4,000 pixels, each kept with probability 3/4 at 4/3
     assert abs(float(shown[0, 0]) - 4000) < 5 * 4 / 3 * np.sqrt(4000 * 3 / 16)
-    np.testing.assert_allclose(predict(model, variables, inputs), [[4000]])
+    np.testing.assert_allclose(whole, [[4000]])
 
 
 def test_dropout_follows_its_key_and_only_in_training():
-    model, inputs = MLP(hidden=(32,), dropout=0.5), {"image": np.ones((2, 4, 4, 1), np.float32)}
-    variables = initialised(model, inputs)
-
-    def train(key):
-        return model.apply(variables, **inputs, train=True, rngs={"dropout": jax.random.key(key)})
-
-    np.testing.assert_array_equal(train(0), train(0))
-    assert (train(0) != train(1)).any()
-    np.testing.assert_array_equal(
-        predict(model, variables, inputs), predict(model.clone(dropout=0.0), variables, inputs)
-    )
+    model, inputs, variables, _, still = example("vision.mlp.MLP")
+    train = jit(lambda key: model.apply(variables, **inputs, train=True, rngs={"dropout": key}))
+    np.testing.assert_array_equal(train(jax.random.key(0)), train(jax.random.key(0)))
+    assert (train(jax.random.key(0)) != train(jax.random.key(1))).any()
+    never = jit(lambda: model.clone(dropout=0.0).apply(variables, **inputs, train=True))()
+    np.testing.assert_allclose(never, still, atol=1e-6)
 
 
 def test_mlp_against_numpy():
-    model, inputs = EXAMPLES["mlp.MLP"]
-    params = initialised(model, inputs)["params"]
+    _, inputs, variables, predict, _ = example("vision.mlp.MLP")
+    params = jax.tree.map(lambda leaf: leaf + np.float32(0.1), variables["params"])
     x = inputs["image"].reshape(3, -1).astype(np.float64)
     for layer in ("Dense_0", "Dense_1"):
         x = np.maximum(x @ params[layer]["kernel"] + params[layer]["bias"], 0)
     x = x @ params["Dense_2"]["kernel"] + params["Dense_2"]["bias"]
-    np.testing.assert_allclose(predict(model, {"params": params}, inputs), x, atol=1e-5)
-
-
-IMAGE = {"image": np.random.default_rng(1).random((2, 28, 28, 1), np.float32)}
+    np.testing.assert_allclose(predict({"params": params}, inputs), x, atol=1e-5)
 
 
 def test_lenet5_has_the_papers_parameters():
-    params = initialised(LeNet5(), IMAGE)["params"]
+    params = example("vision.lenet.LeNet5").variables["params"]
     counts = {"C1": 156, "S2": 12, "C3": 1_516, "S4": 32, "C5": 48_120, "F6": 10_164}
     assert {name: count(layer) for name, layer in params.items()} == counts
     assert count(params) == 60_000
@@ -165,7 +172,7 @@ def test_the_connection_table():
 
 
 def test_lenet5_starts_as_the_paper_says():
-    params = initialised(LeNet5(), IMAGE)["params"]
+    params = example("vision.lenet.LeNet5").variables["params"]
     kernels = {"C1": 25, "C5": 400, "F6": 120}
     for layer, fan_in in kernels.items():
         largest = abs(params[layer]["kernel"]).max() * fan_in
@@ -210,15 +217,16 @@ def lenet5_in_numpy(params, image):
 
 
 def test_lenet5_against_numpy():
-    params = jax.tree.map(lambda leaf: 3 * leaf + 0.1, initialised(LeNet5(), IMAGE)["params"])
-    expected = [lenet5_in_numpy(params, image) for image in IMAGE["image"]]
-    np.testing.assert_allclose(predict(LeNet5(), {"params": params}, IMAGE), expected, rtol=1e-5)
+    _, inputs, variables, predict, _ = example("vision.lenet.LeNet5")
+    params = jax.tree.map(lambda leaf: 3 * leaf + np.float32(0.1), variables["params"])
+    expected = [lenet5_in_numpy(params, image) for image in inputs["image"]]
+    np.testing.assert_allclose(predict({"params": params}, inputs), expected, rtol=1e-5)
 
 
 def test_lenet5_takes_the_border_or_adds_it():
-    params = initialised(LeNet5(), IMAGE)
-    wide = {"image": np.pad(IMAGE["image"], ((0, 0), (2, 2), (2, 2), (0, 0)))}
-    np.testing.assert_array_equal(predict(LeNet5(), params, wide), predict(LeNet5(), params, IMAGE))
+    _, inputs, variables, predict, output = example("vision.lenet.LeNet5")
+    wide = np.pad(inputs["image"], ((0, 0), (2, 2), (2, 2), (0, 0)))
+    np.testing.assert_array_equal(predict(variables, {"image": wide}), output)
 
 
 @pytest.mark.parametrize(
@@ -231,14 +239,14 @@ def test_lenet5_takes_the_border_or_adds_it():
 )
 def test_lenet5_refuses_what_the_paper_does_not_define(model, shape, message):
     with pytest.raises(InputError, match=message):
-        model.init(jax.random.key(0), np.zeros((1, *shape), np.float32), train=False)
+        shapes(model, np.zeros((1, *shape), np.float32), train=False)
 
 
 @pytest.mark.parametrize("hidden", [(0,), (16, -8)])
 @pytest.mark.parametrize("model", [MLP, Discriminator, Generator])
 def test_a_layer_without_units_is_refused(model, hidden):
     with pytest.raises(InputError, match=f"hidden is {min(hidden)}, expected more than 0"):
-        model(hidden).init(jax.random.key(0), np.zeros((1, 4), np.float32), train=False)
+        shapes(model(hidden), np.zeros((1, 4), np.float32), train=False)
 
 
 def test_digit_codes():
@@ -253,40 +261,55 @@ def test_digit_codes():
 
 
 def test_map_loss_against_the_equation():
-    penalties, labels, j = np.array([[1.0, 3.0, 2.0], [90.0, 80.0, 85.0]]), np.array([0, 1]), 1.5
+    penalties, labels, j = np.array([[1.0, 3.0, 2.0], [90.0, 80.0, 85.0]], np.float32), np.array([0, 1]), 1.5
     expected = [y[d] + np.log(np.exp(-j) + np.exp(-y).sum()) for y, d in zip(penalties, labels, strict=True)]
-    np.testing.assert_allclose(lenet.map_loss(jnp.array(-penalties), jnp.array(labels), j), expected, rtol=1e-5)
-    gradient = jax.grad(lambda logits: lenet.map_loss(logits, jnp.array(labels), j).sum())(jnp.array(-penalties))
+
+    def loss(logits):
+        each = lenet.map_loss(logits, labels, j)
+        return each.sum(), each
+
+    gradient, found = jit(jax.grad(loss, has_aux=True))(-penalties)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
     posterior = np.exp(-penalties) / (np.exp(-j) + np.exp(-penalties).sum(1, keepdims=True))
     np.testing.assert_allclose(gradient, posterior - np.eye(3)[labels], atol=1e-6)
 
 
 def test_map_loss_without_rubbish_is_cross_entropy():
-    logits, labels = jnp.array([[1.0, 3.0, 2.0]]), jnp.array([2])
-    cross_entropy = -jax.nn.log_softmax(logits)[0, 2]
-    np.testing.assert_allclose(lenet.map_loss(logits, labels, 1e9), [cross_entropy], rtol=1e-6)
+    logits, labels = np.array([[1.0, 3.0, 2.0]], np.float32), np.array([2])
+    cross_entropy = np.log(np.exp(logits).sum()) - logits[0, 2]
+    found = jit(lambda logits: lenet.map_loss(logits, labels, 1e9))(logits)
+    np.testing.assert_allclose(found, [cross_entropy], rtol=1e-6)
 
 
 def test_parameter_counts_of_the_pruning_nets():
-    assert count(initialised(LeNet300(), IMAGE)) == 266_610
-    caffe = initialised(LeNetCaffe(), IMAGE)["params"]
+    image = np.zeros((1, 28, 28, 1), np.float32)
+    assert count(shapes(LeNet300(), image, train=False)) == 266_610
+    caffe = shapes(LeNetCaffe(), image, train=False)["params"]
     assert count(caffe) == 431_080
     assert sum(layer["kernel"].size for layer in caffe.values()) == 430_500
 
 
+def test_caffe_variant_starts_as_caffes_xavier():
+    for layer in example("vision.lenet.LeNetCaffe").variables["params"].values():
+        largest = np.sqrt(3 / np.prod(layer["kernel"].shape[:-1]))
+        assert 0.95 * largest < abs(layer["kernel"]).max() <= largest
+        assert not layer["bias"].any()
+
+
 def test_caffe_variant_is_linear_before_its_dense_layers():
     """ReLU only after the first dense layer: where its units are all on, the net is linear along a ray but for max."""
-    params = initialised(LeNetCaffe(), IMAGE)["params"]
-    params["Dense_0"]["bias"] = params["Dense_0"]["bias"] + 1e3
+    _, inputs, variables, predict, _ = example("vision.lenet.LeNetCaffe")
+    params = {**variables["params"]}
+    params["Dense_0"] = {**params["Dense_0"], "bias": params["Dense_0"]["bias"] + 1e3}
     zero, one, two = (
-        predict(LeNetCaffe(), {"params": params}, {"image": scale * IMAGE["image"]}) for scale in (0.0, 1.0, 2.0)
+        predict({"params": params}, {"image": np.float32(scale) * inputs["image"]}) for scale in (0, 1, 2)
     )
     np.testing.assert_allclose(two - one, one - zero, atol=1e-2)
     assert (abs(one - zero) > 0.1).any()
 
 
 def test_lenet5_trains_on_an_accelerator_with_plain_convolutions():
-    variables = initialised(LeNet5(), IMAGE)
+    _, inputs, variables, *_ = example("vision.lenet.LeNet5")
     gradient = jax.jit(jax.grad(lambda v, x: LeNet5().apply(v, x, train=True).sum()))
-    text = gradient.trace(variables, IMAGE["image"]).lower(lowering_platforms=("tpu",)).as_text()
+    text = gradient.trace(variables, inputs["image"]).lower(lowering_platforms=("tpu",)).as_text()
     assert text.count("stablehlo.convolution") == 5  # C1 and C3 forward, their kernels' gradients, C3's input's

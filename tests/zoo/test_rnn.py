@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from quick import drawn, jit, shapes
 
 from dl_jax.core import devices
 from dl_jax.core.errors import InputError
@@ -30,14 +31,14 @@ def carry_of(model, batch=3):
     return jax.tree.map(lambda leaf: draw(*leaf.shape, seed=2), model.initial_carry(batch))
 
 
-def initialised(model, x=X):
-    """Parameters three times as large as at the start, so that the gates differ."""
-    variables = jax.jit(lambda: model.init(jax.random.key(0), x, train=False))()
-    return jax.tree.map(lambda leaf: 3 * leaf, variables)
+def weights(model, x=X):
+    """Parameters about three times as large as at the start, so that the gates differ."""
+    return drawn(model, x, spread=1.3, train=False)
 
 
-def compiled(model, variables, *inputs, train=False, rngs=None):
-    return jax.jit(lambda *arguments: model.apply(*arguments, train=train, rngs=rngs))(variables, *inputs)
+@functools.cache
+def compiled(model):
+    return jit(lambda variables, *inputs: model.apply(variables, *inputs, train=False))
 
 
 def assert_close(actual, expected, tolerance=2e-5):
@@ -78,8 +79,8 @@ def in_numpy(cell, params, x, state):
 @each_cell
 def test_a_layer_is_its_equations(cell):
     model = Recurrent(cell, 5)
-    variables, carry = initialised(model), carry_of(model)
-    y, last = compiled(model, variables, X, None, carry)
+    variables, carry = weights(model), carry_of(model)
+    y, last = compiled(model)(variables, X, None, carry)
     for row in range(3):
         state = jax.tree.map(lambda leaf, row=row: leaf[row], carry[0])
         outputs, state = in_numpy(cell, variables["params"]["forward_0"], X[row], state)
@@ -90,8 +91,8 @@ def test_a_layer_is_its_equations(cell):
 def test_layers_and_directions_are_layers_side_by_side(cell):
     """The second layer reads both outputs of the first; backward is forward over the reversed sequence."""
     model = Recurrent(cell, 5, layers=2, bidirectional=True)
-    variables, carry = initialised(model), carry_of(model)
-    y, last = compiled(model, variables, X, None, carry)
+    variables, carry = weights(model), carry_of(model)
+    y, last = compiled(model)(variables, X, None, carry)
     for row in range(3):
         x, states = X[row], iter(jax.tree.map(lambda leaf, row=row: leaf[row], carry))
         expected = []
@@ -119,17 +120,18 @@ def run(cell, kernel, bias, x, state, valid):
 def test_its_gradient_is_that_of_automatic_differentiation(cell, ragged, dtype):
     state = tuple(draw(3, 5, seed=i) for i in range(cell.states))
     bias = draw(5 * cell.gates, seed=5) if cell.bias else None
-    valid = (np.arange(6)[:, None] < LENGTHS)[..., None] if ragged else None
-    kernel, x = (jnp.asarray(draw(*shape, 5 * cell.gates, seed=3), dtype) for shape in ((5,), (6, 3)))
-    arguments = kernel, bias, x, state
+    valid = (np.arange(3)[:, None] < np.array([3, 1, 2]))[..., None] if ragged else None
+    kernel, x = (draw(*shape, 5 * cell.gates, seed=3).astype(dtype) for shape in ((5,), (3, 3)))
 
-    def gradients(function):
+    def gradients(function, *arguments):
         output, pullback = jax.vjp(lambda *a: function(cell, *a, valid), *arguments)
-        return pullback(jax.tree.map(lambda leaf: draw(*leaf.shape, seed=leaf.ndim), output))
+        return pullback(jax.tree.map(lambda leaf: jnp.asarray(draw(*leaf.shape, seed=leaf.ndim)), output))
 
-    found, expected = (jax.jit(lambda function=function: gradients(function))() for function in (rnn.recur, run))
+    both = jit(lambda *arguments: [gradients(function, *arguments) for function in (rnn.recur, run)])
+    found, expected = both(kernel, bias, x, state)
     assert [leaf.dtype for leaf in jax.tree.leaves(found)] == [leaf.dtype for leaf in jax.tree.leaves(expected)]
-    assert_close(*jax.tree.map(jnp.float32, (found, expected)), 2e-5 if dtype == "float32" else 2e-2)
+    single = lambda tree: jax.tree.map(lambda leaf: leaf.astype(np.float32), tree)
+    assert_close(single(found), single(expected), 2e-5 if dtype == "float32" else 2e-2)
 
 
 def scans(jaxpr):
@@ -151,7 +153,7 @@ def scans(jaxpr):
 def test_projections_and_weight_gradients_are_products_over_all_steps(cell):
     model = Recurrent(cell, 5)
     gradient = jax.grad(lambda variables: model.apply(variables, X, train=True)[0].sum())
-    bodies, outside = scans(jax.make_jaxpr(gradient)(initialised(model)).jaxpr)
+    bodies, outside = scans(jax.make_jaxpr(gradient)(weights(model)).jaxpr)
     inside = [scans(body)[1].count("dot_general") for body in bodies]
     assert inside == [1, 1]  # the product with the state, there and back
     assert outside.count("dot_general") == 3  # the input's projection, its kernel's gradient and the state's kernel's
@@ -165,37 +167,40 @@ def total(model, variables, x, lengths):
     ), (y, carry)
 
 
-@each_cell
-@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize(
+    ("cell", "bidirectional"),
+    [(VANILLA, True), (LSTM, True), (GRU, True), (LSTM, False)],
+    ids=["VANILLA", "LSTM", "GRU", "LSTM, forward alone"],
+)
 def test_a_padded_batch_equals_its_sequences_one_by_one(cell, bidirectional):
-    model = Recurrent(cell, 5, layers=2, bidirectional=bidirectional)
-    variables = initialised(model)
+    model, lengths = Recurrent(cell, 5, layers=2, bidirectional=bidirectional), np.array([4, 1, 4], np.int32)
+    variables = weights(model)
     padded = X.copy()
-    for row, length in enumerate(LENGTHS):
+    for row, length in enumerate(lengths):
         padded[row, length:] = np.nan  # has no effect, whatever it is
-    value = jax.jit(jax.value_and_grad(lambda v, x, n: total(model, v, x, n), (0, 1), has_aux=True))
-    (_, (y, carry)), (grads, dx) = value(variables, padded, LENGTHS)
-    alone = jax.value_and_grad(lambda v, x: total(model, v, x, None), (0, 1), has_aux=True)
-    sum_grads = jax.tree.map(jnp.zeros_like, variables)
-    for row, length in enumerate(LENGTHS):
-        (_, expected), (more, dx_alone) = jax.jit(alone)(variables, X[row : row + 1, :length])
+    value = jit(jax.value_and_grad(lambda v, x, n: total(model, v, x, n), (0, 1), has_aux=True))
+    (_, (y, carry)), (grads, dx) = value(variables, padded, lengths)
+    alone = jit(jax.value_and_grad(lambda v, x: total(model, v, x, None), (0, 1), has_aux=True))
+    sum_grads = jax.tree.map(np.zeros_like, variables)
+    for row, length in enumerate(lengths):
+        (_, expected), (more, dx_alone) = alone(variables, X[row : row + 1, :length])
         # Row 0 of `draw` in `total` belongs to step 0, so both sides weigh a step alike.
         assert_close((y[row : row + 1, :length], jax.tree.map(lambda leaf, r=row: leaf[r : r + 1], carry)), expected)
         assert_close(dx[row : row + 1, :length], dx_alone)
         assert not y[row, length:].any()
         assert not dx[row, length:].any()
-        sum_grads = jax.tree.map(jnp.add, sum_grads, more)
+        sum_grads = jax.tree.map(np.add, sum_grads, more)
     assert_close(grads, sum_grads)
 
 
 @each_cell
 def test_the_carry_continues_a_sequence(cell):
     model = Recurrent(cell, 5, layers=2)
-    variables = initialised(model)
-    whole, last = compiled(model, variables, X)
-    first, carry = compiled(model, variables, X[:, :2])
-    second, carry = compiled(model, variables, X[:, 2:], None, carry)
-    assert_close((jnp.concatenate([first, second], 1), carry), (whole, last), 1e-6)
+    variables, apply, zeros = weights(model), compiled(model), jax.tree.map(np.asarray, model.initial_carry(3))
+    whole, last = apply(variables, X)
+    first, carry = apply(variables, X[:, :3], None, zeros)
+    second, carry = apply(variables, X[:, 3:], None, carry)
+    assert_close((np.concatenate([first, second], 1), carry), (whole, last), 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -209,13 +214,13 @@ def test_the_carry_continues_a_sequence(cell):
 )
 def test_a_network_that_cannot_be_is_refused(model, x, message):
     with pytest.raises(InputError, match=message):
-        model.init(jax.random.key(0), x, train=False)
+        shapes(model, x, train=False)
 
 
 @pytest.mark.parametrize(("lengths", "wrong"), [([6, 7, 2], 7), ([6, 0, 2], 0), ([-3, 1, 1], -3)])
 def test_lengths_outside_the_padding_are_refused(lengths, wrong):
     model = Recurrent(GRU, 5)
-    variables = initialised(model)
+    variables = weights(model)
     with pytest.raises(InputError, match=f"length {wrong}, expected 1 to 6"):
         model.apply(variables, X, np.array(lengths), train=False)
     with pytest.raises(InputError, match=f"length {wrong}, expected 1 to 6"):
@@ -227,7 +232,7 @@ def test_lengths_of_another_shape_or_kind_are_refused(lengths):
     """[B, 1] would broadcast to another mask where B is T, and one length to all sequences."""
     x = X[:, :3]
     model = Recurrent(GRU, 5)
-    variables = initialised(model)
+    variables = weights(model)
     for each in (np.array(lengths), jnp.array(lengths)):
         with pytest.raises(InputError, match=r"expected whole numbers \(3,\), one for each sequence"):
             model.apply(variables, x, each, train=False)
@@ -237,81 +242,78 @@ def test_lengths_of_another_shape_or_kind_are_refused(lengths):
 
 def test_unknown_lengths_beyond_the_padding_count_as_its_end():
     model = Recurrent(GRU, 5, bidirectional=True)
-    variables = initialised(model)
-    long = compiled(model, variables, X, np.array([9, 6, 7]))
-    assert_close(long, compiled(model, variables, X), 1e-6)
+    variables = weights(model)
+    long = compiled(model)(variables, X, np.array([9, 6, 7]))
+    assert_close(long, compiled(model)(variables, X), 1e-6)
 
 
 def test_seeds_as_an_axis_equal_one_by_one():
     model = Recurrent(LSTM, 5, layers=2, bidirectional=True)
-    variables = jax.vmap(lambda key: model.init(key, X, train=False))(jax.random.split(jax.random.key(0), 3))
+    variables = jax.tree.map(lambda leaf: np.stack([leaf, -leaf, leaf[::-1]]), weights(model))
     xs = draw(3, *X.shape)
     gradient = jax.value_and_grad(lambda v, x: total(model, v, x, LENGTHS), has_aux=True)
-    together = jax.jit(jax.vmap(gradient))(variables, xs)
+    together, alone = jit(jax.vmap(gradient))(variables, xs), jit(gradient)
     for seed in range(3):
-        alone = jax.jit(gradient)(*jax.tree.map(lambda leaf, i=seed: leaf[i], (variables, xs)))
-        assert_close(jax.tree.map(lambda leaf, i=seed: leaf[i], together), alone)
+        member = jax.tree.map(lambda leaf, i=seed: leaf[i], (variables, xs))
+        assert_close(jax.tree.map(lambda leaf, i=seed: leaf[i], together), alone(*member))
 
 
 def test_rows_split_over_devices_give_the_same():
     model, x = Recurrent(LSTM, 5, layers=2), draw(8, 6, 4)
     lengths = np.array([6, 5, 4, 3, 2, 1, 6, 6], np.int32)
-    variables, mesh = initialised(model), devices.data_mesh()
-    gradient = jax.jit(jax.value_and_grad(lambda v, x, n: total(model, v, x, n), has_aux=True))
+    variables, mesh = weights(model), devices.data_mesh()
+    gradient = jit(jax.value_and_grad(lambda v, x, n: total(model, v, x, n), has_aux=True))
     rows = NamedSharding(mesh, PartitionSpec(devices.AXIS))
     split = gradient(devices.replicated(variables, mesh), jax.device_put(x, rows), jax.device_put(lengths, rows))
     assert_close(split, gradient(variables, x, lengths))
 
 
 def test_dropout_acts_between_layers_in_training_only():
-    model = Recurrent(VANILLA, 64, layers=2, dropout=0.5)
-    variables = initialised(model)
-
-    def outputs(key):
-        return compiled(model, variables, X, train=True, rngs={"dropout": jax.random.key(key)})
-
-    (one, (lower, _)), (other, (lower_too, _)) = outputs(0), outputs(1)
+    model = Recurrent(VANILLA, 32, layers=2, dropout=0.5)
+    variables = weights(model)
+    train = jit(lambda v, key: model.apply(v, X, train=True, rngs={"dropout": key}))
+    (one, (lower, _)), (other, (lower_too, _)) = (train(variables, jax.random.key(seed)) for seed in (0, 1))
     assert (one != other).any()
     np.testing.assert_array_equal(lower[0], lower_too[0])  # the first layer's own state
     assert (one != 0).all()  # nothing is dropped after the last
-    still = compiled(model, variables, X)
-    assert_close(compiled(model.clone(dropout=0.0), variables, X, train=True), still, 1e-6)
+    never = jit(lambda v: model.clone(dropout=0.0).apply(v, X, train=True))(variables)
+    assert_close(never, compiled(model)(variables, X), 1e-6)
 
 
 def test_the_classifier_reads_the_last_valid_state_of_both_directions():
     model = SequenceClassifier(7, classes=3, embedding=4, hidden=5, layers=2, cell=GRU, bidirectional=True)
     tokens = np.random.default_rng(0).integers(0, 7, (3, 6), np.int32)
-    variables = jax.jit(lambda: model.init(jax.random.key(0), tokens, LENGTHS, train=False))()
+    variables = drawn(model, tokens, LENGTHS, train=False)
     params = variables["params"]
     recurrent = Recurrent(GRU, 5, layers=2, bidirectional=True)
     embedded = params["Embed_0"]["embedding"][tokens]
-    y, _ = compiled(recurrent, {"params": params["Recurrent_0"]}, embedded, LENGTHS)
+    y, _ = compiled(recurrent)({"params": params["Recurrent_0"]}, embedded, LENGTHS)
     ends = np.concatenate([y[np.arange(3), LENGTHS - 1, :5], y[:, 0, 5:]], -1)
     expected = ends @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"]
-    assert_close(compiled(model, variables, tokens, LENGTHS), expected, 1e-6)
+    assert_close(compiled(model)(variables, tokens, LENGTHS), expected, 1e-6)
 
 
 def test_the_language_model_sees_the_past_alone_and_carries_it():
     model = CharLM(7, hidden=5, layers=2)
     tokens = np.random.default_rng(0).integers(0, 7, (2, 6), np.int32)
-    variables = jax.jit(lambda: model.init(jax.random.key(0), tokens, train=False))()
-    logits, last = compiled(model, variables, tokens)
+    variables, apply = drawn(model, tokens, train=False), compiled(model)
+    logits, last = apply(variables, tokens)
     changed = tokens.copy()
     changed[:, 3] = (changed[:, 3] + 1) % 7
-    differs = (compiled(model, variables, changed)[0] != logits).any((0, 2))
+    differs = (apply(variables, changed)[0] != logits).any((0, 2))
     np.testing.assert_array_equal(differs, [False, False, False, True, True, True])
-    first, carry = compiled(model, variables, tokens[:, :4], model.initial_carry(2))
-    second, carry = compiled(model, variables, tokens[:, 4:], carry)
-    assert_close((jnp.concatenate([first, second], 1), carry), (logits, last), 1e-6)
+    first, carry = apply(variables, tokens[:, :3], jax.tree.map(np.asarray, model.initial_carry(2)))
+    second, carry = apply(variables, tokens[:, 3:], carry)
+    assert_close((np.concatenate([first, second], 1), carry), (logits, last), 1e-6)
 
 
 @pytest.mark.parametrize(("bias", "kept"), [(-1e4, 0.0), (0.0, 0.5), (1e4, 1.0)])
 def test_the_forget_bias_says_how_much_of_the_state_is_kept(bias, kept):
     model = Recurrent(LSTM, 5, bidirectional=True)
-    zeros = jax.tree.map(jnp.zeros_like, initialised(model))
-    variables = rnn.with_forget_bias(zeros, bias)
+    zeros = jax.tree.map(np.zeros_like, weights(model))
+    variables = jax.device_get(rnn.with_forget_bias(zeros, bias))
     carry = carry_of(model)
-    _, last = compiled(model, variables, X[:, :1], None, carry)
+    _, last = compiled(model)(variables, X[:, :1], None, carry)
     for (_, before), (_, after) in zip(carry, last, strict=True):
         np.testing.assert_allclose(after, kept * before, atol=1e-6)  # every other gate and weight is zero
     changed = sum(int((a != b).sum()) for a, b in zip(*map(jax.tree.leaves, (variables, zeros)), strict=True))
@@ -320,11 +322,19 @@ def test_the_forget_bias_says_how_much_of_the_state_is_kept(bias, kept):
 
 def test_parameter_counts():
     def count(cell):
-        return sum(leaf.size for leaf in jax.tree.leaves(initialised(Recurrent(cell, 5))))
+        return sum(leaf.size for leaf in jax.tree.leaves(shapes(Recurrent(cell, 5), X, train=False)))
 
     assert count(VANILLA) == (4 + 5 + 1) * 5
     assert count(LSTM) == 4 * (4 + 5 + 1) * 5
     assert count(GRU) == 3 * (4 + 5 + 2) * 5
+
+
+def test_all_weights_start_uniform_below_one_over_the_root_of_the_units():
+    params = jit(lambda: Recurrent(GRU, 25).init(jax.random.key(0), X, train=False))()["params"]
+    for leaf in jax.tree.leaves(params):  # 75 numbers or more each
+        assert 0.9 / 5 < leaf.max() <= 1 / 5
+        assert -1 / 5 <= leaf.min() < -0.9 / 5
+        assert abs(leaf.std() * 5 - 3**-0.5) < 0.1
 
 
 def torch_twin(torch, cell, params, layers, bidirectional):
@@ -348,14 +358,14 @@ def torch_twin(torch, cell, params, layers, bidirectional):
 def test_it_computes_what_torch_computes(cell, bidirectional):
     torch = pytest.importorskip("torch", reason="PyTorch, to compare with, is not installed")
     model = Recurrent(cell, 5, layers=2, bidirectional=bidirectional)
-    variables, carry = initialised(model), carry_of(model)
-    weights = draw(3, 6, 5 * (1 + bidirectional), seed=8)
+    variables, carry = weights(model), carry_of(model)
+    cotangent = draw(3, 6, 5 * (1 + bidirectional), seed=8)
 
     def loss(variables, x, carry):
         y, last = model.apply(variables, x, LENGTHS, carry, train=False)
-        return (y * weights).sum() + sum((leaf**2).sum() for leaf in jax.tree.leaves(last)), (y, last)
+        return (y * cotangent).sum() + sum((leaf**2).sum() for leaf in jax.tree.leaves(last)), (y, last)
 
-    gradients, (y, last) = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(variables, X, carry)
+    gradients, (y, last) = jit(jax.grad(loss, (0, 1, 2), has_aux=True))(variables, X, carry)
 
     twin = torch_twin(torch, cell, variables["params"], 2, bidirectional)
     x = torch.tensor(X, requires_grad=True)
@@ -364,7 +374,7 @@ def test_it_computes_what_torch_computes(cell, bidirectional):
     output, state = twin(packed, tuple(stacked) if cell is LSTM else stacked[0])
     state = state if cell is LSTM else (state,)
     theirs, _ = torch.nn.utils.rnn.pad_packed_sequence(output, batch_first=True)
-    ((theirs * torch.tensor(weights)).sum() + sum((leaf**2).sum() for leaf in state)).backward()
+    ((theirs * torch.tensor(cotangent)).sum() + sum((leaf**2).sum() for leaf in state)).backward()
 
     def stack(states):
         return [np.stack(leaves) for leaves in zip(*states, strict=True)]

@@ -1,45 +1,39 @@
-"""The autoencoders against numpy and brute force, and the parts of the experiment that trains them."""
-
-import dataclasses
+"""The autoencoders against numpy and brute force."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import drawn, jit, shapes
 
 from dl_jax.core.errors import InputError
-from dl_jax.harness.run import Run, Settings
 from dl_jax.models.generative.vae import VAE, ConvVAE, mean_picture_bias
 
 RNG = np.random.default_rng(0)
-IMAGE = {"image": RNG.random((3, 28, 28, 1), np.float32)}
+PICTURE = np.zeros((1, 28, 28, 1), np.float32)
 SMALL = {"latents": 5, "shape": (8, 12, 1)}
 SMALL_IMAGE = RNG.random((3, 8, 12, 1), np.float32)
 
 
-def initialised(model, image=IMAGE["image"]):
-    variables = jax.jit(lambda: model.init(jax.random.key(0), image, train=False))()
-    return jax.tree.map(lambda leaf: leaf + 0.1 * RNG.normal(size=leaf.shape).astype(np.float32), variables)
-
-
-@pytest.fixture(scope="module")
-def experiment(load_experiment):
-    return load_experiment("generative/vae_mnist")
-
-
 def test_vae_has_the_papers_layers():
-    params = initialised(VAE())["params"]
+    params = shapes(VAE(), PICTURE, train=False)["params"]
     count = {name: sum(leaf.size for leaf in jax.tree.leaves(net)) for name, net in params.items()}
     encoder = (784 * 200 + 200) + (200 * 200 + 200) + 2 * (200 * 50 + 50)
     decoder = (50 * 200 + 200) + (200 * 200 + 200) + (200 * 784 + 784)
     assert count == {"encoder": encoder, "decoder": decoder}
-    kernel = VAE().init(jax.random.key(0), IMAGE["image"], train=False)["params"]["encoder"]["Dense_0"]["kernel"]
-    largest = (6 / (784 + 200)) ** 0.5  # Glorot and Bengio
-    assert 0.99 * largest < abs(kernel).max() <= largest
+
+
+def test_vae_starts_after_glorot_and_bengio():
+    params = jit(lambda: VAE(hidden=(40, 30), **SMALL).init(jax.random.key(0), SMALL_IMAGE, train=False))()["params"]
+    for layer in (*params["encoder"].values(), *params["decoder"].values()):
+        largest = (6 / sum(layer["kernel"].shape)) ** 0.5
+        assert 0.97 * largest < abs(layer["kernel"]).max() <= largest
+        assert not layer["bias"].any()
 
 
 def test_vae_against_numpy():
-    variables = initialised(VAE(hidden=(7, 6), **SMALL), SMALL_IMAGE)
+    model = VAE(hidden=(7, 6), **SMALL)
+    variables = drawn(model, SMALL_IMAGE, spread=0.5, train=False)
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"])
 
     def network(layers, x):
@@ -49,7 +43,7 @@ def test_vae_against_numpy():
 
     mean, log_sigma = np.split(network(params["encoder"], SMALL_IMAGE.reshape(3, -1).astype(np.float64)), 2, -1)
     logits = network(params["decoder"], mean).reshape(3, 8, 12, 1)
-    found = VAE(hidden=(7, 6), **SMALL).apply(variables, SMALL_IMAGE, train=False)
+    found = jit(lambda variables: model.apply(variables, SMALL_IMAGE, train=False))(variables)
     for value, expected in zip(found, (logits, mean, np.log(np.exp(log_sigma) ** 2)), strict=True):
         np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-5)
 
@@ -57,7 +51,7 @@ def test_vae_against_numpy():
 def test_transposed_convolutions_against_brute_force():
     """Each entry of z's grid paints its 4 x 4 kernel, two pixels from the next, one pixel over the edge."""
     model = ConvVAE(features=(4, 6), **SMALL)
-    variables = initialised(model, SMALL_IMAGE)
+    variables = drawn(model, SMALL_IMAGE, spread=0.5, train=False)
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"]["decoder"])
     z = RNG.normal(size=(2, 5)).astype(np.float32)
 
@@ -72,14 +66,34 @@ def test_transposed_convolutions_against_brute_force():
     x = (z @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"]).reshape(2, 2, 3, 6)
     for name in ("ConvTranspose_0", "ConvTranspose_1"):
         x = doubled(np.maximum(x, 0), params[name])
-    np.testing.assert_allclose(model.apply(variables, z, method=ConvVAE.decode), x, rtol=1e-4, atol=1e-5)
+    found = jit(lambda variables, z: model.apply(variables, z, method=ConvVAE.decode))(variables, z)
+    np.testing.assert_allclose(found, x, rtol=1e-4, atol=1e-5)
+
+
+def test_halving_convolutions_against_brute_force():
+    """Each output sees 4 x 4 pixels, two from the next output's, one over the edge."""
+    model = ConvVAE(features=(4, 6), **SMALL)
+    variables = drawn(model, SMALL_IMAGE, spread=0.5, train=False)
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"]["encoder"])
+    x = SMALL_IMAGE.astype(np.float64)
+    for name in ("Conv_0", "Conv_1"):
+        padded, kernel = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), params[name]["kernel"]
+        x = np.zeros((3, x.shape[1] // 2, x.shape[2] // 2, kernel.shape[-1]))
+        for i in range(x.shape[1]):
+            for j in range(x.shape[2]):
+                x[:, i, j] = np.einsum("bhwc,hwcf->bf", padded[:, 2 * i : 2 * i + 4, 2 * j : 2 * j + 4], kernel)
+        x = np.maximum(x + params[name]["bias"], 0)
+    mean, log_sigma = np.split(x.reshape(3, -1) @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"], 2, -1)
+    found = jit(lambda variables: model.apply(variables, SMALL_IMAGE, method=ConvVAE.encode))(variables)
+    for value, expected in zip(found, (mean, 2 * log_sigma), strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("model", [VAE(hidden=(7, 6), **SMALL), ConvVAE(features=(4, 6), **SMALL)])
 def test_any_number_of_samples_is_decoded_at_once(model):
-    variables = initialised(model, SMALL_IMAGE)
+    variables = drawn(model, SMALL_IMAGE, spread=0.3, train=False)
     z = RNG.normal(size=(2, 4, 3, 5)).astype(np.float32)
-    decode = lambda z: model.apply(variables, z, method=type(model).decode)
+    decode = jit(lambda z: model.apply(variables, z, method=type(model).decode))
     together = decode(z)
     assert together.shape == (2, 4, 3, 8, 12, 1)
     np.testing.assert_allclose(together[1, 2], decode(z[1, 2]), rtol=1e-5, atol=1e-5)
@@ -87,7 +101,8 @@ def test_any_number_of_samples_is_decoded_at_once(model):
 
 def test_the_output_bias_is_the_initialisers():
     paint = lambda key, shape, dtype: jnp.full(shape, 3.5, dtype)
-    params = VAE(output_bias=paint, **SMALL).init(jax.random.key(0), SMALL_IMAGE, train=False)["params"]["decoder"]
+    model = VAE(hidden=(7, 6), output_bias=paint, **SMALL)
+    params = jit(lambda: model.init(jax.random.key(0), SMALL_IMAGE, train=False)["params"]["decoder"])()
     painted = {name: bool((layer["bias"] == 3.5).all()) for name, layer in params.items()}
     assert painted == {"Dense_0": False, "Dense_1": False, "Dense_2": True}
 
@@ -96,144 +111,27 @@ def test_the_output_bias_is_the_initialisers():
 @pytest.mark.parametrize("latents", [0, -1])
 def test_no_latent_unit(model, latents):
     with pytest.raises(InputError, match=f"{model.__name__} has {latents} latent units, expected 1 or more"):
-        model(latents=latents).init(jax.random.key(0), IMAGE["image"], train=False)
+        shapes(model(latents=latents), PICTURE, train=False)
 
 
 def test_a_layer_without_units():
     for model, message in ((VAE(hidden=(4, 0)), "hidden is 0"), (ConvVAE(features=()), "features is 0")):
         with pytest.raises(InputError, match=message):
-            model.init(jax.random.key(0), IMAGE["image"], train=False)
+            shapes(model, PICTURE, train=False)
 
 
 def test_pictures_of_another_shape():
     with pytest.raises(InputError, match=r"VAE takes pictures of shape \(8, 12, 1\), not \(28, 28, 1\)"):
-        VAE(**SMALL).init(jax.random.key(0), IMAGE["image"], train=False)
+        shapes(VAE(**SMALL), PICTURE, train=False)
     with pytest.raises(
         InputError, match=r"halves pictures 3 times, but got shape \(28, 28, 1\), expected .* 8 divides"
     ):
-        ConvVAE(features=(2, 2, 2)).init(jax.random.key(0), IMAGE["image"], train=False)
-
-
-def test_adam_is_the_authors(experiment):
-    """Their update in float64: moments from 0 and 1, ε added to the root of the second moment as it is.
-
-    Optax corrects the second moment before it adds ε: the difference is ε (1 − √(1 − β2^t)) of the root, at most.
-    """
-    rate, gradients = 0.1, RNG.normal(0, 2, (30, 4))
-    w, first, second = np.zeros(4), np.zeros(4), np.ones(4)
-    for t, gradient in enumerate(gradients, 1):
-        first = 0.99 * first + 0.01 * gradient
-        second = 0.999 * second + 0.001 * gradient**2
-        w -= rate * np.sqrt(1 - 0.999**t) / (1 - 0.99**t) * first / (np.sqrt(second) + 1e-4)
-    tx = experiment.adam(experiment.learning_rate(((10, rate), (20, rate))))
-    params, state = jnp.zeros(4), tx.init(jnp.zeros(4))
-    for gradient in jnp.array(gradients, jnp.float32):
-        updates, state = tx.update(gradient, state)
-        params = params + updates
-    np.testing.assert_allclose(params, w, rtol=2e-4)
-
-
-def test_the_papers_schedule(experiment):
-    stages = experiment.PRESETS["paper"].stages
-    assert sum(steps for steps, _ in stages) == 3280 * 59_600 // 20
-    rate = experiment.learning_rate(stages)
-    ends = np.cumsum([2980 * 3**i for i in range(8)])
-    expected = [10.0, 7.2, 5.2, 3.7, 2.7, 1.9, 1.4, 1.0]
-    np.testing.assert_allclose([rate(end - 1) for end in ends], 1e-4 * np.array(expected), rtol=1e-6)
-    np.testing.assert_allclose(rate(2980), 7.2e-4, rtol=1e-6)
-
-
-def test_pixels_are_drawn_anew_with_their_grey_level(experiment):
-    image = np.array([[0, 64, 128, 255]], np.uint8)
-    drawn = jax.vmap(lambda key: experiment.binarised(key, {"image": image})["image"])(
-        jax.random.split(jax.random.key(0), 10_000)
-    )
-    assert set(np.unique(drawn)) == {0, 1}
-    np.testing.assert_allclose(drawn.mean((0, 1)), image[0] / 255, atol=0.02)
-    np.testing.assert_array_equal(drawn[..., 0], 0)
-    np.testing.assert_array_equal(drawn[..., 3], 1)
+        shapes(ConvVAE(features=(2, 2, 2)), PICTURE, train=False)
 
 
 def test_the_bias_starts_at_the_mean_picture():
     images = np.array([[[[0], [51], [255]]], [[[0], [102], [255]]]], np.uint8)
     model = VAE(hidden=(7,), latents=4, shape=(1, 3, 1), output_bias=mean_picture_bias(images))
-    params = model.init(jax.random.key(0), np.zeros((1, 1, 3, 1), np.float32), train=False)["params"]
-    np.testing.assert_allclose(jax.nn.sigmoid(params["decoder"]["Dense_1"]["bias"]), [0.001, 0.3, 0.999], rtol=1e-5)
-
-
-def test_a_lane_is_a_run_of_its_own(experiment):
-    """Also in its test pixels and samples."""
-    config = dataclasses.replace(experiment.PRESETS["smoke"], vae_samples=())
-    both, alone = (experiment.main(config, Run(settings=Settings(seeds=seeds))) for seeds in ((4, 5), (5,)))
-    for name, values in both.items():
-        np.testing.assert_allclose(values[1], alone[name][0], rtol=1e-4)
-    assert both["nll/iwae-k3"][0] != both["nll/iwae-k3"][1]
-
-
-def test_no_key_serves_twice(experiment, monkeypatch):
-    """Not in the start, the training, the test and the pictures of a seed, and not in those of another seed."""
-    train, roots, pictures = experiment.fit, [], []
-
-    def fit(step, state, *rest, **options):
-        roots.extend(state.key)
-        return train(step, state, *rest, **options)
-
-    def evaluate(examine, variables, exam, key):
-        roots.append(key)
-        return {"nll": 0.0, "mean": np.zeros(4), "square": np.zeros(4)}
-
-    monkeypatch.setattr(experiment, "fit", fit)
-    monkeypatch.setattr(experiment, "evaluate", evaluate)
-    monkeypatch.setattr(experiment, "show", lambda *arguments: pictures.append(arguments[-1]))
-    config = dataclasses.replace(experiment.PRESETS["smoke"], vae_samples=())
-    experiment.main(config, Run(settings=Settings(seeds=(0, 1))))
-    starts = [jax.random.split(jax.random.key(seed), 4)[0] for seed in (0, 1)]
-    keys = [*starts, *pictures, *(jax.random.fold_in(root, i) for root in roots for i in range(8))]
-    assert len(keys) == 2 + 1 + 4 * 8
-    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == len(keys)
-
-
-def test_the_papers_batch_runs_on_eight_devices(experiment):
-    """On five of them: 20 and 100 are no multiples of 8."""
-    assert jax.device_count() == 8
-    sizes = {"batch_size": 20, "test_batch": 100, "test_split": "test[:120]"}
-    config = dataclasses.replace(experiment.PRESETS["smoke"], vae_samples=(), **sizes)
-    assert np.isfinite(experiment.main(config, Run())["nll/iwae-k3"])
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"test_chunk": 3}, "test_samples=4 in chunks of test_chunk=3, expected a multiple of the chunk; change one"),
-        ({"test_samples": 0}, "test_samples is 0, expected more than 0"),
-        ({"test_chunk": 0}, "test_chunk is 0, expected more than 0"),
-        ({"latents": 0}, "latents is 0, expected more than 0"),
-        ({"iwae_samples": (5, 0)}, "the smallest number in vae_samples or iwae_samples is 0, expected more than 0"),
-        ({"vae_samples": (), "iwae_samples": ()}, "in vae_samples or iwae_samples is 0"),
-        ({"stages": ()}, "the smallest number in stages is 0, expected more than 0"),
-        ({"stages": ((5, 0.1), (5, -0.1))}, "the smallest number in stages is -0.1"),
-        ({"hidden": (16, 0)}, "hidden is 0, expected more than 0"),
-    ],
-)
-def test_what_cannot_be_tested_is_not_trained(experiment, change, message, monkeypatch):
-    monkeypatch.setattr(experiment, "fit", lambda *_, **__: pytest.fail("it trained"))
-    with pytest.raises(InputError, match=message):
-        experiment.main(dataclasses.replace(experiment.PRESETS["smoke"], **change), Run())
-
-
-def test_sheets(experiment):
-    model = VAE(hidden=(7,), latents=4, shape=(8, 12, 1))
-    images = RNG.integers(0, 256, (50, 8, 12, 1)).astype(np.uint8)
-    variables = initialised(model, SMALL_IMAGE)
-    found = experiment.sheets(model.apply, variables, images, jax.random.key(0))
-    assert {name: sheet.shape for name, sheet in found.items()} == dict.fromkeys(
-        ("reconstructions", "samples", "interpolations"), (100, 8, 12, 1)
-    )
-    assert all(((sheet >= 0) & (sheet <= 1)).all() for sheet in found.values())
-    seen = found["reconstructions"].reshape(5, 2, 10, 8, 12, 1)
-    assert set(np.unique(seen[:, 0])) == {0, 1}
-    logits, *_ = model.apply(variables, seen[:, 0].reshape(50, 8, 12, 1), train=False)
-    np.testing.assert_allclose(seen[:, 1].reshape(50, 8, 12, 1), jax.nn.sigmoid(logits), atol=1e-5)
-    walk = found["interpolations"].reshape(10, 10, 8, 12, 1)
-    np.testing.assert_allclose(walk[:, 0], seen[0, 1], atol=1e-5)
-    np.testing.assert_allclose(walk[:, -1], seen[1, 1], atol=1e-5)
+    picture = np.zeros((1, 1, 3, 1), np.float32)
+    bias = jit(lambda: model.init(jax.random.key(0), picture, train=False)["params"]["decoder"]["Dense_1"]["bias"])()
+    np.testing.assert_allclose(1 / (1 + np.exp(-bias)), [0.001, 0.3, 0.999], rtol=1e-5)
