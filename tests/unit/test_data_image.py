@@ -80,11 +80,12 @@ def test_other_labels_are_refused(label, message):
         data.check_labels({"image": np.zeros(3)}, "scans", classes=10)
 
 
-def test_grey_pictures_are_the_digits_enlarged_and_their_labels(tmp_path):
-    pictures = data.grey_pictures("digits", "train[:50]", cache_dir=str(tmp_path))
-    raw = data.load("digits", "train[:50]", cache_dir=str(tmp_path))
-    assert set(pictures) == {"image", "label"}
-    np.testing.assert_array_equal(pictures["image"], data.enlarge(raw["image"], 28))
-    np.testing.assert_array_equal(pictures["label"], raw["label"])
+def test_grey_images_are_the_digits_enlarged_and_their_labels(tmp_path, monkeypatch):
+    monkeypatch.setenv("DL_JAX_CACHE_DIR", str(tmp_path))
+    images = data.grey_images("digits", "train[:50]")
+    raw = data.load("digits", "train[:50]")
+    assert set(images) == {"image", "label"}
+    np.testing.assert_array_equal(images["image"], data.enlarge(raw["image"], 28))
+    np.testing.assert_array_equal(images["label"], raw["label"])
     with pytest.raises(InputError, match="expected 0 to 4"):
-        data.grey_pictures("digits", "train[:50]", classes=5, cache_dir=str(tmp_path))
+        data.grey_images("digits", "train[:50]", classes=5)

@@ -177,14 +177,15 @@ def test_a_python_without_source_text_is_refused(tmp_path, monkeypatch):
         text.load(text.STANDARD_LIBRARY, "train")
 
 
-def test_a_set_without_text_is_refused(tmp_path):
+def test_a_set_without_text_is_refused():
     with pytest.raises(InputError, match=r"digits has the columns .*image.*, expected bytes in column 'text'"):
-        text.load("digits", "train", cache_dir=str(tmp_path))
+        text.load("digits", "train")
 
 
 @pytest.mark.data
-def test_tiny_shakespeare(tfds_dir, tmp_path):
-    parts = [text.load("tiny_shakespeare", split, tfds_dir, str(tmp_path)) for split in ("train", "validation", "test")]
+def test_tiny_shakespeare(tfds_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("DL_JAX_CACHE_DIR", str(tmp_path))
+    parts = [text.load("tiny_shakespeare", split) for split in ("train", "validation", "test")]
     assert [len(ids) for ids in parts] == [1_003_854, 55_770, 55_770]  # 90, 5 and 5 % of 1,115,394 characters
     assert text.decode(parts[0]).startswith("First Citizen:\nBefore we proceed any further, hear me speak.\n")
     assert [len(set(ids.tolist())) for ids in parts] == [65, 60, 60]

@@ -20,10 +20,7 @@ def options() -> dict[str, Any]:
 
 
 def jit(function: Callable[..., Any], **arguments: Any) -> Callable[..., Any]:
-    """`jax.jit` with the options above, whose results are NumPy's: JAX would compile every comparison of them.
-
-    Optimisations are off as well, by the fixture in conftest.py.
-    """
+    """`jax.jit` with the options above, whose results are NumPy's: JAX would compile every comparison of them."""
     compiled = jax.jit(function, compiler_options=options(), **arguments)
     return lambda *inputs: jax.device_get(compiled(*inputs))
 
