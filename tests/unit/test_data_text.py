@@ -118,7 +118,6 @@ def test_reading_predicts_every_character_but_the_first_once(n, length):
         ((numbered(50), 4, 0, 0), "a window of 0 characters"),
         ((numbered(50), 4, -1, 0), "a window of -1 characters"),
         ((numbered(50), 4, 5, -1), "seed -1"),
-        ((numbered(50), 4, 5, 0, slice(4, 8)), "rows 4:8"),
     ],
 )
 def test_bad_windows_are_refused(arguments, message):
