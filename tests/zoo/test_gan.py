@@ -2,7 +2,7 @@
 
 import jax
 import numpy as np
-from quick import jit
+from quick import drawn, jit
 
 from dl_jax.models.generative.gan import Discriminator, Generator
 
@@ -47,3 +47,19 @@ def test_discriminator_takes_the_largest_piece():
     x = x @ params["Dense_2"]["kernel"] + params["Dense_2"]["bias"]
     found = jit(lambda params: model.apply({"params": params}, image, train=False))(params)
     np.testing.assert_allclose(found, x[:, 0], rtol=1e-5, atol=1e-6)
+
+
+def test_pixels_and_hidden_units_are_dropped_in_training_only():
+    model, image = Discriminator(hidden=(30,), pieces=2, spread=0.5), RNG.random((2, *SHAPE), np.float32)
+    variables = drawn(model, image, train=False)
+
+    def outputs(variables):
+        for rates in ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5)):
+            rated = model.clone(dropout=rates[0], input_dropout=rates[1])
+            yield [rated.apply(variables, image, train=t, rngs={"dropout": jax.random.key(0)}) for t in (True, False)]
+
+    (never, still), *dropped = jit(lambda variables: list(outputs(variables)))(variables)
+    np.testing.assert_array_equal(never, still)
+    for training, test in dropped:
+        assert (abs(training - still) > 1e-2).all()
+        np.testing.assert_array_equal(test, still)
