@@ -7,7 +7,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -39,7 +38,7 @@ def loss(apply: Callable[..., Any]) -> Loss:
 
 
 def exam(apply: Callable[..., Any]) -> Exam:
-    """For `train.evaluate`: `error`, a fraction, and `nats`, the mean cross-entropy."""
+    """For `core.evaluate.evaluator`: `error`, a fraction, and `nats`, the mean cross-entropy."""
 
     def examine(variables: Tree, batch: Batch, key: Array) -> dict[str, tuple[Array, Array]]:
         given = apply(variables, to_unit(batch["image"]), train=False), batch["label"], batch["mask"]
@@ -51,8 +50,3 @@ def exam(apply: Callable[..., Any]) -> Exam:
 def outputs(predict: Callable[[Any], Any], images: np.ndarray) -> np.ndarray:  # [N, H, W, C] -> [N, ...]
     """What `predict` answers, a thousand pictures at a time, on the host."""
     return np.concatenate([predict(images[i : i + 1000]) for i in range(0, len(images), 1000)])
-
-
-def per_seed(exam: Exam) -> Exam:
-    """Of variables [S, ...] on the same batch: each sum and weight is [S]."""
-    return jax.vmap(exam, (0, None, None))
