@@ -19,28 +19,22 @@ to these zeros.
 
 import dataclasses
 import functools
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from etils import epath
 
 from dl_jax import classify, data, losses, optim
 from dl_jax.compress import prune, share
 from dl_jax.compress.codec import decode, encode, entries
-from dl_jax.compress.quantize import require_bits
-from dl_jax.core import devices
-from dl_jax.core import seeds as lanes
-from dl_jax.core.errors import require_positive, require_probability
-from dl_jax.core.evaluate import evaluate
+from dl_jax.core import seeds
+from dl_jax.core.evaluate import evaluator
 from dl_jax.core.fit import fit
-from dl_jax.core.step import Loss, Step, Tree, init_state, make_step, per_seed
-from dl_jax.harness.launch import launch
-from dl_jax.harness.results.claims import Claim
-from dl_jax.harness.run import Run
+from dl_jax.core.step import Array, Batch, Loss, Tree, init_states, init_variables, make_step, per_seed
+from dl_jax.harness import Between, Claim, Fraction, NonNegative, Positive, Probability, Run, launch
 from dl_jax.models.vision.lenet import LeNet300
 
 
@@ -49,25 +43,25 @@ class Config:
     dataset: str = "mnist"  # TFDS name of a set of ten classes of 28x28 or 8x8 grey images
     train_split: str = "train"  # TFDS split to learn from
     test_split: str = "test"  # TFDS split to test on
-    steps: int = 18750  # train steps of the reference: 20 passes over 60,000 digits
-    prune_rounds: int = 4  # times that weights are pruned and the others trained on
-    prune_steps: int = 5625  # train steps after each pruning: 6 passes
-    share_steps: int = 938  # train steps of the shared values: a pass
-    batch_size: int = 64  # examples per step, over all devices
-    learning_rate: float = 0.1  # at its peak, of the reference and again after each pruning
-    share_learning_rate: float = 3e-4  # at its peak, of the shared values
-    momentum: float = 0.9  # of SGD
-    weight_decay: float = 5e-4  # of the L2 penalty on the reference's weights; biases have none
-    prune_weight_decay: float = 1e-4  # the same once weights are pruned
-    kept: tuple[float, float, float] = (0.08, 0.09, 0.26)  # fraction of each layer's weights that stay
-    bits: int = 6  # of an index into a layer's codebook of 2^bits - 1 values, or to zero
+    steps: Positive[int] = 18750  # train steps of the reference: 20 passes over 60,000 digits
+    prune_rounds: Positive[int] = 4  # times that weights are pruned and the others trained on
+    prune_steps: Positive[int] = 5625  # train steps after each pruning: 6 passes
+    share_steps: Positive[int] = 938  # train steps of the shared values: a pass
+    batch_size: Positive[int] = 64  # examples per step, over all devices
+    learning_rate: Positive[float] = 0.1  # at its peak, of the reference and again after each pruning
+    share_learning_rate: Positive[float] = 3e-4  # at its peak, of the shared values
+    momentum: Probability = 0.9  # of SGD
+    weight_decay: NonNegative[float] = 5e-4  # of the L2 penalty on the reference's weights; biases have none
+    prune_weight_decay: NonNegative[float] = 1e-4  # the same once weights are pruned
+    kept: tuple[Fraction, Fraction, Fraction] = (0.08, 0.09, 0.26)  # fraction of each layer's weights that stay
+    bits: Annotated[int, Between(1, 8)] = 6  # of an index into a layer's codebook of 2^bits - 1 values, or to zero
 
 
 PRESETS = {
     "paper": Config(),
     "quick": Config(dataset="digits", steps=500, prune_steps=150, share_steps=100),
-    "smoke": Config(dataset="digits", train_split="train[:64]", test_split="test[:40]", steps=4, prune_rounds=2,
-                    prune_steps=2, share_steps=2, batch_size=16),
+    "smoke": Config(dataset="digits", train_split="train[:64]", test_split="test[:40]", steps=2, prune_rounds=2,
+                    prune_steps=1, share_steps=1, batch_size=16),
 }  # fmt: skip
 
 PAPER = "Han et al. 2016"
@@ -92,93 +86,62 @@ CLAIMS = (
     Claim("ratio/vgg16", PAPER, "Table 1, VGG-16 compressed", 49, 5, "x", "higher", given=IMAGENET, note=OTHER),
 )  # fmt: skip
 
-Tx = optax.GradientTransformation
 LAYERS = ("Dense_0", "Dense_1", "Dense_2")
 
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
-    require_positive({"prune_rounds": cfg.prune_rounds})
-    require_probability({"momentum": cfg.momentum})
-    mesh = devices.data_mesh(batch_size=cfg.batch_size)
-    folders = run.settings.data_dir, run.settings.cache_dir
-    train, test = (data.grey_pictures(cfg.dataset, split, *folders) for split in (cfg.train_split, cfg.test_split))
-    rows = devices.process_rows(cfg.batch_size, mesh)
-    held_out = [devices.place(batch, mesh) for batch in data.epoch(test, cfg.batch_size, rows)]
-    stream = data.per_seed([data.batches(train, cfg.batch_size, seed, rows) for seed in run.seeds])  # [S, B, ...]
+    train, test = (data.grey_images(cfg.dataset, split) for split in (cfg.train_split, cfg.test_split))
+    stream = data.shuffled(train, cfg.batch_size, run.seeds)
     model = LeNet300()
-    dense_loss, sparse_loss = (
-        losses.l2(classify.loss(model.apply), decay) for decay in (cfg.weight_decay, cfg.prune_weight_decay)
-    )
-    dense_tx, sparse_tx, shared_tx = (
-        optax.sgd(optim.warmup_cosine(rate, steps), cfg.momentum)
-        for rate, steps in (
-            (cfg.learning_rate, cfg.steps),
-            (cfg.learning_rate, cfg.prune_steps),
-            (cfg.share_learning_rate, cfg.share_steps),
-        )
-    )
-    sparse_tx = optax.chain(sparse_tx, prune.keep_zeros())
-    dense_step, sparse_step, shared_step = (
-        per_seed(make_step(loss, tx))
-        for loss, tx in (
-            (dense_loss, dense_tx),
-            (sparse_loss, sparse_tx),
-            (functools.partial(sharing_loss, sparse_loss), shared_tx),
-        )
-    )
-    exam = classify.per_seed(classify.exam(model.apply))
-    key_init, key, key_exam = jnp.stack([jax.random.split(jax.random.key(seed), 3) for seed in run.seeds], 1)  # [S]
-    start = jax.jit(jax.vmap(lambda key: model.init(key, jnp.zeros((1, 28, 28, 1)), train=False)))(key_init)
+    key_init, key, key_test = run.keys(3)  # [S] each
+    start = init_variables(model, key_init, jnp.zeros((1, 28, 28, 1)))
     sparsity = prune.rounds(start["params"], cfg.kept)
-    require_bits(cfg.bits)
+    test_of = evaluator(classify.exam(model.apply), test, cfg.batch_size, key_test)
 
-    def learn(name: str, step: Step, tx: Tx, variables: Tree, begin: int, steps: int) -> Tree:
-        """The parameters [S, ...] that `step` makes of `variables` [S, ...]."""
-        states = devices.replicated(jax.vmap(functools.partial(init_state, tx=tx))(key, variables), mesh)
-        batches = devices.placed(data.later(stream, begin), mesh, axis=1)
-        return fit(step, states, batches, steps=steps, run=run / name).params
+    def training(loss: Loss, rate: float, steps: int, *last: optax.GradientTransformation):
+        tx = optax.chain(optax.sgd(optim.warmup_cosine(rate, steps), cfg.momentum), *last)
+        step = per_seed(make_step(loss, tx))
 
-    def error(params: Tree) -> np.ndarray:  # [S, ...] -> per cent [S]
-        return 100 * evaluate(exam, {"params": params}, held_out, key_exam[0])["error"]
+        def learn(name: str, variables: Tree, begin: int) -> Tree:
+            """The parameters [S, ...] that come of `variables` [S, ...] and of the data from step `begin` on."""
+            states = init_states(key, variables, tx)
+            return fit(step, states, stream.later(begin), steps=steps, run=run / name).params
 
-    params = reference = learn("reference", dense_step, dense_tx, start, 0, cfg.steps)
+        return learn
+
+    loss = classify.loss(model.apply)
+    sparse_loss = losses.l2(loss, cfg.prune_weight_decay)
+    train_dense = training(losses.l2(loss, cfg.weight_decay), cfg.learning_rate, cfg.steps)
+    train_sparse = training(sparse_loss, cfg.learning_rate, cfg.prune_steps, prune.keep_zeros())
+    train_shared = training(functools.partial(sharing_loss, sparse_loss), cfg.share_learning_rate, cfg.share_steps)
+
+    params = reference = train_dense("reference", start, 0)
     done = cfg.steps
     for i in range(cfg.prune_rounds):
         smaller = functools.partial(prune.smallest, sparsity=sparsity((i + 1) / cfg.prune_rounds))
-        rest = {"params": jax.vmap(smaller)(params)}
-        params = learn(f"pruned{i}", sparse_step, sparse_tx, rest, done, cfg.prune_steps)
+        params = train_sparse(f"pruned{i}", {"params": jax.vmap(smaller)(params)}, done)
         done += cfg.prune_steps
-    codebooks, clusters = lanes.stack([share.cluster(lane, 2**cfg.bits - 1) for lane in lanes.split(params)])
-    variables = {"params": codebooks, "clusters": clusters}
-    codebooks = learn("shared", shared_step, shared_tx, variables, done, cfg.share_steps)
+    codebooks, clusters = seeds.stack([share.cluster(one, 2**cfg.bits - 1) for one in seeds.split(params)])
+    codebooks = train_shared("shared", {"params": codebooks, "clusters": clusters}, done)
     shared = jax.vmap(lambda books, assigned: share.expanded(assigned)(books))(codebooks, clusters)
-    files = written(run, lanes.split(shared))
-    decoded = [decode(data) for data in files]
+
+    files = [encode(network) for network in seeds.split(shared)]
+    for seed, file in zip(run.seeds, files, strict=True):
+        run.keep(f"lenet300_seed{seed}.dlj", file)
+    decoded = [decode(file) for file in files]
+    networks = {"reference": reference, "pruned": params, "shared": shared, "decoded": seeds.stack(decoded)}
     return {
-        "test_error/reference": error(reference),
-        "test_error/pruned": error(params),
-        "test_error/shared": error(shared),
-        "test_error/decoded": error(lanes.stack(decoded)),
+        **{f"test_error/{name}": 100 * test_of({"params": each})["error"] for name, each in networks.items()},
         "ratio/pruned": np.array([ratio_pruned(tree) for tree in decoded]),
         "ratio/quantised": np.array([ratio_quantised(tree, cfg.bits) for tree in decoded]),
-        "ratio/file": np.array([ratio_file(tree, data) for tree, data in zip(decoded, files, strict=True)]),
+        "ratio/file": np.array([ratio_file(tree, file) for tree, file in zip(decoded, files, strict=True)]),
     }
 
 
-def sharing_loss(loss: Loss, variables, batch, key):
+def sharing_loss(loss: Loss, variables: Tree, batch: Batch, key: Array):
     """`loss` of codebooks; the clusters are a collection that no gradient trains, each seed's its own."""
     dense = {"params": variables["params"]}
     return losses.with_params(loss, share.expanded(variables["clusters"]))(dense, batch, key)
-
-
-def written(run: Run, networks: Sequence[Tree]) -> list[bytes]:
-    """What the files of the networks hold, read back from the disk: lenet300_seed0.dlj ... in the run's folder."""
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = epath.Path(run.directory if run.directory and jax.process_index() == 0 else temporary)
-        files = [folder / f"lenet300_seed{seed}.dlj" for seed in run.seeds]
-        for file, network in zip(files, networks, strict=True):
-            file.write_bytes(encode(network))
-        return [file.read_bytes() for file in files]
 
 
 def ratio_pruned(params: Tree) -> float:
@@ -198,9 +161,9 @@ def ratio_quantised(params: Tree, bits: int, distance_bits: int = 5) -> float:
     return 32 * sum(kernel.size for kernel in kernels) / taken
 
 
-def ratio_file(params: Tree, data: bytes) -> float:
+def ratio_file(params: Tree, file: bytes) -> float:
     """Bytes of all parameters over those of the file."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / len(data)
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / len(file)
 
 
 if __name__ == "__main__":
