@@ -29,14 +29,10 @@ import optax
 
 from dl_jax import classify, data, losses, optim
 from dl_jax.compress import prune
-from dl_jax.core import devices
-from dl_jax.core.errors import require_positive, require_probability
-from dl_jax.core.evaluate import evaluate
+from dl_jax.core.evaluate import evaluator
 from dl_jax.core.fit import fit
-from dl_jax.core.step import Step, Tree, init_state, make_step
-from dl_jax.harness.launch import launch
-from dl_jax.harness.results.claims import Claim
-from dl_jax.harness.run import Run
+from dl_jax.core.step import Tree, init_states, init_variables, make_step, per_seed
+from dl_jax.harness import Claim, Fraction, NonNegative, Positive, Probability, Run, Some, launch
 from dl_jax.models.vision.lenet import LeNet300, LeNetCaffe
 
 
@@ -46,16 +42,16 @@ class Config:
     train_split: str = "train"  # TFDS split to learn from
     test_split: str = "test"  # TFDS split to test on
     convolutional: bool = False  # prune LeNet-5 as Caffe has it, instead of LeNet-300-100
-    kept: tuple[float, ...] = (0.08, 0.09, 0.26)  # fraction of each layer's weights that stays
-    steps: int = 18_750  # train steps of the dense network: 20 passes over 60,000 digits
-    rounds: int = 4  # times that weights are pruned and the rest is trained on
-    round_steps: int = 7500  # train steps after each pruning: 8 passes
-    batch_size: int = 64  # examples per step, over all devices
-    learning_rate: float = 0.1  # of the dense network, at its peak
-    retrain: float = 0.1  # the peak after a pruning; fraction of the learning rate
-    momentum: float = 0.9  # of SGD
-    weight_decay: float = 5e-4  # of the L2 penalty on the dense network's weights, biases left out
-    retrain_weight_decay: float = 1e-4  # the same after a pruning
+    kept: Some[Fraction] = (0.08, 0.09, 0.26)  # fraction of each layer's weights that stays
+    steps: Positive[int] = 18_750  # train steps of the dense network: 20 passes over 60,000 digits
+    rounds: Positive[int] = 4  # times that weights are pruned and the rest is trained on
+    round_steps: Positive[int] = 7500  # train steps after each pruning: 8 passes
+    batch_size: Positive[int] = 64  # examples per step, over all devices
+    learning_rate: Positive[float] = 0.1  # of the dense network, at its peak
+    retrain: Positive[float] = 0.1  # the peak after a pruning; fraction of the learning rate
+    momentum: Probability = 0.9  # of SGD
+    weight_decay: NonNegative[float] = 5e-4  # of the L2 penalty on the dense network's weights, biases left out
+    retrain_weight_decay: NonNegative[float] = 1e-4  # the same after a pruning
 
 
 PRESETS = {
@@ -63,8 +59,8 @@ PRESETS = {
     "lenet5": Config(convolutional=True, kept=(0.66, 0.12, 0.08, 0.19), steps=10_000, round_steps=2500,
                      learning_rate=0.02),
     "quick": Config(dataset="digits", steps=800, round_steps=300),
-    "smoke": Config(dataset="digits", train_split="train[:64]", test_split="test[:40]", steps=4, rounds=2,
-                    round_steps=2, batch_size=16),
+    "smoke": Config(dataset="digits", train_split="train[:64]", test_split="test[:40]", steps=2, rounds=2,
+                    round_steps=1, batch_size=16),
 }  # fmt: skip
 
 PAPER = "Han et al. 2015"
@@ -97,58 +93,53 @@ CLAIMS = (
 
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
-    require_positive({"rounds": cfg.rounds, "retrain": cfg.retrain})
-    require_probability({"momentum": cfg.momentum})
-    mesh = devices.data_mesh(batch_size=cfg.batch_size)
-    folders = (run.settings.data_dir, run.settings.cache_dir)
-    train, test = (data.grey_pictures(cfg.dataset, split, *folders) for split in (cfg.train_split, cfg.test_split))
-    rows = devices.process_rows(cfg.batch_size, mesh)
-    held_out = [devices.place(batch, mesh) for batch in data.epoch(test, cfg.batch_size, rows)]
+    train, test = (data.grey_images(cfg.dataset, split) for split in (cfg.train_split, cfg.test_split))
+    stream = data.shuffled(train, cfg.batch_size, run.seeds)
     model, name = (LeNetCaffe(), "lenet5") if cfg.convolutional else (LeNet300(), "lenet300")
-    draw = jax.jit(functools.partial(model.init, train=False))
-    exam, loss = classify.exam(model.apply), classify.loss(model.apply)
+    key_init, key, key_test = run.keys(3)  # [S] each
+    start = init_variables(model, key_init, jnp.zeros((1, 28, 28, 1)))
+    sparsity = prune.rounds(start["params"], cfg.kept)
+    test_of = evaluator(classify.exam(model.apply), test, cfg.batch_size, key_test)
+
+    def training(decay: float, rate: float, steps: int, *last: optax.GradientTransformation):
+        tx = optax.chain(optax.sgd(optim.warmup_cosine(rate, steps), cfg.momentum), *last)
+        step = per_seed(make_step(losses.l2(classify.loss(model.apply), decay), tx), one_by_one=cfg.convolutional)
+
+        def learn(name: str, variables: Tree, begin: int) -> Tree:
+            """The parameters [S, ...] that come of `variables` [S, ...] and of the data from step `begin` on."""
+            states = init_states(key, variables, tx)
+            return fit(step, states, stream.later(begin), steps=steps, run=run / name).params
+
+        return learn
+
+    train_dense = training(cfg.weight_decay, cfg.learning_rate, cfg.steps)
     peak = cfg.retrain * cfg.learning_rate
-    dense_tx = optax.sgd(optim.warmup_cosine(cfg.learning_rate, cfg.steps), cfg.momentum)
-    sparse_tx = optax.chain(optax.sgd(optim.warmup_cosine(peak, cfg.round_steps), cfg.momentum), prune.keep_zeros())
-    dense_step = make_step(losses.l2(loss, cfg.weight_decay), dense_tx)
-    sparse_step = make_step(losses.l2(loss, cfg.retrain_weight_decay), sparse_tx)
+    train_sparse = training(cfg.retrain_weight_decay, peak, cfg.round_steps, prune.keep_zeros())
 
-    def measured(seed: int) -> tuple:
-        key_init, key, key_exam = jax.random.split(jax.random.key(seed), 3)
-        stream = data.batches(train, cfg.batch_size, seed, rows)
-        variables = draw(key_init, jnp.zeros((1, 28, 28, 1)))
-        sparsity = prune.rounds(variables["params"], cfg.kept)
-
-        def learn(child: Run, step: Step, tx: optax.GradientTransformation, variables: Tree, begin: int, steps: int):
-            state = devices.replicated(init_state(key, variables, tx), mesh)
-            batches = devices.placed(data.later(stream, begin), mesh)
-            return fit(step, state, batches, steps=steps, run=child).params
-
-        child = run / f"seed{seed}"
-        params = dense = learn(child / "dense", dense_step, dense_tx, variables, 0, cfg.steps)
-        for i in range(cfg.rounds):
-            rest = {"params": prune.smallest(params, sparsity((i + 1) / cfg.rounds))}
-            begin = cfg.steps + i * cfg.round_steps
-            params = learn(child / f"round{i + 1}", sparse_step, sparse_tx, rest, begin, cfg.round_steps)
-        show(child / f"round{cfg.rounds}", cfg.round_steps, params)
-        errors = [100 * evaluate(exam, {"params": each}, held_out, key_exam)["error"] for each in (dense, params)]
-        return *errors, parameters(dense) / parameters(params)
-
-    names = f"test_error/{name}", f"test_error/{name}_pruned", f"rate/{name}"
-    return dict(zip(names, np.transpose([measured(seed) for seed in run.seeds]), strict=True))
+    params = dense = train_dense("dense", start, 0)
+    for i in range(cfg.rounds):
+        smaller = functools.partial(prune.smallest, sparsity=sparsity((i + 1) / cfg.rounds))
+        rest = {"params": jax.vmap(smaller)(params)}
+        params = train_sparse(f"round{i + 1}", rest, cfg.steps + i * cfg.round_steps)
+    if not cfg.convolutional:
+        (run / f"round{cfg.rounds}").images(cfg.round_steps, lambda: {"weights_left_at_each_pixel": left(params)})
+    return {
+        f"test_error/{name}": 100 * test_of({"params": dense})["error"],
+        f"test_error/{name}_pruned": 100 * test_of({"params": params})["error"],
+        f"rate/{name}": parameters(dense) / parameters(params),
+    }
 
 
-def parameters(params: Tree) -> int:
+def parameters(params: Tree) -> np.ndarray:  # [S, ...] -> int [S]
     """How many are not zero, biases included."""
-    return sum(int(n) for n in prune.nonzeros(params, where=lambda path, leaf: True).values())
+    counts = jax.vmap(functools.partial(prune.nonzeros, where=lambda path, leaf: True))(params)
+    return np.sum([np.asarray(count) for count in counts.values()], 0)
 
 
-def show(run: Run, step: int, params: Tree) -> None:
-    """How many weights of the first dense layer see each pixel (the paper's figure 4), in TensorBoard."""
-    kernel = np.asarray(params["Dense_0"]["kernel"])
-    if run.board and len(kernel) == 28 * 28:
-        left = np.count_nonzero(kernel, axis=1).reshape(1, 28, 28, 1)
-        run.board.image("weights_left_at_each_pixel", step, left / left.max())
+def left(params: Tree) -> np.ndarray:  # [S, ...] -> images [S, 28, 28, 1]
+    """How many weights of the first dense layer see each pixel, of the most (the paper's figure 4)."""
+    counts = np.count_nonzero(params["Dense_0"]["kernel"], axis=-1)  # [S, 784]
+    return (counts / counts.max(-1, keepdims=True)).reshape(-1, 28, 28, 1)
 
 
 if __name__ == "__main__":
