@@ -17,7 +17,7 @@ Nothing was tuned.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import jax
@@ -27,15 +27,12 @@ import optax
 
 from dl_jax import classify, data
 from dl_jax.compress import prune
-from dl_jax.core import devices
-from dl_jax.core.errors import InputError, require_positive
-from dl_jax.core.evaluate import evaluate
-from dl_jax.core.fit import Watch, fit
+from dl_jax.core.errors import InputError
+from dl_jax.core.evaluate import evaluator
+from dl_jax.core.fit import Measurements, Watch, fit
 from dl_jax.core.leaves import is_kernel
-from dl_jax.core.step import Tree, gathered, init_state, make_step, per_seed, scanned
-from dl_jax.harness.launch import launch
-from dl_jax.harness.results.claims import Claim
-from dl_jax.harness.run import Run
+from dl_jax.core.step import Tree, init_states, make_step, per_seed
+from dl_jax.harness import Claim, NonNegative, Positive, Probability, Run, launch
 from dl_jax.models.vision.lenet import LeNet300
 
 if TYPE_CHECKING:
@@ -48,15 +45,15 @@ class Config:
     train_split: str = "train[:55000]"  # TFDS split to learn from
     validation_split: str = "train[55000:]"  # TFDS split that says when to stop
     test_split: str = "test"  # TFDS split to test on
-    rounds: int = 10  # networks from dense to sparsest
-    redrawn: tuple[int, ...] = (7, 9)  # rounds whose masks are trained from a redrawn start too
-    steps: int = 50_000  # train steps of each network
-    batch_size: int = 60  # examples per step
-    learning_rate: float = 1.2e-3  # of Adam
-    prune: float = 0.2  # fraction of a layer's surviving weights that are pruned after a round
-    prune_output: float = 0.1  # the same of the output layer
-    watch_every: int = 100  # steps between measurements of the validation loss
-    scan: int = 10  # steps in one call of the compiled program; divides `steps` and `watch_every`
+    rounds: Positive[int] = 10  # networks from dense to sparsest
+    redrawn: tuple[NonNegative[int], ...] = (7, 9)  # rounds whose masks are trained from a redrawn start too
+    steps: Positive[int] = 50_000  # train steps of each network
+    batch_size: Positive[int] = 60  # examples per step
+    learning_rate: Positive[float] = 1.2e-3  # of Adam
+    prune: Probability = 0.2  # fraction of a layer's surviving weights that are pruned after a round
+    prune_output: Probability = 0.1  # the same of the output layer
+    watch_every: Positive[int] = 100  # steps between measurements of the validation loss
+    scan: Positive[int] = 10  # steps in one call of the compiled program; divides `steps` and `watch_every`
 
 
 PRESETS = {
@@ -65,10 +62,9 @@ PRESETS = {
     "quick": Config(dataset="digits", train_split="train[:90%]", validation_split="train[90%:]", steps=300,
                     watch_every=10),
     "smoke": Config(dataset="digits", train_split="train[:64]", validation_split="train[64:104]",
-                    test_split="test[:40]", rounds=3, redrawn=(2,), steps=20, batch_size=16, watch_every=10, scan=5),
+                    test_split="test[:40]", rounds=2, redrawn=(1,), steps=4, batch_size=16, watch_every=2, scan=2),
 }  # fmt: skip
 
-EXAM_BATCHES = 16  # of training, in one of an evaluation
 PAPER = "Frankle & Carbin 2019"
 BOUND = "of 15,000 iterations; the size is claimed at the preset paper"
 CLAIMS = (
@@ -104,49 +100,38 @@ CLAIMS = (
 
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
-    require_positive({"rounds": cfg.rounds, "learning_rate": cfg.learning_rate})
     if not set(cfg.redrawn) <= set(range(cfg.rounds)):
         raise InputError(f"redrawn is {cfg.redrawn}, expected rounds from 0 to {cfg.rounds - 1}; leave out the others")
-    folders = (run.settings.data_dir, run.settings.cache_dir)
     splits = (cfg.train_split, cfg.validation_split, cfg.test_split)
-    train, validation, test = (data.grey_pictures(cfg.dataset, split, *folders) for split in splits)
-    mesh = devices.data_mesh(batch_size=cfg.batch_size)
-    rows, exam_rows = (devices.process_rows(size, mesh) for size in (cfg.batch_size, EXAM_BATCHES * cfg.batch_size))
-    exams = [
-        [devices.place(batch, mesh) for batch in data.epoch(each, EXAM_BATCHES * cfg.batch_size, exam_rows)]
-        for each in (validation, test)
-    ]
+    train, validation, test = (data.grey_images(cfg.dataset, split) for split in splits)
+    stream = data.shuffled(train, cfg.batch_size, run.seeds)
     model = LeNet300()
-    exam = classify.per_seed(classify.exam(model.apply))
+    key_start, key, key_redrawn = run.keys(3)  # [S] each
+    measure = classify.exam(model.apply)  # draws nothing, whatever its key
+    validation_of, test_of = (evaluator(measure, each, 16 * cfg.batch_size, key) for each in (validation, test))
     like = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
-    draw = jax.jit(jax.vmap(functools.partial(gaussian_glorot, like["params"])))
+    draw = jax.jit(lambda keys: jax.lax.map(functools.partial(gaussian_glorot, like["params"]), keys))
     sparsity = prune.rounds(like["params"], (1 - cfg.prune, 1 - cfg.prune, 1 - cfg.prune_output))
     tx = optax.chain(optax.adam(cfg.learning_rate), prune.keep_zeros())
-    start = jax.jit(jax.vmap(lambda key, params: init_state(key, {"params": params}, tx)))
-    step = scanned(per_seed(make_step(classify.loss(model.apply), tx)), cfg.scan)
-    step = gathered(step, devices.replicated(train, mesh))
-    order = {"index": np.arange(len(train["label"]))}
-    streams = [data.batches(order, cfg.batch_size, seed, rows) for seed in run.seeds]
-    windows = data.windows(data.per_seed(streams), cfg.scan)  # [k, S, B]
-    key_start, key, key_redrawn = jnp.stack([jax.random.split(jax.random.key(seed), 3) for seed in run.seeds], 1)  # [S]
+    step = per_seed(make_step(classify.loss(model.apply), tx))
 
     def learn(params: Tree, round: int, child: Run) -> Tree:
         """Trains [S, ...] parameters, whose zeros stay, on the data that this round has for itself."""
-        watch = Watch(cfg.watch_every, functools.partial(watched, child, exam, exams))
-        batches = devices.placed(data.later(windows, round * cfg.steps), mesh, axis=2)
-        state = devices.replicated(start(key, params), mesh)
-        return fit(step, state, batches, steps=cfg.steps, run=child, every=cfg.watch_every, watch=watch).params
+        watch = Watch(cfg.watch_every, functools.partial(watched, child, validation_of, test_of))
+        states = init_states(key, {"params": params}, tx)
+        batches = stream.later(round * cfg.steps)
+        return fit(step, states, batches, steps=cfg.steps, run=child, scan=cfg.scan, every=cfg.watch_every,
+                   watch=watch).params  # fmt: skip
 
     original = params = draw(key_start)
-    one = jax.tree.map(lambda leaf: leaf[0], original)
-    levels = [f"{remaining(prune.smallest(one, sparsity(round))):.1f}" for round in range(cfg.rounds)]
+    first = jax.tree.map(lambda leaf: leaf[:1], original)  # of the seeds: as many remain in each
+    levels = [f"{remaining(smaller(first, sparsity(round))):.1f}" for round in range(cfg.rounds)]
     if len(set(levels)) < len(levels):
         raise InputError(f"rounds is {cfg.rounds}, after which {levels[-1]} % remain more than once; give fewer")
     found = {}
     for round, level in enumerate(levels):
-        smaller = functools.partial(prune.smallest, sparsity=sparsity(round))  # none in the first
-        params = rewound(jax.vmap(smaller)(params), original)
-        zeros, params = params, learn(params, round, run / f"round{round}")
+        zeros = rewound(smaller(params, sparsity(round)), original)  # none in the first
+        params = learn(zeros, round, run / f"round{round}")
         found |= stopped(run / f"round{round}", level)
         if round in cfg.redrawn:
             redrawn = draw(jax.vmap(jax.random.fold_in, (0, None))(key_redrawn, round))
@@ -154,10 +139,13 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
             found |= stopped(run / f"round{round}_redrawn", f"{level}_redrawn")
             found[f"earlier/{level}"] = 100 * (1 - found[f"early_stop/{level}"] / found[f"early_stop/{levels[0]}"])
             found[f"faster/{level}"] = found[f"early_stop/{level}_redrawn"] / found[f"early_stop/{level}"]
-    board = (run / f"round{cfg.rounds - 1}").board
-    if board:
-        board.figure("tickets", cfg.steps, ticket_figure(levels, found))
+    (run / f"round{cfg.rounds - 1}").figure("tickets", cfg.steps, lambda: ticket_figure(levels, found))
     return found
+
+
+def smaller(params: Tree, sparsity: prune.Sparsity) -> Tree:
+    """[S, ...] parameters without their smallest weights."""
+    return jax.vmap(functools.partial(prune.smallest, sparsity=sparsity))(params)
 
 
 def gaussian_glorot(like: Tree, key: jax.Array) -> Tree:
@@ -169,14 +157,14 @@ def gaussian_glorot(like: Tree, key: jax.Array) -> Tree:
     return jax.tree_util.tree_map_with_path(scaled, optax.tree.random_like(key, like))
 
 
-def watched(run: Run, exam: classify.Exam, exams: list, variables: Tree) -> dict[str, np.ndarray]:
+def watched(
+    run: Run, validation_of: Callable[[Tree], Measurements], test_of: Callable[[Tree], Measurements], variables: Tree
+) -> Measurements:
     """The validation loss [S] and, where it is a seed's lowest so far, test accuracies [S] in per cent."""
-    validation, test = exams
-    loss = evaluate(exam, variables, validation, jax.random.key(0))["nats"]
+    loss = validation_of(variables)["nats"]
     if not (loss < lowest(run)).any():
         return {"validation_loss": loss}
-    error = evaluate(exam, variables, test, jax.random.key(0))["error"]
-    return {"validation_loss": loss, "test_accuracy": 100 * (1 - error)}
+    return {"validation_loss": loss, "test_accuracy": 100 * (1 - test_of(variables)["error"])}
 
 
 def lowest(run: Run) -> np.ndarray | float:
@@ -192,8 +180,8 @@ def stopped(run: Run, cell: str) -> dict[str, np.ndarray]:
     steps, loss = run.history("validation_loss")  # [n], [n, S]
     at, accuracy = run.history("test_accuracy")
     early = steps[np.nanargmin(loss, 0)]  # [S]
-    lanes = np.arange(len(early))
-    return {f"early_stop/{cell}": early, f"accuracy/{cell}": accuracy[np.searchsorted(at, early), lanes]}
+    seeds = np.arange(len(early))
+    return {f"early_stop/{cell}": early, f"accuracy/{cell}": accuracy[np.searchsorted(at, early), seeds]}
 
 
 def rewound(params: Tree, start: Tree) -> Tree:
