@@ -20,9 +20,8 @@ last 10 % of the training set; the first one's is a guess.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -31,15 +30,13 @@ import optax
 
 from dl_jax import classify, data, losses, optim
 from dl_jax.compress import quantize
-from dl_jax.core import devices
-from dl_jax.core.errors import InputError, require_positive, require_probability
-from dl_jax.core.evaluate import evaluate
+from dl_jax.core.evaluate import evaluator
 from dl_jax.core.fit import fit
-from dl_jax.core.step import Tree, init_state, make_step, per_seed
-from dl_jax.harness.launch import launch
-from dl_jax.harness.results.claims import Claim
-from dl_jax.harness.run import Run
+from dl_jax.core.step import Loss, Tree, init_states, init_variables, make_step, per_seed
+from dl_jax.harness import Between, Claim, Distinct, Positive, Probability, Run, launch
 from dl_jax.models.vision.lenet import LeNet300
+
+Bits = Annotated[int, Between(1, 8)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,22 +44,22 @@ class Config:
     dataset: str = "mnist"  # TFDS name of a set of ten classes of 28x28 or 8x8 grey images
     train_split: str = "train"  # TFDS split to learn from
     test_split: str = "test"  # TFDS split to test on
-    steps: int = 6000  # train steps in floating point: 10 passes over 60,000 digits
-    tuning_steps: int = 3000  # train steps after that, in floating point and at each number of bits
-    batch_size: int = 100  # examples per step, over all devices
-    learning_rate: float = 0.1  # at its peak
-    tuning_rate: float = 0.02  # learning rate after that, at its peak
-    momentum: float = 0.9  # of SGD
-    bits: tuple[int, ...] = (8, 4, 2)  # bits of a weight
-    activation_bits: int = 8  # bits of an activation
-    calibration: int = 1000  # training examples that give the ranges of the activations
+    steps: Positive[int] = 6000  # train steps in floating point: 10 passes over 60,000 digits
+    tuning_steps: Positive[int] = 3000  # train steps after that, in floating point and at each number of bits
+    batch_size: Positive[int] = 100  # examples per step, over all devices
+    learning_rate: Positive[float] = 0.1  # at its peak
+    tuning_rate: Positive[float] = 0.02  # learning rate after that, at its peak
+    momentum: Probability = 0.9  # of SGD
+    bits: Distinct[Bits] = (8, 4, 2)  # bits of a weight
+    activation_bits: Bits = 8  # bits of an activation
+    calibration: Positive[int] = 1000  # training examples that give the ranges of the activations
 
 
 PRESETS = {
     "paper": Config(),
     "quick": Config(dataset="digits", steps=600, tuning_steps=300, batch_size=50),
-    "smoke": Config(dataset="digits", train_split="train[:64]", test_split="test[:40]", steps=4, tuning_steps=2,
-                    batch_size=16, calibration=32),
+    "smoke": Config(dataset="digits", train_split="train[:64]", test_split="test[:40]", steps=2, tuning_steps=1,
+                    batch_size=16, bits=(4,), calibration=32),
 }  # fmt: skip
 
 GIVEN = {"dataset": "mnist"}
@@ -81,60 +78,46 @@ CLAIMS = (
           note=ORDER),
 )  # fmt: skip
 
-Tx = optax.GradientTransformation
-
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
-    for bits in (*cfg.bits, cfg.activation_bits):
-        quantize.require_bits(bits)
-    if len(set(cfg.bits)) < len(cfg.bits):
-        raise InputError(f"bits are {', '.join(map(str, cfg.bits))}, expected each number once; leave out the others")
-    require_positive({"how many bits are given": len(cfg.bits), "calibration": cfg.calibration})
-    require_probability({"momentum": cfg.momentum})
-    mesh = devices.data_mesh(batch_size=cfg.batch_size)
-    folders = run.settings.data_dir, run.settings.cache_dir
-    train, test = (data.grey_pictures(cfg.dataset, split, *folders) for split in (cfg.train_split, cfg.test_split))
-    rows = devices.process_rows(cfg.batch_size, mesh)
+    train, test = (data.grey_images(cfg.dataset, split) for split in (cfg.train_split, cfg.test_split))
+    stream = data.shuffled(train, cfg.batch_size, run.seeds)
     some = {name: column[: cfg.calibration] for name, column in train.items()}
-    held_out, calibration = (
-        [devices.place(batch, mesh) for batch in data.epoch(records, cfg.batch_size, rows)] for records in (test, some)
-    )
-    stream = data.per_seed([data.batches(train, cfg.batch_size, seed, rows) for seed in run.seeds])
-    key_init, key, key_exam = jnp.stack([jax.random.split(jax.random.key(seed), 3) for seed in run.seeds], 1)  # [S]
-
-    model = LeNet300()
-    apply: Callable[..., Any] = model.apply
+    apply: Callable[..., Any] = LeNet300().apply
     rounded = quantize.with_activations(apply, cfg.activation_bits)
-    read = lambda variables, batch: apply(variables, classify.to_unit(batch["image"]), train=False)
-    ranges = jax.vmap(lambda variables: quantize.calibrate(read, variables, calibration))
-    exam, exam_rounded = (classify.per_seed(classify.exam(each)) for each in (apply, rounded))
+    loss, rounded_loss = classify.loss(apply), classify.loss(rounded)
+    key_init, key, key_test = run.keys(3)  # [S] each
 
-    def error(exam: classify.Exam, variables: Tree) -> np.ndarray:  # of [S, ...], in per cent [S]
-        return 100 * evaluate(exam, variables, held_out, key_exam[0])["error"]
+    def evaluated(apply: Callable[..., Any]) -> Callable[[Tree], np.ndarray]:  # variables [S, ...] -> per cent [S]
+        test_of = evaluator(classify.exam(apply), test, cfg.batch_size, key_test)
+        return lambda variables: 100 * test_of(variables)["error"]
 
-    def train_on(child: Run, loss: losses.Loss, variables: Tree, tx: Tx, begin: int, steps: int) -> Tree:
-        states = jax.jit(jax.vmap(lambda key, variables: init_state(key, variables, tx)))(key, variables)
-        batches = devices.placed(data.later(stream, begin), mesh, axis=1)
-        step = per_seed(make_step(loss, tx))
-        return fit(step, devices.replicated(states, mesh), batches, steps=steps, run=child).variables
+    def with_ranges(variables: Tree) -> Tree:
+        read = lambda variables, batch: apply(variables, classify.to_unit(batch["image"]), train=False)
+        batches = data.epoch(some, cfg.batch_size)
+        ranges = jax.vmap(lambda variables: quantize.calibrate(read, variables, batches))(variables)
+        return {**variables, quantize.RANGES: ranges}
 
-    first_tx, tuning_tx = (
-        optax.sgd(optim.warmup_cosine(rate, steps), cfg.momentum)
-        for rate, steps in ((cfg.learning_rate, cfg.steps), (cfg.tuning_rate, cfg.tuning_steps))
-    )
-    tune = functools.partial(train_on, tx=tuning_tx, begin=cfg.steps, steps=cfg.tuning_steps)
-    draw = lambda key: model.init(key, jnp.zeros((1, 28, 28, 1)), train=False)
-    start = jax.jit(jax.vmap(draw))(key_init)
-    first = train_on(run / "first", classify.loss(apply), start, first_tx, 0, cfg.steps)
-    tuned = tune(run / "float", classify.loss(apply), first)
-    first, rounding = ({**variables, quantize.RANGES: ranges(variables)} for variables in (first, tuned))
+    def learn(name: str, loss: Loss, variables: Tree, rate: float, begin: int, steps: int) -> Tree:
+        """Trains `variables` [S, ...] on the data from step `begin` on."""
+        tx = optax.sgd(optim.warmup_cosine(rate, steps), cfg.momentum)
+        step, states = per_seed(make_step(loss, tx)), init_states(key, variables, tx)
+        return fit(step, states, stream.later(begin), steps=steps, run=run / name).variables
 
-    found = {"error/float": error(exam, tuned), "kilobytes/float": kilobytes(tuned["params"], len(run.seeds))}
+    def tune(name: str, loss: Loss, variables: Tree) -> Tree:
+        return learn(name, loss, variables, cfg.tuning_rate, cfg.steps, cfg.tuning_steps)
+
+    start = init_variables(LeNet300(), key_init, jnp.zeros((1, 28, 28, 1)))
+    first = learn("first", loss, start, cfg.learning_rate, 0, cfg.steps)
+    tuned = tune("float", loss, first)
+    first, rounding = with_ranges(first), with_ranges(tuned)
+    error, error_rounded = evaluated(apply), evaluated(rounded)
+    found = {"error/float": error(tuned), "kilobytes/float": kilobytes(tuned["params"], len(run.seeds))}
     for bits in cfg.bits:
-        aware = tune(run / f"qat{bits}", losses.with_params(classify.loss(rounded), quantize.fake(bits)), first)
+        aware = tune(f"qat{bits}", losses.with_params(rounded_loss, quantize.fake(bits)), first)
         for name, variables in {"ptq": rounding, "qat": aware}.items():
             params, found[f"kilobytes/{bits}"] = packed(variables["params"], bits)
-            found[f"error/{name}{bits}"] = error(exam_rounded, {**variables, "params": params})
+            found[f"error/{name}{bits}"] = error_rounded({**variables, "params": params})
     return found
 
 
