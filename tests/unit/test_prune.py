@@ -13,7 +13,7 @@ from jax.extend.core import jaxprs_in_params
 from dl_jax.compress import prune
 from dl_jax.core.errors import InputError
 from dl_jax.core.fit import fit
-from dl_jax.core.step import init_state, make_step, per_seed, scanned
+from dl_jax.core.step import init_state, make_step, per_seed
 from dl_jax.harness.run import Run, Settings
 
 KEY = jax.random.key(0)
@@ -109,9 +109,9 @@ def test_smallest_takes_further_weights_from_the_survivors():
 def test_smallest_and_nonzeros_over_seeds():
     params = jax.vmap(network)(jax.random.split(KEY, 3))
     pruned = jax.jit(jax.vmap(functools.partial(prune.smallest, sparsity=0.6)))(params)
-    for lane in range(3):
-        alone = prune.smallest(jax.tree.map(lambda leaf, lane=lane: leaf[lane], params), 0.6)
-        assert bits(jax.tree.map(lambda leaf, lane=lane: leaf[lane], pruned)) == bits(alone)
+    for seed in range(3):
+        alone = prune.smallest(jax.tree.map(lambda leaf, seed=seed: leaf[seed], params), 0.6)
+        assert bits(jax.tree.map(lambda leaf, seed=seed: leaf[seed], pruned)) == bits(alone)
     counts = jax.vmap(prune.nonzeros)(pruned)
     assert {name: n.tolist() for name, n in counts.items()} == {"a/kernel": [12] * 3, "b/kernel": [6] * 3}
     every = prune.nonzeros(network(KEY), where=lambda path, leaf: True)
@@ -265,12 +265,11 @@ def test_every_seed_has_its_own_mask_and_is_as_if_alone():
     start = lambda key: init_state(key, {"params": network(key)}, tx)
     states, step = jax.vmap(start)(keys), make_step(loss, tx)
     stacked = lambda i: jax.tree.map(lambda *x: np.stack(x), *(batches(i, seed) for seed in range(3)))
-    windows = lambda i: jax.tree.map(lambda *x: np.stack(x), *(stacked(i + j) for j in range(4)))
-    together = fit(scanned(per_seed(step), 4), states, windows, steps=12)
+    together = fit(per_seed(step), states, stacked, steps=12, scan=4)
     for seed in range(3):
         alone = fit(step, start(keys[seed]), lambda i, seed=seed: batches(i, seed), steps=12)
-        lane = jax.tree.map(lambda leaf, seed=seed: leaf[seed], together.params)
-        for found, wanted in zip(kernels(lane), kernels(alone.params), strict=True):
+        one = jax.tree.map(lambda leaf, seed=seed: leaf[seed], together.params)
+        for found, wanted in zip(kernels(one), kernels(alone.params), strict=True):
             np.testing.assert_array_equal(found == 0, wanted == 0)
             np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
     masks = np.asarray(together.opt_state[1].masks["a"]["kernel"])

@@ -114,11 +114,11 @@ def test_training_finds_the_shared_values_again() -> None:
     for (found, _), params in zip(problems, alone, strict=True):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-2), params, found.codebooks)
 
-    # The same two as lanes of one state, each with clusters of its own.
+    # The same two as seeds of one state, each with clusters of its own.
     (codebooks, clusters), batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *problems)
-    lanes = trained(per_seed(step), codebooks, clusters, batch, lambda key, v: jax.vmap(start, (None, 0))(key, v))
+    both = trained(per_seed(step), codebooks, clusters, batch, lambda key, v: jax.vmap(start, (None, 0))(key, v))
     for i, params in enumerate(alone):
-        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-5), lanes, params)
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-5), both, params)
 
 
 @pytest.mark.parametrize("values", [0, 257, -1, 2.5])
