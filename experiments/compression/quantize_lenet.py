@@ -20,6 +20,7 @@ last 10 % of the training set; the first one's is a guess.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
