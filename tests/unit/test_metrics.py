@@ -7,13 +7,11 @@ from hypothesis import strategies as st
 
 from dl_jax import metrics
 from dl_jax.core.errors import InputError
-from dl_jax.core.evaluate import evaluate
 
-KEY = jax.random.key(0)
 CLASSES = 4
 
 
-def all_metrics(variables, batch, key):
+def all_metrics(batch):
     logits, labels, mask = batch["logits"], batch["label"], batch["mask"]
     return {
         "accuracy": metrics.accuracy(logits, labels, mask),
@@ -22,6 +20,16 @@ def all_metrics(variables, batch, key):
         "cross_entropy": metrics.cross_entropy(logits, labels, mask),
         "confusion": metrics.confusion_matrix(logits, labels, mask),
     }
+
+
+COMPILED = jax.jit(all_metrics)  # once for each shape of a batch
+
+
+def evaluated(batches, compute=COMPILED):
+    """Σ sum / Σ weight over the batches."""
+    pairs = [compute(batch) for batch in batches]
+    add = lambda name, part: sum(np.asarray(each[name][part], np.float64) for each in pairs)
+    return {name: add(name, 0) / add(name, 1) for name in pairs[0]}
 
 
 def records(n, seed=0, tokens=()):
@@ -64,7 +72,7 @@ def reference(logits, labels):
 @given(n=st.integers(1, 12), size=st.sampled_from([1, 3, 5, 16]), filler=st.sampled_from([0.0, 7.0, np.nan]))
 def test_any_batch_size_and_padding_gives_the_same_exact_result(n, size, filler):
     logits, labels = records(n, seed=n)
-    result, expected = evaluate(all_metrics, {}, padded(logits, labels, size, filler), KEY), reference(logits, labels)
+    result, expected = evaluated(padded(logits, labels, size, filler)), reference(logits, labels)
     np.testing.assert_allclose(result.pop("cross_entropy"), expected.pop("cross_entropy"), rtol=1e-6)
     for name, value in expected.items():
         np.testing.assert_array_equal(result[name], value, err_msg=name)  # counts are exact
@@ -73,7 +81,7 @@ def test_any_batch_size_and_padding_gives_the_same_exact_result(n, size, filler)
 
 def test_every_token_counts_once():
     logits, labels = records(7, tokens=(3,))
-    result, expected = evaluate(all_metrics, {}, padded(logits, labels, 4, 9.0), KEY), reference(logits, labels)
+    result, expected = evaluated(padded(logits, labels, 4, 9.0)), reference(logits, labels)
     for name, value in expected.items():
         np.testing.assert_allclose(result[name], value, rtol=1e-6, err_msg=name)
 
@@ -83,7 +91,7 @@ def test_a_mask_over_tokens_leaves_some_of_each_example_out():
     lengths = np.array([5, 1, 3, 2])
     mask = np.arange(5) < lengths[:, None]  # [B, T]
     batch = {"logits": jnp.asarray(logits), "label": jnp.asarray(labels), "mask": jnp.asarray(mask)}
-    result, expected = evaluate(all_metrics, {}, [batch], KEY), reference(logits[mask], labels[mask])
+    result, expected = evaluated([batch]), reference(logits[mask], labels[mask])
     assert float(metrics.accuracy(batch["logits"], batch["label"], batch["mask"])[1]) == lengths.sum()
     for name, value in expected.items():
         np.testing.assert_allclose(result[name], value, rtol=1e-6, err_msg=name)
@@ -91,12 +99,12 @@ def test_a_mask_over_tokens_leaves_some_of_each_example_out():
 
 def test_seeds_are_a_leading_axis():
     logits, labels = np.stack([records(6, s)[0] for s in range(3)]), records(6)[1]
-    per_seed = jax.vmap(all_metrics, in_axes=(None, {"logits": 0, "label": None, "mask": None}, None))
+    per_seed = jax.jit(jax.vmap(all_metrics, in_axes=({"logits": 0, "label": None, "mask": None},)))
     batches = lambda logits: [{"logits": logits, "label": labels, "mask": np.array([1, 1, 1, 1, 1, 0], np.float32)}]
-    together = evaluate(per_seed, {}, batches(logits), KEY)
+    together = evaluated(batches(logits), per_seed)
     assert together["confusion"].shape == (3, CLASSES, CLASSES)
     for seed in range(3):
-        for name, value in evaluate(all_metrics, {}, batches(logits[seed]), KEY).items():
+        for name, value in evaluated(batches(logits[seed])).items():
             np.testing.assert_allclose(together[name][seed], value, rtol=1e-6, err_msg=name)
 
 
