@@ -2,7 +2,7 @@
 
 import jax
 import numpy as np
-from quick import drawn, jit
+from quick import drawn, jit, moved
 
 from dl_jax.models.generative.gan import Discriminator, Generator
 
@@ -15,18 +15,13 @@ def started(model, x):
     return jit(lambda: model.init(jax.random.key(0), x, train=False))()["params"]
 
 
-def moved(params):
-    """Biases too, which start at zero."""
-    return jax.tree.map(lambda leaf: leaf + RNG.uniform(-0.2, 0.2, leaf.shape).astype(np.float32), params)
-
-
 def test_generator_against_numpy():
     model, noise = Generator(hidden=(8, 7), shape=SHAPE, spread=0.5), RNG.normal(size=(3, 5)).astype(np.float32)
     params = started(model, noise)
     for layer in params.values():
         assert 0.4 < abs(layer["kernel"]).max() <= 0.5
         assert not layer["bias"].any()
-    params, x = moved(params), noise.astype(np.float64)
+    params, x = moved(params, 0.2), noise.astype(np.float64)
     for name in ("Dense_0", "Dense_1"):
         x = np.maximum(x @ params[name]["kernel"] + params[name]["bias"], 0)
     x = 1 / (1 + np.exp(-(x @ params["Dense_2"]["kernel"] + params["Dense_2"]["bias"])))
@@ -40,7 +35,7 @@ def test_discriminator_takes_the_largest_piece():
     for layer in (params["Dense_0"], params["Dense_1"]):
         assert 0.4 < abs(layer["kernel"]).max() <= 0.5
         assert not layer["bias"].any()
-    params, x = moved(params), image.reshape(2, -1).astype(np.float64)
+    params, x = moved(params, 0.2), image.reshape(2, -1).astype(np.float64)
     for name, units in {"Dense_0": 6, "Dense_1": 4}.items():
         kernel, bias = params[name]["kernel"].reshape(-1, units, 3), params[name]["bias"].reshape(units, 3)
         x = np.stack([x @ kernel[..., piece] + bias[..., piece] for piece in range(3)]).max(0)
