@@ -128,14 +128,14 @@ class Stopping(NamedTuple):
 
 
 def early_stopping(
-    metric: str, patience: int, min_delta: float = 0.0, *, mode: Literal["min", "max"], lanes: int | None = None
+    metric: str, patience: int, min_delta: float = 0.0, *, mode: Literal["min", "max"], seeds: int | None = None
 ) -> StopRule:
     """Stops after `patience` measurements in a row that do not improve the best one by more than `min_delta`.
 
     `metric` names one of the measurements; `mode` says whether the lowest or the highest is best. NaN and infinity are
-    never an improvement. With `lanes` = S, the number of seeds under `per_seed`, the measurement is [S] and each lane
-    stops on its own; its state has these shapes from the start, as a checkpoint to restore needs. Comparisons are made
-    in float32, in which the best one is saved, so that a resumed run decides as an undisturbed one.
+    never an improvement. With `seeds` = S, how many `per_seed` trains, the measurement is [S] and each seed stops on
+    its own; its state has these shapes from the start, as a checkpoint to restore needs. Comparisons are made in
+    float32, in which the best one is saved, so that a resumed run decides as an undisturbed one.
 
     Raises InputError for bad arguments, and in `update` where the metric was not measured or has another shape.
     """
@@ -146,7 +146,7 @@ def early_stopping(
     if mode not in ("min", "max"):
         raise InputError(f"early_stopping: mode is {mode!r}, expected 'min' or 'max'")
     sign = np.float32(1 if mode == "min" else -1)
-    shape = () if lanes is None else (lanes,)
+    shape = () if seeds is None else (seeds,)
 
     def init() -> Stopping:
         return Stopping(
@@ -166,7 +166,7 @@ def early_stopping(
             best=np.where(better, value, before).astype(np.float32),
             best_step=np.where(better, step, state.best_step).astype(np.int32),
             waited=waited.astype(np.int32),
-            stopped=np.asarray(waited >= patience),  # for good: a stopped lane waits no more and improves no more
+            stopped=np.asarray(waited >= patience),  # for good: a stopped seed waits no more and improves no more
         )
 
     return StopRule(init, update)
@@ -183,6 +183,6 @@ def _measured(measured: Measurements, metric: str, shape: tuple[int, ...]) -> np
     if value.shape != shape:
         raise InputError(
             f"early_stopping: {metric!r} has shape {value.shape}, expected {shape}; "
-            "pass lanes = the number of seeds, or None for a single run"
+            "pass seeds = the number of seeds, or None for a single run"
         )
     return value

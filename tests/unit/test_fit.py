@@ -289,7 +289,7 @@ def test_watch_and_early_stopping_freeze_each_lane():
         seen.append(np.asarray(variables["params"]["w"]))
         return {"error": next(script)}
 
-    rule = optim.early_stopping("error", patience=2, mode="min", lanes=3)
+    rule = optim.early_stopping("error", patience=2, mode="min", seeds=3)
     batches = lambda i: jax.tree.map(lambda x: np.stack([x] * 3), rows(i))
     step = per_seed(make_step(loss, tx))
     state = fit(step, states, batches, steps=12, watch=Watch(2, measure), stop=rule)

@@ -207,7 +207,7 @@ def test_a_constant_float64_metric_does_not_improve():  # 0.1 in float64 is less
     mode=st.sampled_from(["min", "max"]),
 )
 def test_lanes_stop_as_single_runs(values, patience, mode):
-    together = run(optim.early_stopping("loss", patience, mode=mode, lanes=3), values)
+    together = run(optim.early_stopping("loss", patience, mode=mode, seeds=3), values)
     for lane in range(3):
         alone = run(optim.early_stopping("loss", patience, mode=mode), [v[lane] for v in values])
         for many, one in zip(together, alone, strict=True):
@@ -218,7 +218,7 @@ def test_lanes_stop_as_single_runs(values, patience, mode):
 def test_resumed_equals_uninterrupted(lanes):
     rng = np.random.default_rng(0)
     values = rng.normal(size=(12,) if lanes is None else (12, lanes))
-    rule = optim.early_stopping("loss", 4, 0.01, mode="min", lanes=lanes)
+    rule = optim.early_stopping("loss", 4, 0.01, mode="min", seeds=lanes)
     whole = run(rule, values)
     shapes = [(x.shape, x.dtype) for x in rule.init()]
     for cut in range(12):
@@ -236,7 +236,7 @@ def test_resumed_equals_uninterrupted(lanes):
 
 
 def test_update_changes_no_argument():
-    rule = optim.early_stopping("loss", 1, mode="min", lanes=2)
+    rule = optim.early_stopping("loss", 1, mode="min", seeds=2)
     state = rule.init()
     copies = [x.copy() for x in state]
     rule.update(state, {"loss": np.array([1.0, 2.0])}, 10)
@@ -260,7 +260,7 @@ def test_fit_stops_each_lane_when_its_rule_says_so():
         lambda step: {"x": np.zeros((2, 1), np.float32)},
         steps=60,
         watch=Watch(10, measure),
-        stop=optim.early_stopping("loss", 1, mode="min", lanes=2),
+        stop=optim.early_stopping("loss", 1, mode="min", seeds=2),
     )
     np.testing.assert_array_equal(state.params, [30, 60])
 
@@ -286,7 +286,7 @@ def test_fit_stops_each_lane_when_its_rule_says_so():
         (lambda: optim.early_stopping("loss", 1, mode="lowest"), "'lowest'"),
         (lambda: run(optim.early_stopping("los", 1, mode="min"), [1.0]), "did you mean loss?"),
         (lambda: run(optim.early_stopping("loss", 1, mode="min"), [[1.0, 2.0]]), "shape (2,), expected ()"),
-        (lambda: run(optim.early_stopping("loss", 1, mode="min", lanes=3), [[1.0, 2.0]]), "expected (3,)"),
+        (lambda: run(optim.early_stopping("loss", 1, mode="min", seeds=3), [[1.0, 2.0]]), "expected (3,)"),
     ],
 )
 def test_bad_input_is_one_line(call, words):
