@@ -23,8 +23,7 @@ noise, and paired differences do not.
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,15 +32,12 @@ import numpy as np
 import optax
 
 from dl_jax import data, losses, metrics
-from dl_jax.core import devices
-from dl_jax.core import seeds as lanes
-from dl_jax.core.errors import InputError, require_positive
-from dl_jax.core.evaluate import evaluate
+from dl_jax.core import seeds
+from dl_jax.core.errors import InputError
+from dl_jax.core.evaluate import evaluator
 from dl_jax.core.fit import fit
-from dl_jax.core.step import State, Tree, gathered, init_state, make_step, per_seed, scanned
-from dl_jax.harness.launch import launch
-from dl_jax.harness.results.claims import Claim
-from dl_jax.harness.run import Run
+from dl_jax.core.step import Array, Tree, make_step, per_seed, start
+from dl_jax.harness import Claim, Positive, Run, Some, launch
 from dl_jax.losses import latent
 from dl_jax.models.generative.vae import VAE, mean_picture_bias
 
@@ -54,17 +50,17 @@ class Config:
     dataset: str = "mnist"  # TFDS name of a set of ten classes of 28x28 or 8x8 grey images
     train_split: str = "train[:59600]"  # TFDS split to learn from
     test_split: str = "test"  # TFDS split to test on
-    vae_samples: tuple[int, ...] = (1, 5, 50)  # samples k of z for each picture and step: a cell for each VAE
-    iwae_samples: tuple[int, ...] = (5, 50)  # the same for the IWAEs; with k = 1 the two are one
-    hidden: tuple[int, ...] = (200, 200)  # tanh units of each layer, of the encoder and of the decoder
-    latents: int = 50  # units of z
-    stages: tuple[tuple[int, float], ...] = STAGES  # steps and learning rate of each
-    batch_size: int = 20  # pictures per step and seed, over all devices
-    scan_steps: int = 100  # steps in one call of the compiled program
-    report_every: int = 29800  # steps between reports of the training bound
-    test_samples: int = 5000  # samples of z for each test picture
-    test_chunk: int = 250  # of which this many at a time: memory
-    test_batch: int = 100  # test pictures at a time, over all devices
+    vae_samples: tuple[Positive[int], ...] = (1, 5, 50)  # samples k of z for each image and step: a cell for each VAE
+    iwae_samples: tuple[Positive[int], ...] = (5, 50)  # the same for the IWAEs; with k = 1 the two are one
+    hidden: tuple[Positive[int], ...] = (200, 200)  # tanh units of each layer, of the encoder and of the decoder
+    latents: Positive[int] = 50  # units of z
+    stages: Some[tuple[Positive[int], Positive[float]]] = STAGES  # steps and learning rate of each
+    batch_size: Positive[int] = 20  # images per step and seed, over all devices
+    scan_steps: Positive[int] = 100  # steps in one call of the compiled program
+    report_every: Positive[int] = 29800  # steps between reports of the training bound
+    test_samples: Positive[int] = 5000  # samples of z for each test image
+    test_chunk: Positive[int] = 250  # of which this many at a time: memory
+    test_batch: Positive[int] = 100  # test images at a time, over all devices
 
 
 PRESETS = {
@@ -75,8 +71,8 @@ PRESETS = {
     "quick": Config(dataset="digits", train_split="train", vae_samples=(1,), iwae_samples=(5,), stages=((400, 1e-3),),
                     scan_steps=10, report_every=100, test_samples=100, test_chunk=50, test_batch=40),
     "smoke": Config(dataset="digits", train_split="train[:64]", test_split="test[:20]", vae_samples=(1,),
-                    iwae_samples=(3,), hidden=(16,), latents=4, stages=((4, 1e-3), (4, 1e-4)), batch_size=16,
-                    scan_steps=2, report_every=4, test_samples=4, test_chunk=2, test_batch=16),
+                    iwae_samples=(3,), hidden=(8,), latents=4, stages=((2, 1e-3), (2, 1e-4)), batch_size=16,
+                    scan_steps=2, report_every=2, test_samples=4, test_chunk=2, test_batch=16),
 }  # fmt: skip
 
 PAPER = "Burda et al. 2016"
@@ -130,64 +126,52 @@ CLAIMS = (
 
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
-    check(cfg)
-    mesh = devices.data_mesh(batch_size=math.gcd(cfg.batch_size, cfg.test_batch))  # it splits both
-    folders = run.settings.data_dir, run.settings.cache_dir
+    if not (cfg.vae_samples or cfg.iwae_samples):
+        raise InputError("vae_samples and iwae_samples are empty, expected a number of samples in one of them")
+    if cfg.test_samples % cfg.test_chunk:  # before hours of training
+        chunks = f"test_samples={cfg.test_samples} in chunks of test_chunk={cfg.test_chunk}"
+        raise InputError(f"{chunks}, expected a multiple of the chunk; change one")
     train, test = (
-        {"image": data.grey_pictures(cfg.dataset, split, *folders)["image"]}
-        for split in (cfg.train_split, cfg.test_split)
+        {"image": data.grey_images(cfg.dataset, split)["image"]} for split in (cfg.train_split, cfg.test_split)
     )
     model = VAE(latents=cfg.latents, hidden=cfg.hidden, output_bias=mean_picture_bias(train["image"]))
-    tx = adam(learning_rate(cfg.stages))
-    # [S, 4]: the parameters at the start, the training, the test, the pictures to look at.
-    keys = jnp.stack([jax.random.split(jax.random.key(seed), 4) for seed in run.seeds])
-    states = jax.jit(jax.vmap(functools.partial(start, model, tx)))(keys)  # every leaf [S, ...]
+    key_init, key, key_test, key_show = run.keys(4)  # [S] each
 
-    order = {"index": np.arange(len(train["image"]))}
-    rows = devices.process_rows(cfg.batch_size, mesh)
-    streams = [data.batches(order, cfg.batch_size, seed, rows) for seed in run.seeds]
-    indices = devices.placed(data.windows(data.per_seed(streams), cfg.scan_steps), mesh, axis=2)  # [k, S, B]
-    records = devices.replicated(train, mesh)
-    exam_rows = devices.process_rows(cfg.test_batch, mesh)
-    exam = [devices.place(batch, mesh) for batch in data.epoch(test, cfg.test_batch, exam_rows)]
-    examine = functools.partial(examined, model.apply, cfg.test_samples, cfg.test_chunk)
+    def loss(bound, k, variables, batch, key):
+        """Minus the bound, summed over the batch as the authors do: Adam's ε is relative to that."""
+        nats = -bound(latent_model(model.apply, variables), batch["image"], key, k)  # [B]
+        return nats.sum(), ({}, {"nats": nats.mean()})
 
-    cells = {f"vae-k{k}": (sampled_elbo, k) for k in cfg.vae_samples}
+    def measure(variables, batch, key):
+        """NLL, and the moments of the posterior mean that say which units are active."""
+        key_pixels, key_z = jax.random.split(key)
+        with jax.default_matmul_precision("highest"):  # on accelerators the default rounds to 10 bits
+            x, q = binarised(key_pixels, batch)["image"], latent_model(model.apply, variables)
+            mean, _ = q.encode(x)  # [B, L]
+            nll = -latent.log_likelihood(q, x, key_z, cfg.test_samples, cfg.test_chunk)  # [B]
+        mask = jnp.broadcast_to(batch["mask"][:, None], mean.shape)
+        moments = {"mean": (jnp.sum(mean * mask, 0), mask.sum(0)), "square": (jnp.sum(mean**2 * mask, 0), mask.sum(0))}
+        return {"nll": metrics.masked(nll, batch["mask"]), **moments}
+
+    cells: dict[str, tuple[Callable[..., Array], int]] = {f"vae-k{k}": (sampled_elbo, k) for k in cfg.vae_samples}
     cells |= {f"iwae-k{k}": (latent.importance_bound, k) for k in cfg.iwae_samples}
-    measured = {}
+    stream = data.shuffled(train, cfg.batch_size, run.seeds)
+    test_of, found = evaluator(measure, test, cfg.test_batch, key_test), {}
+    steps, tx = sum(n for n, _ in cfg.stages), adam(learning_rate(cfg.stages))
+    states, draw = start(model, tx, key_init, key, jnp.zeros((1, *model.shape))), jax.jit(sheets, static_argnums=0)
     for cell, (bound, k) in cells.items():
-        child = run / cell
-        step = make_step(losses.with_batch(functools.partial(negative, bound, k, model.apply), binarised), tx)
-        step = gathered(scanned(per_seed(step), cfg.scan_steps), records)
-        steps = sum(steps for steps, _ in cfg.stages)
-        state = fit(step, devices.replicated(states, mesh), indices, steps=steps, every=cfg.report_every, run=child)
-        each = lanes.split(state.variables)  # on the host: pictures are drawn on the first process alone
-        found = [evaluate(examine, variables, exam, key) for variables, key in zip(each, keys[:, 2], strict=True)]
-        measured[f"nll/{cell}"] = np.array([one["nll"] for one in found])
-        measured[f"active/{cell}"] = np.array([latent.active_units(one["mean"], one["square"]) for one in found])
-        show(child, steps, model.apply, each[0], test["image"], keys[0, 3])
-    return measured
+        step = per_seed(make_step(losses.with_batch(functools.partial(loss, bound, k), binarised), tx))
+        child, every = run / cell, cfg.report_every
+        variables = fit(step, states, stream, steps=steps, run=child, scan=cfg.scan_steps, every=every).variables
+        measured = test_of(variables)
+        found[f"nll/{cell}"] = measured["nll"]
+        found[f"active/{cell}"] = latent.active_units(measured["mean"], measured["square"])
+        first = seeds.split(variables)[0]  # on the host: only the first process draws
+        child.images(steps, lambda first=first: draw(model.apply, first, test["image"], key_show[0]))
+    return found
 
 
-def check(cfg: Config) -> None:
-    """Raises InputError for what would end the run hours later, in a later cell or in the test."""
-    cells = (*cfg.vae_samples, *cfg.iwae_samples)
-    smallest = {"vae_samples or iwae_samples": cells, "stages": [number for stage in cfg.stages for number in stage]}
-    require_positive({f"the smallest number in {name}": min(each, default=0) for name, each in smallest.items()})
-    require_positive({"latents": cfg.latents, "test_samples": cfg.test_samples, "test_chunk": cfg.test_chunk})
-    if cfg.test_samples % cfg.test_chunk:
-        raise InputError(
-            f"test_samples={cfg.test_samples} in chunks of test_chunk={cfg.test_chunk}, expected a multiple of the "
-            "chunk; change one"
-        )
-
-
-def start(model: VAE, tx: optax.GradientTransformation, keys: jax.Array) -> State:
-    """The state of one seed from its keys."""
-    return init_state(keys[1], model.init(keys[0], jnp.zeros((1, *model.shape)), train=False), tx)
-
-
-def learning_rate(stages: tuple[tuple[int, float], ...]) -> optax.Schedule:
+def learning_rate(stages: Sequence[tuple[int, float]]) -> optax.Schedule:
     ends = np.cumsum([steps for steps, _ in stages])
     return optax.join_schedules([optax.constant_schedule(rate) for _, rate in stages], ends[:-1].tolist())
 
@@ -197,14 +181,13 @@ def adam(rate: optax.Schedule) -> optax.GradientTransformation:
     moments = optax.scale_by_adam(b1=0.99, b2=0.999, eps=1e-4)
 
     def init(params: Tree) -> optax.OptState:
-        return optax.ScaleByAdamState(
-            count=jnp.zeros([], jnp.int32), mu=optax.tree.zeros_like(params), nu=optax.tree.ones_like(params)
-        )
+        mu, nu = optax.tree.zeros_like(params), optax.tree.ones_like(params)
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), mu, nu)
 
     return optax.chain(optax.GradientTransformation(init, moments.update), optax.scale_by_learning_rate(rate))
 
 
-def binarised(key: jax.Array, batch: Mapping) -> Mapping:
+def binarised(key: Array, batch: Mapping) -> Mapping:
     """Pixels 0 .. 255 to 0 or 1, each drawn with its grey level as the probability of 1."""
     return {**batch, "image": jax.random.bernoulli(key, batch["image"] / 255).astype(jnp.float32)}
 
@@ -216,50 +199,22 @@ def latent_model(apply: Callable[..., Any], variables: Tree) -> latent.LatentMod
     )
 
 
-def sampled_elbo(model: latent.LatentModel, x: jax.Array, key: jax.Array, k: int) -> jax.Array:  # -> [B]
+def sampled_elbo(q: latent.LatentModel, x: Array, key: Array, k: int) -> Array:  # -> [B]
     """The ELBO as the mean of k log weights, the authors' VAE; with k = 1 it is the importance-weighted bound."""
-    return latent.log_weights(model, x, key, k).mean(0)
+    return latent.log_weights(q, x, key, k).mean(0)
 
 
-def negative(bound: Callable[..., jax.Array], k: int, apply: Callable[..., Any], variables, batch, key):
-    """The loss: minus the bound, summed over the batch as the authors do, which Adam's ε is relative to."""
-    nats = -bound(latent_model(apply, variables), batch["image"], key, k)  # [B]
-    return nats.sum(), ({}, {"nats": nats.mean()})
-
-
-def examined(apply: Callable[..., Any], samples: int, chunk: int, variables, batch, key):
-    """NLL of one seed's network, and the moments of its posterior mean."""
-    key_pixels, key_z = jax.random.split(key)
-    with jax.default_matmul_precision("highest"):  # on accelerators the default rounds to 10 bits
-        x, model = binarised(key_pixels, batch)["image"], latent_model(apply, variables)
-        mean, _ = model.encode(x)  # [B, L]
-        units = jnp.broadcast_to(batch["mask"][:, None], mean.shape)
-        return {
-            "nll": metrics.masked(-latent.log_likelihood(model, x, key_z, samples, chunk), batch["mask"]),
-            "mean": (jnp.sum(mean * units, 0), units.sum(0)),
-            "square": (jnp.sum(mean**2 * units, 0), units.sum(0)),
-        }
-
-
-def show(run: Run, step: int, apply: Callable[..., Any], variables: Tree, images: np.ndarray, key: jax.Array) -> None:
-    """Sheets of ten rows in TensorBoard."""
-    if run.board:
-        for name, sheet in sheets(apply, variables, images[np.arange(50) % len(images)], key).items():
-            run.board.image(name, step, np.asarray(sheet))
-
-
-def sheets(apply: Callable[..., Any], variables: Tree, images: np.ndarray, key: jax.Array) -> Mapping[str, jax.Array]:
-    """{name: [100, H, W, C]}: rows of pictures above their reconstructions, samples, and walks between two pictures."""
-    key_pixels, key_z = jax.random.split(key)
-    shape = images.shape[1:]
+def sheets(apply: Callable[..., Any], variables: Tree, images: np.ndarray, key: Array) -> dict[str, Array]:
+    """{name: [100, H, W, C]}: rows of images above their reconstructions, samples, and walks between two images."""
+    (key_pixels, key_z), shape = jax.random.split(key), images.shape[1:]
     decode = lambda z: jax.nn.sigmoid(apply(variables, z, method=VAE.decode))
-    image = binarised(key_pixels, {"image": images})["image"]  # [50, H, W, C]
+    rows = lambda x: x.reshape(5, 10, *shape)
+    image = binarised(key_pixels, {"image": images[np.arange(50) % len(images)]})["image"]  # [50, H, W, C]
     mean, _ = apply(variables, image, method=VAE.encode)  # [50, L]
-    pairs = jnp.stack([image.reshape(5, 10, *shape), decode(mean).reshape(5, 10, *shape)], 1)
     way = jnp.linspace(0, 1, 10)[:, None]
     walks = (1 - way) * mean[:10, None] + way * mean[10:20, None]  # [10, 10, L]
     return {
-        "reconstructions": pairs.reshape(100, *shape),
+        "reconstructions": jnp.stack([rows(image), rows(decode(mean))], 1).reshape(100, *shape),
         "samples": decode(jax.random.normal(key_z, (100, mean.shape[-1]))),
         "interpolations": decode(walks).reshape(100, *shape),
     }
