@@ -22,6 +22,7 @@ Algorithm 1 the generator answers the discriminator that has just learnt, where 
 length of the run, which is not given, is 250 passes, when the code's momentum stops rising.
 """
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -33,14 +34,11 @@ import numpy as np
 import optax
 
 from dl_jax import data
-from dl_jax.core import devices
-from dl_jax.core import seeds as lanes
-from dl_jax.core.errors import InputError, require_positive, require_probability
+from dl_jax.core import seeds
+from dl_jax.core.errors import InputError
 from dl_jax.core.fit import fit
-from dl_jax.core.step import Batch, Metrics, State, Step, Tree, gathered, per_seed, scanned
-from dl_jax.harness.launch import launch
-from dl_jax.harness.results.claims import Claim
-from dl_jax.harness.run import Run
+from dl_jax.core.step import Array, Batch, Metrics, State, Step, Tree, per_seed
+from dl_jax.harness import Claim, Positive, Probability, Run, launch
 from dl_jax.losses import latent
 from dl_jax.models.generative.gan import Discriminator, Generator
 from dl_jax.models.generative.vae import mean_picture_bias
@@ -52,19 +50,19 @@ class Config:
     train_split: str = "train[:50000]"  # TFDS split to learn from
     valid_split: str = "train[50000:51000]"  # TFDS split to choose the Parzen window's width on
     test_split: str = "test"  # TFDS split to test on
-    noise: int = 100  # units of the generator's noise
-    generator_hidden: tuple[int, ...] = (1200, 1200)  # ReLU units of each layer
-    discriminator_hidden: tuple[int, ...] = (240, 240)  # maxout units of each layer
-    pieces: int = 5  # linear pieces of a maxout unit
-    steps: int = 125_000  # steps of each player: 250 passes over 50,000 digits
-    batch_size: int = 100  # real pictures per step and seed, over all devices, and as many generated ones
-    learning_rate: float = 0.1  # of both players at the first step
-    decay: float = 1.000004  # what the learning rate is divided by after each step
-    momentum: float = 0.5  # of both players at the first step
-    final_momentum: float = 0.7  # of both players at the last step, reached linearly
-    samples: int = 10_000  # Gaussians of the Parzen window
-    scan_steps: int = 100  # steps in one call of the compiled program
-    report_every: int = 1000  # steps between reports of the losses
+    noise: Positive[int] = 100  # units of the generator's noise
+    generator_hidden: tuple[Positive[int], ...] = (1200, 1200)  # ReLU units of each layer
+    discriminator_hidden: tuple[Positive[int], ...] = (240, 240)  # maxout units of each layer
+    pieces: Positive[int] = 5  # linear pieces of a maxout unit
+    steps: Positive[int] = 125_000  # steps of each player: 250 passes over 50,000 digits
+    batch_size: Positive[int] = 100  # real images per step and seed, over all devices, and as many generated ones
+    learning_rate: Positive[float] = 0.1  # of both players at the first step
+    decay: Positive[float] = 1.000004  # what the learning rate is divided by after each step
+    momentum: Probability = 0.5  # of both players at the first step
+    final_momentum: Probability = 0.7  # of both players at the last step, reached linearly
+    samples: Positive[int] = 10_000  # Gaussians of the Parzen window
+    scan_steps: Positive[int] = 100  # steps in one call of the compiled program
+    report_every: Positive[int] = 1000  # steps between reports of the losses
 
 
 PRESETS = {
@@ -74,7 +72,7 @@ PRESETS = {
                     generator_hidden=(128, 128), discriminator_hidden=(32, 32), steps=1000, samples=1000, scan_steps=10,
                     report_every=100),
     "smoke": Config(dataset="digits", train_split="train[:64]", valid_split="train[64:80]", test_split="test[:20]",
-                    noise=6, generator_hidden=(16,), discriminator_hidden=(8,), pieces=2, steps=4, batch_size=16,
+                    noise=6, generator_hidden=(8,), discriminator_hidden=(8,), pieces=2, steps=4, batch_size=16,
                     samples=50, scan_steps=2, report_every=4),
 }  # fmt: skip
 
@@ -101,55 +99,34 @@ CLAIMS = (
 
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
-    require_positive({"noise": cfg.noise, "learning_rate": cfg.learning_rate, "decay": cfg.decay})
-    require_probability({"momentum": cfg.momentum, "final_momentum": cfg.final_momentum})
-    mesh = devices.data_mesh(batch_size=cfg.batch_size)
-    folders = run.settings.data_dir, run.settings.cache_dir
-    splits = (cfg.train_split, cfg.valid_split, cfg.test_split)
-    train, valid, test = (data.grey_pictures(cfg.dataset, split, *folders)["image"] for split in splits)
-    if not 1 <= cfg.samples <= len(train):
+    splits = cfg.train_split, cfg.valid_split, cfg.test_split
+    train, valid, test = (data.grey_images(cfg.dataset, split)["image"] for split in splits)
+    if cfg.samples > len(train):
         raise InputError(
-            f"samples={cfg.samples}, expected 1 to {len(train)}: as many digits of {cfg.train_split} "
-            "are scored beside them; give fewer, or a larger train_split"
+            f"samples is {cfg.samples}, expected at most {len(train)}: as many digits of {cfg.train_split} are scored "
+            "beside them; give fewer, or a larger train_split"
         )
-    players = Players(
-        Generator(cfg.generator_hidden, output_bias=mean_picture_bias(train)),
-        Discriminator(cfg.discriminator_hidden, cfg.pieces),
-        cfg.noise,
-        sgd(cfg),
-    )
-    # [S, 3]: what trains a seed, the noise of its samples, the choice of the real digits beside them.
-    keys = jnp.stack([jax.random.split(jax.random.key(seed), 3) for seed in run.seeds])
-    states = jax.jit(jax.vmap(functools.partial(start, players)))(keys[:, 0])  # every leaf [S, ...]
-
-    order = {"index": np.arange(len(train))}
-    rows = devices.process_rows(cfg.batch_size, mesh)
-    streams = [data.batches(order, cfg.batch_size, seed, rows) for seed in run.seeds]
-    indices = devices.placed(data.windows(data.per_seed(streams), cfg.scan_steps), mesh, axis=2)  # [k, S, B]
-    records = devices.replicated({"image": train}, mesh)
-    step = gathered(scanned(per_seed(adversarial(players)), cfg.scan_steps), records)
-    state = fit(step, devices.replicated(states, mesh), indices, steps=cfg.steps, every=cfg.report_every, run=run)
+    generator = Generator(cfg.generator_hidden, output_bias=mean_picture_bias(train))
+    players = Players(generator, Discriminator(cfg.discriminator_hidden, cfg.pieces), cfg.noise, sgd(cfg))
+    key, key_noise, key_digits = run.keys(3)  # [S] each
+    states = jax.jit(jax.vmap(functools.partial(begin, players)))(key)  # every leaf [S, ...]
+    stream = data.shuffled({"image": train}, cfg.batch_size, run.seeds)
+    step, every = per_seed(adversarial(players)), cfg.report_every
+    trained = fit(step, states, stream, steps=cfg.steps, run=run, scan=cfg.scan_steps, every=every)
 
     # On the host: what follows is each process's own.
-    before, after = (lanes.split(state.params["generator"]) for state in (states, state))
-    generate = jax.jit(players.generate, static_argnames="n")
     pixels, valid, test = (images.reshape(len(images), -1) / np.float32(255) for images in (train, valid, test))
-    measured = []
-    for lane, (_, key_noise, key_digits) in enumerate(keys):
-        untrained, pictures = (
-            np.asarray(generate(params[lane], key_noise, n=cfg.samples)) for params in (before, after)
-        )
-        digits = pixels[np.asarray(jax.random.permutation(key_digits, len(pixels)))[: cfg.samples]]
-        points = {
-            "parzen/gan": pictures.reshape(cfg.samples, -1),
-            "parzen/untrained": untrained.reshape(cfg.samples, -1),
-            "parzen/digits_100": digits[:FEW],
-            "parzen/training_digits": digits,
-        }
-        measured.append({name: parzen(samples, valid, test) for name, samples in points.items()})
-        if run.board and not lane:
-            run.board.image("samples", cfg.steps, pictures[:100])
-    return {name: np.array([values[name] for values in measured]) for name in measured[0]}
+    generate = jax.jit(lambda params, key: players.generate(params, key, cfg.samples))
+    found = collections.defaultdict(list)
+    for i, (before, after) in enumerate(zip(seeds.split(states.params), seeds.split(trained.params), strict=True)):
+        untrained, samples = (np.asarray(generate(p["generator"], key_noise[i])) for p in (before, after))
+        digits = pixels[np.asarray(jax.random.permutation(key_digits[i], len(pixels)))[: cfg.samples]]
+        points = {"gan": samples, "untrained": untrained, "digits_100": digits[:FEW], "training_digits": digits}
+        for name, each in points.items():
+            found[f"parzen/{name}"].append(parzen(each.reshape(len(each), -1), valid, test))
+        if i == 0:
+            run.images(cfg.steps, lambda samples=samples: {"samples": samples[:100]})
+    return {name: np.array(values) for name, values in found.items()}
 
 
 class Players(NamedTuple):
@@ -160,15 +137,15 @@ class Players(NamedTuple):
     noise: int  # units
     tx: optax.GradientTransformation
 
-    def generate(self, params: Tree, key: jax.Array, n: int) -> Any:  # -> [n, H, W, C]
+    def generate(self, params: Tree, key: Array, n: int) -> Any:  # -> [n, H, W, C]
         noise = jax.random.normal(key, (n, self.noise))
         return self.generator.apply({"params": params}, noise, train=True)
 
-    def judge(self, params: Tree, image: jax.Array, key: jax.Array) -> Any:  # [B, H, W, C] -> logits [B]
+    def judge(self, params: Tree, image: Array, key: Array) -> Any:  # [B, H, W, C] -> logits [B]
         return self.discriminator.apply({"params": params}, image, train=True, rngs={"dropout": key})
 
 
-def start(players: Players, key: jax.Array) -> State:
+def begin(players: Players, key: Array) -> State:
     """Two networks in one state: params and opt_state are {"generator": ..., "discriminator": ...}."""
     key_g, key_d, key = jax.random.split(key, 3)
     noise, image = jnp.zeros((1, players.noise)), jnp.zeros((1, *players.generator.shape))
@@ -185,34 +162,33 @@ def adversarial(players: Players) -> Step:
     grade_d = jax.value_and_grad(functools.partial(discriminator_loss, players))
     grade_g = jax.value_and_grad(functools.partial(generator_loss, players))
 
-    def descend(grads: Tree, opt_state: Tree, params: Tree) -> tuple[Tree, Tree]:
-        updates, opt_state = players.tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key_d, key_g = jax.random.split(jax.random.fold_in(state.key, state.step))
-        generator, discriminator, real = state.params["generator"], state.params["discriminator"], batch["image"] / 255
-        loss_d, grads = grade_d(discriminator, generator, real, key_d)
-        discriminator, opt_d = descend(grads, state.opt_state["discriminator"], discriminator)
-        loss_g, grads = grade_g(generator, discriminator, len(real), key_g)
-        generator, opt_g = descend(grads, state.opt_state["generator"], generator)
-        params = {"generator": generator, "discriminator": discriminator}
-        opt_state = {"generator": opt_g, "discriminator": opt_d}
+        params, opt_state, real = dict(state.params), dict(state.opt_state), batch["image"] / 255
+
+        def descend(player: str, grads: Tree) -> None:
+            updates, opt_state[player] = players.tx.update(grads, opt_state[player], params[player])
+            params[player] = optax.apply_updates(params[player], updates)
+
+        loss_d, grads = grade_d(params["discriminator"], params["generator"], real, key_d)
+        descend("discriminator", grads)
+        loss_g, grads = grade_g(params["generator"], params["discriminator"], len(real), key_g)
+        descend("generator", grads)
         state = State(state.step + 1, params, state.extra, opt_state, state.key)
         return state, {"discriminator_loss": loss_d, "generator_loss": loss_g}
 
     return step
 
 
-def discriminator_loss(players: Players, params: Tree, generator: Tree, real: jax.Array, key: jax.Array) -> jax.Array:
-    """Cross-entropy of "from the data" over real pictures and as many generated ones."""
+def discriminator_loss(players: Players, params: Tree, generator: Tree, real: Array, key: Array) -> Array:
+    """Cross-entropy of "from the data" over real images and as many generated ones."""
     key_noise, key_real, key_fake = jax.random.split(key, 3)
     fake = players.generate(generator, key_noise, len(real))
     yes, no = players.judge(params, real, key_real), players.judge(params, fake, key_fake)
     return (jax.nn.softplus(-yes).mean() + jax.nn.softplus(no).mean()) / 2
 
 
-def generator_loss(players: Players, params: Tree, discriminator: Tree, n: int, key: jax.Array) -> jax.Array:
+def generator_loss(players: Players, params: Tree, discriminator: Tree, n: int, key: Array) -> Array:
     """−log D(G(z)), which has the fixed point of the minimax game and stronger gradients early (section 3)."""
     key_noise, key_judge = jax.random.split(key)
     return jax.nn.softplus(-players.judge(discriminator, players.generate(params, key_noise, n), key_judge)).mean()
@@ -234,10 +210,10 @@ def parzen(samples: np.ndarray, valid: np.ndarray, test: np.ndarray) -> float:  
 
 
 @jax.jit
-def log_parzen(pixels: jax.Array, samples: jax.Array, width: jax.Array) -> jax.Array:  # [B, D], [N, D], [] -> [B]
+def log_parzen(pixels: Array, samples: Array, width: Array) -> Array:  # [B, D], [N, D], [] -> [B]
     squares = jnp.sum(samples**2, -1)
 
-    def one(x: jax.Array) -> jax.Array:  # [D]
+    def one(x: Array) -> Array:  # [D]
         distances = squares - 2 * jnp.dot(samples, x, precision="highest") + jnp.sum(x**2)  # [N]
         return latent.log_mean_exp(-distances / (2 * width**2)) - len(x) / 2 * jnp.log(2 * jnp.pi * width**2)
 
