@@ -24,41 +24,36 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dl_jax import data, losses, optim
-from dl_jax import decode as sample
-from dl_jax.core import devices
-from dl_jax.core import seeds as lanes
-from dl_jax.core.errors import require_positive
+from dl_jax import decode, losses, optim
+from dl_jax.core import seeds
 from dl_jax.core.fit import Watch, fit
-from dl_jax.core.step import Array, Batch, State, Tree, init_state, make_step, per_seed
+from dl_jax.core.step import Array, Batch, State, Tree, make_step, per_seed, start
 from dl_jax.data import text
-from dl_jax.harness.launch import launch
-from dl_jax.harness.results.claims import Claim
-from dl_jax.harness.run import Run
+from dl_jax.harness import Claim, Positive, Probability, Run, launch
 from dl_jax.models.sequence.rnn import Carry, CharLM
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     dataset: str = "tiny_shakespeare"  # TFDS name of a set with a column of text, or standard_library
-    steps: int = 4000  # train steps: 8 passes over a million characters
-    batch_size: int = 32  # stretches of the text that are read side by side, over all devices
-    length: int = 64  # characters that a gradient reaches back over
-    hidden: int = 256  # units of a layer
-    layers: int = 1  # layers of LSTM
-    dropout: float = 0.1  # probability that an output of a layer is left out
-    learning_rate: float = 4e-3  # of Adam, at its peak
-    warmup: float = 0.05  # fraction of the steps in which the learning rate rises
-    clip: float = 1.0  # largest norm of the gradient
+    steps: Positive[int] = 4000  # train steps: 8 passes over a million characters
+    batch_size: Positive[int] = 32  # stretches of the text that are read side by side, over all devices
+    length: Positive[int] = 64  # characters that a gradient reaches back over
+    hidden: Positive[int] = 256  # units of a layer
+    layers: Positive[int] = 1  # layers of LSTM
+    dropout: Probability = 0.1  # that an output of a layer is left out
+    learning_rate: Positive[float] = 4e-3  # of Adam, at its peak
+    warmup: Probability = 0.05  # fraction of the steps in which the learning rate rises
+    clip: Positive[float] = 1.0  # largest norm of the gradient
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; parameters are float32
-    watch_every: int = 1000  # steps between measurements on the validation split
-    sample_length: int = 500  # characters in a sample
+    watch_every: Positive[int] = 1000  # steps between measurements on the validation split
+    sample_length: Positive[int] = 500  # characters in a sample
 
 
 PRESETS = {
     "paper": Config(),
     "quick": Config(dataset=text.STANDARD_LIBRARY, steps=200, hidden=128, watch_every=100),
-    "smoke": Config(dataset=text.STANDARD_LIBRARY, steps=4, batch_size=8, length=16, hidden=8, watch_every=2,
+    "smoke": Config(dataset=text.STANDARD_LIBRARY, steps=2, batch_size=8, length=64, hidden=8, watch_every=2,
                     sample_length=20),
 }  # fmt: skip
 
@@ -74,45 +69,43 @@ CLAIMS = (
 )  # fmt: skip
 
 PROMPT = "\n"
-SAMPLERS: Mapping[str, sample.Choose] = {
-    "greedy": lambda key, logits: sample.greedy(logits),
-    "temperature 0.8": lambda key, logits: sample.draw(key, sample.temperature(logits, 0.8)),
-    "the 10 likeliest": lambda key, logits: sample.draw(key, sample.top_k(logits, 10)),
-    "a nucleus of 0.9": lambda key, logits: sample.draw(key, sample.nucleus(logits, 0.9)),
+SAMPLERS: Mapping[str, decode.Choose] = {
+    "greedy": lambda key, logits: decode.greedy(logits),
+    "temperature 0.8": lambda key, logits: decode.draw(key, decode.temperature(logits, 0.8)),
+    "the 10 likeliest": lambda key, logits: decode.draw(key, decode.top_k(logits, 10)),
+    "a nucleus of 0.9": lambda key, logits: decode.draw(key, decode.nucleus(logits, 0.9)),
 }
 
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
-    require_positive({"hidden": cfg.hidden, "clip": cfg.clip, "sample_length": cfg.sample_length})
-    mesh = devices.data_mesh(batch_size=cfg.batch_size)
-    folders = {"data_dir": run.settings.data_dir, "cache_dir": run.settings.cache_dir}
-    train, *held_out = (text.load(cfg.dataset, split, **folders) for split in ("train", "validation", "test"))
+    train, *held_out = (text.load(cfg.dataset, split) for split in ("train", "validation", "test"))
     model = CharLM(text.VOCABULARY, cfg.hidden, cfg.layers, dropout=cfg.dropout, dtype=jnp.dtype(cfg.compute_dtype))
-    tx = optax.chain(
-        optax.clip_by_global_norm(cfg.clip), optax.adam(optim.warmup_cosine(cfg.learning_rate, cfg.steps, cfg.warmup))
-    )
-
-    rows = devices.process_rows(cfg.batch_size, mesh)
-    streams = [text.windows(train, cfg.batch_size, cfg.length, seed, rows) for seed in run.seeds]
-    keys = jnp.stack([jax.random.split(jax.random.key(seed), 3) for seed in run.seeds])  # [S, 3]
-    states = begin(model, tx, rows.stop - rows.start, keys[:, :2])
-    states = devices.replicated(states, mesh)._replace(extra=devices.place(states.extra, mesh, axis=1))
-
+    rate = optim.warmup_cosine(cfg.learning_rate, cfg.steps, cfg.warmup)
+    tx = optax.chain(optax.clip_by_global_norm(cfg.clip), optax.adam(rate))
+    key_init, key, key_sample = run.keys(3)  # [S] each
     score = jax.jit(jax.vmap(functools.partial(read, model), (0, None)))
-    validation, test = (devices.replicated(text.reading(ids, cfg.length), mesh) for ids in held_out)
-    anew = {**test, "first": jnp.ones_like(test["first"])}
+    validation, test = (text.reading(ids, cfg.length) for ids in held_out)
+    counts = [len(ids) - 1 for ids in held_out]
+    bits = [1 / count / np.log(2) for count in counts]
 
     def nats(variables: Tree, windows: Batch) -> np.ndarray:  # [S], the sum over all characters
         return np.asarray(score(variables["params"], windows), np.float64).sum(-1)
 
-    counts = [len(ids) - 1 for ids in held_out]
-    bits = [1 / count / np.log(2) for count in counts]
-    watch = Watch(cfg.watch_every, lambda variables: {"bits/validation": nats(variables, validation) * bits[0]})
-    step = per_seed(make_step(functools.partial(window_loss, model), tx))
-    batches = devices.placed(data.per_seed(streams), mesh, axis=1)
-    states = fit(step, states, batches, steps=cfg.steps, run=run, watch=watch)
-
-    show(run, samples(model, lanes.split(states.params)[0], cfg.sample_length, keys[0, 2]))
+    states = fit(
+        per_seed(make_step(functools.partial(window_loss, model), tx)),
+        begin(model, tx, cfg.batch_size, key_init, key),
+        text.windows(train, cfg.batch_size, cfg.length, run.seeds),
+        steps=cfg.steps,
+        run=run,
+        watch=Watch(cfg.watch_every, lambda variables: {"bits/validation": nats(variables, validation) * bits[0]}),
+        carried=("carry",),
+    )
+    texts = samples(model, seeds.split(states.params)[0], cfg.sample_length, key_sample[0])
+    run.keep("samples.txt", "\n".join(f"=== {name}\n{sample}\n" for name, sample in texts.items()))
+    if jax.process_index() == 0:
+        name, sample = list(texts.items())[-1]
+        print(f"\nA sample, from {name}:\n{sample}\n")
+    anew = {**test, "first": np.ones_like(test["first"])}
     found = [nats(states.variables, windows) for windows in (validation, test, anew)]
     return {
         "bits/validation": found[0] * bits[0],
@@ -122,14 +115,11 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     }
 
 
-def begin(model: CharLM, tx: optax.GradientTransformation, rows: int, keys: Array) -> State:  # keys [S, 2]
-    """One state for each seed, with an empty carry for `rows` rows in `extra`."""
-
-    def start(keys: Array) -> State:
-        params = model.init(keys[0], jnp.zeros((1, 1), jnp.int32), train=False)["params"]
-        return init_state(keys[1], {"params": params, "carry": model.initial_carry(rows)}, tx)
-
-    return jax.jit(jax.vmap(start))(keys)
+def begin(model: CharLM, tx: optax.GradientTransformation, rows: int, key_init: Array, key: Array) -> State:
+    """States of S seeds at step 0 with an empty carry for `rows` rows in `extra`, [S, rows, H]; keys [S]."""
+    states = start(model, tx, key_init, key, jnp.zeros((1, 1), jnp.int32))
+    carry = jax.tree.map(lambda leaf: jnp.zeros((len(key), *leaf.shape)), model.initial_carry(rows))
+    return states._replace(extra={"carry": carry})
 
 
 def predict(model: CharLM, params: Tree, carry: Carry, window: Batch, **settings: Any) -> tuple[Array, Carry]:
@@ -165,17 +155,8 @@ def samples(model: CharLM, params: Tree, length: int, key: Array) -> dict[str, s
         return logits[:, 0], carry
 
     prompt, carry = jnp.asarray(text.encode(PROMPT)[None]), model.initial_carry(1)
-    write = jax.jit(lambda choose: sample.generate(step, carry, prompt, length, key, choose)[0], static_argnums=0)
+    write = jax.jit(lambda choose: decode.generate(step, carry, prompt, length, key, choose)[0], static_argnums=0)
     return {name: text.decode(np.asarray(write(choose)[0])) for name, choose in SAMPLERS.items()}
-
-
-def show(run: Run, texts: Mapping[str, str]) -> None:
-    """All texts into the run's folder, and the last one to the reader."""
-    if jax.process_index() == 0:
-        if run.directory:
-            (run.directory / "samples.txt").write_text("\n".join(f"=== {name}\n{t}\n" for name, t in texts.items()))
-        name, last = list(texts.items())[-1]
-        print(f"\nA sample, from {name}:\n{last}\n")
 
 
 if __name__ == "__main__":
