@@ -100,12 +100,12 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
         tx = optax.chain(optax.sgd(optim.warmup_cosine(rate, steps), cfg.momentum), *last)
         step = per_seed(make_step(loss, tx))
 
-        def train(name: str, variables: Tree, begin: int) -> Tree:
+        def learn(name: str, variables: Tree, begin: int) -> Tree:
             """The parameters [S, ...] that come of `variables` [S, ...] and of the data from step `begin` on."""
             states = init_states(key, variables, tx)
             return fit(step, states, stream.later(begin), steps=steps, run=run / name).params
 
-        return train
+        return learn
 
     loss = classify.loss(model.apply)
     sparse_loss = losses.l2(loss, cfg.prune_weight_decay)

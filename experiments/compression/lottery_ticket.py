@@ -106,23 +106,24 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     model = LeNet300()
     key_start, key, key_redrawn = run.keys(3)  # [S] each
     measure = classify.exam(model.apply)  # draws nothing, whatever its key
-    of = tuple(evaluator(measure, each, 16 * cfg.batch_size, key) for each in (validation, test))
+    validation_of, test_of = (evaluator(measure, each, 16 * cfg.batch_size, key) for each in (validation, test))
     like = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
-    draw = jax.jit(jax.vmap(functools.partial(gaussian_glorot, like["params"])))
+    draw = jax.jit(lambda keys: jax.lax.map(functools.partial(gaussian_glorot, like["params"]), keys))
     sparsity = prune.rounds(like["params"], (1 - cfg.prune, 1 - cfg.prune, 1 - cfg.prune_output))
     tx = optax.chain(optax.adam(cfg.learning_rate), prune.keep_zeros())
     step = per_seed(make_step(classify.loss(model.apply), tx))
 
     def learn(params: Tree, round: int, child: Run) -> Tree:
         """Trains [S, ...] parameters, whose zeros stay, on the data that this round has for itself."""
-        watch = Watch(cfg.watch_every, functools.partial(watched, child, *of))
+        watch = Watch(cfg.watch_every, functools.partial(watched, child, validation_of, test_of))
         states = init_states(key, {"params": params}, tx)
         batches = stream.later(round * cfg.steps)
         return fit(step, states, batches, steps=cfg.steps, run=child, scan=cfg.scan, every=cfg.watch_every,
                    watch=watch).params  # fmt: skip
 
     original = params = draw(key_start)
-    levels = [f"{remaining(smaller(original, sparsity(round))):.1f}" for round in range(cfg.rounds)]
+    first = jax.tree.map(lambda leaf: leaf[:1], original)  # of the seeds: as many remain in each
+    levels = [f"{remaining(smaller(first, sparsity(round))):.1f}" for round in range(cfg.rounds)]
     if len(set(levels)) < len(levels):
         raise InputError(f"rounds is {cfg.rounds}, after which {levels[-1]} % remain more than once; give fewer")
     found = {}

@@ -99,12 +99,12 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
         tx = optax.chain(optax.sgd(optim.warmup_cosine(rate, steps), cfg.momentum), *last)
         step = per_seed(make_step(losses.l2(classify.loss(model.apply), decay), tx), one_by_one=cfg.convolutional)
 
-        def train(name: str, variables: Tree, begin: int) -> Tree:
+        def learn(name: str, variables: Tree, begin: int) -> Tree:
             """The parameters [S, ...] that come of `variables` [S, ...] and of the data from step `begin` on."""
             states = init_states(key, variables, tx)
             return fit(step, states, stream.later(begin), steps=steps, run=run / name).params
 
-        return train
+        return learn
 
     train_dense = training(cfg.weight_decay, cfg.learning_rate, cfg.steps)
     peak = cfg.retrain * cfg.learning_rate

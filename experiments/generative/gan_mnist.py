@@ -72,7 +72,7 @@ PRESETS = {
                     generator_hidden=(128, 128), discriminator_hidden=(32, 32), steps=1000, samples=1000, scan_steps=10,
                     report_every=100),
     "smoke": Config(dataset="digits", train_split="train[:64]", valid_split="train[64:80]", test_split="test[:20]",
-                    noise=6, generator_hidden=(16,), discriminator_hidden=(8,), pieces=2, steps=4, batch_size=16,
+                    noise=6, generator_hidden=(8,), discriminator_hidden=(8,), pieces=2, steps=4, batch_size=16,
                     samples=50, scan_steps=2, report_every=4),
 }  # fmt: skip
 

@@ -71,8 +71,8 @@ PRESETS = {
     "quick": Config(dataset="digits", train_split="train", vae_samples=(1,), iwae_samples=(5,), stages=((400, 1e-3),),
                     scan_steps=10, report_every=100, test_samples=100, test_chunk=50, test_batch=40),
     "smoke": Config(dataset="digits", train_split="train[:64]", test_split="test[:20]", vae_samples=(1,),
-                    iwae_samples=(3,), hidden=(16,), latents=4, stages=((4, 1e-3), (4, 1e-4)), batch_size=16,
-                    scan_steps=2, report_every=4, test_samples=4, test_chunk=2, test_batch=16),
+                    iwae_samples=(3,), hidden=(8,), latents=4, stages=((2, 1e-3), (2, 1e-4)), batch_size=16,
+                    scan_steps=2, report_every=2, test_samples=4, test_chunk=2, test_batch=16),
 }  # fmt: skip
 
 TABLE, DEEPER = "Table 1, MNIST, 1 stochastic layer", "Table 1, MNIST, 2 stochastic layers"
@@ -136,16 +136,16 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     stream = data.shuffled(train, cfg.batch_size, run.seeds)
     test_of, found = evaluator(measure, test, cfg.test_batch, key_test), {}
     steps, tx = sum(n for n, _ in cfg.stages), adam(learning_rate(cfg.stages))
+    states, draw = start(model, tx, key_init, key, jnp.zeros((1, *model.shape))), jax.jit(sheets, static_argnums=0)
     for cell, (bound, k) in cells.items():
         step = per_seed(make_step(losses.with_batch(functools.partial(loss, bound, k), binarised), tx))
-        states = start(model, tx, key_init, key, jnp.zeros((1, *model.shape)))
         child, every = run / cell, cfg.report_every
-        states = fit(step, states, stream, steps=steps, run=child, scan=cfg.scan_steps, every=every)
-        measured = test_of(states.variables)
+        variables = fit(step, states, stream, steps=steps, run=child, scan=cfg.scan_steps, every=every).variables
+        measured = test_of(variables)
         found[f"nll/{cell}"] = measured["nll"]
         found[f"active/{cell}"] = latent.active_units(measured["mean"], measured["square"])
-        first = seeds.split(states.variables)[0]  # on the host: only the first process draws
-        child.images(steps, lambda first=first: sheets(model.apply, first, test["image"], key_show[0]))
+        first = seeds.split(variables)[0]  # on the host: only the first process draws
+        child.images(steps, lambda first=first: draw(model.apply, first, test["image"], key_show[0]))
     return found
 
 

@@ -74,8 +74,8 @@ PRESETS = {
     "quick": Config(dataset="digits", train_split="train[:80%]", valid_split="train[80%:]", steps=600, batch_size=32,
                     test_batch=360, watch_every=100, lstm_hidden=48, gru_hidden=56, rnn_hidden=100, tcn_hidden=32),
     "smoke": Config(dataset="digits", train_split="train[:32]", valid_split="train[32:64]", test_split="test[:40]",
-                    steps=4, batch_size=8, test_batch=16, watch_every=2, lstm_hidden=4, gru_hidden=4, rnn_hidden=4,
-                    tcn_hidden=4),
+                    steps=2, batch_size=8, test_batch=16, watch_every=1, lstm_hidden=4, gru_hidden=4, rnn_hidden=4,
+                    layers=1, tcn_hidden=4, tcn_levels=1),
 }  # fmt: skip
 
 JSB = {"LSTM": 8.45, "GRU": 8.43, "RNN": 8.91, "TCN": 8.1}  # Table 1
@@ -111,7 +111,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
             for split, rolls in {"valid": valid, "test": test}.items()
         }
         fit(
-            per_seed(make_step(functools.partial(prediction_loss, net.apply), net.tx)),
+            per_seed(make_step(functools.partial(prediction_loss, net.apply), net.tx), net.one_by_one),
             start(net, net.tx, key_init, key, jnp.zeros((1, 2, width))),
             stream,
             steps=cfg.steps,
@@ -130,6 +130,7 @@ class Network(NamedTuple):
     init: Callable[..., Any]  # (key, frames [B, T, K], train) -> variables
     apply: Callable[..., Any]  # (variables, frames [B, T, K], train, rngs) -> logits of the next frames [B, T, K]
     tx: optax.GradientTransformation
+    one_by_one: bool  # how a CPU trains the seeds: so LSTMs, GRUs and RNNs are 1.3 times faster, convolutions are not
 
 
 def networks(cfg: Config, keys: int) -> dict[str, Network]:
@@ -138,7 +139,7 @@ def networks(cfg: Config, keys: int) -> dict[str, Network]:
     def recurrent(cell: Cell, hidden: int, learning_rate: float) -> Network:
         model = SequenceTagger(keys, hidden, cfg.layers, cell, cfg.dropout)
         tx = optax.chain(optax.clip_by_global_norm(cfg.clip), optax.adam(learning_rate))
-        return Network(model.init, lambda *args, **rest: model.apply(*args, **rest)[0], tx)
+        return Network(model.init, lambda *args, **rest: model.apply(*args, **rest)[0], tx, one_by_one=True)
 
     lstm = recurrent(LSTM, cfg.lstm_hidden, cfg.learning_rate)
     tcn = TCN(keys, cfg.tcn_hidden, cfg.tcn_levels, cfg.tcn_taps, cfg.tcn_dropout)
@@ -147,7 +148,7 @@ def networks(cfg: Config, keys: int) -> dict[str, Network]:
         "lstm": lstm._replace(init=lambda *args, **rest: with_forget_bias(lstm.init(*args, **rest), cfg.forget_bias)),
         "gru": recurrent(GRU, cfg.gru_hidden, cfg.learning_rate),
         "rnn": recurrent(VANILLA, cfg.rnn_hidden, cfg.rnn_learning_rate),
-        "tcn": Network(tcn.init, tcn.apply, tx),
+        "tcn": Network(tcn.init, tcn.apply, tx, one_by_one=False),
     }
 
 

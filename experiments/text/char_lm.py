@@ -53,7 +53,7 @@ class Config:
 PRESETS = {
     "paper": Config(),
     "quick": Config(dataset=text.STANDARD_LIBRARY, steps=200, hidden=128, watch_every=100),
-    "smoke": Config(dataset=text.STANDARD_LIBRARY, steps=4, batch_size=8, length=16, hidden=8, watch_every=2,
+    "smoke": Config(dataset=text.STANDARD_LIBRARY, steps=2, batch_size=8, length=64, hidden=8, watch_every=2,
                     sample_length=20),
 }  # fmt: skip
 

@@ -74,13 +74,13 @@ def test_every_field_is_explained(experiment):
     assert [line for line in fields if "  # " not in line] == []
 
 
-def test_every_number_says_what_it_may_hold_and_is_checked(experiment):
-    """Each field that is a number, or holds numbers, is refused outside its range, in one line with its flag."""
+def test_fields_say_what_they_may_hold_and_are_checked(experiment):
+    """Every count has a range, as most other numbers have; outside it a field is refused in one line with its flag."""
     good, hints = experiment.PRESETS["paper"], get_type_hints(experiment.Config, include_extras=True)
     check(good)
     for name, hint in hints.items():
         ranges = [note for note in notes_of(hint) if isinstance(note, Between)]
-        assert ranges or not is_number(getattr(good, name)), name
+        assert ranges or not is_count(getattr(good, name)), name
         for wrong in outside(ranges, getattr(good, name)):
             with pytest.raises(InputError, match=f"^--{name.replace('_', '-')} is "):
                 check(dataclasses.replace(good, **{name: wrong}))
@@ -92,8 +92,8 @@ def notes_of(hint) -> list:
     return own + [note for inner in get_args(hint) if inner is not Ellipsis for note in notes_of(inner)]
 
 
-def is_number(value) -> bool:
-    return any(map(is_number, value)) if isinstance(value, tuple) else type(value) in (int, float)
+def is_count(value) -> bool:
+    return any(map(is_count, value)) if isinstance(value, tuple) else type(value) is int
 
 
 def outside(ranges: list[Between], value) -> list:
