@@ -176,12 +176,16 @@ def test_the_bound_rises_with_k_and_stays_below():
     np.testing.assert_array_less(mean, ROUGH.log_likelihood() + 3 * error)
 
 
+IMPORTANCE_BOUND = jax.jit(lambda key: latent.importance_bound(rough(), X[ROUGH], key, 210))
+LOG_WEIGHTS = jax.jit(lambda key: latent.log_weights(rough(), X[ROUGH], key, 210))
+
+
 @pytest.mark.parametrize("chunk", [1, 30])
 def test_chunks_change_nothing(chunk):
     key = jax.random.key(3)
-    found = latent.log_likelihood(rough(), X[ROUGH], key, 210, chunk)
-    np.testing.assert_allclose(found, latent.importance_bound(rough(), X[ROUGH], key, 210), rtol=1e-6)
-    logs = np.asarray(latent.log_weights(rough(), X[ROUGH], key, 210), np.float64)
+    found = jax.jit(lambda key: latent.log_likelihood(rough(), X[ROUGH], key, 210, chunk))(key)
+    np.testing.assert_allclose(found, IMPORTANCE_BOUND(key), rtol=1e-6)
+    logs = np.asarray(LOG_WEIGHTS(key), np.float64)
     np.testing.assert_allclose(found, np.log(np.exp(logs).mean(0)), rtol=2e-6)
 
 
@@ -204,6 +208,7 @@ def test_chunks_that_do_not_fit(samples, chunk):
 
 
 def test_gradients_reach_the_recognition_model():
+    @jax.jit
     def bound(shift):
         model = ROUGH.model(ROUGH.posterior_mean(), 1 / np.diag(ROUGH.precision))
         moved = LatentModel(lambda x: (model.encode(x)[0] + shift, model.encode(x)[1]), model.log_conditional)

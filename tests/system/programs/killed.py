@@ -29,7 +29,7 @@ from dl_jax.core.fit import Watch, fit
 from dl_jax.core.step import init_state, make_step
 from dl_jax.harness.run import Run, Settings
 
-STEPS = 90
+STEPS = 45
 RECORDS = {
     "image": np.random.default_rng(0).random((96, 8, 8, 1), np.float32),
     "label": np.random.default_rng(1).integers(0, 4, 96).astype(np.int32),
