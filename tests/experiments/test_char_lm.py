@@ -125,6 +125,6 @@ def test_a_resumed_run_goes_on_with_its_carry_bit_by_bit(training, trained, tmp_
 def test_a_text_by_each_way_of_choosing(char_lm):
     model = CharLM(text.VOCABULARY, 4)
     params = jax.jit(lambda: model.init(KEYS[0], jnp.zeros((1, 1), jnp.int32), train=False)["params"])()
-    written = char_lm.samples(model, params, 5, KEYS[1])
+    written = char_lm.samples(model, params, 40, KEYS[1])
     assert list(written) == list(char_lm.SAMPLERS)
     assert len(set(written.values())) == len(written) == 4

@@ -32,6 +32,11 @@ def run_seeds(experiment, tmp_path_factory):
 
     def main(*seeds):
         keys = [jax.random.split(jax.random.key(seed), 4)[0] for seed in seeds]  # of the parameters at the start
+        shown = []
+
+        def sheets(apply, variables, images, key):  # is compiled
+            jax.debug.callback(lambda data: shown.append(tuple(data.tolist())), jax.random.key_data(key))
+            return {}
 
         def fit(step, states, *rest, **options):
             keys.extend(jax.random.fold_in(key, i) for key in states.key for i in range(8))
@@ -44,10 +49,12 @@ def run_seeds(experiment, tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(experiment, "fit", fit)
             patch.setattr(experiment, "evaluator", recording)
-            patch.setattr(experiment, "sheets", lambda *given: keys.append(given[-1]) or {})
+            patch.setattr(experiment, "sheets", sheets)
             folder = epath.Path(tmp_path_factory.mktemp("run"))
             with contextlib.closing(Run(folder, Settings(seeds=seeds))) as run:
-                return experiment.main(config, run), keys
+                found = experiment.main(config, run)
+            jax.effects_barrier()
+            return found, [*(tuple(jax.random.key_data(key).tolist()) for key in keys), *shown]
 
     return main
 
@@ -109,7 +116,7 @@ def test_no_key_serves_twice(together):
     """Not in the start, the training, the test and the images of a seed, and not in those of another seed."""
     _, keys = together
     assert len(keys) == 2 + 1 + 4 * 8
-    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == len(keys)
+    assert len(set(keys)) == len(keys)
 
 
 @pytest.mark.parametrize(

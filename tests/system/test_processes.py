@@ -92,8 +92,8 @@ def pair(failing, tmp_path_factory) -> Iterator[Pair]:
 def test_two_processes_equal_one_and_resume_as_one(pair, tmp_path):
     train = runpy.run_path(str(PROGRAM))["train"]
     alone = train(tmp_path / "one", 12, False)  # on eight devices, where the two have four
-    pair.wait_for(pair.folder / "weights.1", 60)
     for process in range(2):
+        pair.wait_for(pair.folder / f"weights.{process}", 60)
         together = json.loads((pair.folder / f"weights.{process}").read_text())
         np.testing.assert_allclose(alone, together, atol=1e-6)
     lines = [(f / "metrics.jsonl").read_text().splitlines() for f in (tmp_path / "one", pair.folder / "trained")]

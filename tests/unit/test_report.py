@@ -135,12 +135,14 @@ def test_scalars_come_back_one_curve_for_each_seed_and_the_mean(tmp_path, accumu
     sink = TensorBoard(tmp_path, 0)
     sink.scalars(100, {"loss": np.float32(0.5), "error": np.array([1.0, 3.0])})
     sink.scalars(200, {"loss": np.nan, "error": np.array([2.0, 4.0])})
+    sink.scalars(300, {"error": np.array([np.nan, 5.0])})
     sink.close()
     events = accumulated(tmp_path)
     assert set(events.Tags()["scalars"]) == {"loss", "error/seed0", "error/seed1", "error/mean"}
-    assert points(events, "error/mean") == [(100, 2.0), (200, 3.0)]
-    assert points(events, "error/seed1") == [(100, 3.0), (200, 4.0)]
-    assert np.isnan(points(events, "loss")[1][1])
+    assert points(events, "error/mean") == [(100, 2.0), (200, 3.0), (300, 5.0)]
+    assert points(events, "error/seed0") == [(100, 1.0), (200, 2.0)]  # NaN is nothing to draw
+    assert points(events, "error/seed1") == [(100, 3.0), (200, 4.0), (300, 5.0)]
+    assert points(events, "loss") == [(100, 0.5)]
 
 
 def test_steps_that_are_repeated_after_a_resume_are_hidden(tmp_path, accumulated):
