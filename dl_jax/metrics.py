@@ -1,4 +1,4 @@
-"""Metrics that are exact over every example: each returns `(sum, weight)`, which `train.evaluate` adds up and divides.
+"""Metrics that are exact over every example: each returns `(sum, weight)`, which `core.evaluate` adds up and divides.
 
 The result does not depend on the batch size, nor on the padding of the last batch, whose mask is 0. Under `jax.vmap`
 over seeds each sum and weight gets a leading [S].
