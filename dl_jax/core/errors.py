@@ -19,13 +19,6 @@ def require_positive(numbers: Mapping[str, float]) -> None:
             raise InputError(f"{name} is {value}, expected more than 0; give a larger one")
 
 
-def require_not_negative(numbers: Mapping[str, float]) -> None:
-    """Raises InputError for a number, by the name of its setting, below 0."""
-    for name, value in numbers.items():
-        if not value >= 0:
-            raise InputError(f"{name} is {value}, expected 0 or more")
-
-
 def require_probability(numbers: Mapping[str, float]) -> None:
     """Raises InputError for a number, by the name of its setting, outside [0, 1)."""
     for name, value in numbers.items():
