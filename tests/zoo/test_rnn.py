@@ -91,7 +91,8 @@ def test_a_layer_is_its_equations(cell):
 def test_layers_and_directions_are_layers_side_by_side(cell):
     """The second layer reads both outputs of the first; backward is forward over the reversed sequence."""
     model = Recurrent(cell, 5, layers=2, bidirectional=True)
-    variables, carry = weights(model), carry_of(model)
+    # Weights of up to a third: with larger ones a plain RNN's steps magnify the rounding of the steps before.
+    variables, carry = jax.tree.map(lambda leaf: leaf / 3, weights(model)), carry_of(model)
     y, last = compiled(model)(variables, X, None, carry)
     for row in range(3):
         x, states = X[row], iter(jax.tree.map(lambda leaf, row=row: leaf[row], carry))
