@@ -392,6 +392,15 @@ def test_a_silent_flip_in_the_array_data_is_seen(tmp_path):
         load(str(tmp_path), 8)
 
 
+def test_a_metric_that_was_changed_on_disk_is_not_believed(tmp_path):
+    """The file is still JSON and all arrays are sound: only its own digest tells."""
+    write(tmp_path, 3, 7)
+    path = tmp_path / "7" / "meta" / "metadata"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "metrics": {"score": 9.0}}))
+    with pytest.warns(UserWarning, match=rf"{tmp_path}/7: its meta does not match its digest"):
+        assert load(str(tmp_path))[0] == 3
+
+
 def test_a_step_that_is_empty_or_another_s_copy_is_skipped(tmp_path):
     write(tmp_path, 3)
     (tmp_path / "9").mkdir()
