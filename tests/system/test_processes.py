@@ -105,7 +105,7 @@ def test_two_processes_equal_one_and_resume_as_one(pair, tmp_path):
 
 
 def check_experiments(pair: Pair, experiments: dict[str, str]) -> None:
-    pair.wait_for(pair.folder / "told" / "metrics.jsonl", 300)
+    pair.wait_for(pair.folder / "told" / "metrics.jsonl", 600)
     for name, metric in experiments.items():
         first, second = ((pair.folder / f"{name}.{process}").read_text() for process in range(2))
         assert metric in first, name
@@ -125,12 +125,12 @@ def test_a_gan_runs_on_two_processes(tmp_path):
 
 
 def test_sigterm_to_one_saves_and_ends_both_at_the_same_step(pair):
-    pair.wait_for(pair.folder / "told" / "metrics.jsonl", 300)
+    pair.wait_for(pair.folder / "told" / "metrics.jsonl", 600)
     pair.processes[1].send_signal(signal.SIGTERM)
     ends = pair.ends()
     assert [end.status for end in ends] == [143, 143], ends
     step, tree = checkpoint.load(str(pair.folder / "told" / "checkpoints"))
-    assert tree["state"]["step"] == step < 100_000
+    assert tree["state"]["step"] == step < 30_000
 
 
 def test_a_process_that_fails_takes_the_other_down(failing):

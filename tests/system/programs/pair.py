@@ -92,7 +92,7 @@ def main(address: str, process: int, folder: Path, experiments: Sequence[str]) -
         experiment(name, folder, address, process)
     jax.distributed.initialize, jax.distributed.shutdown = joined, left
     try:
-        train(folder / "told", 100_000, True, lambda step: time.sleep(0.01))
+        train(folder / "told", 30_000, True, lambda step: time.sleep(0.01))
     except Preempted:
         leave(PREEMPTED, True)
 
