@@ -85,6 +85,18 @@ def test_smallest_counts_exactly_also_among_equal_weights(per_cent, weights):
     np.testing.assert_array_equal(pruned, expected)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_smallest_orders_weights_of_every_size_and_keeps_what_is_not_finite(dtype):
+    largest = float(jnp.finfo(dtype).max)
+    weights = [0.0, -0.0, float(jnp.finfo(dtype).tiny), -1e-3, 1.0, -1.5, largest, -largest, -np.inf, np.nan]
+    order = np.random.default_rng(0).permutation(len(weights))
+    kernel, rank = jnp.array(weights, dtype)[order], np.array([0, 0, 1, 2, 3, 4, 5, 5, 6, 7])[order]
+    for k in range(len(weights)):
+        left = np.asarray(prune.smallest({"kernel": kernel}, k / len(weights))["kernel"], np.float64) != 0
+        dropped = np.argsort(rank, stable=True)[:k]
+        np.testing.assert_array_equal(left, (rank > 0) & ~np.isin(np.arange(len(weights)), dropped))
+
+
 def test_smallest_works_layer_by_layer_at_rates_of_their_own_and_leaves_biases():
     params = network(KEY)
     rates = {"a": 0.9, "b": 0.25}
@@ -286,21 +298,21 @@ def test_seeds_at_different_steps_refresh_when_each_is_due():
     assert state.sparsity.tolist() == pytest.approx([0, 0.2])
 
 
-def sorts(jaxpr, inside_cond=False):
-    """For each sort in a program, whether it stands in the branch of a condition."""
+def searches(jaxpr, inside_cond=False):
+    """For each loop in a program, the search for the least weight that stays, whether a condition guards it."""
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "sort":
+        if equation.primitive.name in ("scan", "while"):
             yield inside_cond
         for inner in jaxprs_in_params(equation.params):
-            yield from sorts(inner, inside_cond or equation.primitive.name == "cond")
+            yield from searches(inner, inside_cond or equation.primitive.name == "cond")
 
 
-def test_the_weights_are_not_sorted_at_every_step_also_over_seeds():
+def test_the_weights_are_not_ranked_at_every_step_also_over_seeds():
     tx = gradual()
     params = jax.vmap(network)(jax.random.split(KEY, 2))
     state = jax.vmap(tx.init)(params)
     jaxpr = jax.make_jaxpr(jax.vmap(tx.update))(params, state, params)
-    assert list(sorts(jaxpr.jaxpr)) == [True, True]  # one for each layer
+    assert list(searches(jaxpr.jaxpr)) == [True, True]  # one for each layer
 
 
 def test_a_run_that_stops_in_the_middle_of_a_schedule_goes_on_bit_by_bit(tmp_path):
