@@ -1,6 +1,5 @@
-"""What the tests of the zoo share: quick compilation of tiny nets, and variables that need none."""
+"""What the tests of the zoo share: results for NumPy, and variables that need no compilation."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,20 +7,9 @@ import jax
 import numpy as np
 
 
-@functools.cache
-def options() -> dict[str, Any]:
-    """For XLA on a CPU: an emitter that compiles tiny nets in a third of the time, where XLA still has it."""
-    wanted = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
-    try:
-        jax.jit(lambda: 0).lower().compile(compiler_options=wanted)
-    except jax.errors.JaxRuntimeError:  # no such option
-        return {}
-    return wanted
-
-
-def jit(function: Callable[..., Any], **arguments: Any) -> Callable[..., Any]:
-    """`jax.jit` with the options above, whose results are NumPy's: JAX would compile every comparison of them."""
-    compiled = jax.jit(function, compiler_options=options(), **arguments)
+def jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`jax.jit` whose results are NumPy's: JAX would compile every comparison of them."""
+    compiled = jax.jit(function)
     return lambda *inputs: jax.device_get(compiled(*inputs))
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick import jit, moved, options, shapes
+from quick import jit, moved, shapes
 
 from dl_jax import models
 from dl_jax.core.errors import InputError
@@ -73,7 +73,7 @@ def test_half_precision_is_used_in_every_product_and_near(name):
     assert products
     for product in products:
         assert "xf32>" not in product or "HIGHEST" in product  # which says that a copy of parameters has to be exact
-    output = jax.device_get(lowered.compile(compiler_options=options())(variables, inputs))
+    output = jax.device_get(lowered.compile()(variables, inputs))
     for one, other in zip(jax.tree.leaves(output), jax.tree.leaves(full), strict=True):
         assert one.dtype == other.dtype == jnp.float32
         assert (one != other).any()
