@@ -3,7 +3,7 @@
 from dl_jax.harness.fields import Between, Distinct, Fraction, NonNegative, Positive, Probability, Some
 from dl_jax.harness.launch import launch
 from dl_jax.harness.report.figures import confusion_figure
-from dl_jax.harness.results.claims import Claim
+from dl_jax.harness.results.claims import Claim, on_digits
 from dl_jax.harness.run import Run
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "Some",
     "confusion_figure",
     "launch",
+    "on_digits",
 ]

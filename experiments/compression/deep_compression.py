@@ -34,7 +34,7 @@ from dl_jax.core import seeds
 from dl_jax.core.evaluate import evaluator
 from dl_jax.core.fit import fit
 from dl_jax.core.step import Array, Batch, Loss, Tree, init_states, init_variables, make_step, per_seed
-from dl_jax.harness import Between, Claim, Fraction, NonNegative, Positive, Probability, Run, launch
+from dl_jax.harness import Between, Claim, Fraction, NonNegative, Positive, Probability, Run, launch, on_digits
 from dl_jax.models.vision.lenet import LeNet300
 
 
@@ -82,6 +82,8 @@ CLAIMS = (
           note="weights, not biases: 6 bits of value and 5 of distance an entry, fillers and codebooks counted"),
     ratio("ratio/lenet5", locator="Table 1, LeNet-5 compressed", claimed=39, tolerance=4, note=OTHER),
     error("test_error/lenet5", locator="Table 1, LeNet-5 compressed", claimed=0.74, tolerance=0.17, note=OTHER),
+    on_digits("ratio/file", at_least=38, unit="x", note="nothing compressed: 1"),
+    on_digits("test_error/decoded", at_most=8, unit="%", note="logistic regression: 10.0 %"),
 )  # fmt: skip
 
 LAYERS = ("Dense_0", "Dense_1", "Dense_2")

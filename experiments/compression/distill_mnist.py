@@ -30,7 +30,7 @@ from dl_jax.core.errors import InputError
 from dl_jax.core.evaluate import collect
 from dl_jax.core.fit import fit
 from dl_jax.core.step import Loss, Tree, make_step, per_seed, start
-from dl_jax.harness import Claim, NonNegative, Positive, Probability, Run, Some, launch
+from dl_jax.harness import Claim, NonNegative, Positive, Probability, Run, Some, launch, on_digits
 from dl_jax.models.vision.mlp import MLP
 
 
@@ -84,6 +84,8 @@ CLAIMS = (
           verified=False, note=LESS),
     count("errors/sevens_eights/bias", locator="section 3, only 7 and 8, our bias rule", claimed=1320, tolerance=300,
           verified=False, note=f"{LESS}; {TUNED}"),
+    on_digits("errors/distilled", at_most=36, unit="errors", note="logistic regression: 36"),
+    on_digits("threes_right/no_three/bias", at_least=19, unit="%", note="learnt from labels without a 3: 0 %"),
 )  # fmt: skip
 
 EVALUATION_BATCH = 1000  # images

@@ -32,7 +32,7 @@ from dl_jax.core.evaluate import evaluator
 from dl_jax.core.fit import Measurements, Watch, fit
 from dl_jax.core.leaves import is_kernel
 from dl_jax.core.step import Tree, init_states, make_step, per_seed
-from dl_jax.harness import Claim, NonNegative, Positive, Probability, Run, launch
+from dl_jax.harness import Claim, NonNegative, Positive, Probability, Run, launch, on_digits
 from dl_jax.models.vision.lenet import LeNet300
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ CLAIMS = (
         for left in ("21.1", "13.5")
         for short, metric, figure in ((short_stop, "early_stop", "4a"), (short_gain, "accuracy", "4b"))
     ),
+    on_digits("accuracy/21.1", at_least=96.7, unit="%", note="logistic regression: 90.0 %"),
 )  # fmt: skip
 
 

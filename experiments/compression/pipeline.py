@@ -36,7 +36,7 @@ from dl_jax.core.evaluate import collect
 from dl_jax.core.fit import fit
 from dl_jax.core.step import Loss, init_states, init_variables, make_step, per_seed
 from dl_jax.export import onnx, stablehlo
-from dl_jax.harness import Claim, NonNegative, Positive, Probability, Run, launch
+from dl_jax.harness import Claim, NonNegative, Positive, Probability, Run, launch, on_digits
 from dl_jax.harness.machine import device
 from dl_jax.harness.results.record import measured_cell
 from dl_jax.models.vision.lenet import LeNet300
@@ -76,6 +76,8 @@ CLAIMS = (
            note="missed; the paper has 2x to 3x on CPUs for convolutional networks, ours is dense, in ONNX Runtime"),
     Claim("error/int8", versus="error/teacher", paper="Han et al. 2016", locator="abstract, accuracy", claimed=0,
           tolerance=0.2, unit="points", given={"dataset": "mnist"}, note="pruned and quantised; the margin is ours"),
+    on_digits("error/int8", at_most=6.3, unit="%", note="logistic regression: 10.0 %"),
+    on_digits("times_smaller/encoded", at_least=24.9, unit="x", note="nothing compressed: 1"),
 )  # fmt: skip
 TEACHER, PRUNED, INT8 = "teacher", "pruned", "int8"
 XLA, ONNX, ENCODED = "StableHLO", "ONNX", "encoded"  # kinds of files: for XLA, for ONNX Runtime, to be decoded

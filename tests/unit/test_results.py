@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dl_jax.core.errors import InputError
-from dl_jax.harness import Claim
+from dl_jax.harness import Claim, on_digits
 from dl_jax.harness.results import page as results
 from dl_jax.harness.results.claims import judge, summary
 from dl_jax.harness.results.page import experiments, render
@@ -36,14 +36,14 @@ More.
 """
 import dataclasses
 import functools
-from dl_jax.harness import Claim
+from dl_jax.harness import Claim, on_digits
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     steps: "int" = 1
 
 doe = functools.partial(Claim, paper="Doe 2020")
-ERRORS = {"paper": 1.0, "quick": 0.5}
+ERRORS = {"paper": 1.0, "short": 0.5}
 CLAIMS = (
     doe("error", locator="Table 1", claimed=ERRORS["paper"], tolerance=0.1, unit="%", given={"dataset": "mnist"},
         note="the paper says nothing of the batch size"),
@@ -51,6 +51,7 @@ CLAIMS = (
       for preset, value in ERRORS.items() if preset != "paper"),
     doe("error", locator="Section 3", versus="baseline"),
     doe("error/imagenet", locator="Table 2", claimed=20.0, tolerance=1.0, unit="%"),
+    on_digits("error", at_most=9.0, unit="%"),
 )
 if __name__ == "__main__":
     raise RuntimeError("an experiment is never run")
@@ -60,9 +61,10 @@ if __name__ == "__main__":
 def lenet_claims() -> list[Claim]:
     return [
         claim(unit="%", given=MNIST, note="the paper says nothing of the batch size"),
-        claim(0.5, 0.1, unit="%", verified=False, preset="quick"),
+        claim(0.5, 0.1, unit="%", verified=False, preset="short"),
         Claim("error", DOE, "Section 3", None, 0, versus="baseline"),
         Claim("error/imagenet", DOE, "Table 2", 20.0, 1.0, "%"),
+        on_digits("error", at_most=9.0, unit="%"),
     ]
 
 

@@ -32,8 +32,9 @@ _INTRO = """\
 # Results
 
 Written by `python -m dl_jax.results` from the files in `results/`, `experiments/` and `papers/`; do not edit. Every
-experiment is listed with every claim it makes, also those that were missed or not run. Cells of the papers' tables that
-no experiment attempts are listed at the end.
+experiment is listed with every claim it makes, also those that were missed or not run. Only the bars of the quick
+presets are left out, which a quick run shows. Cells of the papers' tables that no experiment attempts are listed at the
+end.
 
 | verdict | a claim about a value | a claim about a difference, paired by seed | a bar, or a number of cells |
 | --- | --- | --- | --- |
@@ -156,7 +157,10 @@ def _note(claim: Claim) -> str:
 
 
 def _all_claims(entry: Entry, results: Mapping[str, Result]) -> list[Claim]:
-    """The claims of the file, then those it no longer makes and a run has answered: what was missed stays in sight."""
+    """The claims of the file, then those it no longer makes and a run has answered: what was missed stays in sight.
+
+    Those of the quick preset are left out: they are for who runs it.
+    """
     claims: dict[str, Claim] = {}
     for claim in entry.claims:
         if _key(claim) in claims:
@@ -175,7 +179,7 @@ def _all_claims(entry: Entry, results: Mapping[str, Result]) -> list[Claim]:
                         f"{path}: the claim on {then.quantity!r} had {field}={old} at the run and has {new} now; "
                         "restore it or run the experiment again"
                     )
-    return list(claims.values())
+    return [claim for claim in claims.values() if claim.preset != "quick"]
 
 
 def _key(claim: Claim) -> str:
