@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -282,6 +283,15 @@ def test_the_latest_and_the_best_stay(tmp_path, end, values, kept, best):
     assert on_disk(tmp_path) == kept
     assert best_step(str(tmp_path)) == best
     assert load(str(tmp_path))[0] == 4
+
+
+def test_a_closed_writer_leaves_no_thread_of_its_own(tmp_path):
+    before = set(threading.enumerate())
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, {"x": jnp.ones(2)})
+        own = [thread for thread in set(threading.enumerate()) - before if "ThreadPoolExecutor" in thread.name]
+    assert own
+    assert not any(thread.is_alive() for thread in own)
 
 
 def test_without_a_criterion_only_the_latest_stay(tmp_path):

@@ -1,5 +1,6 @@
 """Decoding to columns, and the cache. The damaged copies are in test_data_errors.py."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -159,11 +160,35 @@ def test_info_describes_ragged_and_nested_features(medley, cache):
 
 
 def test_growing_columns_keep_what_they_have(monkeypatch, medley, cache, tmp_path):
-    """Chunks of one example: text and ragged columns grow, or not, from one to the next."""
+    """Chunks of one example, the longer or the shorter first: text and ragged columns grow from one to the next."""
     whole = data.load("medley", "train", medley, cache)
     monkeypatch.setattr(columns_module, "_CHUNK", 1)
-    for name, column in data.load("medley", "train", medley, str(tmp_path)).items():
-        np.testing.assert_array_equal(column, whole[name])
+    for split, order in {"train": slice(None), "train[1:]+train[:1]": slice(None, None, -1)}.items():
+        for name, column in data.load("medley", split, medley, str(tmp_path)).items():
+            np.testing.assert_array_equal(column, whole[name][order])
+
+
+def test_columns_are_on_disk_before_the_cache_has_its_name(monkeypatch, medley, tmp_path):
+    """A machine that loses its power must not leave a whole name for half of the bytes."""
+    told, rename, sync = [], Path.rename, os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: told.append("sync") or sync(file))
+    monkeypatch.setattr(Path, "rename", lambda path, to: told.append("name") or rename(path, to))
+    columns = data.load("medley", "train", medley, str(tmp_path))
+    assert told == ["sync"] * len(columns) + ["name"]
+
+
+def test_who_waited_for_another_process_does_not_decode_again(monkeypatch, medley, tmp_path):
+    @contextlib.contextmanager
+    def after_another(path):
+        with monkeypatch.context() as other:
+            other.setattr(columns_module, "locked", locked)
+            data.load("medley", "train", medley, str(tmp_path))
+        monkeypatch.setattr(columns_module, "_decode", None)
+        yield
+
+    locked = columns_module.locked
+    monkeypatch.setattr(columns_module, "locked", after_another)
+    assert data.load("medley", "train", medley, str(tmp_path))
 
 
 def test_a_second_load_maps_the_cache_without_decoding(monkeypatch, cache):

@@ -1,9 +1,11 @@
 """Exported files are opened again and compared; damaged ones and wrong inputs give one clear error."""
 
 import dataclasses
+import errno
 import functools
 import itertools
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -219,6 +221,21 @@ def test_a_file_is_written_whole_or_not_at_all(export, small, tmp_path):
     with pytest.raises(InputError, match=r"cannot write .*folder.*directory"):
         export(*small, tmp_path / "folder")
     assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
+
+
+def test_a_disk_that_fills_up_leaves_the_file_before(small, tmp_path, monkeypatch):
+    file, write = tmp_path / "model", Path.write_bytes
+    file.write_bytes(b"the one before")
+
+    def half(path, data):
+        write(path, data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(InputError, match=r"cannot write .*model \(No space left on device\); name a file"):
+        stablehlo.export(*small, file)
+    assert file.read_bytes() == b"the one before"
+    assert list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize(

@@ -254,10 +254,9 @@ def test_a_step_without_metrics_works(seeds, skip):
 
 
 def test_fit_leaves_the_callers_state_usable():
-    state = start()
-    before = np.asarray(state.params["w"])
+    state = start()  # that nothing else refers to, or it could not be donated
     fit(STEP, state, rows, steps=3)
-    np.testing.assert_array_equal(before, state.params["w"])
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
 @settings(deadline=None, max_examples=10)
