@@ -98,7 +98,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
 
     def training(decay: float, rate: float, steps: int, *last: optax.GradientTransformation):
         tx = optax.chain(optax.sgd(optim.warmup_cosine(rate, steps), cfg.momentum), *last)
-        step = per_seed(make_step(losses.l2(classify.loss(model.apply), decay), tx), one_by_one=cfg.convolutional)
+        step = per_seed(make_step(losses.l2(classify.loss(model.apply), decay), tx))
 
         def learn(name: str, variables: Tree, begin: int) -> Tree:
             """The parameters [S, ...] that come of `variables` [S, ...] and of the data from step `begin` on."""
