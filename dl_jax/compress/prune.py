@@ -190,7 +190,7 @@ def _refreshed(due: Array, share: Array, masks: Tree, weights: Tree) -> Tree:
 
 @_refreshed.def_vmap
 def _refreshed_lanes(lanes: int, mapped: Any, *arguments: Any) -> tuple[Tree, Tree]:
-    """A mapped condition computes both of its branches: the weights would be sorted at every step."""
+    """A mapped condition computes both of its branches: the weights would be ranked at every step."""
     stacked = lambda x, yes: x if yes else jnp.broadcast_to(x, (lanes, *x.shape))
     due, share, masks, weights = jax.tree.map(stacked, arguments, tuple(mapped))
 

@@ -37,10 +37,16 @@ def data_mesh(devices: Sequence[Any] | None = None, *, batch_size: int | None = 
 
 
 def replicated(tree: Tree, mesh: Mesh) -> Tree:
-    """`tree` in full on every device of every process. Every process passes the same values."""
+    """`tree` in full on every device of every process. Every process passes the same values.
+
+    A leaf that is there already is returned as it is.
+    """
     sharding = NamedSharding(mesh, PartitionSpec())
 
     def put(leaf: Any) -> jax.Array:  # device_put takes no typed key to another process's devices
+        if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+            return leaf
+        leaf = leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(put(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
         values = np.asarray(leaf)

@@ -20,7 +20,7 @@ def evaluator(
     batch_size: int,
     keys: Array,
 ) -> Callable[[Tree], Measurements]:
-    """A function from variables [S, ...] to {name: Σ sum / Σ weight over all records, [S, ...]}.
+    """A function from variables [S, ...] to {name: Σ sum / Σ weight over all records, [S, ...]}, NaN for a weight of 0.
 
     `metrics(variables, batch, key) -> {name: (sum, weight)}` is that of one seed; the seeds are computed one after the
     other. The batches are those of `stream.epoch`: a column `mask` float32 [B] is 0 for padding. Batch i of the seed
@@ -44,7 +44,8 @@ def evaluator(
                 value, weight = (np.asarray(x, np.float64) for x in pair)
                 value_before, weight_before = total.get(name, (0.0, 0.0))
                 total[name] = (value_before + value, weight_before + weight)
-        return {name: np.asarray(value / weight) for name, (value, weight) in total.items()}
+        with np.errstate(invalid="ignore"):  # 0 / 0
+            return {name: np.asarray(value / weight) for name, (value, weight) in total.items()}
 
     return evaluate
 

@@ -22,14 +22,15 @@ Batches = Callable[[int], Batch]  # step -> batch
 Measurements = dict[str, np.ndarray]
 Best = tuple[str, Literal["min", "max"]]  # a measurement, and which end of it is good
 
-HOPELESS = 10  # steps in a row that are not finite; more are not skipped
+HOPELESS = 10  # calls of the program in a row that are not finite; more are not skipped
 IN_FLIGHT = 2  # unbounded dispatch has hung simulated devices, and hides a NaN for as long
 
 
 class Watch(NamedTuple):
     """Measures the variables every `every` steps and at the end.
 
-    With `best`, ("error", "min") say, the checkpoint where that was best is kept beside the newest.
+    With `best`, ("error", "min") say, the checkpoint where that was best is kept beside the newest. It is a single
+    number: of several seeds a mean that `measure` adds.
     """
 
     every: int
@@ -139,7 +140,7 @@ class _Window:
         if lost.any() and (hopeless or not run.skip_nonfinite):
             names = [*row.names, *(f"the weight of {row.names[i]}" for i in row.pairs)]
             bad = ", ".join(f"{n} is {v}" for n, v, b in zip(names, values.tolist(), lost, strict=True) if b.any())
-            before = f" and in the {HOPELESS - 1} steps before" if hopeless else ""
+            before = f" and {HOPELESS - 1} times in a row before" if hopeless else ""
             raise NonFiniteError(
                 f"{bad} at step {step}{before}, expected finite numbers; {run.last_saved()}; lower the learning rate"
                 f"{'' if hopeless else ' or use --on-nan skip'}"
@@ -156,7 +157,7 @@ class _Window:
         empty = {self.names[i] for i in self.pairs if not weights[i].any()}
         seconds = time.perf_counter() - self.began - self.elsewhere
         rates = {"steps_per_second": stride * len(rows) / seconds, "data_wait": self.waited / seconds}
-        skipped = {"skipped": (~whole[:, 0]).sum(0)} if skip else {}
+        skipped = {"skipped": stride * (~whole[:, 0]).sum(0)} if skip else {}
         named = {name: mean for name, mean in zip(self.names, means, strict=True) if name not in empty}
         return {**named, **{k: np.asarray(v) for k, v in (rates | skipped).items()}}
 
@@ -192,9 +193,10 @@ def fit(
       carried: the collections of `state.extra` that have a row for each row of the batch, such as the carry of
         truncated back-propagation. They are given whole, [B, ...] or [S, B, ...], and split as the batch is.
 
-    Raises InputError where `steps` is negative, `steps`, `every` or `watch.every` is not a multiple of what one call
-    advances, a stop rule has nothing to watch, or the run to go on with has other keys than `state`; NonFiniteError
-    where a metric, or what was trained and is about to be saved or returned, is not finite.
+    Raises InputError where `steps` is negative, calls of the program do not meet `steps` and every multiple of `every`
+    and `watch.every`, a stop rule has nothing to watch, `watch.best` is no single number that it measures, or the run
+    to go on with has other keys than `state`; NonFiniteError where a metric, or what was trained and is about to be
+    saved or returned, is not finite.
     """
     _require_intervals(steps, every, scan, watch, stop)
     run = run or Recorder()
@@ -236,6 +238,7 @@ def fit(
             settle(0)
             began = time.perf_counter()
             measured = watch.measure(state.variables)
+            _require_best(watch.best, measured)
             window.elsewhere += time.perf_counter() - began
             run.report(i, measured)
             rule = stop.update(rule, measured, i) if stop else rule
@@ -245,6 +248,8 @@ def fit(
             _require_finite(state, i, run)
             run.save(i, {"state": state, "stop": rule}, measured)
     settle(0)
+    if window.rows:  # a stop rule ended the fit between two reports
+        run.report(i, window.means(stride, run.skip_nonfinite))
     _require_finite(state, i, run)
     run.finish(i, {"state": state, "stop": rule})
     return state
@@ -289,6 +294,10 @@ def _stacked(batches: Sequence[Batch]) -> Batch:
 def _program(step: Step, stream: Stream | Batches, mesh: Mesh, scan: int) -> Step:
     """What is compiled: arrays that it reads are leaves of the Partial, hence arguments and no constants."""
     step = step if isinstance(step, jax.tree_util.Partial) else jax.tree_util.Partial(step)
+    if isinstance(stream, Stream) or jax.process_count() > 1:
+        step = replicated(step, mesh)  # what it holds may be NumPy's, or another fit's on other devices
+    else:
+        step = jax.tree.map(jnp.asarray, step)
     if scan == 1:
         return step
     records = stream.records if isinstance(stream, Stream) else None
@@ -339,11 +348,26 @@ def _require_intervals(steps: int, every: int, scan: int, watch: Watch | None, s
 def _checked_stride(stride: int, i: int, steps: int, every: int, watch: Watch | None) -> int:
     if stride < 1:
         raise InputError(f"the step advanced state.step by {stride}, expected 1 or more: add to state.step in it")
-    wanted = {"steps": steps - i, "every": every, "watch.every": watch.every if watch else stride}
-    for name, value in wanted.items():
-        if value % stride:
-            raise InputError(f"{name} leaves {value} steps, expected a multiple of the {stride} steps of one call")
+    intervals = {"every": every, "watch.every": watch.every if watch else stride}
+    for name, value in {"steps": steps, **intervals}.items():
+        if (value - i) % stride or (name in intervals and value % stride):
+            raise InputError(
+                f"{name} is {value} and the fit begins at step {i}, expected what calls of {stride} steps each meet"
+            )
     return stride
+
+
+def _require_best(best: Best | None, measured: Measurements) -> None:
+    if best is None:
+        return
+    name, _ = best
+    if name not in measured:
+        raise InputError(f"best is {name!r}, expected a measurement of watch: {', '.join(sorted(measured))}")
+    if np.size(measured[name]) != 1:
+        raise InputError(
+            f"best is {name!r}, which has {np.size(measured[name])} values, one for each seed; expected a single "
+            "number, so let watch measure their mean too"
+        )
 
 
 def _require_finite(state: State, step: int, run: Recorder) -> None:

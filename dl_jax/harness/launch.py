@@ -27,7 +27,7 @@ from dl_jax.harness.report.terminal import print_table
 from dl_jax.harness.report.writers import TensorBoard
 from dl_jax.harness.results.claims import MISSED, Claim, judge, summary
 from dl_jax.harness.run import PREEMPTED, Preempted, Run, Settings, never
-from dl_jax.harness.workdir import attempt, work_directory
+from dl_jax.harness.workdir import attempt, work_directory, write_json
 
 Main = Callable[[Any, Run], Mapping[str, np.ndarray]]
 
@@ -201,7 +201,7 @@ def keep(record: Mapping[str, Any], directory: epath.Path) -> None:
     measured = json.loads(result.read_text())["measured"] if result.exists() else None
     if measured == record["measured"]:
         return
-    result.write_text(json.dumps(record, indent=2) + "\n")
+    write_json(result, record)
     with contextlib.closing(TensorBoard(directory, 0)) as board:
         board.hparams(record["config"], {name: stats["mean"] for name, stats in record["measured"].items()})
 

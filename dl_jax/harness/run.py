@@ -126,7 +126,7 @@ class Run(Recorder):
             self._lines.flush()
         if self._board:
             self._board.flush()
-        scalars = {name: float(value) for name, value in measured.items() if np.ndim(value) == 0}
+        scalars = {name: np.asarray(value).item() for name, value in measured.items() if np.size(value) == 1}
         self._checkpoints.save(step, tree, scalars)
         self._saved = step
         if self._ending:

@@ -89,7 +89,8 @@ CLAIMS = (
           "that other hardware needs other hyper-parameters"),
     ours(versus="parzen/untrained", locator="samples after the last step against samples before the first"),
     ours(versus="parzen/digits_100", locator="10,000 samples against 100 real digits"),
-    on_digits("parzen/gan", at_least=38.3, unit="nats", note="an untrained generator: 38.2"),
+    on_digits("parzen/gan", at_least=38.3, unit="nats",
+              note="an untrained generator: 38.2, which pilots did not surely beat, at 39.2 ± 3.7; missed"),
 )  # fmt: skip
 
 

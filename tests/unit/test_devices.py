@@ -11,10 +11,11 @@ import pytest
 
 from dl_jax import data, losses
 from dl_jax.core import devices
+from dl_jax.core import fit as fit_module
 from dl_jax.core.errors import InputError
 from dl_jax.core.fit import fit
 from dl_jax.core.pmap import pmapped
-from dl_jax.core.step import init_state, make_step, per_seed
+from dl_jax.core.step import State, holding, init_state, make_step, per_seed
 from dl_jax.core.stream import Stream
 
 RECORDS = {
@@ -101,6 +102,26 @@ def test_devices_that_stand_idle_are_named(size, said, capsys):
     tx = optax.sgd(0.1)
     fit(make_step(loss_of(Plain()), tx), start(Plain(), tx), data.shuffled(RECORDS, size, 0), steps=0)
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("where", ["on five devices", "on the host"])
+def test_what_a_step_holds_is_placed_once_where_the_batches_are(where, monkeypatch):
+    """A teacher comes from a fit with another batch size, or from a file."""
+    held, seen = {"scale": np.full(3, 2, np.float32)}, []
+    if where == "on five devices":
+        held = devices.replicated(held, devices.data_mesh(batch_size=5))
+    advance = fit_module._advance
+    monkeypatch.setattr(fit_module, "_advance", lambda program, *rest: seen.append(program) or advance(program, *rest))
+
+    def step(held, state, batch):
+        return state._replace(step=state.step + 1), {"sum": (held["scale"] * batch["x"]).sum()}
+
+    state = State(jnp.int32(0), {}, {}, (), jax.random.key(0))
+    stream = Stream(8, lambda i, rows: {"x": np.ones((8, 3), np.float32)[rows]})
+    fit(holding(step, held), state, stream, steps=2)
+    first, second = (jax.tree.leaves(program)[0] for program in seen)
+    assert first is second
+    assert len(first.sharding.device_set) == 8
 
 
 def test_pmapped_equals_jit():

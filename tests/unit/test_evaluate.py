@@ -30,6 +30,11 @@ def test_every_example_counts_once_whatever_the_batch_size(batch_size):
     np.testing.assert_allclose(found["rows"] * -(-61 // batch_size), [61, 61])
 
 
+def test_a_mean_over_nothing_is_nan_without_a_warning():
+    never = lambda variables, batch, key: {"of_class_7": (jnp.zeros([]), jnp.zeros([]))}
+    assert np.isnan(evaluator(never, RECORDS, 32, KEYS)(VARIABLES)["of_class_7"]).all()
+
+
 def test_batch_i_of_a_seed_has_the_key_fold_in_i():
     noise = lambda variables, batch, key: {"noise": (jax.random.normal(key, (3,)), jnp.ones(3))}
     found = evaluator(noise, RECORDS, 32, KEYS)(VARIABLES)["noise"]

@@ -147,10 +147,13 @@ def test_a_scan_equals_single_steps_and_averages_metrics(stream):
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
 
 
-@pytest.mark.parametrize(("steps", "every"), [(15, 5), (16, 6)])
-def test_a_scan_wants_multiples(steps, every):
-    with pytest.raises(InputError, match="multiple of the 4 steps"):
-        fit(STEP, start(), rows, steps=steps, every=every, scan=4)
+@pytest.mark.parametrize(
+    ("begin", "steps", "every", "wrong"),
+    [(0, 15, 5, "steps is 15"), (0, 16, 6, "every is 6"), (2, 18, 8, "every is 8 and the fit begins at step 2")],
+)
+def test_a_scan_wants_multiples(begin, steps, every, wrong):
+    with pytest.raises(InputError, match=f"{wrong}.* calls of 4 steps"):
+        fit(STEP, start()._replace(step=jnp.int32(begin)), rows, steps=steps, every=every, scan=4)
 
 
 def test_a_step_that_does_not_count_is_named():
@@ -302,11 +305,20 @@ def test_nan_skipped_is_as_if_the_step_had_not_changed_anything():
     assert np.isfinite(report["loss"])
 
 
+def test_a_call_that_is_skipped_counts_all_its_steps():
+    """The batch of step 4 is not finite, so neither is the mean of the call of steps 4 and 5."""
+    log, poison = Log(skip=True), lambda i: {**rows(i), "y": rows(i)["y"] * np.float32(np.nan if i == 4 else 1)}
+    found = fit(STEP, start(), poison, steps=8, every=8, run=log, scan=2)
+    assert log.reports[0][1]["skipped"] == 2
+    expected = fit(STEP, start(), rows, steps=4, scan=2)._replace(step=jnp.int32(6))
+    equal(found, fit(STEP, expected, rows, steps=8, scan=2))
+
+
 @pytest.mark.parametrize("every", [3, 100])
 def test_skipping_for_ever_is_an_error(every):
     always = lambda i: {**rows(i), "y": np.full(8, np.inf, np.float32)}
     log = Log(skip=True)
-    with pytest.raises(NonFiniteError, match="at step 10 and in the 9 steps before"):
+    with pytest.raises(NonFiniteError, match="at step 10 and 9 times in a row before"):
         fit(STEP, start(), always, steps=100, run=log, every=every)
     assert all(np.isnan(report["loss"]) for _, report in log.reports)
 
@@ -348,6 +360,18 @@ def test_the_best_measurement_is_saved():
     assert [(step, float(measured["error"])) for step, _, measured in log.saves] == [(4, 3.0), (8, 1.0), (12, 2.0)]
 
 
+@pytest.mark.parametrize(
+    ("measured", "expected"),
+    [
+        ({"loss": np.float32(1)}, "best is 'error', expected a measurement of watch: loss"),
+        ({"error": np.ones(2)}, "best is 'error', which has 2 values, one for each seed"),
+    ],
+)
+def test_the_best_is_a_single_number_that_is_measured(measured, expected):
+    with pytest.raises(InputError, match=expected):
+        fit(STEP, start(), rows, steps=2, watch=Watch(1, lambda variables: measured, best=("error", "min")))
+
+
 @pytest.mark.parametrize("place", ["params", "extra"])
 @pytest.mark.parametrize("save_at", [(2, 5), (2,)])
 def test_what_is_not_finite_is_neither_saved_nor_returned(place, save_at):
@@ -386,9 +410,12 @@ def test_fit_ends_when_every_seed_has_stopped():
     asked = []
     batches = lambda i: asked.append(i) or rows(i)
     watch = Watch(2, lambda variables: {"error": np.float32(len(asked))})
-    state = fit(STEP, start(), batches, steps=100, watch=watch, stop=rule)
+    log = Log()
+    state = fit(STEP, start(), batches, steps=100, watch=watch, stop=rule, run=log)
     assert state.step == 4
     assert asked == [0, 1, 2, 3]
+    told = {name: step for step, report in log.reports for name in report}
+    assert told["loss"] == 4  # between two reports
 
 
 def test_a_step_may_be_an_epoch_without_a_gradient():

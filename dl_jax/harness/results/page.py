@@ -32,9 +32,8 @@ _INTRO = """\
 # Results
 
 Written by `python -m dl_jax.results` from the files in `results/`, `experiments/` and `papers/`; do not edit. Every
-experiment is listed with every claim it makes, also those that were missed or not run. Only the bars of the quick
-presets are left out, which a quick run shows. Cells of the papers' tables that no experiment attempts are listed at the
-end.
+experiment is listed with every claim it makes, also those that were missed or not run; the bar of a quick preset,
+which a quick run prints, is not listed. Cells of the papers' tables that no experiment attempts are listed at the end.
 
 | verdict | a claim about a value | a claim about a difference, paired by seed | a bar, or a number of cells |
 | --- | --- | --- | --- |
@@ -159,17 +158,19 @@ def _note(claim: Claim) -> str:
 def _all_claims(entry: Entry, results: Mapping[str, Result]) -> list[Claim]:
     """The claims of the file, then those it no longer makes and a run has answered: what was missed stays in sight.
 
-    Those of the quick preset are left out: they are for who runs it.
+    The bars of a quick preset are left out: a quick run prints them.
     """
     claims: dict[str, Claim] = {}
     for claim in entry.claims:
+        if claim.preset == "quick":
+            continue
         if _key(claim) in claims:
             raise InputError(f"{entry.path}: two claims on {claim.quantity!r} have the same paper, locator and given")
         claims[_key(claim)] = claim
     for path, result in results.items():
         for said in result["claims"]:
             then, answered = claim_of(said), said["verdict"] not in ("not run", "not applicable")
-            if _key(then) not in claims and not answered:
+            if then.preset == "quick" or (_key(then) not in claims and not answered):
                 continue
             now = claims.setdefault(_key(then), then)
             for field in ("claimed", "tolerance", "at_least", "at_most", "cells", "better", "seeds"):
@@ -179,7 +180,7 @@ def _all_claims(entry: Entry, results: Mapping[str, Result]) -> list[Claim]:
                         f"{path}: the claim on {then.quantity!r} had {field}={old} at the run and has {new} now; "
                         "restore it or run the experiment again"
                     )
-    return [claim for claim in claims.values() if claim.preset != "quick"]
+    return list(claims.values())
 
 
 def _key(claim: Claim) -> str:
