@@ -44,7 +44,7 @@ def replicated(tree: Tree, mesh: Mesh) -> Tree:
     sharding = NamedSharding(mesh, PartitionSpec())
 
     def put(leaf: Any) -> jax.Array:  # device_put takes no typed key to another process's devices
-        if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim):
+        if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
             return leaf
         leaf = leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):

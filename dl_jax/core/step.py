@@ -141,9 +141,10 @@ def per_seed(step: Step, one_by_one: bool = False) -> Step:
     it takes the memory of one seed's activations. Inside such a loop XLA's CPU backend is slow at the gradients of
     convolutions that `models.ops` does not write as matrix products. Accelerators compute side by side either way.
     """
-    side_by_side = jax.vmap(step)
     if not one_by_one:
-        return side_by_side
+        return jax.vmap(step)
+    step = jax.jit(step, inline=True)  # traced once for both
+    side_by_side = jax.vmap(step)
     in_turn = lambda states, batches: jax.lax.map(lambda both: step(*both), (states, batches))
     return lambda states, batches: jax.lax.platform_dependent(states, batches, cpu=in_turn, default=side_by_side)
 

@@ -256,6 +256,23 @@ def test_a_step_without_metrics_works(seeds, skip):
     assert set(log.reports[0][1]) == {"steps_per_second", "data_wait", *(["skipped"] if skip else [])}
 
 
+@pytest.mark.parametrize("batch_size", [1, 8, None])  # on one device, on eight, and a plain function
+@pytest.mark.parametrize("scan", [1, 2])
+def test_a_step_is_traced_once(batch_size, scan):
+    traced, stream = [], rows if batch_size is None else data.shuffled(RECORDS, batch_size, seeds=0)
+    step = lambda state, batch: traced.append(jax.device_count()) or STEP(state, batch)
+    state = fit(step, start(), stream, steps=6, every=6, scan=scan)
+    fit(step, state, stream, steps=8, every=2, scan=scan)
+    assert len(traced) == 1
+
+
+def test_a_step_of_seeds_one_by_one_is_traced_once_for_all_platforms():
+    traced, stream = [], data.shuffled(RECORDS, 8, seeds=(0, 1))
+    step = per_seed(lambda state, batch: traced.append(1) or STEP(state, batch), one_by_one=True)
+    fit(step, jax.tree.map(lambda *x: jnp.stack(x), start(0), start(1)), stream, steps=3)
+    assert len(traced) == 1
+
+
 def test_fit_leaves_the_callers_state_usable():
     state = start()  # that nothing else refers to, or it could not be donated
     fit(STEP, state, rows, steps=3)
