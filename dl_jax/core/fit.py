@@ -274,17 +274,23 @@ def _on_devices(
     if unknown:
         raise InputError(f"carried names {unknown[0]!r}, expected collections of state.extra: {sorted(state.extra)}")
     if not isinstance(stream, Stream):
-        state = replicated(state, mesh) if jax.process_count() > 1 else state
+        state = _whole(state, stream, mesh)
         return state, stream if scan == 1 else lambda i: _stacked([stream(i + j) for j in range(scan)])
     rows = process_rows(stream.batch_size, mesh)
     split = {name: sharded(state.extra[name], mesh, stream.axis) for name in carried}
     rest = {name: value for name, value in state.extra.items() if name not in carried}
-    state = replicated(state._replace(extra=rest), mesh)
+    state = _whole(state._replace(extra=rest), stream, mesh)
     state = state._replace(extra={**state.extra, **split})
     if scan == 1:
         return state, lambda i: place(stream(i, rows), mesh, stream.axis)
     # Of a set in memory the indices alone: `_program` has the records.
     return state, lambda i: place(_stacked([stream.read(i + j, rows) for j in range(scan)]), mesh, stream.axis + 1)
+
+
+def _whole(tree: Tree, stream: Stream | Batches, mesh: Mesh) -> Tree:
+    """`tree` in full where the batches are. Those of a plain function are on no mesh, if there is one process."""
+    on_mesh = isinstance(stream, Stream) or jax.process_count() > 1
+    return replicated(tree, mesh) if on_mesh else jax.tree.map(jnp.asarray, tree)
 
 
 def _stacked(batches: Sequence[Batch]) -> Batch:
@@ -294,10 +300,7 @@ def _stacked(batches: Sequence[Batch]) -> Batch:
 def _program(step: Step, stream: Stream | Batches, mesh: Mesh, scan: int) -> Step:
     """What is compiled: arrays that it reads are leaves of the Partial, hence arguments and no constants."""
     step = step if isinstance(step, jax.tree_util.Partial) else jax.tree_util.Partial(step)
-    if isinstance(stream, Stream) or jax.process_count() > 1:
-        step = replicated(step, mesh)  # what it holds may be NumPy's, or another fit's on other devices
-    else:
-        step = jax.tree.map(jnp.asarray, step)
+    step = _whole(step, stream, mesh)  # what it holds may be NumPy's, or another fit's on other devices
     if scan == 1:
         return step
     records = stream.records if isinstance(stream, Stream) else None

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from dl_jax.harness.launch import CLAIM_MISSED
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 INSTALL_AND_TEST = {
@@ -120,5 +122,5 @@ def test_the_benchmark(tmp_path):
 @pytest.mark.slow
 def test_the_first_run_in_full(tmp_path):
     done = run("python experiments/vision/lenet.py --dataset digits", tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == CLAIM_MISSED, done.stderr  # as the README says
     assert "(5)" in done.stdout
