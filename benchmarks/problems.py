@@ -23,7 +23,7 @@ from dl_jax.models.sequence.rnn import GRU, LSTM, VANILLA, Cell, CharLM
 from dl_jax.models.vision.lenet import LeNet5, map_loss
 from dl_jax.models.vision.mlp import MLP
 
-BATCH = 128  # pictures
+BATCH = 128  # images
 SEQUENCES, LENGTH, VOCABULARY = 32, 64, 96
 HIDDEN = 256  # units of a recurrent layer, and width of a character's vector
 Batch = Mapping[str, np.ndarray]
@@ -37,7 +37,7 @@ class Problem(NamedTuple):
     goal: str  # how many times faster than PyTorch ours is to be
 
 
-def pictures(n: int = BATCH) -> dict[str, np.ndarray]:
+def images(n: int = BATCH) -> dict[str, np.ndarray]:
     """image float32 [n, 28, 28, 1], label int32 [n]: the cost of a step does not depend on what is in them."""
     random = np.random.default_rng(0)
     return {
@@ -96,13 +96,13 @@ def cnn_step():
 
 
 def classifier_step(model: Any, per_example: Callable[..., Any]):
-    """Dropout or not, SGD with momentum; uint8 pictures are cast on the device."""
+    """Dropout or not, SGD with momentum; uint8 images are cast on the device."""
 
     def loss(variables, batch, key):
         logits = model.apply(variables, classify.to_unit(batch["image"]), train=True, rngs={"dropout": key})
         return per_example(logits, batch["label"]).mean(), ({}, {})
 
-    variables = jax.jit(lambda key: model.init(key, pictures(1)["image"], train=False))(jax.random.key(0))
+    variables = jax.jit(lambda key: model.init(key, images(1)["image"], train=False))(jax.random.key(0))
     return _step(loss, variables, optax.sgd(1e-3, momentum=0.9))
 
 
@@ -115,7 +115,7 @@ def vae_step():
         given = latent.LatentModel(functools.partial(apply, variables, method=VAE.encode), conditional)
         return -latent.elbo(given, batch["image"], key).mean(), ({}, {})
 
-    variables = jax.jit(lambda key: model.init(key, pictures(1)["image"], train=False))(jax.random.key(0))
+    variables = jax.jit(lambda key: model.init(key, images(1)["image"], train=False))(jax.random.key(0))
     return _step(loss, variables, optax.adam(1e-3))
 
 
@@ -147,10 +147,10 @@ def _step(loss, variables, tx):
 
 
 PROBLEMS = {
-    "MLP": Problem(pictures, mlp_step, ">= 2.2"),
-    "LeNet-5": Problem(pictures, lenet_step, ">= 0.9"),
-    "CNN": Problem(pictures, cnn_step, ">= 1.0"),
-    "VAE": Problem(pictures, vae_step, ">= 2.2"),
+    "MLP": Problem(images, mlp_step, ">= 2.2"),
+    "LeNet-5": Problem(images, lenet_step, ">= 0.9"),
+    "CNN": Problem(images, cnn_step, ">= 1.0"),
+    "VAE": Problem(images, vae_step, ">= 2.2"),
     "RNN": Problem(text, rnn_step, ">= 1.4"),
     "GRU": Problem(text, gru_step, ">= 1.4"),
     "LSTM": Problem(text, lstm_step, ">= 0.9"),

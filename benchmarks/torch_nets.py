@@ -196,7 +196,7 @@ TWINS = {
 
 
 def train_block(name: str, compiled: bool) -> Callable[[int], None]:
-    """Trains a twin n steps on one batch; pictures channels last, which is never slower here.
+    """Trains a twin n steps on one batch; images channels last, which is never slower here.
 
     As ours, a step gives the norm of the gradient beside the loss.
     """
@@ -220,7 +220,7 @@ def train_block(name: str, compiled: bool) -> Callable[[int], None]:
 
 
 def tensor(column: np.ndarray) -> torch.Tensor:
-    """Integers as int64, pictures [B, H, W, C] as [B, C, H, W]."""
+    """Integers as int64, images [B, H, W, C] as [B, C, H, W]."""
     if np.issubdtype(column.dtype, np.integer):
         return torch.from_numpy(column).long()
     return torch.from_numpy(column).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)

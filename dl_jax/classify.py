@@ -1,4 +1,4 @@
-"""Classifiers of pictures: the loss and the exam that experiments on them have in common.
+"""Classifiers of images: the loss and the evaluation that experiments on them have in common.
 
 `apply` is a module's: (variables, image float32 [B, H, W, C] in [0, 1], train, rngs) -> logits [B, C]. Batches hold
 `image`, uint8 as the sets do or float as augmentations leave it, and `label`.
@@ -13,7 +13,7 @@ import numpy as np
 from dl_jax import losses, metrics
 from dl_jax.core.step import Array, Batch, Loss, Tree
 
-Exam = Callable[[Tree, Batch, Array], dict[str, tuple[Array, Array]]]
+Evaluation = Callable[[Tree, Batch, Array], dict[str, tuple[Array, Array]]]
 
 
 def to_unit(image: Any) -> Array:  # [B, H, W, C]
@@ -37,16 +37,16 @@ def loss(apply: Callable[..., Any]) -> Loss:
     return cross_entropy
 
 
-def exam(apply: Callable[..., Any]) -> Exam:
+def evaluation(apply: Callable[..., Any]) -> Evaluation:
     """For `core.evaluate.evaluator`: `error`, a fraction, and `nats`, the mean cross-entropy."""
 
-    def examine(variables: Tree, batch: Batch, key: Array) -> dict[str, tuple[Array, Array]]:
+    def evaluate(variables: Tree, batch: Batch, key: Array) -> dict[str, tuple[Array, Array]]:
         given = apply(variables, to_unit(batch["image"]), train=False), batch["label"], batch["mask"]
         return {"error": metrics.error_rate(*given), "nats": metrics.cross_entropy(*given)}
 
-    return examine
+    return evaluate
 
 
 def outputs(predict: Callable[[Any], Any], images: np.ndarray) -> np.ndarray:  # [N, H, W, C] -> [N, ...]
-    """What `predict` answers, a thousand pictures at a time, on the host."""
+    """What `predict` answers, a thousand images at a time, on the host."""
     return np.concatenate([predict(images[i : i + 1000]) for i in range(0, len(images), 1000)])

@@ -1,4 +1,4 @@
-"""Draws docs/augmentations.png: every augmentation of dl_jax.augment on real pictures.
+"""Draws docs/augmentations.png: every augmentation of dl_jax.augment on real images.
 
 python docs/augmentations.py
 """
@@ -12,7 +12,7 @@ import numpy as np
 from dl_jax import augment
 
 DRAWS = 8
-SIZE = 32  # a picture's side in pixels
+SIZE = 32  # an image's side in pixels
 ENLARGED = 2  # each of them is drawn as 2x2
 GAP = 6
 LABELS = 240  # the width of the labels' column
@@ -67,9 +67,9 @@ def row(number: int, augmentation: augment.Augmentation, original: np.ndarray) -
     """The original and its draws side by side, on white: [H, W, 3] with values in [0, 1]."""
     batch = {"image": np.broadcast_to(original, (DRAWS, *original.shape))}
     drawn = jax.jit(augmentation)(jax.random.key(number), batch)["image"]
-    pictures = np.clip([original, *drawn], 0, 1).repeat(ENLARGED, 1).repeat(ENLARGED, 2)
-    pictures = np.broadcast_to(pictures, (*pictures.shape[:3], 3))
-    framed = np.pad(pictures, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=1)
+    images = np.clip([original, *drawn], 0, 1).repeat(ENLARGED, 1).repeat(ENLARGED, 2)
+    images = np.broadcast_to(images, (*images.shape[:3], 3))
+    framed = np.pad(images, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=1)
     return np.concatenate(list(framed), 1)
 
 
@@ -89,7 +89,7 @@ def main() -> None:
     for column, title in enumerate(("original", "draws")):
         left = LABELS + column * (SIZE * ENLARGED + GAP)
         figure.text(left / width, 1 - 16 / height, title, fontsize=8)
-    # Without the software's name and version the file depends on the picture alone.
+    # Without the software's name and version the file depends on the pixels alone.
     figure.savefig(Path(__file__).with_suffix(".png"), metadata={"Software": None})
 
 

@@ -189,9 +189,9 @@ def _refreshed(due: Array, share: Array, masks: Tree, weights: Tree) -> Tree:
 
 
 @_refreshed.def_vmap
-def _refreshed_lanes(lanes: int, mapped: Any, *arguments: Any) -> tuple[Tree, Tree]:
+def _refreshed_seeds(seeds: int, mapped: Any, *arguments: Any) -> tuple[Tree, Tree]:
     """A mapped condition computes both of its branches: the weights would be ranked at every step."""
-    stacked = lambda x, yes: x if yes else jnp.broadcast_to(x, (lanes, *x.shape))
+    stacked = lambda x, yes: x if yes else jnp.broadcast_to(x, (seeds, *x.shape))
     due, share, masks, weights = jax.tree.map(stacked, arguments, tuple(mapped))
 
     def refresh(due: Array, share: Array, masks: Tree, weights: Tree) -> Tree:

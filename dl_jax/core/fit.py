@@ -22,7 +22,7 @@ Batches = Callable[[int], Batch]  # step -> batch
 Measurements = dict[str, np.ndarray]
 Best = tuple[str, Literal["min", "max"]]  # a measurement, and which end of it is good
 
-HOPELESS = 10  # calls of the program in a row that are not finite; more are not skipped
+MAX_NONFINITE_IN_A_ROW = 10  # calls of the program in a row that are not finite; more are not skipped
 IN_FLIGHT = 2  # unbounded dispatch has hung simulated devices, and hides a NaN for as long
 
 
@@ -136,14 +136,14 @@ class _Window:
         self.rows.append(values)
         lost = ~(np.isfinite(values) | stopped)
         self.lost_in_a_row = np.where(lost.any(0), self.lost_in_a_row + 1, 0)
-        hopeless = self.lost_in_a_row.max() >= HOPELESS
-        if lost.any() and (hopeless or not run.skip_nonfinite):
+        too_many = self.lost_in_a_row.max() >= MAX_NONFINITE_IN_A_ROW
+        if lost.any() and (too_many or not run.skip_nonfinite):
             names = [*row.names, *(f"the weight of {row.names[i]}" for i in row.pairs)]
             bad = ", ".join(f"{n} is {v}" for n, v, b in zip(names, values.tolist(), lost, strict=True) if b.any())
-            before = f" and {HOPELESS - 1} times in a row before" if hopeless else ""
+            before = f" and {MAX_NONFINITE_IN_A_ROW - 1} times in a row before" if too_many else ""
             raise NonFiniteError(
                 f"{bad} at step {step}{before}, expected finite numbers; {run.last_saved()}; lower the learning rate"
-                f"{'' if hopeless else ' or use --on-nan skip'}"
+                f"{'' if too_many else ' or use --on-nan skip'}"
             )
 
     def means(self, stride: int, skip: bool) -> Measurements:

@@ -114,7 +114,7 @@ def open_builder(found: Prepared) -> Any:
     except ImportError as e:
         raise InputError(
             f"data set {found.name} has a feature that TFDS reads only with TensorFlow ({one_line(e)}), expected "
-            "features such as Image, ClassLabel, Text or Tensor: store sound or film as a Tensor"
+            "features such as Image, ClassLabel, Text or Tensor: store audio or video as a Tensor"
         ) from e
     except Exception as e:  # TFDS raises a dozen kinds for a description it cannot read
         raise InputError(

@@ -96,7 +96,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     key_init, key, key_test = run.keys(3)  # [S] each
     start = init_variables(model, key_init, jnp.zeros((1, 28, 28, 1)))
     sparsity = prune.rounds(start["params"], cfg.kept)
-    test_of = evaluator(classify.exam(model.apply), test, cfg.batch_size, key_test)
+    test_of = evaluator(classify.evaluation(model.apply), test, cfg.batch_size, key_test)
 
     def training(loss: Loss, rate: float, steps: int, *last: optax.GradientTransformation):
         tx = optax.chain(optax.sgd(optim.warmup_cosine(rate, steps), cfg.momentum), *last)

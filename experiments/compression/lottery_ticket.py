@@ -106,7 +106,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     stream = data.shuffled(train, cfg.batch_size, run.seeds)
     model = LeNet300()
     key_start, key, key_redrawn = run.keys(3)  # [S] each
-    measure = classify.exam(model.apply)  # draws nothing, whatever its key
+    measure = classify.evaluation(model.apply)  # draws nothing, whatever its key
     validation_of, test_of = (evaluator(measure, each, 16 * cfg.batch_size, key) for each in (validation, test))
     like = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 28, 28, 1)))
     draw = jax.jit(lambda keys: jax.lax.map(functools.partial(gaussian_glorot, like["params"]), keys))

@@ -89,7 +89,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     key_init, key, key_test = run.keys(3)  # [S] each
 
     def evaluated(apply: Callable[..., Any]) -> Callable[[Tree], np.ndarray]:  # variables [S, ...] -> per cent [S]
-        test_of = evaluator(classify.exam(apply), test, cfg.batch_size, key_test)
+        test_of = evaluator(classify.evaluation(apply), test, cfg.batch_size, key_test)
         return lambda variables: 100 * test_of(variables)["error"]
 
     def with_ranges(variables: Tree) -> Tree:

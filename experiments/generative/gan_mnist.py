@@ -41,7 +41,7 @@ from dl_jax.core.step import Array, Batch, Metrics, State, Step, Tree, per_seed
 from dl_jax.harness import Claim, Positive, Probability, Run, launch, on_digits
 from dl_jax.losses import latent
 from dl_jax.models.generative.gan import Discriminator, Generator
-from dl_jax.models.generative.vae import mean_picture_bias
+from dl_jax.models.generative.vae import mean_image_bias
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
             f"samples is {cfg.samples}, expected at most {len(train)}: as many digits of {cfg.train_split} are scored "
             "beside them; give fewer, or a larger train_split"
         )
-    generator = Generator(cfg.generator_hidden, output_bias=mean_picture_bias(train))
+    generator = Generator(cfg.generator_hidden, output_bias=mean_image_bias(train))
     players = Players(generator, Discriminator(cfg.discriminator_hidden, cfg.pieces), cfg.noise, sgd(cfg))
     key, key_noise, key_digits = run.keys(3)  # [S] each
     states = jax.jit(jax.vmap(functools.partial(begin, players)))(key)  # every leaf [S, ...]

@@ -39,7 +39,7 @@ from dl_jax.core.fit import fit
 from dl_jax.core.step import Array, Tree, make_step, per_seed, start
 from dl_jax.harness import Claim, Positive, Run, Some, launch, on_digits
 from dl_jax.losses import latent
-from dl_jax.models.generative.vae import VAE, mean_picture_bias
+from dl_jax.models.generative.vae import VAE, mean_image_bias
 
 # Stage i of the authors' eight is 3^i passes over 2,980 batches.
 STAGES = tuple((2980 * 3**i, 1e-4 * round(10 ** (1 - i / 7), 1)) for i in range(8))
@@ -114,7 +114,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     train, test = (
         {"image": data.grey_images(cfg.dataset, split)["image"]} for split in (cfg.train_split, cfg.test_split)
     )
-    model = VAE(latents=cfg.latents, hidden=cfg.hidden, output_bias=mean_picture_bias(train["image"]))
+    model = VAE(latents=cfg.latents, hidden=cfg.hidden, output_bias=mean_image_bias(train["image"]))
     key_init, key, key_test, key_show = run.keys(4)  # [S] each
 
     def loss(bound, k, variables, batch, key):

@@ -27,13 +27,13 @@ def experiment(request, load_experiment):
     return load_experiment(str(request.param.relative_to(FOLDER).with_suffix("")))
 
 
-# What a run leaves in its folder for people beside result.json: files, and pictures on TensorBoard.
+# What a run leaves in its folder for people beside result.json: files, and images on TensorBoard.
 FILES = {
     "compression/deep_compression": {"lenet300_seed0.dlj", "lenet300_seed1.dlj"},
     "compression/pipeline": {"table.md"},
     "text/char_lm": {"samples.txt"},
 }
-PICTURES = {
+IMAGES = {
     "compression/lottery_ticket": {"tickets"},
     "compression/prune_lenet": {"weights_left_at_each_pixel"},
     "generative/gan_mnist": {"samples"},
@@ -54,8 +54,8 @@ def test_smoke(experiment, accumulated, tmp_path):
     name = name_of(Path(experiment.__file__))
     assert {path.name for path in tmp_path.iterdir()} >= FILES.get(name, set())
     boards = {path.parent for path in tmp_path.rglob("events.out.tfevents.*")}
-    shown = {picture for board in boards for picture in accumulated(board).Tags()["images"]}
-    assert shown == PICTURES.get(name, set())
+    shown = {image for board in boards for image in accumulated(board).Tags()["images"]}
+    assert shown == IMAGES.get(name, set())
 
 
 def test_it_says_what_it_claims_and_how_to_run_it(experiment):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.problems import CNN, PROBLEMS, pictures, text
+from benchmarks.problems import CNN, PROBLEMS, images, text
 from dl_jax import losses
 from dl_jax.models.generative.vae import VAE
 from dl_jax.models.sequence.rnn import GRU, LSTM, VANILLA, CharLM
@@ -41,7 +41,7 @@ def shifted(model, *inputs):
     ids=["LeNet-5", "MLP", "CNN"],
 )
 def test_classifiers(torch, twins, model, sizes):
-    image, labels = pictures(3)["image"], np.array([3, 0, 9])
+    image, labels = images(3)["image"], np.array([3, 0, 9])
     params = shifted(model, image)
     twin = getattr(twins, type(model).__name__)(*sizes)
     twin.load(params)
@@ -53,7 +53,7 @@ def test_classifiers(torch, twins, model, sizes):
 
 
 def test_vae(twins):
-    model, image = VAE(latents=5, hidden=(30,)), pictures(3)["image"]
+    model, image = VAE(latents=5, hidden=(30,)), images(3)["image"]
     params = shifted(model, image)
     twin = twins.VAE(30, 5).eval()
     twin.load(params)

@@ -50,7 +50,7 @@ each = pytest.mark.parametrize("name", ALL)
 each_program = pytest.mark.parametrize("name", ["affine", "colour_jitter", "cutout", "compose"])
 
 
-def pictures(*shape: int, seed: int = 0) -> np.ndarray:
+def random_images(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).random(shape, np.float32)
 
 
@@ -94,7 +94,7 @@ def forward_map(
 
 @each
 def test_same_key_same_result(name):
-    batch = {"image": jnp.asarray(pictures(*SHAPE))}
+    batch = {"image": jnp.asarray(random_images(*SHAPE))}
     result = JITTED[name](KEY, batch)["image"]
     np.testing.assert_array_equal(result, JITTED[name](KEY, batch)["image"])
     assert not np.array_equal(result, JITTED[name](jax.random.key(1), batch)["image"])
@@ -103,7 +103,7 @@ def test_same_key_same_result(name):
 
 @each
 def test_shape_dtype_range_and_other_columns_stay(name):
-    images, label, mask = pictures(*SHAPE), np.arange(16), np.ones(16)
+    images, label, mask = random_images(*SHAPE), np.arange(16), np.ones(16)
     before = images.copy()
     result = JITTED[name](KEY, {"image": images})["image"]
     assert result.shape == SHAPE
@@ -125,14 +125,14 @@ def test_shape_dtype_range_and_other_columns_stay(name):
 
 @each
 def test_equal_examples_are_drawn_apart(name):
-    images = np.broadcast_to(pictures(*SHAPE)[:1], SHAPE)
+    images = np.broadcast_to(random_images(*SHAPE)[:1], SHAPE)
     result = np.asarray(JITTED[name](KEY, {"image": images})["image"]).reshape(16, -1)
     assert len(np.unique(result, axis=0)) >= (2 if name == "flip" else 10)
 
 
 @each_program
 def test_an_examples_draws_depend_on_its_position_alone(name):
-    images = pictures(*SHAPE)
+    images = random_images(*SHAPE)
     whole = JITTED[name](KEY, {"image": images})["image"]
     np.testing.assert_allclose(JITTED[name](KEY, {"image": images[:4]})["image"], whole[:4], atol=2e-6)
 
@@ -141,7 +141,7 @@ def test_an_examples_draws_depend_on_its_position_alone(name):
 def test_devices_share_a_batch_without_exchange(name):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     rows = NamedSharding(mesh, PartitionSpec("data"))
-    images = pictures(*SHAPE)
+    images = random_images(*SHAPE)
     batch = {"image": jax.device_put(images, rows)}
     compiled = jax.jit(ALL[name], out_shardings={"image": rows}).lower(KEY, batch).compile()
     shared, alone = compiled(KEY, batch)["image"], JITTED[name](KEY, {"image": images})["image"]
@@ -153,10 +153,10 @@ def test_devices_share_a_batch_without_exchange(name):
 
 @each_program
 def test_vmapped_over_seeds(name):
-    images, keys = pictures(3, *SHAPE), jax.random.split(KEY, 3)
-    lanes = jax.jit(jax.vmap(ALL[name]))(keys, {"image": images})["image"]
-    for lane, key, own in zip(lanes, keys, images, strict=True):
-        np.testing.assert_allclose(lane, JITTED[name](key, {"image": own})["image"], atol=2e-6)
+    images, keys = random_images(3, *SHAPE), jax.random.split(KEY, 3)
+    mapped = jax.jit(jax.vmap(ALL[name]))(keys, {"image": images})["image"]
+    for found, key, own in zip(mapped, keys, images, strict=True):
+        np.testing.assert_allclose(found, JITTED[name](key, {"image": own})["image"], atol=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -172,18 +172,18 @@ def test_vmapped_over_seeds(name):
     ],
 )
 def test_identity_is_exact(augmentation):
-    images = pictures(2, 7, 10, 3)
+    images = random_images(2, 7, 10, 3)
     np.testing.assert_array_equal(applied(augmentation, images), images)
 
 
 def test_identity_of_hue_to_rounding():
-    images = pictures(3, 8, 8, 3)
+    images = random_images(3, 8, 8, 3)
     np.testing.assert_allclose(applied(augment.hue((0, 0)), images), images, atol=1e-6)
 
 
 @each_program
 def test_gradients_pass_and_are_finite(name):
-    images = pictures(*SHAPE)
+    images = random_images(*SHAPE)
     images[:, :2] = 0.5  # grey: no hue
     gradient = jax.jit(jax.grad(lambda x: ALL[name](KEY, {"image": x})["image"].sum()))(images)
     assert np.isfinite(gradient).all()
@@ -194,7 +194,7 @@ def test_gradients_pass_and_are_finite(name):
 
 
 def test_flip_is_its_own_inverse_and_takes_half():
-    images = pictures(2000, 3, 4, 2)
+    images = random_images(2000, 3, 4, 2)
     once = applied(augment.flip(), images)
     np.testing.assert_array_equal(applied(augment.flip(), once), images)
     flipped = np.array([np.array_equal(a, b[:, ::-1]) for a, b in zip(once, images, strict=True)])
@@ -204,7 +204,7 @@ def test_flip_is_its_own_inverse_and_takes_half():
 
 
 def test_pad_and_crop_gives_every_window_equally_often():
-    image, padding, n = pictures(5, 6, 2, seed=1), 2, 5000
+    image, padding, n = random_images(5, 6, 2, seed=1), 2, 5000
     result = applied(augment.pad_and_crop(padding), np.broadcast_to(image, (n, 5, 6, 2)))
     padded = np.pad(image, ((2, 2), (2, 2), (0, 0)))
     windows = {padded[r : r + 5, q : q + 6].tobytes(): 0 for r in range(5) for q in range(5)}
@@ -217,7 +217,7 @@ def test_pad_and_crop_gives_every_window_equally_often():
 
 @pytest.mark.parametrize(("size", "turns"), [(8, 1), (9, 1), (8, 2), (9, -1)])
 def test_quarter_turns_are_rot90(size, turns):
-    images = pictures(2, size, size, 3)
+    images = random_images(2, size, size, 3)
     result = applied(augment.rotate((90 * turns, 90 * turns)), images)
     np.testing.assert_allclose(result, np.rot90(images, turns, axes=(1, 2)), atol=1e-5)
 
@@ -227,7 +227,7 @@ RESAMPLE = jax.jit(augment.resample)
 
 @pytest.mark.parametrize(("right", "down"), [(0, 0), (2, 0), (0, -3), (-1, 2), (5, 5), (20, 0)])
 def test_whole_pixel_translation_is_a_roll_with_zeros(right, down):
-    images = pictures(2, 7, 9, 3)
+    images = random_images(2, 7, 9, 3)
     expected = np.zeros_like(images)
     for row in range(7):
         for column in range(9):
@@ -251,7 +251,7 @@ ONE_BY_ONE: list[tuple[Callable[[float], augment.Augmentation], dict[str, float]
 
 @pytest.mark.parametrize(("make", "value"), ONE_BY_ONE)
 def test_one_distortion_against_brute_force(make, value):
-    image = pictures(9, 12, 2)
+    image = random_images(9, 12, 2)
     expected = brute_force(image, forward_map(**value))
     np.testing.assert_allclose(eager(make(*value.values()), image[None])[0], expected, atol=1e-5)
     if value == ONE_BY_ONE[0][1]:  # compiled or not
@@ -267,13 +267,13 @@ def test_one_distortion_against_brute_force(make, value):
     translate=st.floats(-4, 4),
 )
 def test_all_distortions_together_against_brute_force(**values):
-    image = pictures(9, 12, 2)
+    image = random_images(9, 12, 2)
     result = eager(augment.affine(**{name: (v, v) for name, v in values.items()}), image[None])[0]
     np.testing.assert_allclose(result, brute_force(image, forward_map(**values)), atol=5e-5)
 
 
 def test_affine_draws_are_uniform_and_independent():
-    """Read off a picture whose value is its x or y coordinate, undisturbed at the centre pixel and its neighbours."""
+    """Read off an image whose value is its x or y coordinate, undisturbed at the centre pixel and its neighbours."""
     n, size = 4000, 9
     y, x = np.mgrid[:size, :size].astype(np.float32) - size // 2
     ramp = np.broadcast_to(np.stack([x, y], -1), (n, size, size, 2))
@@ -304,7 +304,7 @@ def test_squeeze_keeps_the_area():
 
 
 def test_brightness_scales_and_clips():
-    images = pictures(500, 2, 2, 1)
+    images = random_images(500, 2, 2, 1)
     result = applied(augment.brightness((0.5, 1.5)), images)
     factor = result.min((1, 2, 3)) / images.min((1, 2, 3))
     np.testing.assert_allclose(result, np.clip(factor[:, None, None, None] * images, 0, 1), rtol=1e-5)
@@ -315,7 +315,7 @@ def test_brightness_scales_and_clips():
 
 @pytest.mark.parametrize("channels", [1, 2, 3])
 def test_contrast_leaves_the_mean_luminance(channels):
-    images = 0.4 + 0.2 * pictures(20, 6, 6, channels)  # nothing reaches 0 or 1
+    images = 0.4 + 0.2 * random_images(20, 6, 6, channels)  # nothing reaches 0 or 1
     weights = np.array(augment.REC601 if channels == 3 else [1 / channels] * channels)
     result = applied(augment.contrast((0.0, 2.0)), images)
     np.testing.assert_allclose((result @ weights).mean((1, 2)), (images @ weights).mean((1, 2)), atol=1e-6)
@@ -325,14 +325,14 @@ def test_contrast_leaves_the_mean_luminance(channels):
 
 
 def test_contrast_0_is_flat():
-    images = pictures(3, 6, 6, 3)
+    images = random_images(3, 6, 6, 3)
     result = applied(augment.contrast((0, 0)), images)
     grey = (images @ np.array(augment.REC601)).mean((1, 2))
     np.testing.assert_allclose(result, np.broadcast_to(grey[:, None, None, None], result.shape), atol=1e-6)
 
 
 def test_saturation_leaves_luminance_and_0_is_grey():
-    images = 0.45 + 0.1 * pictures(20, 5, 5, 3)
+    images = 0.45 + 0.1 * random_images(20, 5, 5, 3)
     weights = np.array(augment.REC601)
     result = applied(augment.saturation((0.0, 2.0)), images)
     np.testing.assert_allclose(result @ weights, images @ weights, atol=1e-6)
@@ -345,7 +345,7 @@ def test_saturation_leaves_luminance_and_0_is_grey():
 @pytest.mark.parametrize("turns", [-0.5, -0.21, 0.0, 0.1, 1 / 3, 0.5])
 def test_hue_against_colorsys(turns):
     corners = np.stack(np.meshgrid([0, 0.5, 1], [0, 0.5, 1], [0, 0.5, 1]), -1).reshape(1, 27, 1, 3).astype(np.float32)
-    images = np.concatenate([corners, pictures(1, 27, 1, 3)], 2)
+    images = np.concatenate([corners, random_images(1, 27, 1, 3)], 2)
     expected = np.empty_like(images)
     for at in np.ndindex(images.shape[:3]):
         h, s, v = colorsys.rgb_to_hsv(*(float(channel) for channel in images[at]))
@@ -359,7 +359,7 @@ def test_a_third_of_a_turn_takes_red_to_green():
 
 
 def test_colour_jitter_is_its_parts_in_order():
-    images, keys = pictures(4, 6, 6, 3), jax.random.split(KEY, 4)
+    images, keys = random_images(4, 6, 6, 3), jax.random.split(KEY, 4)
     expected = images
     parts = (augment.brightness, augment.contrast, augment.saturation, augment.hue)
     for part, interval, key in zip(parts, JITTER.values(), keys, strict=True):
@@ -382,7 +382,7 @@ def test_noise_has_its_standard_deviation_and_is_not_clipped():
 @pytest.mark.parametrize("size", [1, 4, 8])
 def test_cutout_zeroes_the_clipped_square_alone(size):
     h, w, n = 8, 9, 2000
-    images = 0.1 + 0.9 * pictures(n, h, w, 2)
+    images = 0.1 + 0.9 * random_images(n, h, w, 2)
     result = applied(augment.cutout(size), images)
     hole = result == 0
     np.testing.assert_array_equal(hole[..., 0], hole[..., 1])
@@ -450,7 +450,7 @@ def test_images_that_do_not_fit_are_refused(augmentation, images, message):
         jax.jit(augmentation)(KEY, {"image": images})
 
 
-def test_the_picture_shows_every_augmentation():
+def test_the_figure_shows_every_augmentation():
     public = {
         name
         for name, f in vars(augment).items()

@@ -178,7 +178,7 @@ def test_load_needs_no_model_and_writes_nothing(tmp_path):
     assert load(str(tmp_path), 3)[1]["step"] == 3
     with pytest.raises(InputError, match=rf"{tmp_path} has no checkpoint 5; it has \[7, 3\]"):
         load(str(tmp_path), 5)
-    with pytest.raises(InputError, match=r"no sound checkpoint in .*nowhere \(there is none at all\)"):
+    with pytest.raises(InputError, match=r"no valid checkpoint in .*nowhere \(there is none at all\)"):
         load(str(tmp_path / "nowhere"))
     assert not (tmp_path / "nowhere").exists()
 
@@ -398,12 +398,12 @@ def test_a_silent_flip_in_the_array_data_is_seen(tmp_path):
     data = bytearray(path.read_bytes())
     data[50_000] ^= 1
     path.write_bytes(data)
-    with pytest.raises(InputError, match=r"no sound checkpoint in .* \(8: values does not match its digest\)"):
+    with pytest.raises(InputError, match=r"no valid checkpoint in .* \(8: values does not match its digest\)"):
         load(str(tmp_path), 8)
 
 
 def test_a_metric_that_was_changed_on_disk_is_not_believed(tmp_path):
-    """The file is still JSON and all arrays are sound: only its own digest tells."""
+    """The file is still JSON and all arrays are valid: only its own digest tells."""
     write(tmp_path, 3, 7)
     path = tmp_path / "7" / "meta" / "metadata"
     path.write_text(json.dumps({**json.loads(path.read_text()), "metrics": {"score": 9.0}}))

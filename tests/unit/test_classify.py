@@ -37,9 +37,9 @@ def test_the_loss_is_the_mean_cross_entropy():
     np.testing.assert_allclose(metrics["error"], (LOGITS.argmax(1) != BATCH["label"]).mean())
 
 
-def test_the_exam_counts_each_example_once():
+def test_the_evaluation_counts_each_example_once():
     masked = {**BATCH, "mask": np.array([1, 1, 1, 1, 0, 0], np.float32)}
-    found = classify.exam(apply)(VARIABLES, masked, jax.random.key(0))
+    found = classify.evaluation(apply)(VARIABLES, masked, jax.random.key(0))
     kept = LOGITS[:4], BATCH["label"][:4]
     np.testing.assert_allclose(found["error"], ((kept[0].argmax(1) != kept[1]).sum(), 4))
     np.testing.assert_allclose(found["nats"], (losses.cross_entropy(*kept).sum(), 4), rtol=1e-5)

@@ -14,17 +14,17 @@ from dl_jax.data.source import find, prepared, tfds_names
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory) -> Path:
+def valid(tmp_path_factory) -> Path:
     """The version folder of the prepared digits."""
     return digits.prepared(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture
-def root(sound, tmp_path, monkeypatch) -> Path:
+def root(valid, tmp_path, monkeypatch) -> Path:
     """A data folder, the default one, with the sets `scans`, of two versions, and `pair`, of two configs."""
     root = tmp_path / "tfds"
     for place in ("scans/1.0.0", "scans/1.10.0", "pair/left/1.0.0", "pair/right/1.0.0", "alone/only/2.0.0"):
-        shutil.copytree(sound, root / place)
+        shutil.copytree(valid, root / place)
     monkeypatch.setenv("TFDS_DATA_DIR", str(root))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return root
@@ -135,7 +135,7 @@ def test_a_truncated_record_file_is_named(root, keep):
     text = message("scans")
     assert text.startswith(f"record file {file} is truncated or damaged")
     assert message("scans", "train[-9:]+test").startswith(f"record file {file}")
-    assert len(data.load("scans", "train")["label"]) == 1437  # the other file is sound
+    assert len(data.load("scans", "train")["label"]) == 1437  # the other file is valid
     with pytest.raises(InputError, match=f"record file {file} is truncated"):
         data.streamed("scans", "test", 4, 0)(0)
 

@@ -31,7 +31,7 @@ class DlJaxWords(tfds.core.GeneratorBasedBuilder):
         yield from enumerate({"word": word} for word in ("one", "two", "three"))
 
 
-class DlJaxPictures(DlJaxWords):
+class DlJaxImages(DlJaxWords):
     """Encoding an array as an image takes TensorFlow."""
 
     def _info(self):
@@ -79,7 +79,7 @@ def test_preparing_makes_a_set_that_loads(tmp_path):
 
 
 @pytest.mark.skipif(bool(__import__("importlib.util").util.find_spec("tensorflow")), reason="TensorFlow is installed")
-@pytest.mark.parametrize("name", ["dl_jax_pictures", "glue/sst2"])
+@pytest.mark.parametrize("name", ["dl_jax_images", "glue/sst2"])
 def test_missing_tensorflow_is_one_line_with_the_command(tmp_path, name):
     with pytest.raises(InputError, match=r"needs TensorFlow, .* pip install 'dl_jax\[prepare\]'") as error:
         prepare(name, str(tmp_path))

@@ -417,7 +417,7 @@ def test_watch_and_early_stopping_freeze_each_seed():
     batches = lambda i: jax.tree.map(lambda x: np.stack([x] * 3), rows(i))
     step = per_seed(make_step(loss, tx))
     state = fit(step, states, batches, steps=12, watch=Watch(2, measure), stop=rule)
-    assert state.step.tolist() == [12, 6, 10]  # seed 1 worsens at once, lane 2 from its fourth measurement
+    assert state.step.tolist() == [12, 6, 10]  # seed 1 worsens at once, seed 2 from its fourth measurement
     np.testing.assert_array_equal(state.params["w"][1], seen[2][1])
     np.testing.assert_array_equal(state.params["w"][2], seen[4][2])
 

@@ -208,17 +208,17 @@ def test_a_constant_float64_metric_does_not_improve():  # 0.1 in float64 is less
 )
 def test_lanes_stop_as_single_runs(values, patience, mode):
     together = run(optim.early_stopping("loss", patience, mode=mode, seeds=3), values)
-    for lane in range(3):
-        alone = run(optim.early_stopping("loss", patience, mode=mode), [v[lane] for v in values])
+    for seed in range(3):
+        alone = run(optim.early_stopping("loss", patience, mode=mode), [v[seed] for v in values])
         for many, one in zip(together, alone, strict=True):
-            assert all(m[lane] == o for m, o in zip(many, one, strict=True))
+            assert all(m[seed] == o for m, o in zip(many, one, strict=True))
 
 
-@pytest.mark.parametrize("lanes", [None, 2])
-def test_resumed_equals_uninterrupted(lanes):
+@pytest.mark.parametrize("seeds", [None, 2])
+def test_resumed_equals_uninterrupted(seeds):
     rng = np.random.default_rng(0)
-    values = rng.normal(size=(12,) if lanes is None else (12, lanes))
-    rule = optim.early_stopping("loss", 4, 0.01, mode="min", seeds=lanes)
+    values = rng.normal(size=(12,) if seeds is None else (12, seeds))
+    rule = optim.early_stopping("loss", 4, 0.01, mode="min", seeds=seeds)
     whole = run(rule, values)
     shapes = [(x.shape, x.dtype) for x in rule.init()]
     for cut in range(12):
@@ -244,7 +244,7 @@ def test_update_changes_no_argument():
 
 
 def test_fit_stops_each_lane_when_its_rule_says_so():
-    """Lane 0's measurement rises from step 20 on, lane 1's never does: lane 0 freezes at 30, lane 1 goes on to 60."""
+    """Seed 0's measurement rises from step 20 on, seed 1's never does: seed 0 freezes at 30, seed 1 goes on to 60."""
 
     def count(state: State, batch):
         return state._replace(step=state.step + 1, params=state.params + 1), {"loss": state.params}

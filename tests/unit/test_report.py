@@ -1,4 +1,4 @@
-"""Sinks: JSON lines, TensorBoard, pictures, the progress bar and the final table."""
+"""Sinks: JSON lines, TensorBoard, images, the progress bar and the final table."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from etils.epath import testing as epath_testing
 from dl_jax.core.errors import InputError
 from dl_jax.harness.report import terminal
 from dl_jax.harness.report import writers as report
-from dl_jax.harness.report.figures import confusion_figure, picture_sheet
+from dl_jax.harness.report.figures import confusion_figure, image_sheet
 from dl_jax.harness.report.terminal import Progress, print_table
 from dl_jax.harness.report.writers import JsonLines, TensorBoard
 from dl_jax.harness.results.claims import Claim, judge, summary
@@ -180,15 +180,15 @@ def test_pictures_and_figures_come_back(tmp_path, accumulated):
     from PIL import Image
 
     sink = TensorBoard(tmp_path, 0)
-    pictures = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1), np.uint8)
-    sink.image("samples", 5, pictures)
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1), np.uint8)
+    sink.image("samples", 5, images)
     sink.figure("confusion", 5, confusion_figure(np.eye(3), "abc"))
     sink.close()
     events = accumulated(tmp_path)
     (image,) = events.Images("samples")
     assert (image.step, image.width, image.height) == (5, 17, 17)
     decoded = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
-    np.testing.assert_array_equal(decoded[9:, 9:, 0], pictures[3, :, :, 0])
+    np.testing.assert_array_equal(decoded[9:, 9:, 0], images[3, :, :, 0])
     assert events.Images("confusion")[0].width > 300
 
 
@@ -202,15 +202,15 @@ def test_events_in_a_bucket(bucket, accumulated):
     assert points(accumulated(bucket / "run"), "loss") == [(1, 1.0), (2, 2.0)]
 
 
-# --- pictures ----------------------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("n", "shape"), [(1, (8, 6)), (3, (17, 13)), (5, (17, 20))])
 def test_a_sheet_is_a_grid_with_white_lines(n, shape):
-    pictures = np.linspace(-0.5, 1.2, n * 8 * 6 * 3).reshape(n, 8, 6, 3)
-    sheet = picture_sheet(pictures)
+    images = np.linspace(-0.5, 1.2, n * 8 * 6 * 3).reshape(n, 8, 6, 3)
+    sheet = image_sheet(images)
     assert sheet.shape == (*shape, 3)
-    np.testing.assert_array_equal(sheet[:8, :6], np.round(255 * np.clip(pictures[0], 0, 1)))
+    np.testing.assert_array_equal(sheet[:8, :6], np.round(255 * np.clip(images[0], 0, 1)))
     if n > 1:
         assert (sheet[:, 6] == 255).all()
         assert (sheet[8] == 255).all()
@@ -219,7 +219,7 @@ def test_a_sheet_is_a_grid_with_white_lines(n, shape):
 @pytest.mark.parametrize("wrong", [np.zeros((8, 8, 1)), np.zeros((2, 8, 8, 4)), np.zeros((2, 8, 8, 1), np.int32)])
 def test_a_sheet_of_something_else_is_refused(wrong):
     with pytest.raises(InputError, match=r"expected .*\[N, H, W, C\]|expected uint8"):
-        picture_sheet(wrong)
+        image_sheet(wrong)
 
 
 def test_confusion_figure_shows_counts_and_shares():

@@ -7,16 +7,16 @@ import pytest
 from quick import drawn, jit, shapes
 
 from dl_jax.core.errors import InputError
-from dl_jax.models.generative.vae import VAE, ConvVAE, mean_picture_bias
+from dl_jax.models.generative.vae import VAE, ConvVAE, mean_image_bias
 
 RNG = np.random.default_rng(0)
-PICTURE = np.zeros((1, 28, 28, 1), np.float32)
+IMAGE = np.zeros((1, 28, 28, 1), np.float32)
 SMALL = {"latents": 5, "shape": (8, 12, 1)}
 SMALL_IMAGE = RNG.random((3, 8, 12, 1), np.float32)
 
 
 def test_vae_has_the_papers_layers():
-    params = shapes(VAE(), PICTURE, train=False)["params"]
+    params = shapes(VAE(), IMAGE, train=False)["params"]
     count = {name: sum(leaf.size for leaf in jax.tree.leaves(net)) for name, net in params.items()}
     encoder = (784 * 200 + 200) + (200 * 200 + 200) + 2 * (200 * 50 + 50)
     decoder = (50 * 200 + 200) + (200 * 200 + 200) + (200 * 784 + 784)
@@ -111,27 +111,25 @@ def test_the_output_bias_is_the_initialisers():
 @pytest.mark.parametrize("latents", [0, -1])
 def test_no_latent_unit(model, latents):
     with pytest.raises(InputError, match=f"{model.__name__} has {latents} latent units, expected 1 or more"):
-        shapes(model(latents=latents), PICTURE, train=False)
+        shapes(model(latents=latents), IMAGE, train=False)
 
 
 def test_a_layer_without_units():
     for model, message in ((VAE(hidden=(4, 0)), "hidden is 0"), (ConvVAE(features=()), "features is 0")):
         with pytest.raises(InputError, match=message):
-            shapes(model, PICTURE, train=False)
+            shapes(model, IMAGE, train=False)
 
 
 def test_pictures_of_another_shape():
-    with pytest.raises(InputError, match=r"VAE takes pictures of shape \(8, 12, 1\), not \(28, 28, 1\)"):
-        shapes(VAE(**SMALL), PICTURE, train=False)
-    with pytest.raises(
-        InputError, match=r"halves pictures 3 times, but got shape \(28, 28, 1\), expected .* 8 divides"
-    ):
-        shapes(ConvVAE(features=(2, 2, 2)), PICTURE, train=False)
+    with pytest.raises(InputError, match=r"VAE takes images of shape \(8, 12, 1\), not \(28, 28, 1\)"):
+        shapes(VAE(**SMALL), IMAGE, train=False)
+    with pytest.raises(InputError, match=r"halves images 3 times, but got shape \(28, 28, 1\), expected .* 8 divides"):
+        shapes(ConvVAE(features=(2, 2, 2)), IMAGE, train=False)
 
 
-def test_the_bias_starts_at_the_mean_picture():
+def test_the_bias_starts_at_the_mean_image():
     images = np.array([[[[0], [51], [255]]], [[[0], [102], [255]]]], np.uint8)
-    model = VAE(hidden=(7,), latents=4, shape=(1, 3, 1), output_bias=mean_picture_bias(images))
-    picture = np.zeros((1, 1, 3, 1), np.float32)
-    bias = jit(lambda: model.init(jax.random.key(0), picture, train=False)["params"]["decoder"]["Dense_1"]["bias"])()
+    model = VAE(hidden=(7,), latents=4, shape=(1, 3, 1), output_bias=mean_image_bias(images))
+    image = np.zeros((1, 1, 3, 1), np.float32)
+    bias = jit(lambda: model.init(jax.random.key(0), image, train=False)["params"]["decoder"]["Dense_1"]["bias"])()
     np.testing.assert_allclose(1 / (1 + np.exp(-bias)), [0.001, 0.3, 0.999], rtol=1e-5)

@@ -29,7 +29,7 @@ SCHEMA = 1
 SHOWN = 4  # differing leaves in a message
 
 
-class Sound(NamedTuple):
+class Valid(NamedTuple):
     """A checkpoint of which every digest agreed."""
 
     meta: Meta
@@ -102,7 +102,7 @@ def steps(root: epath.Path) -> list[int]:
 
 
 def metas(root: epath.Path) -> dict[int, Meta]:
-    """The meta of each step that has a sound one."""
+    """The meta of each step that has a valid one."""
     found = {}
     for step in steps(root):
         try:
@@ -145,10 +145,10 @@ def sealed(meta: Meta) -> Meta:
     return {**meta, "crc32": zlib.crc32(json.dumps(meta, sort_keys=True).encode())}
 
 
-def newest_sound(
+def newest_valid(
     root: epath.Path, name: str, candidates: Iterable[int], model: Mapping[str, Spec] | None
-) -> tuple[Sound | None, dict[int, str]]:
-    """The first sound one of `candidates`, and what is wrong with those before it.
+) -> tuple[Valid | None, dict[int, str]]:
+    """The first valid one of `candidates`, and what is wrong with those before it.
 
     Raises:
       InputError: it does not fit `model`, where one is given; found before its arrays are read.
@@ -158,7 +158,7 @@ def newest_sound(
         try:
             meta = read_meta(root, step)
             _check(meta, model, f"{name}/{step}")
-            return Sound(meta, _read_arrays(root, meta)), damage
+            return Valid(meta, _read_arrays(root, meta)), damage
         except Damaged as error:
             damage[step] = str(error)
     return None, damage

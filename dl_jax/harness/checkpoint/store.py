@@ -1,4 +1,4 @@
-"""States to and from disk: asynchronous saves, and the newest sound checkpoint back.
+"""States to and from disk: asynchronous saves, and the newest valid checkpoint back.
 
 A save is written by Orbax beside its place and then renamed into it, so a killed one leaves no checkpoint. Orbax's
 CheckpointManager is not used: it takes no step at or below the newest it sees, be that one damaged or not, and does
@@ -79,7 +79,7 @@ class Checkpoints:
         self._unfinished = self._finisher.submit(self._finish, step)
 
     def restore(self, like: Tree) -> tuple[int, Tree] | None:
-        """The newest sound checkpoint and its step, each leaf placed as `like`'s is; None if there is none.
+        """The newest valid checkpoint and its step, each leaf placed as `like`'s is; None if there is none.
 
         `like` holds arrays or `jax.ShapeDtypeStruct`s; numpy leaves come back as numpy. Damaged checkpoints are
         skipped with a warning; the next save sets them aside as `damaged-<step>`.
@@ -128,11 +128,11 @@ class Checkpoints:
             files.tidy(self._root)
             files.prune(self._root, self._keep, self._best)
 
-    def _newest(self, model: Mapping[str, Spec]) -> files.Sound | None:
-        found, self._damaged = files.newest_sound(self._root, self._name, files.steps(self._root), model)
+    def _newest(self, model: Mapping[str, Spec]) -> files.Valid | None:
+        found, self._damaged = files.newest_valid(self._root, self._name, files.steps(self._root), model)
         return found
 
-    def _agreed(self, model: Mapping[str, Spec]) -> files.Sound | None:
+    def _agreed(self, model: Mapping[str, Spec]) -> files.Valid | None:
         """What process 0 finds, read by every process."""
         from jax.experimental import multihost_utils
 
@@ -148,7 +148,7 @@ class Checkpoints:
             raise refusal or InputError(f"process 0 refuses the checkpoints in {self._name}; its message says why")
         if choice < 0 or jax.process_index() == 0:
             return found
-        found, damage = files.newest_sound(self._root, self._name, [choice], model)
+        found, damage = files.newest_valid(self._root, self._name, [choice], model)
         if found is None:
             raise InputError(
                 f"process {jax.process_index()} cannot read {self._name}/{choice} as process 0 does "
@@ -182,22 +182,22 @@ class Checkpoints:
 
 
 def load(directory: str, step: int | None = None) -> tuple[int, Tree]:
-    """The newest sound checkpoint, or that of `step`, without a model; writes nothing.
+    """The newest valid checkpoint, or that of `step`, without a model; writes nothing.
 
     Returns the step and plain nested dicts of numpy arrays: NamedTuples by field, tuples and lists by "0", "1" ...,
     typed PRNG keys as their key data (uint32 [..., words]), nothing where the tree was None or empty.
 
     Raises:
-      InputError: there is no such checkpoint, or none is sound.
+      InputError: there is no such checkpoint, or none is valid.
     """
     root = files.absolute(directory)
     steps = files.steps(root)
     if step is not None and step not in steps:
         raise InputError(f"{directory} has no checkpoint {step}; it has {steps or 'none at all'}")
-    found, damage = files.newest_sound(root, directory, steps if step is None else [step], None)
+    found, damage = files.newest_valid(root, directory, steps if step is None else [step], None)
     if found is None:
         reasons = "; ".join(f"{step}: {why}" for step, why in damage.items()) or "there is none at all"
-        raise InputError(f"no sound checkpoint in {directory} ({reasons}); give another directory or step")
+        raise InputError(f"no valid checkpoint in {directory} ({reasons}); give another directory or step")
     for skipped, why in damage.items():
         warnings.warn(f"skipped the damaged checkpoint {directory}/{skipped}: {why}", stacklevel=2)
     return found.meta["step"], nested(found.arrays)

@@ -31,8 +31,8 @@ def confusion_figure(counts: Any, class_names: Sequence[str]) -> "Figure":
     side = max(3.0, 0.5 * n) if n <= WRITABLE else 10.0  # inches
     figure = Figure(figsize=(side + 2.2, side + 1.2), layout="compressed")
     axes = figure.add_subplot()
-    picture = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(picture, ax=axes, label="share of the true class", fraction=0.04)
+    shares = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(shares, ax=axes, label="share of the true class", fraction=0.04)
     size = 9 if n <= WRITABLE else min(6.0, 500 / n)
     axes.set_xticks(range(n), names, rotation=0 if max(map(len, names)) <= 3 else 90, fontsize=size)
     axes.set_yticks(range(n), names, fontsize=size)
@@ -46,33 +46,33 @@ def confusion_figure(counts: Any, class_names: Sequence[str]) -> "Figure":
     return figure
 
 
-def picture_sheet(pictures: Any) -> np.ndarray:
-    """`pictures` [N, H, W, C] side by side on one sheet, uint8 [rows * (H + 1) - 1, columns * (W + 1) - 1, 3].
+def image_sheet(images: Any) -> np.ndarray:
+    """`images` [N, H, W, C] side by side on one sheet, uint8 [rows * (H + 1) - 1, columns * (W + 1) - 1, 3].
 
     C is 1 or 3; values are uint8 or floats in [0, 1] (what lies outside is clipped). Raises InputError otherwise.
     """
-    pictures = np.asarray(pictures)
-    if pictures.ndim != 4 or pictures.shape[-1] not in (1, 3) or 0 in pictures.shape:
-        raise InputError(f"pictures of shape {pictures.shape}, expected [N, H, W, C] with C of 1 or 3")
-    if pictures.dtype != np.uint8:
-        if not np.issubdtype(pictures.dtype, np.floating):
-            raise InputError(f"pictures of dtype {pictures.dtype}, expected uint8 or floats in [0, 1]")
-        pictures = np.round(255 * np.clip(np.nan_to_num(pictures), 0, 1)).astype(np.uint8)
-    n, height, width, _ = pictures.shape
+    images = np.asarray(images)
+    if images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape:
+        raise InputError(f"images of shape {images.shape}, expected [N, H, W, C] with C of 1 or 3")
+    if images.dtype != np.uint8:
+        if not np.issubdtype(images.dtype, np.floating):
+            raise InputError(f"images of dtype {images.dtype}, expected uint8 or floats in [0, 1]")
+        images = np.round(255 * np.clip(np.nan_to_num(images), 0, 1)).astype(np.uint8)
+    n, height, width, _ = images.shape
     columns = min(n, max(1, round(math.sqrt(n * height / width))))  # about square
     rows = math.ceil(n / columns)
     sheet = np.full((rows, height + 1, columns, width + 1, 3), 255, np.uint8)
-    for i, picture in enumerate(pictures):
-        sheet[i // columns, :height, i % columns, :width] = picture
+    for i, image in enumerate(images):
+        sheet[i // columns, :height, i % columns, :width] = image
     return sheet.reshape(rows * (height + 1), columns * (width + 1), 3)[:-1, :-1]
 
 
-def sheet_png(pictures: Any) -> bytes:
-    """`picture_sheet(pictures)` as a PNG file."""
+def sheet_png(images: Any) -> bytes:
+    """`image_sheet(images)` as a PNG file."""
     from PIL import Image
 
     stream = io.BytesIO()
-    Image.fromarray(picture_sheet(pictures)).save(stream, "PNG")
+    Image.fromarray(image_sheet(images)).save(stream, "PNG")
     return stream.getvalue()
 
 

@@ -161,9 +161,9 @@ class TensorBoard:
             self._add(summary=summary)
         self.scalars(0, measured)
 
-    def image(self, name: str, step: int, pictures: Any) -> None:
-        """`pictures` [N, H, W, C], uint8 or floats in [0, 1], on one sheet. Raises InputError for any other."""
-        self.png(name, step, sheet_png(pictures))
+    def image(self, name: str, step: int, images: Any) -> None:
+        """`images` [N, H, W, C], uint8 or floats in [0, 1], on one sheet. Raises InputError for any other."""
+        self.png(name, step, sheet_png(images))
 
     def figure(self, name: str, step: int, figure: "Figure") -> None:
         """A Matplotlib figure."""

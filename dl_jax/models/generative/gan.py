@@ -1,4 +1,4 @@
-"""The two players of the first generative adversarial nets, for grey pictures.
+"""The two players of the first generative adversarial nets, for grey images.
 
 Goodfellow, Pouget-Abadie, Mirza, Xu, Warde-Farley, Ozair, Courville and Bengio, "Generative Adversarial Nets",
 NIPS 2014, section 5 and the authors' code. Kernels start uniform in ±`spread`, biases at zero.
@@ -23,14 +23,14 @@ def symmetric(spread: float) -> Callable[..., jax.Array]:
 
 
 class Generator(nn.Module):
-    """ReLU layers, then a sigmoid: noise [B, Z] to pictures [B, H, W, C] with pixels in [0, 1].
+    """ReLU layers, then a sigmoid: noise [B, Z] to images [B, H, W, C] with pixels in [0, 1].
 
-    output_bias: an initialiser for the last layer, e.g. the logits of the mean picture. Raises InputError for a layer
+    output_bias: an initialiser for the last layer, e.g. the logits of the mean image. Raises InputError for a layer
     without units.
     """
 
     hidden: tuple[int, ...] = (1200, 1200)
-    shape: tuple[int, int, int] = (28, 28, 1)  # of a picture: height, width, channels
+    shape: tuple[int, int, int] = (28, 28, 1)  # of an image: height, width, channels
     spread: float = 0.05
     output_bias: Callable[..., jax.Array] = nn.initializers.zeros
     dtype: DTypeLike = jnp.float32
@@ -48,7 +48,7 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Maxout layers (Goodfellow et al. 2013): a unit is the largest of `pieces` linear functions.
 
-    Gives [B], the logit of "this picture is from the data". dropout: probability that a hidden unit is dropped in
+    Gives [B], the logit of "this image is from the data". dropout: probability that a hidden unit is dropped in
     training, input_dropout: that a pixel is (they need the random stream "dropout"). Raises InputError where these are
     outside [0, 1), for a layer without units and units without pieces.
     """

@@ -1,4 +1,4 @@
-"""Variational autoencoders for pictures: of dense layers, as in the IWAE paper, and of convolutions.
+"""Variational autoencoders for images: of dense layers, as in the IWAE paper, and of convolutions.
 
 Kingma and Welling, "Auto-Encoding Variational Bayes", ICLR 2014. Burda, Grosse and Salakhutdinov, "Importance Weighted
 Autoencoders", ICLR 2016, section 5 and the authors' code.
@@ -20,8 +20,8 @@ from dl_jax.models import ops
 Initializer = Callable[..., jax.Array]  # (key, shape, dtype) -> array
 
 
-def mean_picture_bias(images: np.ndarray) -> Initializer:  # uint8 [N, H, W, C]
-    """For a last layer of one output per pixel: its sigmoid starts at the mean picture, in [0.001, 0.999]."""
+def mean_image_bias(images: np.ndarray) -> Initializer:  # uint8 [N, H, W, C]
+    """For a last layer of one output per pixel: its sigmoid starts at the mean image, in [0.001, 0.999]."""
     mean = np.clip(images.mean(0).ravel() / 255, 0.001, 0.999)
     return lambda key, shape, dtype: jnp.asarray(np.log(mean / (1 - mean)), dtype)
 
@@ -32,11 +32,11 @@ class Autoencoder(nn.Module):
     `apply(..., method=VAE.encode)` and `decode` call one of them. The whole gives (logits, mean, log variance), decoded
     from the mean: samples for training are drawn in `dl_jax.likelihood`.
 
-    Raises InputError where there is no latent unit, for a layer without units, and for pictures of another shape.
+    Raises InputError where there is no latent unit, for a layer without units, and for images of another shape.
     """
 
     latents: int = 50  # units of z, L
-    shape: tuple[int, int, int] = (28, 28, 1)  # of a picture: height, width, channels
+    shape: tuple[int, int, int] = (28, 28, 1)  # of an image: height, width, channels
     dtype: DTypeLike = jnp.float32
 
     def networks(self) -> tuple[nn.Module, nn.Module]:
@@ -52,7 +52,7 @@ class Autoencoder(nn.Module):
         """Mean and log variance of q(z | x). The network gives log σ, as the authors' code does."""
         if image.shape[1:] != self.shape:
             raise InputError(
-                f"{type(self).__name__} takes pictures of shape {self.shape}, not {image.shape[1:]}; "
+                f"{type(self).__name__} takes images of shape {self.shape}, not {image.shape[1:]}; "
                 "resize them, or give the model another shape"
             )
         mean, log_sigma = jnp.split(self.encoder(image).astype(jnp.float32), 2, -1)
@@ -114,10 +114,10 @@ def tanh_layers(x: jax.Array, hidden: Sequence[int], dtype: DTypeLike) -> jax.Ar
 
 
 class ConvVAE(Autoencoder):
-    """Of convolutions that halve the picture, one for each entry of `features`, and transposed ones that double it.
+    """Of convolutions that halve the image, one for each entry of `features`, and transposed ones that double it.
 
     All kernels are 4 x 4 with stride 2, whose outputs overlap evenly (Odena, Dumoulin and Olah, "Deconvolution and
-    Checkerboard Artifacts", Distill 2016). Raises InputError for a picture that cannot be halved as often.
+    Checkerboard Artifacts", Distill 2016). Raises InputError for an image that cannot be halved as often.
     """
 
     features: tuple[int, ...] = (32, 64)
@@ -128,7 +128,7 @@ class ConvVAE(Autoencoder):
         factor = 2 ** len(self.features)
         if height % factor or width % factor:
             raise InputError(
-                f"ConvVAE halves pictures {len(self.features)} times, but got shape {self.shape}, expected sides that "
+                f"ConvVAE halves images {len(self.features)} times, but got shape {self.shape}, expected sides that "
                 f"{factor} divides; pad them, or give fewer features"
             )
         smallest = (height // factor, width // factor, self.features[-1])
@@ -167,7 +167,7 @@ class ConvDecoder(nn.Module):
 
 
 def examples() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
-    """Tiny instances with a batch of pictures each, for the tests of the whole zoo."""
+    """Tiny instances with a batch of images each, for the tests of the whole zoo."""
     image = np.random.default_rng(0).random((3, 8, 12, 1), np.float32)
     size = {"latents": 5, "shape": (8, 12, 1)}
     models = {"VAE": VAE(hidden=(16, 12), **size), "ConvVAE": ConvVAE(features=(4, 6), **size)}
