@@ -15,7 +15,13 @@ def cache_folder(cache_dir: str | None = None) -> Path:
     It may be deleted at any time.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    return Path(cache_dir or os.environ.get("DL_JAX_CACHE_DIR") or base / "dl_jax").expanduser().absolute()
+    return Path(absolute(cache_dir or os.environ.get("DL_JAX_CACHE_DIR") or base / "dl_jax"))
+
+
+def absolute(path: str | os.PathLike[str]) -> str:
+    """The absolute form of a path; ~ is the home folder. An address such as gs://bucket/run stays as it is."""
+    path = os.fspath(path)
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
 def write_whole(file: Any, data: bytes) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dl_jax.core.devices import data_mesh, place, process_rows, replicated, sharded
-from dl_jax.core.errors import InputError
+from dl_jax.core.errors import InputError, nearest
 from dl_jax.core.step import Array, Batch, Metric, State, Step, Tree
 from dl_jax.core.stream import Stream, gather
 
@@ -23,14 +23,16 @@ Measurements = dict[str, np.ndarray]
 Best = tuple[str, Literal["min", "max"]]  # a measurement, and which end of it is good
 
 MAX_NONFINITE_IN_A_ROW = 10  # calls of the program in a row that are not finite; more are not skipped
+RESERVED = ("step", "time", "steps_per_second", "data_wait", "skipped")  # names of a report's own entries
 IN_FLIGHT = 2  # unbounded dispatch has hung simulated devices, and hides a NaN for as long
 
 
 class Watch(NamedTuple):
     """Measures the variables every `every` steps and at the end.
 
-    With `best`, ("error", "min") say, the checkpoint where that was best is kept beside the newest. It is a single
-    number: of several seeds a mean that `measure` adds.
+    What `measure` calls "error" is reported as "watch/error", apart from a metric "error" of the train step. `best`,
+    such as ("error", "min"), keeps the checkpoint where that measurement was lowest (or "max", highest) beside the
+    newest one. It has to be a single number: with several seeds, a mean that `measure` adds.
     """
 
     every: int
@@ -90,6 +92,9 @@ class _Row:
 
 def _row(metrics: Any) -> _Row:
     names = tuple(sorted(metrics))
+    for name in names:
+        if name in RESERVED or name.startswith("watch/"):
+            raise InputError(f"the step has a metric {name!r}, a name that reports use themselves; choose another")
     found = [metrics[name] for name in names]
     pairs = tuple(i for i, metric in enumerate(found) if isinstance(metric, tuple))
     values = [metric[0] if isinstance(metric, tuple) else metric for metric in found] + [found[i][1] for i in pairs]
@@ -240,7 +245,7 @@ def fit(
             measured = watch.measure(state.variables)
             _require_best(watch.best, measured)
             window.elsewhere += time.perf_counter() - began
-            run.report(i, measured)
+            run.report(i, {f"watch/{name}": value for name, value in measured.items()})
             rule = stop.update(rule, measured, i) if stop else rule
         due = run.stepped(i)
         if due or (watch and watch.best and measured):
@@ -346,6 +351,8 @@ def _require_intervals(steps: int, every: int, scan: int, watch: Watch | None, s
             raise InputError(f"{name} is {value}, expected a number of steps, 1 or more")
     if stop and not watch:
         raise InputError("a stop rule without a watch would never be asked; give fit both")
+    if watch and watch.best and watch.best[1] not in ("min", "max"):
+        raise InputError(f"best is {watch.best!r}, expected a measurement's name and 'min' or 'max'")
 
 
 def _checked_stride(stride: int, i: int, steps: int, every: int, watch: Watch | None) -> int:
@@ -365,7 +372,8 @@ def _require_best(best: Best | None, measured: Measurements) -> None:
         return
     name, _ = best
     if name not in measured:
-        raise InputError(f"best is {name!r}, expected a measurement of watch: {', '.join(sorted(measured))}")
+        known = ", ".join(sorted(measured))
+        raise InputError(f"best is {name!r}, expected a measurement of watch: {known}{nearest(name, measured)}")
     if np.size(measured[name]) != 1:
         raise InputError(
             f"best is {name!r}, which has {np.size(measured[name])} values, one for each seed; expected a single "

@@ -34,13 +34,27 @@ class State(NamedTuple):
 
     step: Array  # int32 [], or [S] under per_seed
     params: Tree
-    extra: Tree  # collections that no gradient trains: {"batch_stats": ...}, an EMA, codebooks
+    extra: Tree  # collections that no gradient trains, a dict of arrays each: {"batch_stats": {...}}, an EMA, codebooks
     opt_state: Tree
     key: Array  # typed PRNG key, never advanced: a step's key is fold_in(key, step)
 
     @property
     def variables(self) -> Tree:
-        return {"params": self.params, **self.extra}
+        """What `module.apply` and losses take: {"params": params, **extra}.
+
+        Raises InputError where a collection in `extra` is not a dict.
+        """
+        return _variables(self.params, self.extra)
+
+
+def _variables(params: Tree, extra: Tree) -> Tree:
+    for name, collection in extra.items():
+        if not isinstance(collection, Mapping):
+            raise InputError(
+                f"extra[{name!r}] is a {type(collection).__name__}, expected a collection, which is a dict of arrays; "
+                f"put it into one: {{{name!r}: {{'value': ...}}}}"
+            )
+    return {"params": params, **extra}
 
 
 Step = Callable[[State, Batch], tuple[State, Metrics]]
@@ -80,8 +94,15 @@ def start(model: Any, tx: optax.GradientTransformation, key_init: Array, key: Ar
 def make_step(loss: Loss, tx: optax.GradientTransformation, microbatches: int = 1) -> Step:
     """The usual step: one gradient of `loss`, one update by `tx`.
 
-    The step's key is `fold_in(state.key, state.step)`, so nothing depends on history. With `microbatches` = k the
-    gradient is the mean over k parts of the batch, one after the other: k times less memory for activations.
+    Its metrics are those of `loss`, and "loss" and "grad_norm", the gradient's Euclidean norm. The step's key is
+    `fold_in(state.key, state.step)`, so nothing depends on history. With `microbatches` = k the
+    gradient is the mean over k parts of the batch, computed one after the other, which takes k times less memory for
+    activations. Every part sees the collections as they were before the step, and their new values are averaged over
+    the parts, so that running statistics move once per step. BatchNorm still normalises each part by itself: its mean
+    is that of the whole batch, its variance leaves out how the means of the parts differ.
+
+    Raises InputError where k is below 1 and, when called, where it does not divide the batch or `loss` returns a metric
+    of one of these two names.
     """
     if microbatches < 1:
         raise InputError(f"microbatches is {microbatches}, expected 1 or more; 1 takes the batch whole")
@@ -90,6 +111,8 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, microbatches: int = 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         (value, (extra, metrics)), grads = gradient(state.params, state.extra, batch, key)
+        for name in metrics.keys() & {"loss", "grad_norm"}:
+            raise InputError(f"the loss returns a metric {name!r}, which the step adds itself; give it another name")
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         state = State(state.step + 1, params, {**state.extra, **extra}, opt_state, state.key)
@@ -100,11 +123,11 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, microbatches: int = 
 
 def _gradient(loss: Loss):
     """(params, extra, batch, key) -> ((value, (extra, metrics)), grads)."""
-    return jax.value_and_grad(lambda params, extra, *rest: loss({"params": params, **extra}, *rest), has_aux=True)
+    return jax.value_and_grad(lambda params, extra, *rest: loss(_variables(params, extra), *rest), has_aux=True)
 
 
 def _accumulated(gradient, k: int):
-    """The mean of `gradient` over k interleaved parts of the batch; `extra` passes from part to part."""
+    """The mean of `gradient` over k interleaved parts of the batch."""
 
     def accumulate(params, extra, batch, key):
         rows = {len(x) for x in jax.tree.leaves(batch)}
@@ -113,24 +136,32 @@ def _accumulated(gradient, k: int):
         # Part i holds rows i, i + k, ...: every device keeps its share of every part.
         parts = jax.tree.map(lambda x: x.reshape(-1, k, *x.shape[1:]).swapaxes(0, 1), batch)  # [k, B / k, ...]
 
-        def part(extra, i_batch):
+        def part(i_batch):
             i, batch = i_batch
-            (value, (new, metrics)), grads = gradient(params, extra, batch, jax.random.fold_in(key, i))
-            return {**extra, **new}, (value, metrics, grads)
+            return gradient(params, extra, batch, jax.random.fold_in(key, i))
 
-        def add(carry, i_batch):
-            extra, result = part(carry[0], i_batch)
-            return (extra, jax.tree.map(jnp.add, carry[1], result)), None
+        def add(total, i_batch):
+            (value, (new, metrics)), grads = part(i_batch)
+            (value_so_far, (new_so_far, metrics_so_far)), grads_so_far = total
+            new = jax.tree.map(lambda so_far, x: so_far + x if _is_real(x) else x, new_so_far, new)
+            value, metrics, grads = jax.tree.map(
+                jnp.add, (value_so_far, metrics_so_far, grads_so_far), (value, metrics, grads)
+            )
+            return ((value, (new, metrics)), grads), None
 
-        first = part(extra, (0, jax.tree.map(lambda x: x[0], parts)))
+        first = part((0, jax.tree.map(lambda x: x[0], parts)))
         rest = (jnp.arange(1, k), jax.tree.map(lambda x: x[1:], parts))
-        (extra, total), _ = jax.lax.scan(add, first, rest)
-        value, metrics, grads = total
+        ((value, (new, metrics)), grads), _ = jax.lax.scan(add, first, rest)
         mean = lambda tree: jax.tree.map(lambda x: x / k, tree)
+        new = jax.tree.map(lambda x: x / k if _is_real(x) else x, new)  # counters and keys are the last part's
         metrics = {name: m if isinstance(m, tuple) else mean(m) for name, m in metrics.items()}
-        return (mean(value), (extra, metrics)), mean(grads)
+        return (mean(value), (new, metrics)), mean(grads)
 
     return accumulate
+
+
+def _is_real(x: Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 def per_seed(step: Step, one_by_one: bool = False) -> Step:

@@ -68,7 +68,7 @@ def _folder_name(split: str) -> str:
 def _read(place: Path) -> Columns | None:
     """The columns in a cache folder; None unless all are there and whole."""
     try:
-        names = json.loads((place / "columns.json").read_text())
+        names = json.loads((place / "columns.json").read_bytes())
         return {name: np.asarray(np.load(place / _file_name(name), mmap_mode="r")) for name in names}
     except (OSError, ValueError):
         return None

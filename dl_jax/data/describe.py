@@ -41,7 +41,7 @@ def info(name: str, data_dir: str | None = None, cache_dir: str | None = None) -
     found = find(name, data_dir, cache_dir)
     file = cache_entry(found, cache_dir) / "info.json"
     try:
-        return _info_from_json(json.loads(file.read_text()))
+        return _info_from_json(json.loads(file.read_bytes()))
     except (OSError, ValueError, KeyError, TypeError):  # not described yet
         described = _describe(found)
     with locked(file.with_suffix(".lock")):

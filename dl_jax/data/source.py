@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dl_jax.core.errors import InputError, nearest
-from dl_jax.core.files import cache_folder
+from dl_jax.core.files import absolute, cache_folder
 from dl_jax.data import digits
 
 _NAME = re.compile(r"(?P<set>\w+)(?:/(?P<config>[^/:]+))?(?::(?P<version>[\d.]+))?")
@@ -34,7 +34,7 @@ def data_folder(data_dir: str | None = None) -> Path:
         raise InputError(
             f"data folder {folder}: expected a local or mounted folder; copy the set here, or mount the bucket"
         )
-    return Path(folder).expanduser().absolute()
+    return Path(absolute(folder))
 
 
 def find(name: str, data_dir: str | None = None, cache_dir: str | None = None) -> Prepared:
@@ -78,7 +78,7 @@ def split_sizes(found: Prepared) -> dict[str, int]:
     """Number of examples in each split, from the set's own description. Raises InputError where that is damaged."""
     file = found.folder / "dataset_info.json"
     try:
-        description = json.loads(file.read_text())
+        description = json.loads(file.read_bytes())
         sizes = {split["name"]: sum(map(int, split["shardLengths"])) for split in description["splits"]}
         file_format = description.get("fileFormat", "tfrecord")
     except (OSError, ValueError, KeyError, TypeError) as e:

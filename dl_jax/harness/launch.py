@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import inspect
 import itertools
-import json
 import os
 import shlex
 import signal
@@ -22,12 +21,20 @@ from etils import epath
 from dl_jax.core.errors import InputError
 from dl_jax.core.fit import NonFiniteError
 from dl_jax.harness.fields import check
-from dl_jax.harness.machine import cache_programs, device, git_state, initialize, keep_freed_memory, versions
+from dl_jax.harness.machine import (
+    cache_programs,
+    device,
+    git_state,
+    initialize,
+    keep_freed_memory,
+    print_anything,
+    versions,
+)
 from dl_jax.harness.report.terminal import print_table
 from dl_jax.harness.report.writers import TensorBoard
 from dl_jax.harness.results.claims import MISSED, Claim, judge, summary
 from dl_jax.harness.run import PREEMPTED, Preempted, Run, Settings, never
-from dl_jax.harness.workdir import attempt, work_directory, write_json
+from dl_jax.harness.workdir import attempt, read_json, work_directory, write_json
 
 Main = Callable[[Any, Run], Mapping[str, np.ndarray]]
 
@@ -82,6 +89,7 @@ def launch(main: Main, presets: Mapping[str, Any], claims: Sequence[Claim]) -> N
 
     Exit status: 0 done, 1 a crash, 2 bad input, 3 an applicable claim was missed, 143 pre-empted after saving.
     """
+    print_anything()
     preset, config, common = parse(sys.argv[1:], presets, inspect.getdoc(inspect.getmodule(main)) or "")
     distributed = False
     try:
@@ -155,17 +163,16 @@ def run_experiment(experiment: Experiment, preset: str, config: Any, common: Com
             raise InputError(f"{flag} {value}, expected 1 or more")
     script = experiment.script
     code = git_state(script.parent)
-    seeds = tuple(range(common.seed, common.seed + common.seeds))
     fields = dataclasses.asdict(config)
-    identity = {"experiment": name_of(script), "preset": preset, "config": fields, "seeds": list(seeds)}
+    settings = Settings(
+        seeds=tuple(range(common.seed, common.seed + common.seeds)),
+        skip_nonfinite=common.on_nan == "skip",
+        checkpoint_every=common.checkpoint_every,
+        batch_size=fields.get("batch_size"),
+        preempted=preemption(distributed) if common.workdir or distributed else never,
+    )
+    identity = {"experiment": name_of(script), "preset": preset, "config": fields, "seeds": list(settings.seeds)}
     with work_directory(common.workdir, identity, script, distributed) as directory, attempt(directory, code) as so_far:
-        settings = Settings(
-            seeds=seeds,
-            skip_nonfinite=common.on_nan == "skip",
-            checkpoint_every=common.checkpoint_every,
-            batch_size=fields.get("batch_size"),
-            preempted=preemption(distributed) if directory or distributed else never,
-        )
         with contextlib.closing(Run(directory, settings)) as run:
             found = experiment.main(config, run)
         measured = {name: np.asarray(values, float).ravel().tolist() for name, values in found.items()}
@@ -198,8 +205,8 @@ def keep(record: Mapping[str, Any], directory: epath.Path) -> None:
     A finished run that is called again takes no step: its record stays that of the attempt that measured.
     """
     result = directory / "result.json"
-    measured = json.loads(result.read_text())["measured"] if result.exists() else None
-    if measured == record["measured"]:
+    before = read_json(result)  # None where it is damaged: it is then written anew
+    if isinstance(before, dict) and before.get("measured") == record["measured"]:
         return
     write_json(result, record)
     with contextlib.closing(TensorBoard(directory, 0)) as board:

@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.metadata
+import io
 import os
 import platform
 import subprocess
@@ -34,6 +35,13 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 << 20), (-8, 1)):
             mallopt(option, value)
+
+
+def print_anything() -> None:
+    """Lets stdout and stderr print every character: what their encoding lacks becomes a question mark."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def git_state(folder: Path) -> dict[str, Any]:

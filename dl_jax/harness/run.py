@@ -28,6 +28,7 @@ from dl_jax.harness.report.writers import JsonLines, TensorBoard, read_lines
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MOST_SEEDS = 2**32
 PREEMPTED = 143  # 128 + SIGTERM, so that a supervisor restarts the run
 
 
@@ -52,6 +53,17 @@ class Settings:
     checkpoint_every: int = 1000  # steps
     batch_size: int | None = None  # examples in a step
     preempted: Callable[[int], bool] = never  # asked once after each step; the same answer on all processes
+
+    def __post_init__(self) -> None:
+        """Raises InputError for no seed, a seed twice, or one that is no unsigned number of 32 bits.
+
+        JAX keeps the last 32 bits of a seed, so that a larger one would be another one's double.
+        """
+        wrong = [seed for seed in self.seeds if not 0 <= seed < MOST_SEEDS]
+        if wrong:
+            raise InputError(f"seed {wrong[0]}, expected 0 to {MOST_SEEDS - 1}; use a --seed in that range")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise InputError(f"seeds {self.seeds}, expected one or more, each once")
 
 
 class Run(Recorder):
@@ -104,7 +116,7 @@ class Run(Recorder):
             self._progress = Progress(self.name or "train", self._step, steps, self.settings.batch_size)
             if self.directory:
                 self._lines = JsonLines(self.directory / "metrics.jsonl", self._step)
-                self._board = TensorBoard(self.directory, self._step)
+                self._board = TensorBoard(self.directory, self._step, self.seeds)
         return tree
 
     def stepped(self, step: int) -> bool:
@@ -202,7 +214,7 @@ class Run(Recorder):
     def _show(self, name: str, step: int, png: bytes) -> None:
         assert self.directory
         if not self._board:
-            self._board = TensorBoard(self.directory, self._step)
+            self._board = TensorBoard(self.directory, self._step, self.seeds)
         self._board.png(name, step, png)
         self.keep(f"{name}.png", png)
 

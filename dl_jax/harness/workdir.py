@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from dl_jax.core.errors import InputError
-from dl_jax.core.files import write_whole
+from dl_jax.core.files import absolute, write_whole
 
 DEEPEST = 3  # levels of child runs: cell / seed and one more
 
@@ -25,7 +26,7 @@ def work_directory(workdir: str | None, identity: dict, script: Path, distribute
     if workdir is None:
         yield None
         return
-    directory = epath.Path(workdir if "://" in workdir else os.path.abspath(workdir))
+    directory = epath.Path(absolute(workdir))
     with contextlib.ExitStack() as held:
         if jax.process_index() == 0:
             require_writable(directory, workdir)
@@ -46,7 +47,7 @@ def attempt(directory: epath.Path | None, code: Mapping[str, Any]) -> Iterator[C
     """
     began = time.perf_counter()
     file = directory / "attempts.json" if directory and jax.process_index() == 0 else None
-    earlier = json.loads(file.read_text()) if file and file.exists() else []
+    earlier = earlier_attempts(file) if file else []
 
     def so_far(seconds: float | None) -> list[dict[str, Any]]:
         return [*earlier, {**code, "seconds": seconds}]
@@ -61,6 +62,27 @@ def attempt(directory: epath.Path | None, code: Mapping[str, Any]) -> Iterator[C
     finally:
         if file:
             write_json(file, now())
+
+
+def earlier_attempts(file: epath.Path) -> list[dict[str, Any]]:
+    """The attempts that attempts.json lists. A damaged file stands for one of unknown code, hence not clean."""
+    if not file.exists():
+        return []
+    found = read_json(file)
+    keys = {"commit", "clean", "seconds"}
+    if isinstance(found, list) and all(isinstance(each, dict) and keys <= each.keys() for each in found):
+        return found
+    words = f"{file} is damaged: which commits worked here is unknown, so the result will not count as clean"
+    warnings.warn(words, stacklevel=2)
+    return [{"commit": None, "clean": False, "seconds": None}]
+
+
+def read_json(file: epath.Path) -> Any:
+    """What a file holds; None where that cannot be read."""
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def write_json(file: epath.Path, content: Any) -> None:
@@ -107,7 +129,7 @@ def claim_directory(directory: epath.Path, identity: dict, script: Path) -> None
             )
         return
     (directory / "attempts.json").unlink(missing_ok=True)  # of a run that left nothing else
-    (directory / script.name).write_text(script.read_text())
+    (directory / script.name).write_bytes(script.read_bytes())
     write_json(config, wanted)
 
 
@@ -119,7 +141,7 @@ def has_begun(directory: epath.Path) -> bool:
 def read_config(config: epath.Path) -> dict[str, Any]:
     """What the run in this folder is. Raises InputError where that cannot be read."""
     try:
-        return json.loads(config.read_text())
+        return json.loads(config.read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(
             f"{config} is missing or damaged ({error}), expected what the run is; restore it or use another folder"

@@ -169,15 +169,15 @@ def watched(
 def lowest(run: Run) -> np.ndarray | float:
     """The lowest validation loss so far [S]; infinite before the first."""
     try:
-        return np.nanmin(run.history("validation_loss")[1], 0)
+        return np.nanmin(run.history("watch/validation_loss")[1], 0)
     except InputError:
         return np.inf
 
 
 def stopped(run: Run, cell: str) -> dict[str, np.ndarray]:
     """Each seed's iteration of lowest validation loss, and its test accuracy there."""
-    steps, loss = run.history("validation_loss")  # [n], [n, S]
-    at, accuracy = run.history("test_accuracy")
+    steps, loss = run.history("watch/validation_loss")  # [n], [n, S]
+    at, accuracy = run.history("watch/test_accuracy")
     early = steps[np.nanargmin(loss, 0)]  # [S]
     seeds = np.arange(len(early))
     return {f"early_stop/{cell}": early, f"accuracy/{cell}": accuracy[np.searchsorted(at, early), seeds]}

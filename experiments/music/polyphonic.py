@@ -124,8 +124,8 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
             watch=Watch(cfg.watch_every, lambda v, of=losses_of: {loss: f(v)["nll"] for loss, f in of.items()}),
             stop=optim.early_stopping("valid_nll", cfg.patience, mode="min", seeds=len(run.seeds)),
         )
-        best = np.nanargmin((run / name).history("valid_nll")[1], 0)  # [S]
-        found[f"test_nll/{name}"] = (run / name).history("test_nll")[1][best, np.arange(len(best))]
+        best = np.nanargmin((run / name).history("watch/valid_nll")[1], 0)  # [S]
+        found[f"test_nll/{name}"] = (run / name).history("watch/test_nll")[1][best, np.arange(len(best))]
     return found
 
 

@@ -58,7 +58,7 @@ def test_the_convolutional_network_is_pruned_too(load_experiment):
 class History:
     """A run that reported these."""
 
-    def __init__(self, **reported):
+    def __init__(self, reported):
         self.reported = reported
 
     def history(self, name):
@@ -69,7 +69,8 @@ def test_each_ticket_stops_where_its_own_validation_loss_is_lowest(load_experime
     module = load_experiment("compression/lottery_ticket")
     loss = np.array([[3.0, 1.0], [1.0, 2.0], [2.0, np.nan], [1.5, 1.5]])
     accuracy = np.array([[10.0, 20.0], [30.0, 40.0]])  # measured where a loss was the lowest so far
-    run = History(validation_loss=(np.array([5, 10, 15, 20]), loss), test_accuracy=(np.array([5, 10]), accuracy))
+    reported = {"validation_loss": (np.array([5, 10, 15, 20]), loss), "test_accuracy": (np.array([5, 10]), accuracy)}
+    run = History({f"watch/{name}": values for name, values in reported.items()})
     found = module.stopped(run, "x")
     np.testing.assert_array_equal(found["early_stop/x"], [10, 5])
     np.testing.assert_array_equal(found["accuracy/x"], [30, 20])

@@ -90,8 +90,8 @@ def test_what_a_seed_gives_does_not_depend_on_those_beside_it(run_seeds, togethe
 def test_the_test_loss_is_read_where_the_validation_loss_was_lowest(together):
     found, run = together
     for name in ("rnn", "tcn"):
-        steps, valid = (run / name).history("valid_nll")
-        _, test = (run / name).history("test_nll")
+        steps, valid = (run / name).history("watch/valid_nll")
+        _, test = (run / name).history("watch/test_nll")
         np.testing.assert_array_equal(steps, np.arange(1, 7))
         for i in range(len(SEEDS)):
             assert found[f"test_nll/{name}"][i] == test[valid[:, i].argmin(), i]

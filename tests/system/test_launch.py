@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -105,6 +106,62 @@ def test_a_run_ends_with_the_table_and_the_result(call, tmp_path):
     assert json.loads((tmp_path / "run/config.json").read_text())["preset"] == "paper"
     lines = [json.loads(line) for line in (tmp_path / "run/seed0/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [4, 8, 12]
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_an_output_that_lacks_a_character_ends_no_run(monkeypatch, encoding):
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
+    monkeypatch.setattr(sys, "argv", ["experiment.py", "--preset", "paper", "--seeds", "1"])
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+
+    def prints(cfg: Config, run: Run):
+        print("\N{GREEK SMALL LETTER OMEGA} \N{REPLACEMENT CHARACTER}")
+        return main(cfg, run)
+
+    with pytest.raises(SystemExit) as ended:
+        launch(prints, PRESETS, CLAIMS)
+    assert ended.value.code == 0
+    out.flush()
+    table = out.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+    assert table.startswith("? ?\n")
+    assert f"measured {'?' if encoding == 'ascii' else '±'} std" in table
+
+
+@pytest.mark.parametrize("content", ["", '{"measured": {"sl', "[]", '{"other": 1}', "null"])
+def test_a_torn_result_is_written_anew(call, tmp_path, content):
+    flags = ("--preset", "paper", "--seeds", "1", "--workdir", str(tmp_path))
+    assert call(*flags)[0] == 0
+    (tmp_path / "result.json").write_text(content)
+    assert call(*flags)[0] == 0
+    assert json.loads((tmp_path / "result.json").read_text())["measured"]["slope"]["n"] == 1
+
+
+@pytest.mark.parametrize("content", ["", '[{"commit": ', "{}", '[{"commit": null}]'])
+def test_torn_attempts_leave_a_result_that_does_not_count_as_clean(call, tmp_path, content):
+    flags = ("--preset", "paper", "--seeds", "1", "--workdir", str(tmp_path))
+    assert call(*flags, "--poison", "2")[0] == 2
+    (tmp_path / "attempts.json").write_text(content)
+    (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace('"poison": 2', '"poison": -1'))
+    with pytest.warns(UserWarning, match=r"attempts\.json is damaged"):
+        assert call(*flags)[0] == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["attempts"][0] == {"commit": None, "clean": False, "seconds": None}
+    assert not result["clean"]
+
+
+def test_a_folder_may_begin_with_the_home_folder(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TFDS_DATA_DIR", "")
+    monkeypatch.setenv("DL_JAX_CACHE_DIR", "")
+    flags = ("--workdir=~/run", "--data-dir=~/data", "--cache-dir=~/cache")
+    assert call("--seeds", "1", *flags)[0] == 0
+    assert (tmp_path / "home/run/result.json").exists()
+    assert data_folder() == tmp_path / "home/data"
+    assert cache_folder() == tmp_path / "home/cache"
+    assert checkpoint.load("~/run/seed0/checkpoints")[0] == 4
+    assert not list(tmp_path.glob("~*"))
 
 
 def test_the_default_preset_is_quick_and_never_judged(call):
@@ -274,6 +331,9 @@ def test_a_folder_in_use(call, tmp_path):
     ("flags", "expected"),
     [
         (("--seeds", "0"), "--seeds 0, expected 1 or more"),
+        (("--seed", "-1"), "seed -1, expected 0 to 4294967295"),
+        (("--seed", "4294967295", "--seeds", "2"), "seed 4294967296, expected 0 to 4294967295"),
+        (("--seed", "9223372036854775808"), "seed 9223372036854775808, expected 0 to 4294967295"),
         (("--checkpoint-every", "0"), "--checkpoint-every 0, expected 1 or more"),
         (("--process-id", "1"), "missing: --coordinator, --processes"),
     ],

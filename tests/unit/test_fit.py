@@ -1,5 +1,6 @@
 """The step, its combinators and the loop, on a linear regression whose every number is known."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,10 +119,54 @@ def test_microbatches_give_the_gradient_of_the_whole_batch(k):
     equal(whole, parts, rtol=1e-5, atol=1e-6)
 
 
-def test_microbatches_thread_the_collections_and_differ_in_their_keys():
+def test_microbatches_move_a_counter_once_a_step():
     tx = optax.sgd(0.1)
     state = fit(make_step(noisy_loss, tx, microbatches=4), start(tx=tx), rows, steps=3)
-    assert state.extra["counter"]["seen"] == 12
+    assert state.extra["counter"]["seen"] == 3
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_microbatches_move_batch_statistics_once_a_step(k):
+    """The running mean is that of the whole batch, the running variance the mean of the parts' variances."""
+    x = np.random.default_rng(0).normal(3, 2, (8, 5)).astype(np.float32)
+    net = nn.BatchNorm(momentum=0.9)
+
+    def normalised(variables, batch, key):
+        y, new = net.apply(variables, batch["x"], use_running_average=False, mutable=["batch_stats"])
+        return jnp.square(y).mean(), (new, {})
+
+    tx = optax.sgd(0.1)
+    variables = net.init(jax.random.key(0), x, use_running_average=False)
+    state, _ = make_step(normalised, tx, k)(init_state(jax.random.key(0), variables, tx), {"x": jnp.asarray(x)})
+    parts = np.float64(x).reshape(-1, k, 5)  # part i holds rows i, i + k, ...
+    np.testing.assert_allclose(state.extra["batch_stats"]["mean"], 0.1 * x.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(state.extra["batch_stats"]["var"], 0.9 + 0.1 * parts.var(0).mean(0), rtol=1e-5)
+
+
+def test_an_array_in_extra_that_is_no_collection_is_named():
+    state = start()._replace(extra={"codebook": jnp.zeros(3)})
+    for each in (state, state._replace(extra={"codebook": (jnp.zeros(3),)})):
+        with pytest.raises(
+            InputError, match=r"^extra\['codebook'\] is a .*, expected a collection, .* put it into one"
+        ):
+            _ = each.variables
+        with pytest.raises(InputError, match="expected a collection"):
+            STEP(each, rows(0))
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm", "step", "time", "data_wait", "watch/error"])
+def test_a_metric_of_a_name_that_reports_use_is_refused(name):
+    clashing = lambda variables, batch, key: (jnp.sum(variables["params"]["w"]), ({}, {name: jnp.float32(1)}))
+    with pytest.raises(InputError, match=f"metric '{name}'"):
+        fit(make_step(clashing, ADAM), start(), rows, steps=1)
+
+
+def test_measurements_of_watch_are_kept_apart_from_metrics_of_the_step():
+    log = Log()
+    counted = lambda state, batch: (state._replace(step=state.step + 1), {"error": jnp.float32(1)})
+    fit(counted, start(), rows, steps=4, every=1, run=log, watch=Watch(2, lambda variables: {"error": np.float32(9)}))
+    found = {name: [float(m[name]) for _, m in log.reports if name in m] for name in ("error", "watch/error")}
+    assert found == {"error": [1] * 4, "watch/error": [9, 9]}
 
 
 def test_per_seed_equals_each_seed_alone():
@@ -353,6 +398,10 @@ def test_one_lost_seed_among_others_is_an_error():
         ({"steps": -4}, "steps is -4"),
         ({"every": 0}, "every is 0"),
         ({"watch": Watch(0, lambda variables: {})}, r"watch\.every is 0"),
+        (
+            {"watch": Watch(1, lambda variables: {}, ("error", "minimum"))},
+            r"best is .*'minimum'.*, expected .* 'min' or",
+        ),  # type: ignore[arg-type]
         ({"scan": 0}, "scan is 0"),
         ({"carried": ("carry",)}, r"carried names 'carry', expected collections of state.extra: \['counter'\]"),
         ({"stop": optim.early_stopping("error", 1, mode="min")}, "a stop rule without a watch"),
@@ -381,6 +430,7 @@ def test_the_best_measurement_is_saved():
     ("measured", "expected"),
     [
         ({"loss": np.float32(1)}, "best is 'error', expected a measurement of watch: loss"),
+        ({"errors": np.float32(1)}, "best is 'error', expected .*; did you mean errors"),
         ({"error": np.ones(2)}, "best is 'error', which has 2 values, one for each seed"),
     ],
 )

@@ -13,7 +13,7 @@ from etils import epath
 
 from dl_jax.core.errors import InputError
 from dl_jax.core.fit import Watch, fit
-from dl_jax.core.step import init_state, make_step
+from dl_jax.core.step import State, init_state, make_step
 from dl_jax.harness.report.figures import confusion_figure
 from dl_jax.harness.run import Preempted, Run, Settings
 
@@ -27,13 +27,38 @@ def quadratic(run: Run, steps: int = 9, seed: int = 0):
     return fit(make_step(loss, tx), state, lambda step: {}, steps=steps, run=run, every=1, watch=Watch(3, measure))
 
 
+def test_the_largest_seed_is_its_own():
+    (keys,) = Run(settings=Settings(seeds=(0, 2**32 - 1))).keys(1)
+    assert len({tuple(data.tolist()) for data in jax.random.key_data(keys)}) == 2
+
+
+@pytest.mark.parametrize("seeds", [(), (-1,), (2**32,), (0, 2**63), (3, 3)])
+def test_seeds_that_make_no_sense(seeds):
+    with pytest.raises(InputError, match=r"^seeds? .*, expected "):
+        Settings(seeds=seeds)
+
+
+def test_curves_are_named_by_the_seeds_of_the_run(tmp_path, accumulated):
+    with contextlib.closing(Run(epath.Path(tmp_path), Settings(seeds=(5, 6)))) as run:
+        step = lambda state, batch: (state._replace(step=state.step + 1), {"error": jnp.float32([1, 3])})
+        state = State(jnp.int32([0, 0]), {}, {}, (), jax.vmap(jax.random.key)(jnp.arange(2)))
+        fit(step, state, lambda i: {}, steps=1, every=1, run=run)
+    events = accumulated(tmp_path)
+    assert {name for name in events.Tags()["scalars"] if name.startswith("error")} == {
+        "error/seed5",
+        "error/seed6",
+        "error/mean",
+    }
+    assert [event.value for event in events.Scalars("error/seed6")] == [3.0]
+
+
 def test_history_holds_every_report_of_a_name():
     run = Run()
     quadratic(run)
     steps, losses = run.history("loss")
     assert steps.tolist() == list(range(1, 10))
     np.testing.assert_allclose(losses, 0.64 ** np.arange(9), rtol=1e-5)
-    steps, doubles = run.history("double")
+    steps, doubles = run.history("watch/double")
     assert steps.tolist() == [3, 6, 9]
     np.testing.assert_allclose(doubles, 2 * (1 - 0.8 ** np.array([3, 6, 9])), rtol=1e-5)
 
@@ -49,7 +74,7 @@ def test_history_is_that_of_an_undisturbed_run_after_a_resume_and_after_the_end(
         run = Run(epath.Path(tmp_path))
         quadratic(run)
         run.close()
-        for name in ("loss", "double"):
+        for name in ("loss", "watch/double"):
             np.testing.assert_array_equal(run.history(name), whole.history(name))
 
 

@@ -11,7 +11,6 @@ the others' reads running, and each of them prints a traceback of its own.
 
 import json
 import logging
-import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ import numpy as np
 from etils import epath
 
 from dl_jax.core.errors import InputError
+from dl_jax.core.files import absolute as absolute_path
 from dl_jax.core.fit import Best
 from dl_jax.core.leaves import Spec, Tree, differences, digest
 
@@ -58,7 +58,7 @@ def orbax_parts(state: Tree, meta: Meta) -> Any:
 
 def absolute(directory: str) -> epath.Path:
     """The path that Orbax wants: absolute, addresses such as gs://bucket/run as they are."""
-    return epath.Path(directory if "://" in directory else os.path.abspath(directory))
+    return epath.Path(absolute_path(directory))
 
 
 def prepare(root: epath.Path) -> None:
@@ -167,7 +167,7 @@ def newest_valid(
 def read_meta(root: epath.Path, step: int) -> Meta:
     """The meta of a step without its digest. Raises Damaged."""
     try:
-        found = json.loads((root / str(step) / "meta" / "metadata").read_text())
+        found = json.loads((root / str(step) / "meta" / "metadata").read_bytes())
         meta = {key: value for key, value in found.items() if key != "crc32"}
         agrees = found == sealed(meta)
     except Exception as error:  # damage takes any form

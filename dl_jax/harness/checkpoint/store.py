@@ -70,7 +70,8 @@ class Checkpoints:
         if jax.process_index() == 0:
             self._make_room(step)
         self._writer = self._writer or files.orbax_writer()
-        filled = {path: array for path, array in values.items() if array.size}  # Orbax takes no empty array
+        # Orbax takes neither an empty array nor a tree without arrays.
+        filled = {path: array for path, array in values.items() if array.size} or {"nothing": np.zeros(1)}
         try:
             self._writer.save(self._root / str(step), args=files.orbax_parts(nested(filled, decoded=False), meta))
         except OSError as error:

@@ -12,7 +12,7 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,15 +115,19 @@ def _json(value: Any) -> Any:
 
 
 class TensorBoard:
-    """An event file in `directory`. Events of an earlier attempt at steps after `resume_step` are hidden."""
+    """An event file in `directory`. Events of an earlier attempt at steps after `resume_step` are hidden.
+
+    `seeds` [S] name the curves of values [S].
+    """
 
     # Events go straight to tensorboardX's record writer: the queue of its SummaryWriter cannot be flushed, and a second
     # SummaryWriter (or its add_hparams) within one second opens a file of the same name and destroys the first.
 
-    def __init__(self, directory: epath.PathLike, resume_step: int) -> None:
+    def __init__(self, directory: epath.PathLike, resume_step: int, seeds: Sequence[int] = ()) -> None:
         from tensorboardX.proto import event_pb2, summary_pb2
         from tensorboardX.record_writer import RecordWriter
 
+        self._seeds = seeds
         self._events: Any = event_pb2
         self._summaries: Any = summary_pb2
 
@@ -137,7 +141,7 @@ class TensorBoard:
         self._add(step=resume_step + 1, session_log=log(status=log.START))
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        """A curve for every name; for [S] values one for every seed, `name/seed0`, and their mean, `name/mean`.
+        """A curve for every name; for values [S] one for each seed, such as `name/seed0`, and their mean, `name/mean`.
 
         NaN, where a metric had nothing to report, is left out.
         """
@@ -145,7 +149,8 @@ class TensorBoard:
         for name, value in values.items():
             array = np.asarray(value, np.float64)
             if array.ndim:
-                curves |= {f"{name}/seed{i}": item for i, item in enumerate(array.ravel().tolist())}
+                names = self._seeds if len(self._seeds) == array.size else range(array.size)
+                curves |= {f"{name}/seed{i}": item for i, item in zip(names, array.ravel().tolist(), strict=True)}
             known = array[~np.isnan(array)]
             curves[f"{name}/mean" if array.ndim else name] = float(known.mean()) if known.size else math.nan
         tagged = [{"tag": name, "simple_value": value} for name, value in curves.items() if not math.isnan(value)]
