@@ -85,6 +85,7 @@ CLAIMS = (
     on_digits("ratio/file", at_least=38, unit="x", note="nothing compressed: 1"),
     on_digits("test_error/decoded", at_most=8, unit="%", note="logistic regression: 10.0 %"),
 )  # fmt: skip
+KEEPS = ("lenet300_seed*.dlj",)  # files in the run's folder
 
 LAYERS = ("Dense_0", "Dense_1", "Dense_2")
 

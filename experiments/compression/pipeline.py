@@ -79,6 +79,7 @@ CLAIMS = (
     on_digits("error/int8", at_most=6.3, unit="%", note="logistic regression: 10.0 %; missed"),
     on_digits("times_smaller/encoded", at_least=24.9, unit="x", note="nothing compressed: 1"),
 )  # fmt: skip
+KEEPS = ("table.md", "files/seed*/*")  # files in the run's folder
 TEACHER, PRUNED, INT8 = "teacher", "pruned", "int8"
 XLA, ONNX, ENCODED = "StableHLO", "ONNX", "encoded"  # kinds of files: for XLA, for ONNX Runtime, to be decoded
 SUFFIXES = {XLA: "stablehlo", ONNX: "onnx", ENCODED: "dlj"}

@@ -85,6 +85,7 @@ CLAIMS = (
     rate("rate/lenet5", locator="Table 1, LeNet-5 Pruned", preset="lenet5"),
     on_digits("test_error/lenet300_pruned", at_most=7.4, unit="%", note="logistic regression: 10.0 %; missed"),
 )  # fmt: skip
+KEEPS = ("round*/weights_left_at_each_pixel.png",)  # files in the run's folder
 
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:

@@ -103,6 +103,7 @@ CLAIMS = (
     *(on_digits(f"nll/{net}", at_most=value, unit="nats", note="each pixel by itself: 241.8 nats")
       for net, value in {"vae-k1": 204.3, "iwae-k5": 201.1}.items()),
 )  # fmt: skip
+KEEPS = ("*/reconstructions.png", "*/samples.png", "*/interpolations.png")  # files in the run's folder
 
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:

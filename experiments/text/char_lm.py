@@ -69,6 +69,7 @@ CLAIMS = (
     claim(locator="Python's standard library", at_most=3.39, preset="quick", given={"dataset": text.STANDARD_LIBRARY},
           note="one byte from the byte before it: 3.45 on Python 3.11, 3.42 on 3.12"),
 )  # fmt: skip
+KEEPS = ("samples.txt",)  # files in the run's folder
 
 PROMPT = "\n"
 SAMPLERS: Mapping[str, decode.Choose] = {
@@ -121,7 +122,7 @@ def begin(model: CharLM, tx: optax.GradientTransformation, rows: int, key_init: 
     """States of S seeds at step 0 with an empty carry for `rows` rows in `extra`, [S, rows, H]; keys [S]."""
     states = start(model, tx, key_init, key, jnp.zeros((1, 1), jnp.int32))
     carry = jax.tree.map(lambda leaf: jnp.zeros((len(key), *leaf.shape)), model.initial_carry(rows))
-    return states._replace(extra={"carry": carry})
+    return states._replace(extra={"carry": {"layers": carry}})
 
 
 def predict(model: CharLM, params: Tree, carry: Carry, window: Batch, **settings: Any) -> tuple[Array, Carry]:
@@ -134,8 +135,8 @@ def predict(model: CharLM, params: Tree, carry: Carry, window: Batch, **settings
 
 def window_loss(model: CharLM, variables: Tree, batch: Batch, key: Array):
     settings = {"train": True, "rngs": {"dropout": key}}
-    nats, carry = predict(model, variables["params"], variables["carry"], batch, **settings)
-    return nats.mean(), ({"carry": carry}, {"bits": nats.mean() / np.log(2)})
+    nats, carry = predict(model, variables["params"], variables["carry"]["layers"], batch, **settings)
+    return nats.mean(), ({"carry": {"layers": carry}}, {"bits": nats.mean() / np.log(2)})
 
 
 def read(model: CharLM, params: Tree, windows: Batch) -> Array:  # [W, 1, T] -> [W]

@@ -71,6 +71,7 @@ CLAIMS = (
     on_digits("test_error/plain", at_most=9.1, unit="%", note="logistic regression: 10.0 %"),
     on_digits("test_error/distorted", at_most=2.4, unit="%", note="logistic regression: 10.0 %; missed"),
 )  # fmt: skip
+KEEPS = ("*/seen.png", "*/confusion.png")  # files in the run's folder
 
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:

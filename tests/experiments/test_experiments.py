@@ -4,8 +4,10 @@ import contextlib
 import dataclasses
 import inspect
 import math
+import types
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import jax
 import numpy as np
@@ -14,7 +16,6 @@ from etils import epath
 
 from dl_jax.core.errors import InputError
 from dl_jax.harness.fields import Between, check
-from dl_jax.harness.launch import name_of
 from dl_jax.harness.results.claims import obstacle
 from dl_jax.harness.run import Run, Settings
 
@@ -27,35 +28,38 @@ def experiment(request, load_experiment):
     return load_experiment(str(request.param.relative_to(FOLDER).with_suffix("")))
 
 
-# What a run leaves in its folder for people beside result.json: files, and images on TensorBoard.
-FILES = {
-    "compression/deep_compression": {"lenet300_seed0.dlj", "lenet300_seed1.dlj"},
-    "compression/pipeline": {"table.md"},
-    "text/char_lm": {"samples.txt"},
-}
-IMAGES = {
-    "compression/lottery_ticket": {"tickets"},
-    "compression/prune_lenet": {"weights_left_at_each_pixel"},
-    "generative/gan_mnist": {"samples"},
-    "generative/vae_mnist": {"reconstructions", "samples", "interpolations"},
-    "vision/lenet": {"seen", "confusion"},
-}
+OWN = ("metrics.jsonl", "events.out.tfevents.*", "checkpoints/**/*")  # what every fit writes
 
 
-def test_smoke(experiment, accumulated, tmp_path):
+def test_smoke(experiment, tmp_path):
     seeds = (0, 1)
     # Random bits by XLA's own generator, which compiles sooner: no number is judged here.
+    cfg = experiment.PRESETS["smoke"]
     with jax.default_prng_impl("rbg"), contextlib.closing(Run(epath.Path(tmp_path), Settings(seeds=seeds))) as run:
-        measured = experiment.main(experiment.PRESETS["smoke"], run)
+        measured = experiment.main(cfg, run)
     assert measured
     for name, values in measured.items():
-        assert np.shape(values) == (len(seeds),), name
+        assert np.shape(values) == (repeats(experiment, cfg, seeds),), name
         assert all(math.isfinite(value) for value in values), name
-    name = name_of(Path(experiment.__file__))
-    assert {path.name for path in tmp_path.iterdir()} >= FILES.get(name, set())
-    boards = {path.parent for path in tmp_path.rglob("events.out.tfevents.*")}
-    shown = {image for board in boards for image in accumulated(board).Tags()["images"]}
-    assert shown == IMAGES.get(name, set())
+    kept = {pattern: files(tmp_path, pattern) for pattern in getattr(experiment, "KEEPS", ())}
+    assert [pattern for pattern, found in kept.items() if not found] == []
+    own = set().union(*(files(tmp_path, f"**/{pattern}") for pattern in OWN))
+    assert files(tmp_path, "**/*") - own == set().union(*kept.values())
+
+
+def repeats(experiment: Any, cfg: Any, seeds: Sequence[int]) -> int:
+    """How many values a metric has: one per seed, or what the experiment's `repeats(cfg, seeds)` says."""
+    return experiment.repeats(cfg, seeds) if hasattr(experiment, "repeats") else len(seeds)
+
+
+def files(folder: Path, pattern: str) -> set[Path]:
+    return {path for path in folder.glob(pattern) if path.is_file()}
+
+
+def test_an_experiment_may_have_a_value_for_each_split():
+    splits = types.SimpleNamespace(repeats=lambda cfg, seeds: len(cfg.splits) * len(seeds))
+    assert repeats(splits, types.SimpleNamespace(splits=(0, 1, 2)), (0,)) == 3
+    assert repeats(types.SimpleNamespace(), None, (0, 1)) == 2
 
 
 def test_it_says_what_it_claims_and_how_to_run_it(experiment):

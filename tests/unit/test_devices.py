@@ -83,16 +83,16 @@ def test_seeds_times_devices_equal_one_device(scan):
 
     def carrying(variables, batch, key):
         value, (_, metrics) = loss_of(Plain())({"params": variables["params"]}, batch, key)
-        return value, ({"carry": variables["carry"] + batch["label"]}, metrics)
+        return value, ({"carry": {"sum": variables["carry"]["sum"] + batch["label"]}}, metrics)
 
     tx = optax.adam(1e-2)
-    state = start(Plain(), tx)._replace(extra={"carry": jnp.arange(16)})
+    state = start(Plain(), tx)._replace(extra={"carry": {"sum": jnp.arange(16)}})
     states = jax.tree.map(lambda x: jnp.stack([x, x]), state)
     step, stream = per_seed(make_step(carrying, tx)), data.shuffled(RECORDS, 16, seeds=(0, 1))
     one = fit(step, states, lambda i: stream(i), steps=3)
     eight = fit(step, states, stream, steps=3, every=3, scan=scan, carried=("carry",))
-    assert eight.extra["carry"].sharding.shard_shape((2, 16)) == (2, 2)
-    np.testing.assert_array_equal(one.extra["carry"], eight.extra["carry"])
+    assert eight.extra["carry"]["sum"].sharding.shard_shape((2, 16)) == (2, 2)
+    np.testing.assert_array_equal(one.extra["carry"]["sum"], eight.extra["carry"]["sum"])
     for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(eight.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
