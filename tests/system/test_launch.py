@@ -16,6 +16,7 @@ import optax
 import pytest
 from etils import epath
 
+from dl_jax.core.errors import InputError
 from dl_jax.core.files import cache_folder
 from dl_jax.core.fit import Watch, fit
 from dl_jax.core.step import init_state, make_step
@@ -284,6 +285,31 @@ def test_a_torn_config_is_one_line(call, tmp_path):
     status, _, err = call("--seeds", "1", "--workdir", str(tmp_path))
     assert status == 2
     assert "config.json is missing or damaged" in one_line(err)
+
+
+def test_a_folder_of_before_seeds_were_part_of_a_run_is_refused_in_one_line(call, tmp_path):
+    call("--seeds", "1", "--workdir", str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["seeds"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    status, _, err = call("--seeds", "1", "--workdir", str(tmp_path))
+    assert status == 2
+    assert "holds another run: seeds is not set there, [0] here; use those values, or another folder" in one_line(err)
+
+
+def test_a_checkpoint_of_before_states_had_a_seed_axis_is_refused_in_one_line(tmp_path):
+    """Its leaves are [...], ours [S, ...]."""
+    state = init_state(jax.random.key(0), {"params": {"w": jnp.zeros(2)}}, optax.adam(0.1))
+    with contextlib.closing(checkpoint.Checkpoints(str(tmp_path / "checkpoints"))) as checkpoints:
+        checkpoints.save(5, {"state": state, "stop": {}})
+    states = jax.tree.map(lambda leaf: leaf[None], state)
+    with (
+        contextlib.closing(Run(epath.Path(tmp_path))) as run,
+        pytest.raises(
+            InputError, match=r"^checkpoint .*/5 does not fit this model \(6 differences\): .*--w"
+        ),
+    ):
+        fit(lambda state, batch: (state, {}), states, lambda i: {}, steps=9, run=run)
 
 
 def test_another_experiment_in_the_folder_is_named(call, tmp_path):

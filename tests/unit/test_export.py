@@ -22,11 +22,14 @@ import numpy as np
 import pytest
 from jax import lax
 
+from dl_jax.compress import codec
 from dl_jax.core.errors import InputError
 from dl_jax.export import onnx, plain, stablehlo
 from dl_jax.models.generative import vae
 from dl_jax.models.sequence import rnn
 from dl_jax.models.vision import lenet
+
+GOLDEN = Path(__file__).parent / "golden" / "exports-v1"
 
 
 class Case(NamedTuple):
@@ -154,6 +157,19 @@ def test_stablehlo_gives_the_same_bits_in_another_process(convolutional, tmp_pat
     subprocess.run([sys.executable, "-c", OPEN_AND_CALL, *map(str, found)], check=True, timeout=300)
     for file, expected in found.items():
         np.testing.assert_array_equal(np.load(f"{file}.npy"), expected, strict=True)
+
+
+@pytest.mark.parametrize("load", [stablehlo.load, onnx.load])
+def test_files_that_were_written_before_modules_moved_predict_as_before(load):
+    """y = relu(x W + b) of W = [[0, 1, 2], [3, 4, 5]] / 4 and b = [1, -1, 0.5]."""
+    predict = load(GOLDEN / f"dense.{load.__module__.rpartition('.')[2]}")
+    x = np.float32([[1, 2], [3, -4], [0, 0]])
+    np.testing.assert_array_equal(predict(x), [[2.5, 1.25, 3.5], [0, 0, 0], [1, 0, 0.5]])
+
+
+def test_a_compressed_model_of_before_is_refused_in_one_line():
+    with pytest.raises(InputError, match=r"^compressed model of version 1, expected 2; .*encode the network again$"):
+        codec.decode((GOLDEN / "dense.dlj").read_bytes())
 
 
 def test_stablehlo_takes_any_batch_and_can_be_part_of_a_program(small, hlo):
