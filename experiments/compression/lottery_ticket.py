@@ -196,7 +196,7 @@ def remaining(params: Tree) -> float:
 
 
 def ticket_figure(levels: list[str], found: Mapping[str, np.ndarray]) -> "Figure":
-    """Iteration and test accuracy at the lowest validation loss by the weights that remain; means and extremes."""
+    """Iteration and test accuracy at the lowest validation loss by the weights that remain: mean, least and most."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -207,13 +207,14 @@ def ticket_figure(levels: list[str], found: Mapping[str, np.ndarray]) -> "Figure
             if curve:
                 mean, low, high = np.transpose(list(curve.values()))
                 axes.errorbar(list(curve), mean, (mean - low, high - mean), marker="o", capsize=3, label=label)
-        axes.set(xscale="log", xlabel="remaining weights (%)", title=f"{name.replace('_', ' ')}, mean and extremes")
+        axes.set(xscale="log", xlabel="remaining weights (%)")
         axes.set_xticks([float(level) for level in levels], levels)
         axes.minorticks_off()
         axes.invert_xaxis()
     figure.axes[0].set_ylabel("iteration of lowest validation loss")
-    figure.axes[1].set_ylabel("test accuracy there (%)")
-    figure.axes[0].legend()
+    figure.axes[1].set_ylabel("test accuracy at that iteration (%)")
+    figure.suptitle("mean, minimum and maximum over the seeds")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
