@@ -1,4 +1,4 @@
-"""LeNet-300-100 goes into a file 40 times smaller than its parameters and reads MNIST as well as before.
+"""LeNet-300-100 is compressed into a file 40 times smaller than its parameters, without loss of accuracy on MNIST.
 
 Han, Mao & Dally 2016, "Deep compression" (arXiv:1510.00149), tables 1 and 2: pruning, weight sharing, Huffman coding.
 

@@ -1,4 +1,4 @@
-"""A network of 800-800 units learns from the soft outputs of a better one, and reads threes that it has never seen.
+"""A network of 800-800 units learns from a better one's soft outputs, and recognises threes without ever seeing one.
 
 Hinton, Vinyals & Dean 2015, "Distilling the knowledge in a neural network", section 3.
 

@@ -1,4 +1,4 @@
-"""Pruned LeNets that start from their original weights learn sooner and better than the dense one, or than redrawn.
+"""Pruned LeNets that restart from their original weights learn sooner and better than dense or reinitialised ones.
 
 Frankle & Carbin 2019, "The lottery ticket hypothesis", section 2 and figures 3 and 4: LeNet-300-100 on MNIST.
 

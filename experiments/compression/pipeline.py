@@ -1,4 +1,4 @@
-"""A network is trained, pruned, taught back what it lost, quantised, exported and measured: one table says what for.
+"""A network is trained, pruned, distilled, quantised and exported; one table shows what each step saves and costs.
 
     python experiments/compression/pipeline.py
 

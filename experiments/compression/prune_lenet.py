@@ -1,4 +1,4 @@
-"""LeNet-300-100 and LeNet-5 do without 11 of 12 weights, at the error that they had before.
+"""LeNet-300-100 and LeNet-5 keep their test error without 11 of 12 weights.
 
 Han, Pool, Tran & Dally 2015, "Learning both weights and connections for efficient neural networks", table 1.
 

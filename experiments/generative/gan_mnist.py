@@ -1,4 +1,4 @@
-"""An adversarial net of MNIST: 225 nats by the Parzen window of the paper that began them.
+"""A generative adversarial network reaches 225 nats on MNIST by the original paper's Parzen-window estimate.
 
 Goodfellow et al. 2014, "Generative Adversarial Nets", Table 1.
 

@@ -1,4 +1,4 @@
-"""A temporal convolutional network predicts Bach's next chord better than an LSTM or GRU, and those than a plain RNN.
+"""A temporal convolutional network predicts Bach's next chord better than an LSTM or GRU, which beat a plain RNN.
 
 Bai, Kolter & Koltun 2018, "An Empirical Evaluation of Generic Convolutional and Recurrent Networks for Sequence
 Modeling" (arXiv:1803.01271), Table 1, JSB chorales.

@@ -1,4 +1,4 @@
-"""An LSTM reads tiny Shakespeare byte by byte, its state carried on from window to window: 2.2 bits per character.
+"""An LSTM whose state is carried on from window to window predicts tiny Shakespeare at 2.2 bits per character.
 
 The text is Karpathy's (github.com/karpathy/char-rnn, 2015) in the splits of TFDS. No paper that we know of gives an
 LSTM's number on it, so the bars are our own.

@@ -1,4 +1,4 @@
-"""LeNet-5 reads MNIST at 0.95 % test error, and at 0.8 % when it learns from distorted digits as well.
+"""LeNet-5 reaches 0.95 % test error on MNIST, and 0.8 % when it learns from distorted digits as well.
 
 LeCun, Bottou, Bengio & Haffner 1998, "Gradient-based learning applied to document recognition", section III.
 

@@ -135,6 +135,8 @@ Runs have answered 2 claims: 2 reproduced, 0 better than claimed and **0 missed*
 
 ## Experiments
 
+The sentence below the name of an experiment says what it claims, its table what was measured.
+
 | experiment | reproduced | better than claimed | ordering only | not reproduced | not run |
 | --- | --- | --- | --- | --- | --- |
 | [kmeans](#kmeans) |  |  |  |  |  |

@@ -40,10 +40,11 @@ _READING = """\
   mean (Student's t). Differences are paired by seed. Only runs of the preset and the data that the claim names count,
   with at least as many seeds as it asks for.
 - **Verdict**, with a link to the file that holds every value:
-  - *reproduced*: the mean is within the tolerance. For a difference, the interval must also exclude 0 on the claimed
-    side; for "no loss", the worse end of the interval must lie within the tolerance. For a bar, the mean (or the worst
-    seed) reaches it. For a number of cells, the intervals of that many differences exclude 0 on the better side.
-  - *better than claimed*: outside the tolerance on the better side, so that the protocols must differ.
+  - *reproduced*: the mean is within the tolerance. For a difference, the interval must exclude 0 on the claimed side,
+    and the mean must be within the tolerance if a size is claimed; for "no loss", the worse end of the interval must be
+    within the tolerance. For a bar, the mean (or the worst seed) must reach it. For a number of cells, the intervals of
+    that many differences must exclude 0 on the better side.
+  - *better than claimed*: outside the tolerance on the better side. The protocols differ; the note should say how.
   - *ordering only*: the interval excludes 0 on the claimed side, but the size is missed.
   - *not reproduced*: anything else. A seed that failed (a value that is not finite) makes a claim, or a cell, missed.
 - Claims of the quick presets are not listed; a run with `--preset quick` prints them.
@@ -104,7 +105,8 @@ def _contents(found: Sequence[Section]) -> str:
     }
     named = [*counts.items(), ("**all**", sum(counts.values(), Counter[str]()))]
     rows = [(name, *(str(count[word] or "") for word in words)) for name, count in named]
-    return "## Experiments\n\n" + _markdown(("experiment", *words), rows)
+    intro = "The sentence below the name of an experiment says what it claims, its table what was measured."
+    return f"## Experiments\n\n{intro}\n\n" + _markdown(("experiment", *words), rows)
 
 
 def _experiment(entry: Entry) -> str:
