@@ -1,4 +1,4 @@
-"""LeNet-300-100 goes into a file 40 times smaller than its parameters and reads MNIST as well as before.
+"""LeNet-300-100 is compressed into a file 40 times smaller than its parameters, without loss of accuracy on MNIST.
 
 Han, Mao & Dally 2016, "Deep compression" (arXiv:1510.00149), tables 1 and 2: pruning, weight sharing, Huffman coding.
 
@@ -64,22 +64,24 @@ PRESETS = {
                     prune_steps=1, share_steps=1, batch_size=16),
 }  # fmt: skip
 
-OTHER = "another network than this experiment's"
+OTHER = "This is another network than the experiment's."
 claim = functools.partial(Claim, paper="Han et al. 2016", given={"dataset": "mnist"})
 error = functools.partial(claim, unit="%")
 ratio = functools.partial(claim, unit="x", better="higher")
 CLAIMS = (
     ratio("ratio/file", locator="Table 1, LeNet-300-100 compressed", claimed=40, tolerance=4,
-          note="1070 KB to 27 KB; ours counts every byte of the file: biases, codebooks, names, checksum"),
+          note="From 1070 KB to 27 KB. Ours counts every byte of the file: biases, codebooks, names, checksum."),
     error("test_error/decoded", versus="test_error/reference", locator="Table 1, no loss of accuracy", claimed=0,
-          tolerance=0.15, note="of the network read back from the file"),
+          tolerance=0.15, note="The network is read back from the file."),
     error("test_error/reference", locator="Table 1, LeNet-300-100 reference", claimed=1.64, tolerance=0.25,
-          note="ours is trained for 20 passes with a cosine schedule; the paper does not say how its own was"),
+          note="Ours is trained for 20 passes with a cosine schedule; the paper does not say how its own was."),
     error("test_error/decoded", locator="Table 1, LeNet-300-100 compressed", claimed=1.58, tolerance=0.25),
     ratio("ratio/pruned", locator="Table 2, pruned", claimed=12, tolerance=0.5,
-          note="weights, not biases; follows from the shares of the weights that are kept, which are the paper's"),
+          note="Of weights, not biases. It follows from the shares of the weights that are kept, which are the "
+          "paper's."),
     ratio("ratio/quantised", locator="Table 2, pruned and quantised", claimed=32, tolerance=3.2,
-          note="weights, not biases: 6 bits of value and 5 of distance an entry, fillers and codebooks counted"),
+          note="Of weights, not biases: 6 bits of value and 5 of distance for an entry, with fillers and codebooks "
+          "counted."),
     ratio("ratio/lenet5", locator="Table 1, LeNet-5 compressed", claimed=39, tolerance=4, note=OTHER),
     error("test_error/lenet5", locator="Table 1, LeNet-5 compressed", claimed=0.74, tolerance=0.17, note=OTHER),
     on_digits("ratio/file", at_least=38, unit="x", note="nothing compressed: 1"),

@@ -1,4 +1,4 @@
-"""A network of 800-800 units learns from the soft outputs of a better one, and reads threes that it has never seen.
+"""A network of 800-800 units learns from a better one's soft outputs, and recognises threes without ever seeing one.
 
 Hinton, Vinyals & Dean 2015, "Distilling the knowledge in a neural network", section 3.
 
@@ -62,16 +62,17 @@ PRESETS = {
                     student_hidden=(8,), teacher_epochs=1, student_epochs=1, batch_size=16),
 }  # fmt: skip
 
-LESS = "fewer errors than in the paper, we do not know why; its optimiser and the weight of its labels are unknown"
-TUNED = "the paper's bias was chosen on the test set"
+LESS = "Fewer errors than in the paper; we do not know why. Its optimiser and the weight of its labels are unknown."
+TUNED = "The paper's bias was chosen on the test set."
 claim = functools.partial(Claim, paper="Hinton et al. 2015", given={"dataset": "mnist"})
 count = functools.partial(claim, unit="errors")
 CLAIMS = (
     count("errors/teacher", locator="section 3, teacher", claimed=67, tolerance=13,
-          note="missed; we suspect too few passes, whose number the paper does not give, for dropout and jitter"),
+          note="We suspect that we make too few passes over the data, given dropout and jitter. The paper does not say "
+          "how many it makes."),
     count("errors/plain", locator="section 3, student alone", claimed=146, tolerance=29),
     count("errors/distilled", locator="section 3, student at T = 20", claimed=74, tolerance=17,
-          note="missed, as the teacher is"),
+          note="The teacher, from which it learns, misses its number too."),
     count("errors/distilled", versus="errors/plain", locator="section 3, distilled against alone", claimed=-72,
           tolerance=27),
     count("errors/no_three", locator="section 3, no 3, no bias rule", claimed=206, tolerance=29, note=LESS),
@@ -83,7 +84,7 @@ CLAIMS = (
     count("errors/sevens_eights", locator="section 3, only 7 and 8, no bias rule", claimed=4730, tolerance=300,
           verified=False, note=LESS),
     count("errors/sevens_eights/bias", locator="section 3, only 7 and 8, our bias rule", claimed=1320, tolerance=300,
-          verified=False, note=f"{LESS}; {TUNED}"),
+          verified=False, note=f"{LESS} {TUNED}"),
     on_digits("errors/distilled", at_most=36, unit="errors", note="logistic regression: 36; missed"),
     on_digits("threes_right/no_three/bias", at_least=19, unit="%", note="guessing: 10 %"),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Pruned LeNets that start from their original weights learn sooner and better than the dense one, or than redrawn.
+"""Pruned LeNets that restart from their original weights learn sooner and better than dense or reinitialised ones.
 
 Frankle & Carbin 2019, "The lottery ticket hypothesis", section 2 and figures 3 and 4: LeNet-300-100 on MNIST.
 
@@ -65,27 +65,29 @@ PRESETS = {
                     test_split="test[:40]", rounds=2, redrawn=(1,), steps=4, batch_size=16, watch_every=2, scan=2),
 }  # fmt: skip
 
-BOUND = "of 15,000 iterations; the size is claimed at the preset paper"
+BOUND = "With 15,000 iterations only the ordering is claimed; the preset paper claims the size."
 claim = functools.partial(Claim, paper="Frankle & Carbin 2019", given={"dataset": "mnist"}, seeds=3)
 gain = functools.partial(claim, unit="%", better="higher")
 stop = functools.partial(claim, unit="steps")
 short_gain, short_stop = (functools.partial(kind, preset="short", seeds=5, note=BOUND) for kind in (gain, stop))
 CLAIMS = (
     gain("earlier/21.1", locator="Section 2, 21.1 % of the weights", claimed=38, tolerance=22,
-         note="how much earlier than the dense network the validation loss is lowest; the tolerance is a ratio of 0.4 "
-         "to 0.84, as the iteration varies from run to run"),
+         note="How much earlier than in the dense network the validation loss is lowest. The tolerance is that of a "
+         "ratio of 0.4 to 0.84, as the iteration varies from run to run."),
     gain("accuracy/13.5", versus="accuracy/100.0", locator="Section 2, 13.5 % of the weights", claimed=0.3,
-         tolerance=0.2, note="the paper says more than 0.3"),
+         tolerance=0.2, note="The paper says more than 0.3."),
     claim("faster/21.1", unit="x", better="higher", locator="Section 2, 21.1 %, random reinitialisation", claimed=2.51,
-          tolerance=0.75, note="iterations to the lowest validation loss, redrawn over original"),
+          tolerance=0.75,
+          note="Iterations to the lowest validation loss: those of the redrawn start divided by the original's."),
     gain("accuracy/21.1", versus="accuracy/21.1_redrawn",
          locator="Section 2, 21.1 %, random reinitialisation", claimed=0.5, tolerance=0.2),
     stop("early_stop/13.5", versus="early_stop/13.5_redrawn",
          locator="Figure 4a, 13.5 %, random reinitialisation"),
     gain("accuracy/13.5", versus="accuracy/13.5_redrawn", locator="Figure 4b, 13.5 %, random reinitialisation",
-         note="missed: ahead in every seed, but of three seeds the interval is wide; see the preset short, of five"),
+         note="The original start is ahead in every seed, but with three seeds the interval is wide and contains 0. "
+         "See the preset short, which has five seeds."),
     gain("accuracy/3.6", versus="accuracy/100.0", locator="Section 2, 3.6 % of the weights", claimed=0,
-         tolerance=0.2, verified=False, note="needs 16 rounds"),
+         tolerance=0.2, verified=False, note="This needs 16 rounds."),
     short_stop("early_stop/21.1", versus="early_stop/100.0", locator="Figure 4a, 21.1 %"),
     short_gain("accuracy/13.5", versus="accuracy/100.0", locator="Figure 4b, 13.5 %"),
     *(
@@ -197,7 +199,7 @@ def remaining(params: Tree) -> float:
 
 
 def ticket_figure(levels: list[str], found: Mapping[str, np.ndarray]) -> "Figure":
-    """Iteration and test accuracy at the lowest validation loss by the weights that remain; means and extremes."""
+    """Iteration and test accuracy at the lowest validation loss by the weights that remain: mean, least and most."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -208,13 +210,14 @@ def ticket_figure(levels: list[str], found: Mapping[str, np.ndarray]) -> "Figure
             if curve:
                 mean, low, high = np.transpose(list(curve.values()))
                 axes.errorbar(list(curve), mean, (mean - low, high - mean), marker="o", capsize=3, label=label)
-        axes.set(xscale="log", xlabel="remaining weights (%)", title=f"{name.replace('_', ' ')}, mean and extremes")
+        axes.set(xscale="log", xlabel="remaining weights (%)")
         axes.set_xticks([float(level) for level in levels], levels)
         axes.minorticks_off()
         axes.invert_xaxis()
     figure.axes[0].set_ylabel("iteration of lowest validation loss")
-    figure.axes[1].set_ylabel("test accuracy there (%)")
-    figure.axes[0].legend()
+    figure.axes[1].set_ylabel("test accuracy at that iteration (%)")
+    figure.suptitle("mean, minimum and maximum over the seeds")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 

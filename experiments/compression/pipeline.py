@@ -1,4 +1,4 @@
-"""A network is trained, pruned, taught back what it lost, quantised, exported and measured: one table says what for.
+"""A network is trained, pruned, distilled, quantised and exported; one table shows what each step saves and costs.
 
     python experiments/compression/pipeline.py
 
@@ -71,11 +71,12 @@ PRESETS = {
 factor = functools.partial(Claim, paper="Krishnamoorthi 2018", unit="x", better="higher", given={"dataset": "mnist"})
 CLAIMS = (
     factor("times_smaller/int8", locator="abstract, size", claimed=4, tolerance=0.25,
-           note="the whole file, with scales, biases and the graph"),
+           note="The whole file counts, with scales, biases and the graph."),
     factor("times_faster/int8/batch1", locator="abstract, CPU", claimed=2.5, tolerance=0.5,
-           note="missed; the paper has 2x to 3x on CPUs for convolutional networks, ours is dense, in ONNX Runtime"),
+           note="The paper has 2x to 3x on CPUs for convolutional networks; ours is dense, and runs in ONNX Runtime."),
     Claim("error/int8", versus="error/teacher", paper="Han et al. 2016", locator="abstract, accuracy", claimed=0,
-          tolerance=0.2, unit="points", given={"dataset": "mnist"}, note="pruned and quantised; the margin is ours"),
+          tolerance=0.2, unit="points", given={"dataset": "mnist"},
+          note="The network is pruned and quantised; the margin is ours."),
     on_digits("error/int8", at_most=6.3, unit="%", note="logistic regression: 10.0 %; missed"),
     on_digits("times_smaller/encoded", at_least=24.9, unit="x", note="nothing compressed: 1"),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""LeNet-300-100 and LeNet-5 do without 11 of 12 weights, at the error that they had before.
+"""LeNet-300-100 and LeNet-5 keep their test error without 11 of 12 weights.
 
 Han, Pool, Tran & Dally 2015, "Learning both weights and connections for efficient neural networks", table 1.
 
@@ -63,8 +63,10 @@ PRESETS = {
                     round_steps=1, batch_size=16),
 }  # fmt: skip
 
-BY_CONSTRUCTION = "follows from the shares of the weights that are kept, which are the paper's"
-SLOW = "missed: in part, we suspect, as the rest is trained on at a tenth of the learning rate"
+BY_CONSTRUCTION = "This follows from the shares of the weights that are kept, which are the paper's."
+SLOW = (
+    "We suspect that this is in part because the weights that are kept are retrained at a tenth of the learning rate."
+)
 claim = functools.partial(Claim, paper="Han et al. 2015", given={"dataset": "mnist"})
 error = functools.partial(claim, unit="%", tolerance=0.25)
 no_loss = functools.partial(claim, unit="%", claimed=0, tolerance=0.15)
@@ -75,8 +77,8 @@ CLAIMS = (
     error("test_error/lenet300_pruned", locator="Table 1, LeNet-300-100 Pruned", claimed=1.59),
     no_loss("test_error/lenet300_pruned", versus="test_error/lenet300",
             locator="Table 1, LeNet-300-100 Pruned against Ref",
-            note="missed: the rest is trained on at a tenth of the learning rate, as in the paper; at the full rate "
-            "again, in deep_compression.py, the same shares of the weights lose nothing"),
+            note="The weights that are kept are retrained at a tenth of the learning rate, as in the paper. Retrained "
+            "at the full rate, in deep_compression.py, the same shares of the weights lose nothing."),
     rate("rate/lenet300", locator="Table 1, LeNet-300-100 Pruned"),
     error5("test_error/lenet5", locator="Table 1, LeNet-5 Ref", claimed=0.80),
     error5("test_error/lenet5_pruned", locator="Table 1, LeNet-5 Pruned", claimed=0.77, note=SLOW),

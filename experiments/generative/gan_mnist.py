@@ -1,4 +1,4 @@
-"""An adversarial net of MNIST: 225 nats by the Parzen window of the paper that began them.
+"""A generative adversarial network reaches 225 nats on MNIST by the original paper's Parzen-window estimate.
 
 Goodfellow et al. 2014, "Generative Adversarial Nets", Table 1.
 
@@ -77,16 +77,16 @@ PRESETS = {
 }  # fmt: skip
 
 DECLARED = (
-    "for a small net and a short run, declared before it; missed, as in one of five seeds the discriminator won, at "
-    "-310 nats: the other four, 16 to 37, are above both bars"
+    "This bar is for a small network and a short run, before which it was declared. In one of five seeds the "
+    "discriminator won, at -310 nats. The other four seeds, at 16 to 37 nats, are above both bars."
 )
 FEW = 100  # real digits
 claim = functools.partial(Claim, "parzen/gan", unit="nats", better="higher", given={"dataset": "mnist"})
 ours = functools.partial(claim, paper="our bar", preset="short", note=DECLARED)
 CLAIMS = (
     claim(paper="Goodfellow et al. 2014", locator="Table 1, MNIST, adversarial nets", claimed=225, tolerance=15,
-          note="the paper's own ± 2 is over test digits; the length of its run is not given, and its authors warn "
-          "that other hardware needs other hyper-parameters"),
+          note="The paper's own ± 2 is over test digits. The length of its run is not given, and its authors warn "
+          "that other hardware needs other hyper-parameters."),
     ours(versus="parzen/untrained", locator="samples after the last step against samples before the first"),
     ours(versus="parzen/digits_100", locator="10,000 samples against 100 real digits"),
     on_digits("parzen/gan", at_least=38.3, unit="nats",

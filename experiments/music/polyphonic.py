@@ -1,4 +1,4 @@
-"""A temporal convolutional network predicts Bach's next chord better than an LSTM or GRU, and those than a plain RNN.
+"""A temporal convolutional network predicts Bach's next chord better than an LSTM or GRU, which beat a plain RNN.
 
 Bai, Kolter & Koltun 2018, "An Empirical Evaluation of Generic Convolutional and Recurrent Networks for Sequence
 Modeling" (arXiv:1803.01271), Table 1, JSB chorales.
@@ -83,8 +83,8 @@ NOTTINGHAM = {"LSTM": 3.29, "GRU": 3.46, "RNN": 4.05, "TCN": 3.07}
 QUICK = {"LSTM": 3.05, "GRU": 2.55, "RNN": 2.56, "TCN": 2.68}
 BETTER = (("TCN", "LSTM"), ("TCN", "GRU"), ("LSTM", "RNN"), ("GRU", "RNN"))
 NOTES = {
-    "RNN": "better than claimed, we suspect, as its learning rate was chosen for it alone",
-    "TCN": "missed; we suspect the learning rate, which the authors divide by ten where ours stops",
+    "RNN": "We suspect that it is better than claimed because its learning rate was chosen for it alone.",
+    "TCN": "We suspect the learning rate: the authors divide theirs by ten where our training stops.",
 }
 nats = functools.partial(Claim, paper="Bai et al. 2018", unit="nats/frame")
 jsb = functools.partial(nats, given={"dataset": "jsb_chorales"})
@@ -94,7 +94,7 @@ CLAIMS = (
     *(jsb(f"test_nll/{net.lower()}", versus=f"test_nll/{other.lower()}",
           locator=f"Table 1, JSB Chorales, {net} beats {other}") for net, other in BETTER),
     *(nats(f"Nottingham/{net.lower()}", locator=f"Table 1, Nottingham, {net}", claimed=value, tolerance=0.15,
-           note="another task than this experiment's") for net, value in NOTTINGHAM.items()),
+           note="This is another task than the experiment's.") for net, value in NOTTINGHAM.items()),
     *(on_digits(f"test_nll/{net.lower()}", at_most=value, unit="nats/frame", note="each pixel by itself: 3.20")
       for net, value in QUICK.items()),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""An LSTM reads tiny Shakespeare byte by byte, its state carried on from window to window: 2.2 bits per character.
+"""An LSTM whose state is carried on from window to window predicts tiny Shakespeare at 2.2 bits per character.
 
 The text is Karpathy's (github.com/karpathy/char-rnn, 2015) in the splits of TFDS. No paper that we know of gives an
 LSTM's number on it, so the bars are our own.
@@ -60,12 +60,12 @@ PRESETS = {
 claim = functools.partial(Claim, "bits/test", paper="our bar", unit="bits", given={"dataset": "tiny_shakespeare"})
 CLAIMS = (
     claim(locator="no paper gives an LSTM's number on this text", claimed=2.2, tolerance=0.03,
-          note="missed: set before a run had ended, and the test split is harder than the validation split, on which "
-          "the same networks give 2.09 (bits/validation). For comparison, in nanoGPT's "
-          "README.md at commit 0110f3c8, nats on the last tenth of the text (ours: nats/last_tenth): 1.4697 for a "
-          "Transformer of 10.7 million parameters, 1.88 for one of 0.8 million"),
+          note="The bar was set before a run had ended, and the test split is harder than the validation split, on "
+          "which the same networks give 2.09 (bits/validation). For comparison, in nats on the last tenth of the text "
+          "(ours: nats/last_tenth), nanoGPT's README.md at commit 0110f3c8 gives 1.4697 for a Transformer of 10.7 "
+          "million parameters and 1.88 for one of 0.8 million."),
     claim(versus="bits/test_anew", locator="a state carried on against one that starts anew with every window",
-          note="the same network, which has learned with a state carried on"),
+          note="Both are the same network, which has learned with a state carried on."),
     claim(locator="Python's standard library", at_most=3.39, preset="quick", given={"dataset": text.STANDARD_LIBRARY},
           note="one byte from the byte before it: 3.45 on Python 3.11, 3.42 on 3.12"),
 )  # fmt: skip

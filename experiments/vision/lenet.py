@@ -1,4 +1,4 @@
-"""LeNet-5 reads MNIST at 0.95 % test error, and at 0.8 % when it learns from distorted digits as well.
+"""LeNet-5 reaches 0.95 % test error on MNIST, and 0.8 % when it learns from distorted digits as well.
 
 LeCun, Bottou, Bengio & Haffner 1998, "Gradient-based learning applied to document recognition", section III.
 
@@ -61,14 +61,14 @@ PRESETS = {
                     batch_size=16, watch_every=2),
 }  # fmt: skip
 
-TABLE = "as in the results table of the authors' MNIST page: Convolutional net LeNet-5,"
+TABLE = "As in the results table of the authors' MNIST page: Convolutional net LeNet-5,"
 error = functools.partial(Claim, paper="LeCun et al. 1998", unit="%", given={"dataset": "mnist"})
 CLAIMS = (
     error("test_error/plain", locator="LeNet-5, no distortions", claimed=0.95, tolerance=0.19,
-          note=f"{TABLE} [no distortions], none, 0.95"),
+          note=f"{TABLE} [no distortions], none, 0.95."),
     error("test_error/distorted", locator="LeNet-5, distortions", claimed=0.8, tolerance=0.18,
           note=f"{TABLE} [distortions], none, 0.8. Ours sees a new distortion at every access, where the paper's "
-          "network saw nine of each digit again and again"),
+          "network saw nine of each digit again and again."),
     on_digits("test_error/plain", at_most=9.1, unit="%", note="logistic regression: 10.0 %"),
     on_digits("test_error/distorted", at_most=2.4, unit="%", note="logistic regression: 10.0 %; missed"),
 )  # fmt: skip

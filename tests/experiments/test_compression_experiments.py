@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from dl_jax.compress import codec, quantize
 from dl_jax.core.errors import InputError
@@ -76,6 +77,17 @@ def test_each_ticket_stops_where_its_own_validation_loss_is_lowest(load_experime
     np.testing.assert_array_equal(found["accuracy/x"], [30, 20])
     np.testing.assert_array_equal(module.lowest(run), [1, 1])
     assert module.lowest(Run()) == np.inf
+
+
+def test_the_legend_of_the_tickets_covers_no_error_bar(load_experiment):
+    module = load_experiment("compression/lottery_ticket")
+    names = [f"{name}/{cell}" for name in ("early_stop", "accuracy") for cell in ("100.0", "21.1", "21.1_redrawn")]
+    figure = module.ticket_figure(["100.0", "21.1"], {name: np.array([1.0, 9.0, 2.0]) for name in names})
+    FigureCanvasAgg(figure).draw()  # places everything
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["original start", "redrawn start"]
+    assert not [axes for axes in figure.axes if axes.get_tightbbox().overlaps(legend.get_window_extent())]
+    assert not [axes for axes in figure.axes if axes.get_legend()]
 
 
 def test_a_rewound_network_has_the_zeros_of_one_and_the_weights_of_the_other(load_experiment):

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import pytest
 from dl_jax.core.errors import InputError
 from dl_jax.harness import Claim, on_digits
 from dl_jax.harness.results import page as results
+from dl_jax.harness.results.answers import experiments
 from dl_jax.harness.results.claims import judge, summary
-from dl_jax.harness.results.page import experiments, render
+from dl_jax.harness.results.page import CHART, PAGE, render
 from dl_jax.harness.results.papers import papers
 from dl_jax.harness.results.record import answer_cells, claim_of, claimed_cells, read, table_rows, tolerance_cell
 
@@ -128,7 +130,13 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("results/lenet.json").write_text(json.dumps(result()))
 
 
-PAGE = """\
+EXPECTED = """\
+Runs have answered 2 claims: 2 reproduced, 0 better than claimed and **0 missed**. 2 more claims have not been run.
+
+## Experiments
+
+The sentence below the name of an experiment says what it claims, its table what was measured.
+
 | experiment | reproduced | better than claimed | ordering only | not reproduced | not run |
 | --- | --- | --- | --- | --- | --- |
 | [kmeans](#kmeans) |  |  |  |  |  |
@@ -139,26 +147,43 @@ PAGE = """\
 
 Finds clusters. ([file](../experiments/kmeans.py))
 
+```sh
+python experiments/kmeans.py
+```
+
 It makes no claim.
 
 ## vision/lenet
 
-LeNet | reaches 1 % test error. ([file](../experiments/vision/lenet.py))
+LeNet \\| reaches 1 % test error. ([file](../experiments/vision/lenet.py))
 
-- [lenet](../results/lenet.json): `python experiments/vision/lenet.py --preset paper` · commit 0123456789ab · \
-seeds 0, 1, 2, 3, 4 · 1.5 min on cpu · jax 0.10.2, python 3.11
+```sh
+python experiments/vision/lenet.py --preset paper
+```
 
-| metric | paper | claimed | measured | interval | tolerance | verdict | evidence |
-| --- | --- | --- | --- | --- | --- | --- | --- |
-| error, dataset=mnist | Doe 2020, Table 1 | 1 % | 1.000 ± 0.079 (5) | [0.902, 1.098] | ± 0.1 | reproduced | \
-[lenet](../results/lenet.json) |
-| error | Doe 2020, Table 1 | 0.5 % (unverified) |  |  | ± 0.1 | not run |  |
-| error − baseline | Doe 2020, Section 3 | < 0 | -0.500 ± 0.071 (5) | [-0.588, -0.412] |  | reproduced | \
-[lenet](../results/lenet.json) |
-| error/imagenet | Doe 2020, Table 2 | 20 % |  |  | ± 1 | not run |  |
+| claim<br><sub>Doe 2020</sub> | claimed | measured | verdict | note |
+| --- | --- | --- | --- | --- |
+| **error**<br><sub>Table 1, dataset=mnist</sub> | 1 %<br><sub>± 0.1</sub> | \
+1.000 ± 0.079 (5)<br><sub>\\[0.902, 1.098\\]</sub> | \
+[reproduced](../results/lenet.json) | the paper says nothing of the batch size |
+| **error − baseline**<br><sub>Section 3</sub> | < 0 | -0.500 ± 0.071 (5)<br><sub>\\[-0.588, -0.412\\]</sub> | \
+[reproduced](../results/lenet.json) |  |
 
-- error: the paper says nothing of the batch size
+<sub>[lenet](../results/lenet.json) · commit 0123456789ab · seeds 0, 1, 2, 3, 4 · 1.5 min on cpu · \
+jax 0.10.2, python 3.11</sub>
 
+<details>
+<summary>2 claims that no run has answered yet</summary>
+
+| claim<br><sub>Doe 2020</sub> | claimed | note |
+| --- | --- | --- |
+| **error**<br><sub>Table 1, preset short</sub> | 0.5 % (unverified)<br><sub>± 0.1</sub> |  |
+| **error/imagenet**<br><sub>Table 2</sub> | 20 %<br><sub>± 1</sub> |  |
+
+</details>
+
+## How to read the tables
+@
 ## Cells not attempted
 
 Numbers of the papers' tables that no experiment measures.
@@ -179,28 +204,74 @@ Jane Doe (2020), [On errors](https://example.org/doe) ([file](../papers/doe2020.
 """
 
 
+def page() -> str:
+    """The Markdown, with plain spaces."""
+    return render()[PAGE].replace("\N{NO-BREAK SPACE}", " ")
+
+
+def chart_rows() -> list[str]:
+    titles = "{http://www.w3.org/2000/svg}g/{http://www.w3.org/2000/svg}title"
+    return [title.text or "" for title in ET.fromstring(render()[CHART].encode()).iterfind(titles)]
+
+
 def test_the_page_lists_every_experiment_and_every_claim(repository: None) -> None:
-    page = render()
-    assert page[page.index("| experiment |") :] == PAGE
-    assert page.startswith("# Results\n")
-    for word in ("reproduced", "better than claimed", "ordering only", "not reproduced", "not run"):
-        assert f"\n| {word} |" in page[: page.index("| experiment |")]
+    text, (before, after) = page(), EXPECTED.split("@")
+    assert text.startswith("# Results\n")
+    assert text[text.index("Runs have") :].startswith(before)
+    assert text.endswith(after)
+    for word in ("reproduced", "better than claimed", "ordering only", "not reproduced"):
+        assert f"\n  - *{word}*: " in text[text.index("## How to read the tables") : text.index("## Cells not")]
+    assert chart_rows() == ["error: reproduced", "error − baseline: reproduced"]
 
 
 def test_a_quick_number_never_stands_in_the_measured_column(repository: None) -> None:
     Path("results/lenet.json").write_text(json.dumps(result("smoke")))
-    page = render()
-    assert "1.000 ± 0.079" not in page
-    assert "| **all** |  |  |  |  | 4 |" in page
+    assert "1.000 ± 0.079" not in page()
+    assert "| **all** |  |  |  |  | 4 |" in page()
+    assert chart_rows() == []
 
 
-def test_uncommitted_changes_and_misses_are_shown(repository: None) -> None:
+def test_a_miss_and_uncommitted_changes_are_shown(repository: None) -> None:
     missed = result(clean=False, claims=[claim(2.0, 0.1, better="higher", given=MNIST)])
     Path("experiments/vision/lenet.py").write_text('"""LeNet."""\nCLAIMS = ()\n')  # the claim has been taken out since
     Path("results/lenet.json").write_text(json.dumps(missed))
-    page = render()
-    assert "commit 0123456789ab **with uncommitted changes**" in page
-    assert "| **not reproduced** | [lenet](../results/lenet.json), uncommitted changes |" in page
+    text = page()
+    assert "commit 0123456789ab **with uncommitted changes**" in text
+    assert "[**not reproduced**](../results/lenet.json) (the run had uncommitted changes) |" in text
+    assert "| Not explained yet. (the run had uncommitted changes) |\n" in text
+    assert "1 claim: 0 reproduced, 0 better than claimed and **1 missed**. 0 more claims have not been run." in text
+
+
+def test_a_miss_stands_at_the_top_with_its_note(repository: None) -> None:
+    missed = [claim(2.0, 0.1, given=MNIST, better="higher", note="A *bold*\nguess | `x`"), *lenet_claims()[1:]]
+    file = Path("experiments/vision/lenet.py")
+    file.write_text(f'"""LeNet."""\nfrom dl_jax.harness import Claim\nCLAIMS = {tuple(missed)!r}\n')
+    Path("results/lenet.json").write_text(json.dumps(result(claims=missed)))
+    top = page()[: page().index("## Experiments")]
+    assert top.index("results.svg") < top.index("**1 missed**") < top.index("## Missed")
+    assert (
+        "\n| [vision/lenet](#visionlenet)<br>**error** | 2<br><sub>± 0.1</sub> | 1.000 ± 0.079 (5)"
+        "<br><sub>\\[0.902, 1.098\\]</sub> | A \\*bold\\* guess \\| \\`x\\` |\n"
+    ) in top
+    assert "baseline" not in top  # reproduced
+    assert chart_rows() == ["error: not reproduced", "error − baseline: reproduced"]
+
+
+def test_a_difference_of_the_wrong_size_is_a_miss_that_says_so(repository: None) -> None:
+    order = Claim("error", DOE, "Section 3", -2.0, 0.1, versus="baseline", note="Why.")
+    Path("results/lenet.json").write_text(json.dumps(result(claims=[*lenet_claims(), order])))
+    with pytest.raises(InputError, match=r"'error − baseline' had claimed=-2\.0 at the run"):
+        render()
+    order = Claim("error", DOE, "Section 4", -2.0, 0.1, versus="baseline", note="Why.")
+    Path("results/lenet.json").write_text(json.dumps(result(claims=[*lenet_claims(), order])))
+    assert "| Only the ordering is reproduced, not the size. Why. |\n" in page()
+    assert "| **all** | 2 |  | 1 |  | 2 |" in page()
+
+
+def test_a_note_may_be_reworded_after_the_run(repository: None) -> None:
+    Path("experiments/vision/lenet.py").write_text(LENET.replace("the paper says nothing of", "It does not give"))
+    assert "| It does not give the batch size |\n" in page()
+    assert "the paper says nothing of" not in page()
 
 
 def test_a_claim_that_was_changed_after_the_run_is_refused(repository: None) -> None:
@@ -217,7 +288,7 @@ def test_the_bar_of_a_quick_preset_may_move(repository: None) -> None:
 
 def test_a_claim_that_was_made_after_the_run_is_not_answered_by_it(repository: None) -> None:
     Path("results/lenet.json").write_text(json.dumps(result(claims=lenet_claims()[1:])))
-    assert "| **all** | 1 |  |  |  | 3 |" in render()
+    assert "| **all** | 1 |  |  |  | 3 |" in page()
 
 
 def test_two_claims_that_cannot_be_told_apart_are_refused(repository: None) -> None:
@@ -228,13 +299,54 @@ def test_two_claims_that_cannot_be_told_apart_are_refused(repository: None) -> N
 
 def test_two_results_of_an_experiment_both_stand_on_the_page(repository: None) -> None:
     Path("results/lenet-b.json").write_text(json.dumps(result(commit="fedcba")))
-    assert "| **all** | 4 |  |  |  | 2 |" in render()
+    assert "| **all** | 4 |  |  |  | 2 |" in page()
+    assert page().count("--preset paper\n") == 2
+    for name in ("lenet", "lenet-b"):
+        assert page().count(f"[reproduced](../results/{name}.json)") == 2
+    assert chart_rows() == ["error: reproduced"] * 2 + ["error − baseline: reproduced"] * 2
 
 
-def test_a_bar_does_not_break_the_table(repository: None) -> None:
-    barred = Claim("error", "p|q", "l", 1.0, 0.1)
-    Path("results/lenet.json").write_text(json.dumps(result(claims=[*lenet_claims(), barred])))
-    assert "| error | p\\|q, l |" in render()
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("p|q", "p\\|q"),
+        ("two\n\nlines", "two lines"),
+        ("*a* `b` [c](d) ~~e~~ $f$ \\", r"\*a\* \`b\` \[c\](d) \~\~e\~\~ \$f\$ \\"),
+        ("snake_case _x_ __y__", r"snake_case \_x\_ \_\_y\_\_"),
+        ("a < b <br> </td> &lt; R&D", r"a < b \<br> \</td> \&lt; R&D"),
+    ],
+)
+def test_text_is_shown_as_it_is(repository: None, text: str, shown: str) -> None:
+    other = Claim("error", text, "Table 8", 1.0, 0.1, note=text)
+    Path("results/lenet.json").write_text(json.dumps(result(claims=[*lenet_claims(), other])))
+    (row,) = (line for line in page().splitlines() if "Table 8" in line)
+    assert row.startswith(f"| **error**<br><sub>{shown}, Table 8</sub> | ")
+    assert row.endswith(f" | {shown} |")
+
+
+# --- figures -----------------------------------------------------------------------------------------------------
+
+
+def test_figures_stand_in_the_section_of_their_result(repository: None) -> None:
+    Path("results/lenet-b.json").write_text(json.dumps(result(commit="fedcba")))
+    for name in ("lenet.error_rates", "lenet.a", "lenet-b.b_"):
+        Path(f"results/{name}.png").touch()
+    text = page()
+    section = text[text.index("## vision/lenet") : text.index("## Cells not attempted")]
+    assert [line for line in section.splitlines() if line.startswith("![")] == [
+        "![b (lenet-b)](../results/lenet-b.b_.png)",
+        "![a (lenet)](../results/lenet.a.png)",
+        "![error rates (lenet)](../results/lenet.error_rates.png)",
+    ]
+    assert "\n<sub>error rates (lenet)</sub>\n" in section
+    assert text.count("![") == 4  # the chart, too
+
+
+@pytest.mark.parametrize("name", ["lenett.a.png", "lenet.png", "lenet.a.b.png"])
+def test_a_figure_of_no_result_is_refused(repository: None, name: str) -> None:
+    Path(f"results/{name}").touch()
+    with pytest.raises(InputError, match=f"^results/{name} is a figure of no result; expected a name of the form"):
+        render()
 
 
 @pytest.mark.parametrize(
@@ -328,10 +440,10 @@ def test_the_worst_seed_is_the_lowest_where_higher_is_better() -> None:
 
 
 def test_an_order_and_no_loss_have_no_number() -> None:
-    order = Claim("error", DOE, "Table 1", versus="baseline", better="higher")
-    no_loss = Claim("error", DOE, "Table 1", 0, 0.2, versus="baseline")
-    assert (claimed_cells(order)[2], tolerance_cell(order)) == ("> 0", "")
-    assert (claimed_cells(no_loss)[2], tolerance_cell(no_loss)) == ("no loss", "± 0.2")
+    order = Claim("error", DOE, "Table 1", versus="baseline", better="higher", unit="nats")
+    no_loss = Claim("error", DOE, "Table 1", 0, 0.2, versus="baseline", unit="%")
+    assert (claimed_cells(order)[2], tolerance_cell(order)) == ("> 0 nats", "")
+    assert (claimed_cells(no_loss)[2], tolerance_cell(no_loss)) == ("no loss", "± 0.2 %")
 
 
 @pytest.fixture
@@ -344,17 +456,16 @@ def barred(repository: None) -> Path:
 
 
 def test_bars_on_the_page(barred: Path) -> None:
-    page = render()
-    assert "| **all** | 3 |  |  | 1 |  |" in page
-    link = "[lenet](../results/lenet.json)"
+    text, link = page(), "(../results/lenet.json)"
+    assert "| **all** | 3 |  |  | 1 |  |" in text
     for row in (
-        f"| error | own bar, a | ≤ 4 % | 1.000 ± 0.079 (5) | [0.902, 1.098] |  | reproduced | {link} |",
-        f"| worst seed of error | own bar, c | ≤ 1.1 % | 1.1 (5) |  |  | reproduced | {link} |",
-        f"| most nets win | Doe 2020, d | ≥ 2 of 2 cells | 1 of 2 (5) |  |  | **not reproduced** | {link} |",
-        "- error: majority: 90 %, linear: 6.9 %",
-        "- most nets win: error − baseline, right − error",
+        r"| **error**<br><sub>own bar, a</sub> | ≤ 4 % | 1.000 ± 0.079 (5)<br><sub>\[0.902, 1.098\]</sub> | "
+        f"[reproduced]{link} | majority: 90 %, linear: 6.9 % |",
+        f"| **worst seed of error**<br><sub>own bar, c</sub> | ≤ 1.1 % | 1.1 (5) | [reproduced]{link} |  |",
+        "| **most nets win**<br><sub>Doe 2020, d</sub> | ≥ 2 of 2 cells | 1 of 2 (5) | "
+        f"[**not reproduced**]{link} | error − baseline, right − error |",
     ):
-        assert f"\n{row}\n" in page
+        assert f"\n{row}\n" in text
 
 
 @pytest.mark.parametrize(
@@ -411,9 +522,8 @@ def test_one_locator_may_hold_two_units(repository: None) -> None:
 def test_a_claim_that_has_moved_to_papers_does_not_come_back(repository: None) -> None:
     moved = Claim("error/mlp", DOE, "Table 3, MLP", 1.0, 0.1, "%")  # the run could not answer it
     Path("results/lenet.json").write_text(json.dumps(result(claims=[*lenet_claims(), moved])))
-    page = render()
-    assert "error/mlp" not in page
-    assert "| **all** | 2 |  |  |  | 2 |" in page
+    assert "error/mlp" not in page()
+    assert "| **all** | 2 |  |  |  | 2 |" in page()
 
 
 # --- malformed results, and the command --------------------------------------------------------------------------
@@ -479,7 +589,7 @@ def test_the_command_writes_the_page_and_checks_it(repository: None, capsys: pyt
     assert results.main(["--check"]) == 1
     assert "docs/results.md is out of date; run python -m dl_jax.results" in capsys.readouterr().err
     assert results.main([]) == 0
-    assert Path("docs/results.md").read_text(encoding="utf-8") == render()
+    assert {path: path.read_text(encoding="utf-8") for path in (PAGE, CHART)} == render()
     assert results.main(["--check"]) == 0
     Path("results/lenet.json").write_text(json.dumps(result(device="gpu")))
     assert results.main(["--check"]) == 1
@@ -490,6 +600,17 @@ def test_the_command_writes_the_page_and_checks_it(repository: None, capsys: pyt
     shutil.rmtree("experiments")
     assert results.main([]) == 2
     assert "there is no experiments" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", [PAGE, CHART])
+def test_a_changed_or_missing_file_is_noticed(repository: None, capsys: pytest.CaptureFixture[str], path: Path) -> None:
+    results.main([])
+    path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+    assert results.main(["--check"]) == 1
+    path.unlink()
+    assert results.main(["--check"]) == 1
+    error = f"error: {path} is out of date; run python -m dl_jax.results and commit it\n"
+    assert capsys.readouterr().err == error * 2
 
 
 def test_python_m(repository: None) -> None:
@@ -503,14 +624,14 @@ def test_a_resumed_run_says_so(repository: None) -> None:
     attempts = [{"commit": commit * 40, "clean": True, "seconds": 45.0} for commit in "ab"]
     fields = {"commit": "b" * 40, "attempts": attempts}
     Path("results/lenet.json").write_text(json.dumps(result(**fields)))
-    assert f"· 1.5 min in 2 attempts, of commits {'a' * 12} too on cpu" in results.render()
+    assert f"· 1.5 min in 2 attempts, of commits {'a' * 12} too on cpu" in page()
     attempts.append({"commit": None, "clean": False, "seconds": None})
     Path("results/lenet.json").write_text(json.dumps(result(**fields)))
-    assert f"· more than 1.5 min in 3 attempts, of commits None, {'a' * 12} too on cpu" in results.render()
+    assert f"· more than 1.5 min in 3 attempts, of commits None, {'a' * 12} too on cpu" in page()
 
 
 @pytest.mark.parametrize("metric", ["error", "error/another_task"])
 def test_a_claim_that_is_no_longer_made_stays_in_sight_where_a_run_answered_it(repository: None, metric: str) -> None:
     old = Claim(metric, "Roe 1999", "Table 9", 1.0, 0.5)
     Path("results/lenet.json").write_text(json.dumps(result(claims=[*lenet_claims(), old])))
-    assert ("Roe 1999" in render()) == (metric == "error")
+    assert ("Roe 1999" in page()) == (metric == "error")

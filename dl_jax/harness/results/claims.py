@@ -189,16 +189,16 @@ def _value(claim: Claim, found: float) -> Verdict:
     if claim.claimed is None:
         bar = claim.at_most if claim.at_least is None else claim.at_least
         assert bar is not None  # Claim allows None only for a difference
-        return "reproduced" if _within(-_gain(claim, found - bar), 0, bar) else "not reproduced"
+        return "reproduced" if _within(-gain(claim, found - bar), 0, bar) else "not reproduced"
     if _within(abs(found - claim.claimed), claim.tolerance, claim.claimed):
         return "reproduced"
-    return "better than claimed" if _gain(claim, found - claim.claimed) > 0 else "not reproduced"
+    return "better than claimed" if gain(claim, found - claim.claimed) > 0 else "not reproduced"
 
 
 def _difference(claim: Claim, values: np.ndarray) -> Verdict:
     mean = float(values.mean())
     if claim.claimed == 0:
-        worst = max(-_gain(claim, end) for end in interval(values))
+        worst = max(-gain(claim, end) for end in interval(values))
         if not _within(worst, claim.tolerance):
             return "not reproduced"
         return "reproduced" if _within(abs(mean), claim.tolerance) else "better than claimed"
@@ -206,7 +206,7 @@ def _difference(claim: Claim, values: np.ndarray) -> Verdict:
         return "not reproduced"
     if claim.claimed is None or _within(abs(mean - claim.claimed), claim.tolerance, claim.claimed):
         return "reproduced"
-    return "better than claimed" if _gain(claim, mean - claim.claimed) > 0 else "ordering only"
+    return "better than claimed" if gain(claim, mean - claim.claimed) > 0 else "ordering only"
 
 
 def _beyond_0(values: np.ndarray, below: bool) -> bool:
@@ -215,7 +215,7 @@ def _beyond_0(values: np.ndarray, below: bool) -> bool:
     return high < 0 if below else low > 0
 
 
-def _gain(claim: Claim, change: float) -> float:
+def gain(claim: Claim, change: float) -> float:
     """`change` with the sign that makes better positive."""
     return -change if claim.better == "lower" else change
 

@@ -1,203 +1,193 @@
-"""The results page: `python -m dl_jax.results` writes docs/results.md from results/, experiments/ and papers/."""
+"""The results page: `python -m dl_jax.results` writes docs/results.md and docs/results.svg from results/, experiments/
+and papers/."""
 
 import argparse
-import importlib.util
-import json
 import os
+import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from html import escape
 from pathlib import Path, PurePath
-from typing import NamedTuple
+from urllib.parse import quote
 
-from dl_jax.core.errors import InputError, nearest
-from dl_jax.harness.results.claims import MISSED, VERDICTS, Claim, quantity
+from dl_jax.core.errors import InputError
+from dl_jax.harness.results.answers import Answer, Entry, Section, sections
+from dl_jax.harness.results.chart import chart, label
+from dl_jax.harness.results.claims import MISSED, VERDICTS, Claim
 from dl_jax.harness.results.papers import Paper, papers
-from dl_jax.harness.results.record import (
-    Result,
-    Row,
-    amount,
-    answer_cells,
-    claim_of,
-    claimed_cells,
-    measured_values,
-    read,
-    tolerance_cell,
-)
+from dl_jax.harness.results.record import Result, Row, amount, answer_cells, claimed_cells, tolerance_cell
 
-PAGE = Path("docs/results.md")
+PAGE, CHART = Path("docs/results.md"), Path("docs/results.svg")
 RESULTS, EXPERIMENTS, PAPERS = Path("results"), Path("experiments"), Path("papers")
 
 _INTRO = """\
 # Results
 
-Written by `python -m dl_jax.results` from the files in `results/`, `experiments/` and `papers/`; do not edit. Every
-experiment is listed with every claim it makes, also those that were missed or not run; the bar of a quick preset,
-which a quick run prints, is not listed. Cells of the papers' tables that no experiment attempts are listed at the end.
+Every experiment states what it is to reach before it runs: numbers of a paper, each with a tolerance, or bars of our
+own where no paper has a number. This page compares these claims with what the runs measured, misses included.
 
-| verdict | a claim about a value | a claim about a difference, paired by seed | a bar, or a number of cells |
-| --- | --- | --- | --- |
-| reproduced | the mean over seeds is within the tolerance | the interval excludes 0 on the claimed side and the size, \
-if one is claimed, is within the tolerance; for "no loss", the interval's worse end is within the tolerance | the \
-mean, or the worst seed, reaches the bar; the intervals of enough differences exclude 0 on the better side |
-| better than claimed | outside the tolerance on the better side: the protocols differ, which a note should explain | \
-the same | |
-| ordering only | | the interval excludes 0 on the claimed side, but the size is missed | |
-| not reproduced | anything else, also if one seed failed | anything else, also if one seed failed | anything else; a \
-cell with a failed seed does not count |
-| not run | `results/` has no run with the claim's preset, data and number of seeds | the same | the same |
-
-The tolerance is declared in the experiment's file before the run. Measured is mean ± sample standard deviation (number
-of seeds), always in the preset that the claim names; a quicker run never stands in this column. The interval is the
-95 % confidence interval of the mean (Student's t). "Unverified" marks a number from memory of the paper.
+![every answered claim: what was measured against what was claimed](results.svg)
 """
 
+_READING = """\
+## How to read the tables
 
-class Entry(NamedTuple):
-    """An experiment's file."""
+- **Claimed**: the number with the tolerance below it, both declared in the experiment's file before the run. "No loss"
+  is a difference that must not exceed the tolerance; "< 0" and "> 0" are orderings, which state no size. "Unverified"
+  marks a number that was recalled from memory and not read in the paper.
+- **Measured**: mean ± sample standard deviation (number of seeds), and below it the 95 % confidence interval of the
+  mean (Student's t). Differences are paired by seed. Only runs of the preset and the data that the claim names count,
+  with at least as many seeds as it asks for.
+- **Verdict**, with a link to the file that holds every value:
+  - *reproduced*: the mean is within the tolerance. For a difference, the interval must exclude 0 on the claimed side,
+    and the mean must be within the tolerance if a size is claimed; for "no loss", the worse end of the interval must be
+    within the tolerance. For a bar, the mean (or the worst seed) must reach it. For a number of cells, the intervals of
+    that many differences must exclude 0 on the better side.
+  - *better than claimed*: outside the tolerance on the better side. The protocols differ; the note should say how.
+  - *ordering only*: the interval excludes 0 on the claimed side, but the size is missed.
+  - *not reproduced*: anything else. A seed that failed (a value that is not finite) makes a claim, or a cell, missed.
+- Claims of the quick presets are not listed; a run with `--preset quick` prints them.
 
-    name: str  # "vision/lenet"
-    path: Path
-    title: str  # the first line of its docstring
-    claims: tuple[Claim, ...]
+This page is written by `python -m dl_jax.results` from the files in `results/`, `experiments/` and `papers/`; do not
+edit it.
+"""
 
 
 def render(
     results_dir: str | PurePath = RESULTS,
     experiments_dir: str | PurePath = EXPERIMENTS,
     papers_dir: str | PurePath = PAPERS,
-) -> str:
-    """The page, in Markdown: the experiments below `experiments_dir`, which are imported and not run, the evidence in
-    `results_dir`/*.json, and the cells of `papers_dir`/*.toml.
+) -> dict[Path, str]:
+    """{path: text} of the page, in Markdown, and of its chart: the experiments below `experiments_dir`, the evidence
+    in `results_dir`, and the cells of `papers_dir`/*.toml.
 
-    Links are relative to PAGE's folder. Raises InputError for a malformed file, a result of an unknown experiment or
-    one whose claims were changed in the experiment's file after the run, and a cell that an experiment claims too.
+    Links are relative to PAGE's folder. Raises InputError as `sections` does, and for a malformed file of
+    `papers_dir` or a cell that an experiment claims too.
     """
-    entries = experiments(experiments_dir)
-    evidence: dict[str, dict[str, Result]] = {name: {} for name in entries}  # experiment -> path -> result
-    for path in sorted(Path(results_dir).glob("*.json")):
-        result = read(path)
-        name = result["experiment"]
-        if name not in entries:
-            raise InputError(f"{path}: experiment {name!r} is not in {experiments_dir}{nearest(name, entries)}")
-        evidence[name][path.as_posix()] = result
-    sections = {name: _section(entry, evidence[name]) for name, entry in entries.items()}
-    counts = {name: counted for name, (_, counted) in sections.items()}
-    rest = _not_attempted(papers(papers_dir), entries.values())
-    return "\n".join([_INTRO, _summary(counts), *(text for text, _ in sections.values()), *rest])
+    found = sections(results_dir, experiments_dir)
+    rest = _not_attempted(papers(papers_dir), [each.entry for each in found])
+    parts = [_INTRO, _counts(found), *_missed(found), _contents(found), *map(_section, found), _READING, *rest]
+    return {PAGE: "\n".join(parts), CHART: chart({each.entry.name: each.answers for each in found})}
 
 
-def experiments(directory: str | PurePath) -> dict[str, Entry]:
-    """{name: entry} of every experiment below `directory`, in order of name; names that start with "_" are left out.
-
-    Raises InputError if there is no such directory, or a file cannot be imported, has no docstring or no CLAIMS.
-    """
-    root = Path(directory)
-    if not root.is_dir():
-        raise InputError(f"there is no {root}; run this at the root of the repository")
-    files = [file for file in root.rglob("*.py") if not any(p.startswith("_") for p in file.relative_to(root).parts)]
-    entries = [_entry(file, file.relative_to(root).with_suffix("").as_posix()) for file in files]
-    return {entry.name: entry for entry in sorted(entries)}
+def _counts(found: Sequence[Section]) -> str:
+    words = Counter(answer.verdict for each in found for answer in each.answers)
+    missed, unanswered = sum(words[word] for word in MISSED), sum(len(each.unanswered) for each in found)
+    return (
+        f"Runs have answered {_count(words.total(), 'claim')}: {words['reproduced']} reproduced, "
+        f"{words['better than claimed']} better than claimed and **{missed} missed**. "
+        f"{_count(unanswered, 'more claim')} {'has' if unanswered == 1 else 'have'} not been run.\n"
+    )
 
 
-def _entry(file: Path, name: str) -> Entry:
-    module_name = f"_experiment_{name}"  # no name that an import could ask for
-    spec = importlib.util.spec_from_file_location(module_name, file)
-    assert spec
-    assert spec.loader
-    module = sys.modules[module_name] = importlib.util.module_from_spec(spec)  # a dataclass looks its module up
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as e:
-        problem = " ".join(f"{type(e).__name__}: {e}".split())
-        raise InputError(f"{file}: {problem}; an experiment must import without an error, and run nothing") from None
-    finally:
-        del sys.modules[module_name]
-    docstring = (module.__doc__ or "").strip()
-    if not docstring:
-        raise InputError(f"{file} has no docstring; expected one whose first line says what is claimed")
-    claims = getattr(module, "CLAIMS", None)
-    if not isinstance(claims, tuple) or not all(isinstance(claim, Claim) for claim in claims):
-        raise InputError(f"{file}: CLAIMS is missing or wrong, expected a tuple of Claim, () for none")
-    return Entry(name, file, docstring.splitlines()[0], claims)
-
-
-def _summary(counts: Mapping[str, Counter[str]]) -> str:
-    words = [word for word in VERDICTS if word != "not applicable"]
-    total = sum(counts.values(), Counter())
-    named = [*((f"[{name}](#{name.replace('/', '')})", count) for name, count in counts.items()), ("**all**", total)]
-    return _markdown(("experiment", *words), [(name, *(str(c[word] or "") for word in words)) for name, c in named])
-
-
-def _section(entry: Entry, results: Mapping[str, Result]) -> tuple[str, Counter[str]]:
-    """The section of one experiment, and how often each verdict stands in it."""
-    claims = _all_claims(entry, results)
-    rows, counts = [], Counter[str]()
-    for claim in claims:
-        for *cells, word, link in _answers(claim, results) or [("", "", "not run", "")]:
-            name, paper, number = claimed_cells(claim)
-            given = "".join(f", {field}={value}" for field, value in claim.given.items())
-            shown = f"**{word}**" if word in MISSED else word
-            rows.append((name + given, paper, number, *cells, tolerance_cell(claim), shown, link))
-            counts[word] += 1
-    header = ("metric", "paper", "claimed", "measured", "interval", "tolerance", "verdict", "evidence")
-    parts = [
-        f"## {entry.name}\n\n{entry.title} ([file]({_link(entry.path)}))\n",
-        "".join(f"- {_provenance(path, result)}\n" for path, result in results.items()),
-        _markdown(header, rows) if rows else "It makes no claim.\n",
-        "".join(f"- {claim.quantity}: {note}\n" for claim in claims if (note := _note(claim))),
+def _missed(found: Sequence[Section]) -> list[str]:
+    rows = [
+        (f"{_experiment(each.entry)}<br>**{_escape(label(answer.claim))}**", *_numbers(answer), _why(answer))
+        for each in found
+        for answer in each.answers
+        if answer.verdict in MISSED
     ]
-    return "\n".join(part for part in parts if part), counts
+    return ["## Missed\n", _markdown(("claim", "claimed", "measured", "why"), rows)] if rows else []
+
+
+def _why(answer: Answer) -> str:
+    only = "Only the ordering is reproduced, not the size. " if answer.verdict == "ordering only" else ""
+    return only + (_note(answer.claim) or "Not explained yet.") + _uncommitted(answer)
+
+
+def _contents(found: Sequence[Section]) -> str:
+    words = [word for word in VERDICTS if word != "not applicable"]
+    counts = {
+        _experiment(each.entry): Counter[str](answer.verdict for answer in each.answers)
+        + Counter({"not run": len(each.unanswered)})
+        for each in found
+    }
+    named = [*counts.items(), ("**all**", sum(counts.values(), Counter[str]()))]
+    rows = [(name, *(str(count[word] or "") for word in words)) for name, count in named]
+    intro = "The sentence below the name of an experiment says what it claims, its table what was measured."
+    return f"## Experiments\n\n{intro}\n\n" + _markdown(("experiment", *words), rows)
+
+
+def _experiment(entry: Entry) -> str:
+    return f"[{entry.name}](#{entry.name.replace('/', '')})"
+
+
+def _section(section: Section) -> str:
+    entry, results = section.entry, section.results
+    commands = [_line(result["command"]) for result in results.values()] or [f"python {entry.path.as_posix()}"]
+    parts = [f"## {entry.name}\n\n{_escape(entry.title)} ([file]({_link(entry.path)}))\n"]
+    parts.append("```sh\n" + "".join(f"{command}\n" for command in commands) + "```\n")
+    if section.answers:
+        header, names = _claims_column([answer.claim for answer in section.answers])
+        rows = [
+            (name, *_numbers(answer), _verdict(answer), _note(answer.claim))
+            for name, answer in zip(names, section.answers, strict=True)
+        ]
+        parts.append(_markdown((header, "claimed", "measured", "verdict", "note"), rows))
+    parts += [f"![{caption}]({_link(figure)})\n\n<sub>{caption}</sub>\n" for figure, caption in _captions(section)]
+    parts += [f"<sub>{_provenance(path, result)}</sub>\n" for path, result in results.items()]
+    if section.unanswered:
+        header, names = _claims_column(section.unanswered)
+        rows = [(name, _claimed(each), _note(each)) for name, each in zip(names, section.unanswered, strict=True)]
+        count, table = _count(len(rows), "claim"), _markdown((header, "claimed", "note"), rows)
+        parts.append(f"<details>\n<summary>{count} that no run has answered yet</summary>\n\n{table}\n</details>\n")
+    if not section.answers and not section.unanswered:
+        parts.append("It makes no claim.\n")
+    return "\n".join(parts)
+
+
+def _claims_column(claims: Sequence[Claim]) -> tuple[str, list[str]]:
+    """Header and cells of the column that names `claims`; what is the same for all of them stands in the header."""
+    sources = [_source(claim) for claim in claims]
+    shared = [part for part in sources[0] if all(part in other for other in sources)]
+    rest = [[part for part in source if part not in shared] for source in sources]
+    cells = [_two_lines(_name(claim), ", ".join(parts)) for claim, parts in zip(claims, rest, strict=True)]
+    return _two_lines("claim", ", ".join(shared)), cells
+
+
+def _source(claim: Claim) -> list[str]:
+    """Where the claim stands, and what a run must be to answer it; that its preset is the paper's goes unsaid."""
+    preset = [] if claim.preset == "paper" else [f"preset {claim.preset}"]
+    return [claim.paper, claim.locator, *(f"{field}={value}" for field, value in claim.given.items()), *preset]
+
+
+def _name(claim: Claim) -> str:
+    return f"**{_escape(claim.quantity)}**"
+
+
+def _claimed(claim: Claim) -> str:
+    return _two_lines(_escape(claimed_cells(claim)[2]), tolerance_cell(claim))
+
+
+def _numbers(answer: Answer) -> tuple[str, str]:
+    """Claimed, and measured without a line break within a number."""
+    measured = (text.replace(" ", "\N{NO-BREAK SPACE}") for text in answer_cells(answer.claim, answer.values))
+    return _claimed(answer.claim), _two_lines(*measured)
+
+
+def _two_lines(text: str, small: str) -> str:
+    return f"{text}<br><sub>{_escape(small)}</sub>" if small else text
+
+
+def _verdict(answer: Answer) -> str:
+    shown = f"**{answer.verdict}**" if answer.verdict in MISSED else answer.verdict
+    return f"[{shown}]({_link(answer.path)}){_uncommitted(answer)}"
+
+
+def _uncommitted(answer: Answer) -> str:
+    return "" if answer.clean else " (the run had uncommitted changes)"
 
 
 def _note(claim: Claim) -> str:
     cells = ", ".join(f"{metric} − {versus}" for metric, versus in claim.cells)
-    return "; ".join(part for part in (cells, claim.note) if part)
+    return _escape("; ".join(part for part in (cells, claim.note) if part))
 
 
-def _all_claims(entry: Entry, results: Mapping[str, Result]) -> list[Claim]:
-    """The claims of the file, then those it no longer makes and a run has answered: what was missed stays in sight.
-
-    The bars of a quick preset are left out: a quick run prints them.
-    """
-    claims: dict[str, Claim] = {}
-    for claim in entry.claims:
-        if claim.preset == "quick":
-            continue
-        if _key(claim) in claims:
-            raise InputError(f"{entry.path}: two claims on {claim.quantity!r} have the same paper, locator and given")
-        claims[_key(claim)] = claim
-    for path, result in results.items():
-        for said in result["claims"]:
-            then, answered = claim_of(said), said["verdict"] not in ("not run", "not applicable")
-            if then.preset == "quick" or (_key(then) not in claims and not answered):
-                continue
-            now = claims.setdefault(_key(then), then)
-            for field in ("claimed", "tolerance", "at_least", "at_most", "cells", "better", "seeds"):
-                old, new = getattr(then, field), getattr(now, field)
-                if old != new:
-                    raise InputError(
-                        f"{path}: the claim on {then.quantity!r} had {field}={old} at the run and has {new} now; "
-                        "restore it or run the experiment again"
-                    )
-    return list(claims.values())
-
-
-def _key(claim: Claim) -> str:
-    """What makes two claims the same one, at the time of a run and now."""
-    return json.dumps([claim.quantity, claim.paper, claim.locator, claim.preset, claim.given], default=str)
-
-
-def _answers(claim: Claim, results: Mapping[str, Result]) -> list[tuple[str, str, str, str]]:
-    """(measured, interval, verdict, link) of every result that made this claim before it ran, and can answer it."""
-    answers = []
-    for path, result in results.items():
-        for entry in result["claims"]:
-            values = quantity(claim, measured_values(result))
-            if _key(claim_of(entry)) == _key(claim) and values is not None and entry["verdict"] != "not applicable":
-                link = f"[{PurePath(path).stem}]({_link(path)})" + ("" if result["clean"] else ", uncommitted changes")
-                answers.append((*answer_cells(claim, values), entry["verdict"], link))
-    return answers
+def _captions(section: Section) -> list[tuple[Path, str]]:
+    """The figures of a section, "results/lenet.error_rates.png" with the caption "error rates (lenet)"."""
+    named = [(figure, *figure.name.rsplit(".", 2)) for figure in section.figures]
+    return [(figure, _escape(f"{name.replace('_', ' ')} ({stem})")) for figure, stem, name, _ in named]
 
 
 def _not_attempted(all_papers: Sequence[Paper], entries: Iterable[Entry]) -> list[str]:
@@ -213,12 +203,12 @@ def _not_attempted(all_papers: Sequence[Paper], entries: Iterable[Entry]) -> lis
                     f"{paper.path}: cell.{i}.locator {cell.locator!r} is claimed in {experiment} too; take it out here"
                 )
             number = amount(cell.number, cell.unit) + ("" if cell.verified else " (unverified)")
-            rows.append((cell.locator, cell.quantity, number, cell.read_in))
-        notes = "".join(f"- {cell.locator}: {cell.note}\n" for cell in paper.cells if cell.note)
-        count = "1 cell" if len(rows) == 1 else f"{len(rows)} cells"
+            rows.append(tuple(map(_escape, (cell.locator, cell.quantity, number, cell.read_in))))
+        notes = "".join(f"- {_escape(f'{cell.locator}: {cell.note}')}\n" for cell in paper.cells if cell.note)
         parts += [
-            f"<details>\n<summary>{paper.paper}: {count}</summary>\n",
-            f"{paper.authors} ({paper.year}), [{paper.title}]({paper.url}) ([file]({_link(paper.path)}))\n",
+            f"<details>\n<summary>{escape(paper.paper)}: {_count(len(rows), 'cell')}</summary>\n",
+            f"{_escape(paper.authors)} ({paper.year}), [{_escape(paper.title)}]({paper.url}) "
+            f"([file]({_link(paper.path)}))\n",
             _markdown(("cell", "quantity", "claimed", "read in"), rows),
             *([notes] if notes else []),
             "</details>\n",
@@ -226,12 +216,12 @@ def _not_attempted(all_papers: Sequence[Paper], entries: Iterable[Entry]) -> lis
     return parts if all_papers else []
 
 
-def _provenance(path: str, result: Result) -> str:
+def _provenance(path: Path, result: Result) -> str:
     facts = [
-        f"[{PurePath(path).stem}]({_link(path)}): `{result['command']}`",
+        f"[{path.stem}]({_link(path)})",
         f"commit {result['commit'][:12]}" + ("" if result["clean"] else " **with uncommitted changes**"),
         f"seeds {', '.join(map(str, result['seeds']))}",
-        f"{_duration(result)} on {result['device']}",
+        f"{_duration(result)} on {_escape(result['device'])}",
         ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
     ]
     return " · ".join(facts)
@@ -247,33 +237,48 @@ def _duration(result: Result) -> str:
     return words + (f", of commits {', '.join(others)} too" if others else "")
 
 
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def _link(path: str | PurePath) -> str:
-    return Path(os.path.relpath(path, PAGE.parent)).as_posix()
+    return quote(Path(os.path.relpath(path, PAGE.parent)).as_posix())
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _escape(text: str) -> str:
+    """`text` as Markdown that shows it as it is, on one line and within a cell; "_" within a word needs no escape."""
+    special = r"[\\`*\[\]|~$]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])"
+    return re.sub(special, r"\\\g<0>", _line(text))
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Row]) -> str:
-    lines = [[cell.replace("|", "\\|") for cell in row] for row in (header, ["---"] * len(header), *rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    """A table; the cells are Markdown, without a bare "|"."""
+    return "".join(f"| {' | '.join(line)} |\n" for line in (header, ["---"] * len(header), *rows))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes the page, or with --check compares it. Exit status: 0, 1 if the page is out of date, 2 for bad input."""
+    """Writes the page, or with --check compares it. Exit status: 0, 1 if a file is out of date, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m dl_jax.results", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the page is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file is out of date")
     check = parser.parse_args(arguments).check
     try:
-        text = render()
+        files = render()
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     if not check:
-        PAGE.parent.mkdir(exist_ok=True)
-        PAGE.write_text(text, encoding="utf-8")
+        for path, text in files.items():
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
         return 0
-    if PAGE.exists() and PAGE.read_text(encoding="utf-8") == text:
-        return 0
-    print(f"error: {PAGE} is out of date; run python -m dl_jax.results and commit it", file=sys.stderr)
-    return 1
+    stale = [path for path, text in files.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        print(f"error: {path} is out of date; run python -m dl_jax.results and commit it", file=sys.stderr)
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":

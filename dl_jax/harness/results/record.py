@@ -119,7 +119,7 @@ def claimed_cells(claim: Claim) -> tuple[str, str, str]:
     elif claim.at_most is not None:
         number = f"≤ {amount(claim.at_most, claim.unit)}"
     elif claim.claimed is None:
-        number = "< 0" if claim.better == "lower" else "> 0"
+        number = f"{'<' if claim.better == 'lower' else '>'} {amount(0, claim.unit)}"
     elif claim.versus and claim.claimed == 0:
         number = "no loss"
     else:
@@ -132,16 +132,26 @@ def amount(number: float, unit: str) -> str:
 
 
 def tolerance_cell(claim: Claim) -> str:
-    return "" if claim.claimed is None else f"± {claim.tolerance:.7g}"
+    if claim.claimed is None:
+        return ""
+    return f"± {amount(claim.tolerance, '' if claim.claimed else claim.unit)}"  # "no loss" has no unit beside it
 
 
 def answer_cells(claim: Claim, values: np.ndarray) -> tuple[str, str]:
     """What `values`, the `quantity` of `claim`, say: the number that is held against the claim, and its interval."""
-    if claim.cells:
-        return f"{cells_won(claim, values)} of {len(values)} ({values.shape[-1]})", ""
-    if claim.worst:
-        return f"{level(claim, values):.5g} ({len(values)})", ""
+    if claim.cells or claim.worst:
+        return f"{level_cell(claim, values)} ({values.shape[-1]})", ""
     return measured_cell(values), interval_cell(values)
+
+
+def level_cell(claim: Claim, values: np.ndarray) -> str:
+    """The one number that is held against the claim: "0.974", or "7 of 9"."""
+    if claim.cells:
+        return f"{cells_won(claim, values)} of {len(values)}"
+    if claim.worst:
+        return f"{level(claim, values):.5g}"
+    mean, std = (math.nan if each is None else each for each in (summary(values)[key] for key in ("mean", "std")))
+    return _number(mean, std)
 
 
 def measured_cell(values: Sequence[float] | np.ndarray) -> str:
