@@ -1,7 +1,7 @@
-"""Data parallelism: one mesh axis, batches split over it, everything else replicated.
+"""Data parallelism: batches are split over one mesh axis, and everything else is replicated.
 
-`jit` over placed arrays inserts the all-reduce, so the one-device and the many-device program are the same text, and
-BatchNorm's statistics are global.
+`jax.jit` over arrays placed like this inserts the all-reduce of the gradient. The same code therefore runs on one
+device and on many, and BatchNorm's statistics are those of the global batch.
 """
 
 import itertools
@@ -20,11 +20,12 @@ AXIS = "data"
 
 
 def data_mesh(devices: Sequence[Any] | None = None, *, batch_size: int | None = None) -> Mesh:
-    """All devices of all processes (or `devices`) in one axis, process after process.
+    """A mesh with one axis, "data", of `devices` (default: all devices of all processes), process after process.
 
-    With a `batch_size`, which a paper may have fixed, as many of each process's devices as divide it: 5 of 8 for 100.
-    Not `jax.make_mesh`: it follows the wires of a TPU slice, and then a process's rows are not contiguous.
+    With `batch_size`, the mesh takes the largest number of devices from each process that divides the batch: 5 of 8
+    devices for a batch of 100.
     """
+    # Not jax.make_mesh: it orders devices by the links of a TPU slice, and a process's rows would not be contiguous.
     devices = sorted(jax.devices() if devices is None else devices, key=lambda d: (d.process_index, d.id))
     if batch_size:
         processes = [list(own) for _, own in itertools.groupby(devices, key=lambda d: d.process_index)]
@@ -37,9 +38,9 @@ def data_mesh(devices: Sequence[Any] | None = None, *, batch_size: int | None = 
 
 
 def replicated(tree: Tree, mesh: Mesh) -> Tree:
-    """`tree` in full on every device of every process. Every process passes the same values.
+    """Copies `tree` to every device of the mesh. Every process has to pass the same values.
 
-    A leaf that is there already is returned as it is.
+    A leaf that is replicated over this mesh already is returned as it is.
     """
     sharding = NamedSharding(mesh, PartitionSpec())
 
@@ -56,7 +57,7 @@ def replicated(tree: Tree, mesh: Mesh) -> Tree:
 
 
 def process_rows(batch_size: int, mesh: Mesh) -> slice:
-    """The rows [p·b, (p+1)·b) of the ordered global batch that process p materialises.
+    """The rows of the global batch that this process reads: [p·b, (p + 1)·b) for process p, with b rows each.
 
     Raises InputError where the devices do not divide `batch_size`.
     """
@@ -71,16 +72,16 @@ def process_rows(batch_size: int, mesh: Mesh) -> slice:
 
 
 def place(rows: Tree, mesh: Mesh, axis: int = 0) -> Tree:
-    """One global array from every process's rows of a batch.
+    """Places a batch on the mesh: one global array for each leaf, from the rows that each process has.
 
-    `axis` is where the rows are in each leaf (1 for [S, B, ...]).
+    `axis` is the axis of the rows in every leaf: 0 for [B, ...], 1 for [S, B, ...].
     """
     sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), rows)
 
 
 def sharded(tree: Tree, mesh: Mesh, axis: int = 0) -> Tree:
-    """`tree`, given whole by every process, split over the devices along `axis`."""
+    """Splits `tree` over the devices along `axis`. Every process has to pass the whole tree."""
     sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
 
     def put(leaf: Any) -> jax.Array:

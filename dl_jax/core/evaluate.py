@@ -1,4 +1,4 @@
-"""Evaluation over every example of a set in memory, each counted once whatever the batch size."""
+"""Evaluation over a data set in memory, in which every example counts once, whatever the batch size."""
 
 import collections
 from collections.abc import Callable, Iterator, Mapping
@@ -20,11 +20,12 @@ def evaluator(
     batch_size: int,
     keys: Array,
 ) -> Callable[[Tree], Measurements]:
-    """A function from variables [S, ...] to {name: Σ sum / Σ weight over all records, [S, ...]}, NaN for a weight of 0.
+    """A function that evaluates variables [S, ...] on all of `records` [N, ...] and returns {name: mean [S, ...]}.
 
-    `metrics(variables, batch, key) -> {name: (sum, weight)}` is that of one seed; the seeds are computed one after the
-    other. The batches are those of `stream.epoch`: a column `mask` float32 [B] is 0 for padding. Batch i of the seed
-    whose key in `keys` [S] is k gets the key `fold_in(k, i)`. `batch_size` counts over all devices; as many devices as
+    `metrics(variables, batch, key)` returns {name: (sum, weight)} for the variables of one seed and a batch of
+    `stream.epoch`, whose column `mask` float32 [B] is 0 for padding. The mean of a metric is Σ sum / Σ weight over all
+    batches, and NaN where Σ weight is 0. The seeds are computed one after the other. The key of batch i is `fold_in(k,
+    i)` for the seed whose key in `keys` [S] is k. `batch_size` counts the rows on all devices; as many devices as
     divide it take part. Raises InputError as `stream.epoch` does.
     """
     epoch(records, batch_size)
@@ -53,11 +54,11 @@ def evaluator(
 def collect(
     predict: Callable[[Tree, Batch], Tree], variables: Tree, records: Mapping[str, np.ndarray], batch_size: int
 ) -> Tree:
-    """`predict(variables, batch)` over all records: every leaf NumPy [S, N, ...], on every process.
+    """The predictions for all of `records` [N, ...]: a tree of NumPy arrays [S, N, ...], on every process.
 
-    For what is no sum over examples: a teacher's logits, F1, BLEU, a rank correlation. `predict` takes the variables of
-    one seed and a batch of `stream.epoch` and gives leaves [B, ...]; the padding is removed. Raises InputError as
-    `stream.epoch` does.
+    `predict(variables, batch)` takes the variables of one seed and a batch of `stream.epoch` and returns a tree of
+    arrays [B, ...]; predictions for padding are removed. Use it for a teacher's logits, and for metrics that are not
+    sums over examples, such as F1, BLEU or a rank correlation. Raises InputError as `stream.epoch` does.
     """
     mesh = data_mesh(batch_size=batch_size)
     whole = NamedSharding(mesh, PartitionSpec())
@@ -74,14 +75,14 @@ def _placed(records: Mapping[str, np.ndarray], batch_size: int, mesh: Mesh) -> I
 
 
 def _on(mesh: Mesh, variables: Tree) -> Tree:
-    """`variables` where the batches are; a fit with another batch size may have left them on other devices."""
+    """`variables` on the devices of the batches. A fit with another batch size may have left them on other devices."""
     devices = set(mesh.devices.flat)
     there = all(isinstance(x, jax.Array) and x.sharding.device_set == devices for x in jax.tree.leaves(variables))
     return variables if there else replicated(variables, mesh)
 
 
 def _two_in_flight(calls: Iterator[Any]) -> Iterator[Any]:
-    """The results of asynchronous calls, on the host, while the next is under way."""
+    """The results of asynchronous calls, on the host. While a result is fetched, the next call runs."""
     pending: collections.deque[Any] = collections.deque()
     for call in calls:
         if len(pending) == IN_FLIGHT:

@@ -1,4 +1,4 @@
-"""The cache folder, locks between processes, and files written whole."""
+"""Paths, the cache folder, locks between processes, and files that are written completely or not at all."""
 
 import contextlib
 import os
@@ -10,9 +10,9 @@ from dl_jax.core.errors import InputError
 
 
 def cache_folder(cache_dir: str | None = None) -> Path:
-    """`cache_dir`, else $DL_JAX_CACHE_DIR, else $XDG_CACHE_HOME/dl_jax, else ~/.cache/dl_jax.
+    """The cache folder: `cache_dir`, else $DL_JAX_CACHE_DIR, else $XDG_CACHE_HOME/dl_jax, else ~/.cache/dl_jax.
 
-    It may be deleted at any time.
+    Users may delete it at any time.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     return Path(absolute(cache_dir or os.environ.get("DL_JAX_CACHE_DIR") or base / "dl_jax"))
@@ -25,7 +25,7 @@ def absolute(path: str | os.PathLike[str]) -> str:
 
 
 def write_whole(file: Any, data: bytes) -> None:
-    """Writes the file at a `pathlib` or `epath` path, all of it or nothing."""
+    """Writes `data` to the file at a `pathlib` or `epath` path. A kill leaves the old file or the new one."""
     new = file.with_name(f"{file.name}.new")
     new.write_bytes(data)
     new.replace(file)
@@ -33,7 +33,10 @@ def write_whole(file: Any, data: bytes) -> None:
 
 @contextlib.contextmanager
 def locked(file: Path) -> Iterator[None]:
-    """Holds the lock `file`; a process that finds it held waits. Raises InputError where the body cannot write."""
+    """A context that holds the lock `file` and waits while another process holds it.
+
+    Raises InputError where the body cannot write to the disk.
+    """
     import filelock
 
     try:

@@ -1,4 +1,4 @@
-"""The loop that drives a step, and what it tells a run. It knows no model, data set or method."""
+"""The training loop, and the interface by which it reports to a run. It does not depend on a model or data set."""
 
 import collections
 import dataclasses
@@ -22,9 +22,9 @@ Batches = Callable[[int], Batch]  # step -> batch
 Measurements = dict[str, np.ndarray]
 Best = tuple[str, Literal["min", "max"]]  # a measurement, and which end of it is good
 
-MAX_NONFINITE_IN_A_ROW = 10  # calls of the program in a row that are not finite; more are not skipped
-RESERVED = ("step", "time", "steps_per_second", "data_wait", "skipped")  # names of a report's own entries
-IN_FLIGHT = 2  # unbounded dispatch has hung simulated devices, and hides a NaN for as long
+MAX_NONFINITE_IN_A_ROW = 10  # calls of the compiled program with a NaN or infinite metric; more end the run
+RESERVED = ("step", "time", "steps_per_second", "data_wait", "skipped")  # what reports add to the metrics
+IN_FLIGHT = 2  # calls under way at a time: without a bound, simulated devices hung, and a NaN is noticed late
 
 
 class Watch(NamedTuple):
@@ -41,10 +41,10 @@ class Watch(NamedTuple):
 
 
 class StopRule(NamedTuple):
-    """Early stopping as two pure functions on the host; the rule's state is saved with the training state.
+    """Early stopping: two pure functions on the host, `init()` and `update(rule_state, measurements, step)`.
 
-    `update(rule_state, measurements, step)` sees what `Watch` measured. The state has a field `stopped`: bool, [] or
-    [S].
+    `measurements` are those of `Watch`. The rule's state has a field `stopped`, bool [] or [S], and is saved with the
+    training state.
     """
 
     init: Callable[[], Any]
@@ -52,16 +52,16 @@ class StopRule(NamedTuple):
 
 
 class Recorder:
-    """What `fit` tells a run, and asks of it. This one records nothing."""
+    """The interface between `fit` and whatever records a run. This base class records nothing."""
 
-    skip_nonfinite: bool = False  # leave out a step whose metrics are not finite, instead of stopping
+    skip_nonfinite: bool = False  # undo a step with a metric that is not finite, instead of ending the run
 
     def start(self, tree: Tree, steps: int, best: Best | None) -> Tree:
-        """Returns what to begin from: `tree`, or what an earlier attempt at the same fit had reached."""
+        """Returns the tree to begin with: `tree`, or the last checkpoint of an earlier attempt at the same fit."""
         return tree
 
     def stepped(self, step: int) -> bool:
-        """Called after each step; whether to save now."""
+        """Is called after each call of the program, and returns whether to save now."""
         return False
 
     def report(self, step: int, metrics: Measurements) -> None: ...
@@ -69,25 +69,25 @@ class Recorder:
     def save(self, step: int, tree: Tree, measured: Measurements) -> None: ...
 
     def finish(self, step: int, tree: Tree) -> None:
-        """The fit is complete at `step`."""
+        """Is called once, when the fit is complete."""
 
     def last_saved(self) -> str:
-        """Where the newest checkpoint is, in words."""
+        """A phrase for error messages that says where the newest checkpoint is."""
         return "nothing was saved"
 
 
 class NonFiniteError(ArithmeticError):
-    """A metric of the train step, or what it trained, became NaN or infinite."""
+    """A metric of the train step, a parameter or a collection became NaN or infinite."""
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["names", "pairs"])
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """One step's metrics in a single array, so that the host fetches once."""
+    """The metrics of one call in a single array, so that the host fetches one array only."""
 
     names: tuple[str, ...]  # M
-    pairs: tuple[int, ...]  # P, which of them are (sum, weight)
-    values: Array  # float32 [M + P] or [M + P, S]: all means and sums, then the weights of the pairs
+    pairs: tuple[int, ...]  # P, indices of the metrics that are (sum, weight)
+    values: Array  # float32 [M + P] or [M + P, S]: the means and sums, then the weights of the pairs
 
 
 def _row(metrics: Any) -> _Row:
@@ -102,7 +102,7 @@ def _row(metrics: Any) -> _Row:
 
 
 def _where(seeds: Array, new: Tree, old: Tree) -> Tree:
-    """For each seed, `new` or `old`; `seeds` is bool [] or [S], leaves are [...] or [S, ...]."""
+    """`new` for the seeds where `seeds` (bool [] or [S]) is true, `old` for the others; leaves [...] or [S, ...]."""
 
     def choose(n: Array, o: Array) -> Array:
         return jnp.where(seeds.reshape(seeds.shape + (1,) * (n.ndim - seeds.ndim)), n, o)
@@ -122,7 +122,7 @@ def _advance(step: Any, state: State, batch: Batch, stopped: Array, skip: bool, 
 
 
 class _Window:
-    """The metrics since the last report; their means are taken in float64 over the finite steps."""
+    """The metrics since the last report. Their means are taken in float64 and leave out steps that are not finite."""
 
     def __init__(self) -> None:
         self.names: tuple[str, ...] = ()
@@ -135,7 +135,7 @@ class _Window:
         self.began, self.waited, self.elsewhere = time.perf_counter(), 0.0, 0.0  # seconds
 
     def add(self, step: int, row: _Row, stopped: np.ndarray, run: Recorder) -> None:
-        """Waits for the step. Raises NonFiniteError."""
+        """Waits for the metrics of a call and adds them. Raises NonFiniteError where they end the run."""
         values: np.ndarray = np.asarray(row.values, np.float64)
         self.names, self.pairs = row.names, row.pairs
         self.rows.append(values)
@@ -152,7 +152,7 @@ class _Window:
             )
 
     def means(self, stride: int, skip: bool) -> Measurements:
-        """NaN where no step was finite; a pair whose weights sum to 0 is left out (NaN for one seed among others)."""
+        """{name: mean}, NaN where no step was finite. A pair is left out where its weights sum to 0 in every seed."""
         rows, m = np.stack(self.rows), len(self.names)  # [n, M + P] or [n, M + P, S]
         whole = np.asarray(np.isfinite(rows).all(1, keepdims=True))  # [n, 1] or [n, 1, S]
         totals = np.where(whole, rows, 0).sum(0)  # [M + P] or [M + P, S]
@@ -180,28 +180,29 @@ def fit(
     stop: StopRule | None = None,
     carried: Sequence[str] = (),
 ) -> State:
-    """Drives `step` until `state.step` is `steps`, or `stop` has stopped every seed. The only loop in the codebase.
+    """Runs `step` on the batches of `stream` until `state.step` is `steps`, or `stop` has stopped every seed.
 
     Args:
-      step: `(state, batch) -> (state, metrics)`, compiled here. It adds 1 or more to `state.step`.
-      state: where to begin; it stays usable.
-      stream: the batches. Those of a `Stream` are split over as many devices as divide its batch size, each process
-        reading its own rows, and the state is copied to all of them. Those of a plain function of the step go to the
-        compiled program as they are, whole on every process.
-      steps: of `state.step`, when the fit ends.
-      run: what records, saves, and says from where to go on.
-      scan: steps in one call of the compiled program. A set in memory is then kept on the devices, and the host sends
-        the indices of the rows alone.
-      every: steps between reports of the metrics' means.
-      watch: what is measured besides, and when.
-      stop: early stopping, asked after each measurement of `watch`.
-      carried: the collections of `state.extra` that have a row for each row of the batch, such as the carry of
-        truncated back-propagation. They are given whole, [B, ...] or [S, B, ...], and split as the batch is.
+      step: a function `(state, batch) -> (state, metrics)` that adds 1 or more to `state.step`. It is compiled here.
+      state: the state to begin with. It is copied, so the caller can go on using it.
+      stream: the batches. A `Stream` is split over as many devices as divide its batch size: each process reads its own
+        rows, and the state is copied to all of these devices. The batches of a plain function of the step are passed to
+        the compiled program unchanged, so every process has to give the whole batch.
+      steps: the value of `state.step` at which the fit ends.
+      run: records the metrics, saves checkpoints, and may hold a checkpoint to resume from.
+      scan: the number of steps in one call of the compiled program. If it is above 1, a data set in memory is kept on
+        the devices, and the host sends only the indices of the rows.
+      every: the number of steps between reports of the metrics' means.
+      watch: a function of the variables to measure, such as the validation error, and how often.
+      stop: an early-stopping rule, which is updated after each measurement of `watch`.
+      carried: names of the collections in `state.extra` that have one row for each row of the batch, such as the carry
+        of truncated back-propagation. Give them for the global batch, [B, ...] or [S, B, ...]; they are split over the
+        devices like the batch.
 
-    Raises InputError where `steps` is negative, calls of the program do not meet `steps` and every multiple of `every`
-    and `watch.every`, a stop rule has nothing to watch, `watch.best` is no single number that it measures, or the run
-    to go on with has other keys than `state`; NonFiniteError where a metric, or what was trained and is about to be
-    saved or returned, is not finite.
+    The result is the state at the end. Raises InputError where `steps` is negative, where `scan` does not divide
+    `steps`, `every` or `watch.every`, where `stop` is given without `watch`, where `watch.best` does not name a
+    measurement that is a single number, and where the checkpoint to resume from has other random keys than `state`.
+    Raises NonFiniteError where a metric is not finite, or a parameter or collection when it is saved or returned.
     """
     _require_intervals(steps, every, scan, watch, stop)
     run = run or Recorder()
@@ -209,12 +210,12 @@ def fit(
     state, batches = _on_devices(state, stream, mesh, scan, carried)
     program = _program(step, stream, mesh, scan)
     saved = run.start({"state": state, "stop": stop.init() if stop else {}}, steps, watch.best if watch else None)
-    if saved["state"] is not state and not _same_keys(saved["state"], state):  # another run's data must not join
+    if saved["state"] is not state and not _same_keys(saved["state"], state):  # the batches are those of other seeds
         raise InputError(
-            "the run to go on with has other random keys; give the --seed and --seeds it was begun with, or another "
-            "--workdir"
+            "the checkpoint to resume from has other random keys than this run; give the --seed and --seeds that it "
+            "was begun with, or another --workdir"
         )
-    state, rule = _copied(saved["state"]), saved["stop"]  # our copy, so that donation eats no caller's
+    state, rule = _copied(saved["state"]), saved["stop"]  # a copy: donation deletes the buffers of its input
     i, stride, window = _count(state), 0, _Window()
     pending: collections.deque[tuple[int, _Row, np.ndarray]] = collections.deque()
 
@@ -261,7 +262,7 @@ def fit(
 
 
 def _mesh(stream: Stream | Batches) -> Mesh:
-    """As many devices as divide the batch; that others stand idle is said in a line, for it takes longer."""
+    """A mesh of as many devices as divide the batch. Prints a line if devices are left over, as that costs time."""
     if not isinstance(stream, Stream):
         return data_mesh()
     mesh = data_mesh(batch_size=stream.batch_size)
@@ -274,7 +275,7 @@ def _mesh(stream: Stream | Batches) -> Mesh:
 def _on_devices(
     state: State, stream: Stream | Batches, mesh: Mesh, scan: int, carried: Sequence[str]
 ) -> tuple[State, Batches]:
-    """The state placed, and what gives the placed batches of a call of the program."""
+    """The state on the devices, and a function from the step to the batch, or batches, of one call on the devices."""
     unknown = sorted(set(carried) - state.extra.keys())
     if unknown:
         raise InputError(f"carried names {unknown[0]!r}, expected collections of state.extra: {sorted(state.extra)}")
@@ -288,12 +289,12 @@ def _on_devices(
     state = state._replace(extra={**state.extra, **split})
     if scan == 1:
         return state, lambda i: place(stream(i, rows), mesh, stream.axis)
-    # Of a set in memory the indices alone: `_program` has the records.
+    # For a data set in memory the batches are indices: `_program` holds the records.
     return state, lambda i: place(_stacked([stream.read(i + j, rows) for j in range(scan)]), mesh, stream.axis + 1)
 
 
 def _whole(tree: Tree, stream: Stream | Batches, mesh: Mesh) -> Tree:
-    """`tree` in full where the batches are. Those of a plain function are on no mesh, if there is one process."""
+    """`tree` on every device of the mesh; unplaced where one process reads a plain function's batches."""
     on_mesh = isinstance(stream, Stream) or jax.process_count() > 1
     return replicated(tree, mesh) if on_mesh else jax.tree.map(jnp.asarray, tree)
 
@@ -303,9 +304,9 @@ def _stacked(batches: Sequence[Batch]) -> Batch:
 
 
 def _program(step: Step, stream: Stream | Batches, mesh: Mesh, scan: int) -> Step:
-    """What is compiled: arrays that it reads are leaves of the Partial, hence arguments and no constants."""
+    """The function to compile. Arrays that it reads are leaves of the Partial, so they are arguments, not constants."""
     step = step if isinstance(step, jax.tree_util.Partial) else jax.tree_util.Partial(step)
-    step = _whole(step, stream, mesh)  # what it holds may be NumPy's, or another fit's on other devices
+    step = _whole(step, stream, mesh)  # its arrays may be NumPy's, or on the devices of another fit
     if scan == 1:
         return step
     records = stream.records if isinstance(stream, Stream) else None
@@ -314,7 +315,7 @@ def _program(step: Step, stream: Stream | Batches, mesh: Mesh, scan: int) -> Ste
 
 @dataclasses.dataclass(frozen=True)
 class _Scanned:
-    """k steps in one call, on batches [k, ...]; its metrics are the means over them. Equal k, the same function."""
+    """k steps in one call, on batches [k, ...]; metrics are means over the steps. Equal k make equal functions."""
 
     k: int
 
@@ -339,7 +340,7 @@ def _same_keys(state: State, other: State) -> Array:  # -> bool []
 
 
 def _count(state: State) -> int:
-    """The furthest seed's step."""
+    """The largest step of all seeds: a seed that has stopped stays behind."""
     return int(np.max(np.asarray(state.step)))
 
 
@@ -350,7 +351,7 @@ def _require_intervals(steps: int, every: int, scan: int, watch: Watch | None, s
         if value < 1:
             raise InputError(f"{name} is {value}, expected a number of steps, 1 or more")
     if stop and not watch:
-        raise InputError("a stop rule without a watch would never be asked; give fit both")
+        raise InputError("stop is given without watch, expected both: a stop rule decides by measurements of watch")
     if watch and watch.best and watch.best[1] not in ("min", "max"):
         raise InputError(f"best is {watch.best!r}, expected a measurement's name and 'min' or 'max'")
 

@@ -1,7 +1,7 @@
-"""A tree as named leaves: the paths, types and digests by which a checkpoint knows it. Pure functions, no disk.
+"""The leaves of a tree by name: their paths, types and digests, which checkpoints store, and predicates over them.
 
-A path names a leaf by the fields, keys and indices that lead to it: `opt_state/0/mu/Dense_0/kernel`. Characters of a
-key that storage gives a meaning (`/`, `.` and the like) are percent-encoded, so that two leaves never share a path.
+A path consists of the fields, keys and indices that lead to a leaf: `opt_state/0/mu/Dense_0/kernel`. Characters of a
+key that have a meaning in storage (`/`, `.` and the like) are percent-encoded, so that no two leaves share a path.
 """
 
 import zlib
@@ -21,17 +21,16 @@ Leaf = Any  # jax.Array, numpy array, or jax.ShapeDtypeStruct
 
 
 class Spec(NamedTuple):
-    """What must agree for a stored leaf to take the place of another."""
+    """Shape and type of a leaf. A stored leaf can be restored in place of another only if these agree."""
 
     shape: tuple[int, ...]  # of the numbers: a typed PRNG key is stored as its key data [..., words]
     dtype: str  # numpy's name, or key<implementation>
 
 
 def named(tree: Tree) -> dict[str, Leaf]:
-    """The leaves of `tree` by path. None and empty containers hold no leaf.
+    """{path: leaf} of a tree. None and empty containers have no leaf.
 
-    Raises:
-      TypeError: a leaf is not an array, or two leaves have one path.
+    Raises TypeError where a leaf is not an array, or two leaves have the same path.
     """
     leaves: dict[str, Leaf] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -45,7 +44,7 @@ def named(tree: Tree) -> dict[str, Leaf]:
 
 
 def nested(leaves: Mapping[str, Any], *, decoded: bool = True) -> dict[str, Any]:
-    """Plain nested dicts from leaves by path; `decoded` gives the keys their own characters back."""
+    """Nested dicts from {path: leaf}. With `decoded`, percent-encoded characters of the keys are decoded."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *parents, name = (unquote(key) if decoded else key for key in path.split("/"))
@@ -57,7 +56,7 @@ def nested(leaves: Mapping[str, Any], *, decoded: bool = True) -> dict[str, Any]
 
 
 def spec(leaf: Leaf) -> Spec:
-    """Shape and type of a leaf; it may be abstract."""
+    """Shape and type of a leaf, which may be a `jax.ShapeDtypeStruct`."""
     if not _is_key(leaf):
         return Spec(tuple(leaf.shape), np.dtype(leaf.dtype).name)
     implementation: list[Any] = []  # JAX tells it of arrays only: ask while tracing
@@ -66,14 +65,17 @@ def spec(leaf: Leaf) -> Spec:
 
 
 def numbers(leaf: Leaf) -> jax.Array | np.ndarray:
-    """What is stored of a leaf: key data for typed PRNG keys, a copy for numpy, whose owner may write on."""
+    """The numbers of a leaf that a checkpoint stores.
+
+    They are the key data of a typed PRNG key, and a copy of a NumPy array, because its owner may change it.
+    """
     if _is_key(leaf):
         return jax.random.key_data(leaf)
     return leaf if isinstance(leaf, jax.Array) else np.array(leaf)
 
 
 def digest(values: jax.Array | np.ndarray) -> int | None:
-    """CRC-32 of the bytes in C order; None for an array of which this process holds only a part."""
+    """CRC-32 of the bytes in C order; None for an array that this process holds only in part."""
     if isinstance(values, jax.Array):
         if values.is_fully_replicated:
             values = values.addressable_data(0)
@@ -83,7 +85,7 @@ def digest(values: jax.Array | np.ndarray) -> int | None:
 
 
 def differences(stored: Mapping[str, Spec], model: Mapping[str, Spec]) -> list[str]:
-    """One phrase for each leaf that does not agree, in the order of the paths."""
+    """A phrase for each leaf whose shape or type differs, in the order of the paths."""
     return [
         f"{unquote(path)}: {_contrast(stored.get(path), model.get(path))}"
         for path in sorted({*stored, *model})
@@ -92,9 +94,9 @@ def differences(stored: Mapping[str, Spec], model: Mapping[str, Spec]) -> list[s
 
 
 def place(values: np.ndarray, like: Leaf) -> Leaf:
-    """Host `values` as the kind of leaf that `like` is, on its devices.
+    """`values` as a leaf of the same kind as `like`, on the same devices.
 
-    An uncommitted `like` gives an uncommitted array, so that `jit` is as free to move it as before.
+    If `like` is not committed to its devices, the result is not either, so that `jit` may still move it.
     """
     if isinstance(like, np.ndarray | np.generic):
         return values
@@ -133,9 +135,9 @@ def is_kernel(path: jax.tree_util.KeyPath, leaf: jax.Array) -> bool:
 
 
 def chosen(params: Tree, where: Where) -> Tree:
-    """`params` with a bool in place of each leaf: what `where` chooses. Also a mask for Optax: `adamw(mask=...)`.
+    """A tree like `params` of bools: whether `where` chooses the leaf. It can serve Optax as a mask, `adamw(mask=...)`.
 
-    Raises InputError where that is nothing: a penalty or transform without effect is a mistake in the predicate.
+    Raises InputError where `where` chooses no leaf, because then the predicate is wrong.
     """
     mask = jax.tree_util.tree_map_with_path(lambda path, leaf: bool(where(path, leaf)), params)
     if not any(jax.tree.leaves(mask)):

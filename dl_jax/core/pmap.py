@@ -1,4 +1,4 @@
-"""`jax.pmap`, for code that keeps a leading device axis."""
+"""An adapter to `jax.pmap`, for code whose arrays have a leading device axis."""
 
 import jax
 import optax
@@ -17,10 +17,10 @@ _averaged.defvjp(lambda params: (params, None), lambda _, grads: (jax.lax.pmean(
 
 
 def pmapped(loss: Loss, tx: optax.GradientTransformation) -> Step:
-    """`make_step(loss, tx)` under `jax.pmap`, for code that keeps a leading device axis.
+    """`make_step(loss, tx)` under `jax.pmap`: a step for states [D, ...] and batches [D, B / D, ...] on D devices.
 
-    State and batch are [D, ...] and [D, B / D, ...], the metrics are [D]. Takes the loss, not a step, because the mean
-    goes inside the gradient. Losses that draw randomness or take batch statistics see one device's rows.
+    The metrics are [D]. It takes the loss and not a finished step, because gradients have to be averaged over the
+    devices before the optimiser sees them. Random numbers and batch statistics are those of one device's rows.
     """
     averaged = lambda variables, *rest: loss({**variables, "params": _averaged(variables["params"])}, *rest)
     step = make_step(averaged, tx)

@@ -1,4 +1,4 @@
-"""Trees of several seeds, [S, ...], apart and together, on the host."""
+"""Splitting a tree with a seed axis, [S, ...], into one tree for each seed, and stacking such trees, on the host."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,11 @@ from dl_jax.core.step import Tree
 
 
 def split(tree: Tree) -> list[Tree]:  # [S, ...] -> S times [...]
-    """Each seed's tree as NumPy arrays. On several processes the leaves must be replicated."""
+    """One tree of NumPy arrays for each seed. With several processes the leaves have to be replicated."""
     host = jax.device_get(tree)
     return [jax.tree.map(lambda leaf, i=i: leaf[i], host) for i in range(len(jax.tree.leaves(host)[0]))]
 
 
 def stack(trees: Sequence[Tree]) -> Tree:  # S times [...] -> [S, ...]
-    """The trees of S seeds as one."""
+    """One tree with a leading seed axis from the trees of S seeds."""
     return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)

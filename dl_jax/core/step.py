@@ -1,14 +1,14 @@
-"""State, the train step and its combinators. Nothing here knows a model, a data set or a method.
+"""The train state, the train step, and functions from step to step. Nothing here depends on a model or data set.
 
-Four kinds of function, each closed under composition:
+Four kinds of function, each of which can be composed with others of its kind:
 
     loss   (variables, batch, key) -> (scalar, (collections, metrics))
     tx     optax.GradientTransformation
     step   (state, batch) -> (state, metrics)
     batch  (key, batch) -> batch
 
-A step's metric is a mean, or a pair (sum, weight) where "nothing happened" is possible: no episode ended, no word was
-masked. Its mean over several steps is then Σ sum / Σ weight, and there is none where the weights sum to 0.
+A metric of a step is a mean, or a pair (sum, weight) if there may be nothing to average in a step, for example because
+no episode ended. The mean of a pair over several steps is Σ sum / Σ weight; it is left out where Σ weight is 0.
 """
 
 import functools
@@ -30,7 +30,7 @@ Loss = Callable[[Tree, Batch, Array], tuple[Array, tuple[Tree, Metrics]]]
 
 
 class State(NamedTuple):
-    """All that a run must remember. Arrays only: it can be jitted, vmapped, donated, sharded and saved as it is."""
+    """The complete state of a training: a tree of arrays that can be jitted, vmapped, donated, sharded and saved."""
 
     step: Array  # int32 [], or [S] under per_seed
     params: Tree
@@ -61,7 +61,7 @@ Step = Callable[[State, Batch], tuple[State, Metrics]]
 
 
 def init_state(key: Array, variables: Tree, tx: optax.GradientTransformation) -> State:
-    """A state at step 0 from what `module.init` returned, of one seed."""
+    """The state of one seed at step 0. `variables` is the result of `module.init`."""
     extra = {name: value for name, value in variables.items() if name != "params"}
     opt_state = jax.jit(tx.init)(variables["params"])  # one program, where eager zeros are one for each shape
     return State(jnp.zeros([], jnp.int32), variables["params"], extra, opt_state, key)
@@ -69,24 +69,25 @@ def init_state(key: Array, variables: Tree, tx: optax.GradientTransformation) ->
 
 @functools.partial(jax.jit, static_argnames="tx")  # compiled once for all the fits that share an optimiser
 def init_states(keys: Array, variables: Tree, tx: optax.GradientTransformation) -> State:
-    """States at step 0 of S seeds: keys [S], every leaf of `variables` and of the result [S, ...]."""
+    """The states of S seeds at step 0. `keys` are [S]; every leaf of `variables` and of the result is [S, ...]."""
     return jax.vmap(lambda key, variables: init_state(key, variables, tx))(keys, variables)
 
 
 def init_variables(model: Any, keys: Array, *inputs: Any) -> Tree:
-    """What `model.init(key, *inputs, train=False)` draws for each of S seeds: keys [S], every leaf [S, ...].
+    """The initial variables of S seeds, `model.init(key, *inputs, train=False)` for each of `keys` [S].
 
-    `inputs` are examples of what the model takes, such as `jnp.zeros((1, 28, 28, 1))`: their values do not matter.
+    Every leaf is [S, ...]. `inputs` are examples of the model's inputs, such as `jnp.zeros((1, 28, 28, 1))`; only their
+    shapes and types matter.
     """
     # Seed after seed: the same bits as side by side, and XLA compiles random numbers of one seed in half the time.
     return jax.jit(lambda keys: jax.lax.map(lambda key: model.init(key, *inputs, train=False), keys))(keys)
 
 
 def start(model: Any, tx: optax.GradientTransformation, key_init: Array, key: Array, *inputs: Any) -> State:
-    """States at step 0 of a Flax model for S seeds, every leaf [S, ...].
+    """The states of S seeds at step 0 for a Flax model. Every leaf is [S, ...].
 
-    `key_init` [S] draw the parameters, `key` [S] is the source of each seed's randomness in training; `inputs` as in
-    `init_variables`.
+    The keys `key_init` [S] draw the initial parameters, the keys `key` [S] all random numbers during training. `inputs`
+    are as in `init_variables`.
     """
     return init_states(key, init_variables(model, key_init, *inputs), tx)
 
@@ -165,12 +166,13 @@ def _is_real(x: Array) -> bool:
 
 
 def per_seed(step: Step, one_by_one: bool = False) -> Step:
-    """Trains states [S, ...] on batches [S, B, ...], a model for each seed, each on its own data.
+    """A step for S seeds: it takes states [S, ...] and batches [S, B, ...] and trains each seed on its own data.
 
-    All seeds are computed side by side (`jax.vmap`). With `one_by_one` a CPU computes one after the other
-    (`jax.lax.map`): this suits convolutions, which vmap turns into grouped ones, and models that fill the machine; and
-    it takes the memory of one seed's activations. Inside such a loop XLA's CPU backend is slow at the gradients of
-    convolutions that `models.ops` does not write as matrix products. Accelerators compute side by side either way.
+    By default all seeds are computed together with `jax.vmap`. With `one_by_one`, a CPU computes one seed after the
+    other with `jax.lax.map`. That is faster for convolutions, which vmap turns into grouped convolutions, and for
+    models that are large enough to use all cores, and it needs the activations of one seed only. Inside such a loop,
+    XLA's CPU backend is slow at gradients of convolutions that `models.ops` does not write as matrix products.
+    Accelerators use `jax.vmap` in both cases.
     """
     if not one_by_one:
         return jax.vmap(step)
@@ -181,9 +183,9 @@ def per_seed(step: Step, one_by_one: bool = False) -> Step:
 
 
 def holding(step: Callable[[Tree, State, Batch], tuple[State, Metrics]], tree: Tree) -> Step:
-    """The step `step(tree, state, batch)` with its first argument: a teacher's parameters, a large table.
+    """The step `(state, batch) -> step(tree, state, batch)`, where `tree` is for example a teacher's parameters.
 
-    Goes outermost. `fit` then passes the tree to the compiled program as an argument; an array that a function captures
-    is compiled into it as a constant.
+    `fit` passes `tree` to the compiled program as an argument, whereas an array that a function captures is compiled
+    into it as a constant. For this, `holding` has to be the outermost of the functions that make the step.
     """
     return jax.tree_util.Partial(step, tree)

@@ -1,4 +1,4 @@
-"""Batches as a pure function of the step: `Stream`, and one pass over a set. Never imports JAX."""
+"""Batches as a pure function of the step: `Stream`, and `epoch`, one pass over a data set. Never imports JAX."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,37 +14,32 @@ INDEX = "index"  # the column of a batch that points into a stream's records
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """Batches without end: `stream(step, rows)` gives rows `rows` of the global batch of `step`.
+    """An endless sequence of batches: `stream(step, rows)` gives the rows `rows` of the global batch of `step`.
 
-    There is no iterator, hence nothing to save: the same step gives the same batch at any time, on any process. A
+    A stream has no state, so there is nothing to save: a step gives the same batch at any time and on any process. Each
     process asks for its own rows only.
-
-    Attributes:
-      batch_size: rows of a global batch, B.
-      read: (step, rows) -> columns. Where the stream has `records`, a column `index` int [..., B] points into them.
-      axis: which axis the rows are: 0 in [B, ...], 1 in [S, B, ...] for S seeds.
-      records: the columns [N, ...] of a set in memory, which `fit` can keep on the device; None where `read` gives the
-        batch itself.
     """
 
-    batch_size: int
-    read: Callable[[int, slice], Columns]
-    axis: int = 0
-    records: Mapping[str, np.ndarray] | None = None
+    batch_size: int  # B, rows of a global batch
+    read: Callable[[int, slice], Columns]  # (step, rows) -> columns; `index` int [..., B] points into `records`
+    axis: int = 0  # of the rows: 0 in [B, ...], 1 in [S, B, ...] for S seeds
+    records: Mapping[str, np.ndarray] | None = (
+        None  # [N, ...], a set in memory; None where `read` gives the batch itself
+    )
 
     def __call__(self, step: int, rows: slice = ALL) -> Columns:
         batch = self.read(step, rows)
         return batch if self.records is None else gather(self.records, batch)
 
     def later(self, begin: int) -> "Stream":
-        """This stream from step `begin` on: the next stage of a training goes on in the data where one ended."""
+        """The stream whose step 0 is step `begin` of this one, for a stage of training that follows another."""
         return dataclasses.replace(self, read=lambda step, rows: self.read(begin + step, rows))
 
 
 def gather(records: Mapping, batch: Mapping) -> dict:
-    """The rows of `records` [N, ...] that batch["index"] names, beside the batch's other columns.
+    """The batch whose columns are the rows batch["index"] of `records` [N, ...] and the batch's other columns.
 
-    Works on NumPy arrays and, traced, on JAX's. Raises InputError where a column is in both.
+    Works on NumPy arrays and on traced JAX arrays. Raises InputError where the two have a column of the same name.
     """
     rest = {name: column for name, column in batch.items() if name != INDEX}
     clash = sorted(records.keys() & rest.keys())
@@ -54,13 +49,13 @@ def gather(records: Mapping, batch: Mapping) -> dict:
 
 
 def stacked(parts: Sequence[Mapping]) -> Columns:
-    """Batches side by side, along a new first axis."""
+    """Batches stacked along a new first axis."""
     return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
 
 
 @dataclasses.dataclass(frozen=True)
 class Epoch:
-    """The batches of one pass; may be iterated any number of times. See `epoch`."""
+    """The batches of one pass over a data set, as `epoch` gives them. It can be iterated more than once."""
 
     records: Mapping[str, np.ndarray]
     batch_size: int
@@ -79,11 +74,11 @@ class Epoch:
 
 
 def epoch(records: Mapping[str, np.ndarray], batch_size: int, rows: slice = ALL) -> Epoch:
-    """The batches of one pass in the set's own order, each with `mask` float32 [B]: 1 for an example, 0 for padding.
+    """The batches of one pass over `records` in their order, with a column `mask` float32 [B] that is 0 for padding.
 
-    Only the last batch is padded, with copies of the last example. `rows` is this process's part of each global batch:
-    every process gets the same number of batches. Raises InputError for no records, columns of different lengths, a
-    batch size below 1, rows outside the batch, and records that have a column `mask` already.
+    The last batch is padded with copies of the last example. `rows` are this process's rows of each global batch; every
+    process gets the same number of batches. Raises InputError for no records, columns of different lengths, a batch
+    size below 1, rows outside the batch, and records that have a column `mask` already.
     """
     check_batch(batch_size, rows)
     if "mask" in records:
@@ -93,7 +88,7 @@ def epoch(records: Mapping[str, np.ndarray], batch_size: int, rows: slice = ALL)
 
 
 def check_batch(batch_size: int, rows: slice = ALL) -> None:
-    """Raises InputError for a batch size below 1, or rows that select nothing of the batch."""
+    """Raises InputError for a batch size below 1, or where `rows` selects no row of the batch."""
     if batch_size < 1:
         raise InputError(f"batch size {batch_size}: expected 1 or more; use a positive --batch-size")
     if not range(batch_size)[rows]:
@@ -103,7 +98,7 @@ def check_batch(batch_size: int, rows: slice = ALL) -> None:
 
 
 def count(records: Mapping[str, np.ndarray]) -> int:
-    """How many examples there are. Raises InputError for none, and for columns of different lengths."""
+    """The number of examples. Raises InputError for no examples, and for columns of different lengths."""
     lengths = {name: len(column) for name, column in records.items()}
     if len(set(lengths.values())) > 1:
         raise InputError(f"columns of different lengths {lengths}, expected one row per example in each")

@@ -48,12 +48,9 @@ def export(
       path: is replaced if it exists.
       tolerance: the largest difference allowed.
 
-    Returns:
-      The difference. The first export of a process takes some seconds more: jax2onnx is slow to import.
-
-    Raises:
-      InputError: the difference exceeds `tolerance` (nothing is written), the examples do not share a batch axis, the
-        packages are missing, or the file cannot be written.
+    It returns the difference. The first export of a process takes some seconds more, because jax2onnx is slow to
+    import. Raises InputError where the difference exceeds `tolerance`, in which case nothing is written, where the
+    examples do not share a batch axis, where packages are missing, and where the file cannot be written.
     """
     try:
         import jax2onnx
@@ -81,9 +78,8 @@ def require() -> None:
 def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
     """The function in the ONNX file `path`, on the CPU: NumPy arrays [B, ...] -> one array, or a tuple of them.
 
-    Raises:
-      InputError: the file cannot be read or is not an ONNX model, or ONNX Runtime is missing. The function raises it
-        for inputs of other shapes or types.
+    Raises InputError where the file cannot be read or is not an ONNX model, and where ONNX Runtime is missing. The
+    function raises it for inputs of other shapes or types.
     """
     return _predictor(*_opened(path))
 

@@ -1,4 +1,4 @@
-"""Types that say what a field of a `Config` may hold, and the one place that checks them.
+"""Types for the fields of a `Config` that restrict their values, and `check`, which checks a config against them.
 
     @dataclasses.dataclass(frozen=True)
     class Config:
@@ -6,7 +6,7 @@
         hidden: tuple[Positive[int], ...] = (300, 100)  # units of each layer
         bits: Annotated[int, Between(2, 8)] = 8  # of a weight
 
-To a type checker a field is its plain type. `check` reads the rest; `launch` calls it before any work.
+For a type checker these are the plain types `float`, `int` and `tuple`. `launch` calls `check` before any work.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ class Between:
     open_high: bool = False
 
     def problem(self, value: Any) -> str:
-        """What was expected, where `value` is not it; else "". NaN is never it."""
+        """What is expected, in words, if `value` violates it, as NaN always does; else ""."""
         above = value > self.low if self.open_low else value >= self.low
         below = value < self.high if self.open_high else value <= self.high
         if above and below:
@@ -50,7 +50,7 @@ class Length:
     distinct: bool = False
 
     def problem(self, value: Any) -> str:
-        """What was expected, where `value` is not it; else ""."""
+        """What is expected, in words, if `value` violates it; else ""."""
         if len(value) < self.fewest:
             return f"{self.fewest} or more values"
         return "each value once" if self.distinct and len(set(value)) < len(value) else ""
@@ -58,14 +58,14 @@ class Length:
 
 Positive = Annotated[Number, Between(low=0, open_low=True)]
 NonNegative = Annotated[Number, Between(low=0)]
-Probability = Annotated[float, Between(0, 1, open_high=True)]  # 1 itself would drop all, or never forget
-Fraction = Annotated[float, Between(0, 1, open_low=True)]  # of something: all of it, not none
+Probability = Annotated[float, Between(0, 1, open_high=True)]  # at 1, dropout would drop everything
+Fraction = Annotated[float, Between(0, 1, open_low=True)]  # 0 would leave nothing
 Some = Annotated[tuple[T, ...], Length()]  # one value or more
 Distinct = Annotated[tuple[T, ...], Length(distinct=True)]
 
 
 def check(config: Any) -> None:
-    """Raises InputError, with the flag's name, for a field whose value its type does not allow."""
+    """Raises InputError, with the name of the flag, for a field with a value that its type does not allow."""
     for name, hint in get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name)
         for found, expected in _problems(value, hint):
@@ -74,7 +74,7 @@ def check(config: Any) -> None:
 
 
 def _problems(value: Any, hint: Any) -> Iterator[tuple[Any, str]]:
-    """(what is wrong, what was expected) of a value and of all that it holds."""
+    """(invalid value, what is expected) for `value` and, if it is a tuple, for its items."""
     if get_origin(hint) is Annotated:
         plain, *notes = get_args(hint)
         for note in notes:

@@ -1,4 +1,4 @@
-"""From a command line to a measured claim: `launch(main, PRESETS, CLAIMS)` ends every experiment's file."""
+"""The command line of an experiment: every experiment's file ends with `launch(main, PRESETS, CLAIMS)`."""
 
 import contextlib
 import dataclasses
@@ -40,7 +40,7 @@ Main = Callable[[Any, Run], Mapping[str, np.ndarray]]
 
 
 class Experiment(NamedTuple):
-    """What an experiment's file hands to `launch`."""
+    """The arguments that an experiment's file passes to `launch`."""
 
     main: Main
     presets: Mapping[str, Any]
@@ -85,9 +85,10 @@ class Common:
 
 
 def launch(main: Main, presets: Mapping[str, Any], claims: Sequence[Claim]) -> None:
-    """Parses the command line, calls `main(config, run)`, prints the table, writes result.json, exits.
+    """Parses the command line, calls `main(config, run)`, prints the table of results, writes result.json and exits.
 
-    Exit status: 0 done, 1 a crash, 2 bad input, 3 an applicable claim was missed, 143 pre-empted after saving.
+    The exit status is 0 after success, 1 after a crash, 2 for bad input, 3 where a claim that applies to this run was
+    missed, and 143 where the run was asked to end (SIGTERM) and has saved its state.
     """
     print_anything()
     preset, config, common = parse(sys.argv[1:], presets, inspect.getdoc(inspect.getmodule(main)) or "")
@@ -113,14 +114,14 @@ def launch(main: Main, presets: Mapping[str, Any], claims: Sequence[Claim]) -> N
 
 
 def set_folders(common: Common) -> None:
-    """Tells `data`, and processes that this one starts, where the flags say that things lie."""
+    """Sets the environment variables that `data` reads from the flags --data-dir and --cache-dir."""
     for variable, folder in {"TFDS_DATA_DIR": common.data_dir, "DL_JAX_CACHE_DIR": common.cache_dir}.items():
         if folder:
             os.environ[variable] = folder
 
 
 def leave(status: int, distributed: bool) -> None:
-    """Ends the process. A failing one of several must not wait for the others, who would wait for it."""
+    """Ends the process. If a process of several fails, it ends at once, as the others would wait for it in vain."""
     if distributed and status in (1, BAD_INPUT):
         sys.stderr.flush()
         os._exit(status)
@@ -157,7 +158,7 @@ def preset_of(arguments: Sequence[str], presets: Mapping[str, Any]) -> str:
 
 
 def run_experiment(experiment: Experiment, preset: str, config: Any, common: Common, distributed: bool) -> int:
-    """Runs `main` and records what it measured; gives the exit status."""
+    """Runs `main`, records what it measured, and returns the exit status."""
     for flag, value in {"--seeds": common.seeds, "--checkpoint-every": common.checkpoint_every}.items():
         if value < 1:
             raise InputError(f"{flag} {value}, expected 1 or more")
@@ -200,9 +201,10 @@ def run_experiment(experiment: Experiment, preset: str, config: Any, common: Com
 
 
 def keep(record: Mapping[str, Any], directory: epath.Path) -> None:
-    """Writes result.json, unless it says the same already, and the row in TensorBoard's table of hyper-parameters.
+    """Writes result.json and the run's row in TensorBoard's table of hyper-parameters.
 
-    A finished run that is called again takes no step: its record stays that of the attempt that measured.
+    A result.json with the same measurements stays as it is: if the command of a finished run is given again, no step is
+    taken, and the record is that of the attempt that measured.
     """
     result = directory / "result.json"
     before = read_json(result)  # None where it is damaged: it is then written anew
@@ -214,14 +216,14 @@ def keep(record: Mapping[str, Any], directory: epath.Path) -> None:
 
 
 def described(preset: str, config: Any, default: Any, claims: Sequence[Claim]) -> str:
-    """The preset's name, and what was changed in it: only the fields that a claim is given may vary freely."""
+    """The preset's name and the fields that flags have changed, except the fields in `given` of a claim."""
     given = {name for claim in claims for name in claim.given}
     changed = [name for name, value in vars(default).items() if name not in given and value != getattr(config, name)]
     return f"{preset}, changed: {', '.join(changed)}" if changed else preset
 
 
 def name_of(script: Path) -> str:
-    """vision/lenet for .../experiments/vision/lenet.py."""
+    """The experiment's name: "vision/lenet" for .../experiments/vision/lenet.py."""
     parts = script.with_suffix("").parts
     return "/".join(parts[parts.index("experiments") + 1 :] if "experiments" in parts else parts[-1:])
 
@@ -231,7 +233,7 @@ ALONE = ("--cluster", "--no-cluster", "--debug", "--no-debug")
 
 
 def command(experiment: str, arguments: Sequence[str]) -> str:
-    """The command that gives this result anywhere: without where things lie and who takes part."""
+    """The command without flags for folders and processes, so that it gives this result on any machine."""
     kept, skip = [], False
     for argument in arguments:
         flag = argument.split("=")[0].replace("_", "-")
@@ -242,17 +244,20 @@ def command(experiment: str, arguments: Sequence[str]) -> str:
 
 
 def preemption(distributed: bool) -> Callable[[int], bool]:
-    """step -> whether SIGTERM (or, of one process, Ctrl-C) has asked us to end, the same answer on every process."""
+    """A function from the step to whether SIGTERM, or with one process Ctrl-C, has asked the run to end.
+
+    It gives the same answer on every process.
+    """
     if distributed:  # JAX has its own handler there and agrees on a step
         from jax.experimental import multihost_utils
 
-        calls = itertools.count()  # of all fits: the processes agree on a number that must not start again
+        calls = itertools.count()  # over all fits, as the number must not start again at 0
         return lambda step: multihost_utils.reached_preemption_sync_point(next(calls))
     told: list[int] = []
 
     def note(number: int, frame: Any) -> None:
         told.append(number)
-        signal.signal(number, signal.SIG_DFL)  # told again, the process ends at once
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
 
     signal.signal(signal.SIGTERM, note)
     signal.signal(signal.SIGINT, note)
@@ -260,7 +265,7 @@ def preemption(distributed: bool) -> Callable[[int], bool]:
 
 
 def join_processes(common: Common) -> bool:
-    """Starts jax.distributed when flags or environment ask for it."""
+    """Starts jax.distributed if flags or environment variables ask for it, and returns whether they do."""
     coordinator = common.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     processes = common.processes or environment_int("JAX_NUM_PROCESSES")
     process_id = common.process_id if common.process_id is not None else environment_int("JAX_PROCESS_ID")

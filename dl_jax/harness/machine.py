@@ -1,4 +1,4 @@
-"""The machine a run is on: what it is set to, and what the record says of it."""
+"""The machine: settings that make runs faster, and its description for the record of a run."""
 
 import ctypes
 import importlib.metadata
@@ -18,7 +18,7 @@ from dl_jax.core.files import cache_folder
 
 
 def cache_programs() -> None:
-    """Keeps compiled programs on disk, small ones too: a second start is seconds faster."""
+    """Caches compiled programs on disk, small ones too, which makes a second start seconds faster."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -26,10 +26,10 @@ def cache_programs() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Stops glibc from handing every large temporary back to the kernel at each step: up to 1.9 times faster on CPU.
+    """Stops glibc from returning the memory of large temporaries to the kernel at each step.
 
-    Has to come before the first large allocation. The four settings are M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD and
-    M_ARENA_MAX of mallopt(3).
+    This makes steps on a CPU up to 1.9 times faster. It has to be called before the first large allocation. The four
+    settings are M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD and M_ARENA_MAX of mallopt(3).
     """
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
@@ -38,14 +38,14 @@ def keep_freed_memory() -> None:
 
 
 def print_anything() -> None:
-    """Lets stdout and stderr print every character: what their encoding lacks becomes a question mark."""
+    """Makes stdout and stderr print a question mark for a character that their encoding lacks, instead of raising."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
 def git_state(folder: Path) -> dict[str, Any]:
-    """The commit of the code, and whether it is all that ran."""
+    """{"commit", "clean"} of the repository of `folder`: clean means without uncommitted changes."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
@@ -58,13 +58,13 @@ def git_state(folder: Path) -> dict[str, Any]:
 
 
 def device() -> str:
-    """What computes: "8 x TPU v4", "1 x cpu (2 cores of Intel(R) Xeon(R) Processor @ 2.50GHz)"."""
+    """The devices in words: "8 x TPU v4", "1 x cpu (2 cores of Intel(R) Xeon(R) Processor @ 2.50GHz)"."""
     kind, n = jax.devices()[0].device_kind, jax.device_count()
     return f"{n} x {kind}" + (f" ({os.cpu_count()} cores of {processor()})" if kind == "cpu" else "")
 
 
 def processor() -> str:
-    """The CPU's name, as far as the system tells."""
+    """The name of the CPU, as the system gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -80,10 +80,11 @@ def versions() -> dict[str, str]:
 
 
 def initialize(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
-    """Joins the other processes. With three Nones the cluster (TPU pod, SLURM, Open MPI, Kubernetes) tells the rest.
+    """Joins the other processes of a distributed run.
 
-    A process that dies takes the others down within 45 seconds, where JAX's defaults take minutes. Raises InputError
-    where there is no cluster, or the numbers make no sense.
+    If all three arguments are None, they are asked of the cluster (TPU pod, SLURM, Open MPI, Kubernetes). When a
+    process dies, the others end within 45 seconds; with JAX's defaults this takes minutes. Raises InputError where no
+    cluster is found, or the arguments are not valid.
     """
     options: dict[str, Any] = {"heartbeat_timeout_seconds": 30, "shutdown_timeout_seconds": 30}
     try:

@@ -1,8 +1,8 @@
-"""A run: where one fit records itself, and from where it resumes.
+"""A run records one fit and resumes it.
 
     <workdir>/[child/...]  metrics.jsonl · TensorBoard events · checkpoints/
 
-Only process 0 writes text; all processes take part in checkpoints.
+Process 0 writes the text files; all processes take part in writing checkpoints.
 """
 
 import contextlib
@@ -33,31 +33,31 @@ PREEMPTED = 143  # 128 + SIGTERM, so that a supervisor restarts the run
 
 
 class Preempted(SystemExit):
-    """The run was told to end, and everything is saved."""
+    """The run was asked to end by a signal, and its state has been saved."""
 
     def __init__(self) -> None:
         super().__init__(PREEMPTED)
 
 
 def never(step: int) -> bool:
-    """No pre-emption."""
+    """Whether to end at `step`: no."""
     return False
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a run and its children have in common."""
+    """The settings that a run and its children share."""
 
     seeds: tuple[int, ...] = (0,)
     skip_nonfinite: bool = False
     checkpoint_every: int = 1000  # steps
     batch_size: int | None = None  # examples in a step
-    preempted: Callable[[int], bool] = never  # asked once after each step; the same answer on all processes
+    preempted: Callable[[int], bool] = never  # is called after each step, and says the same on all processes
 
     def __post_init__(self) -> None:
-        """Raises InputError for no seed, a seed twice, or one that is no unsigned number of 32 bits.
+        """Raises InputError where there is no seed, a seed occurs twice, or one is outside [0, 2^32).
 
-        JAX keeps the last 32 bits of a seed, so that a larger one would be another one's double.
+        JAX uses 32 bits of a seed, so a larger seed would give the same random numbers as a smaller one.
         """
         wrong = [seed for seed in self.seeds if not 0 <= seed < MOST_SEEDS]
         if wrong:
@@ -67,9 +67,9 @@ class Settings:
 
 
 class Run(Recorder):
-    """Holds one fit. A script with several fits gives each a child: `fit(..., run=run / "teacher")`.
+    """The record of one fit. A script with several fits gives each a child run: `fit(..., run=run / "teacher")`.
 
-    Without a directory it shows progress and keeps nothing.
+    Without a directory it shows the progress and keeps nothing.
     """
 
     def __init__(self, directory: epath.Path | None = None, settings: Settings = Settings(), name: str = "") -> None:
@@ -90,12 +90,12 @@ class Run(Recorder):
         return self.settings.seeds
 
     def keys(self, n: int) -> tuple[jax.Array, ...]:
-        """n independent typed PRNG keys of each seed: n arrays [S]."""
+        """n independent typed PRNG keys for each seed: n arrays [S]."""
         keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), n))(np.array(self.seeds))  # [S, n]
         return tuple(keys[:, i] for i in range(n))
 
     def __truediv__(self, name: str) -> "Run":
-        """The child of this name, in a folder of its own."""
+        """The child run of this name, whose folder is a subfolder of this run's."""
         if name not in self._children:
             directory = self.directory / name if self.directory else None
             self._children[name] = Run(directory, self.settings, f"{self.name}/{name}".lstrip("/"))
@@ -164,9 +164,11 @@ class Run(Recorder):
             self._progress = None
 
     def history(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """What the fit reported as `name`, in earlier attempts too: steps int [n], values float64 [n] or [n, S].
+        """All reported values of a metric: steps int [n] and values float64 [n], or [n, S] for S seeds.
 
-        What was not finite is NaN. Raises InputError if nothing of that name was reported.
+        `name` is a metric of the train step, such as "loss", or "watch/" and a measurement of `Watch`. The values
+        include those of earlier attempts at the same fit, and values that are not finite are NaN. Raises InputError
+        where no value of that name was reported.
         """
         found = [(step, metrics[name]) for step, metrics in self._reported if name in metrics]
         if not found:
@@ -182,25 +184,25 @@ class Run(Recorder):
         return f"the last good checkpoint is step {self._saved} in {self.directory}/checkpoints"
 
     def images(self, step: int, draw: Callable[[], Mapping[str, Any]]) -> None:
-        """Shows `draw() -> {name: images [N, H, W, C], uint8 or floats in [0, 1]}`, each on one sheet.
+        """Shows images in TensorBoard at `step`, and saves them as NAME.png in the run's folder.
 
-        In TensorBoard at `step`, and as NAME.png in the run's folder. `draw` is called on the first process, and only
-        where there is a folder.
+        `draw()` returns {name: images [N, H, W, C], uint8 or floats in [0, 1]}; the N images of a name are tiled into
+        one. It is called on the first process, and only if the run has a folder.
         """
         if self._keeps:
             for name, images in draw().items():
                 self._show(name, step, sheet_png(np.asarray(images)))
 
     def figure(self, name: str, step: int, draw: Callable[[], "Figure"]) -> None:
-        """Shows the Matplotlib figure `draw()`, as `images` does."""
+        """Shows the Matplotlib figure that `draw()` returns, in the same way as `images`."""
         if self._keeps:
             self._show(name, step, figure_png(draw()))
 
     def keep(self, name: str, content: Any) -> None:
-        """Leaves the file `name` in the run's folder, for people and for whoever loads the run.
+        """Writes the file `name` to the run's folder, for example a vocabulary that predictions will need.
 
-        `content` is a text, bytes, an array for NumPy's .npy format, or anything that JSON can hold: a vocabulary, a
-        mean. The first process writes it, where there is a folder. Raises InputError for what none of these is.
+        `content` is text, bytes, an array, which is written in NumPy's .npy format, or lists and dicts that JSON can
+        represent. The first process writes it, and only if the run has a folder. Raises InputError for other content.
         """
         if self._keeps:
             assert self.directory
@@ -219,7 +221,7 @@ class Run(Recorder):
         self.keep(f"{name}.png", png)
 
     def close(self) -> None:
-        """Ends what this run and its children still write."""
+        """Finishes all files of this run and of its children."""
         with contextlib.ExitStack() as stack:
             for end in (*self._children.values(), self._progress, self._lines, self._board, self._checkpoints):
                 if end:

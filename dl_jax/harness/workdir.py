@@ -1,4 +1,4 @@
-"""The folder of a run: ours alone while it runs, shared by its processes, and never another run's."""
+"""The folder of a run. One run at a time may use it, its processes share it, and no other run may continue in it."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ DEEPEST = 3  # levels of child runs: cell / seed and one more
 
 @contextlib.contextmanager
 def work_directory(workdir: str | None, identity: dict, script: Path, distributed: bool) -> Iterator[epath.Path | None]:
-    """The folder of this run, ours alone while it runs. Raises InputError where it cannot be used."""
+    """A context that holds the folder of this run, so that no other run uses it. Raises InputError where it cannot."""
     if workdir is None:
         yield None
         return
@@ -41,9 +41,9 @@ def work_directory(workdir: str | None, identity: dict, script: Path, distribute
 
 @contextlib.contextmanager
 def attempt(directory: epath.Path | None, code: Mapping[str, Any]) -> Iterator[Callable[[], list[dict[str, Any]]]]:
-    """Notes in attempts.json which commit works in this folder and, once it ends, for how many seconds.
+    """Records in attempts.json the commit that runs in this folder and, at the end, for how many seconds it ran.
 
-    Yields a function that gives all attempts so far, this one last; `seconds` is None for one that was killed.
+    Yields a function that returns all attempts so far, with this one last. `seconds` is None for a killed attempt.
     """
     began = time.perf_counter()
     file = directory / "attempts.json" if directory and jax.process_index() == 0 else None
@@ -65,7 +65,7 @@ def attempt(directory: epath.Path | None, code: Mapping[str, Any]) -> Iterator[C
 
 
 def earlier_attempts(file: epath.Path) -> list[dict[str, Any]]:
-    """The attempts that attempts.json lists. A damaged file stands for one of unknown code, hence not clean."""
+    """The attempts in attempts.json. A damaged file counts as one attempt of an unknown commit, which is not clean."""
     if not file.exists():
         return []
     found = read_json(file)
@@ -78,7 +78,7 @@ def earlier_attempts(file: epath.Path) -> list[dict[str, Any]]:
 
 
 def read_json(file: epath.Path) -> Any:
-    """What a file holds; None where that cannot be read."""
+    """The content of a JSON file; None where it cannot be read."""
     try:
         return json.loads(file.read_bytes())
     except (OSError, ValueError):
@@ -86,12 +86,12 @@ def read_json(file: epath.Path) -> Any:
 
 
 def write_json(file: epath.Path, content: Any) -> None:
-    """All of it or nothing."""
+    """Writes `content` as JSON. A kill leaves the old file or the new one."""
     write_whole(file, json.dumps(content, indent=2).encode() + b"\n")
 
 
 def require_writable(directory: epath.Path, workdir: str) -> None:
-    """Makes the folder; raises InputError where that is not ours to do."""
+    """Creates the folder. Raises InputError where it cannot be created or written."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / ".writable").write_text("")
@@ -105,7 +105,10 @@ def require_writable(directory: epath.Path, workdir: str) -> None:
 
 @contextlib.contextmanager
 def locked(directory: epath.Path, workdir: str) -> Iterator[None]:
-    """Holds the folder's lock, which ends with the process however that ends. Raises InputError where it is held."""
+    """A context that holds the folder's lock, which the system releases when the process ends.
+
+    Raises InputError where another process holds it.
+    """
     lock = filelock.FileLock(directory / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -118,7 +121,7 @@ def locked(directory: epath.Path, workdir: str) -> Iterator[None]:
 
 
 def claim_directory(directory: epath.Path, identity: dict, script: Path) -> None:
-    """Writes what this run is; raises InputError where the folder holds the fits of another one."""
+    """Writes config.json. Raises InputError where the folder holds a run with another config, preset or seeds."""
     config = directory / "config.json"
     wanted = json.loads(json.dumps(identity))
     if has_begun(directory):
@@ -128,28 +131,28 @@ def claim_directory(directory: epath.Path, identity: dict, script: Path) -> None
                 f"--workdir {directory} holds another run: {'; '.join(differing)}; use those values, or another folder"
             )
         return
-    (directory / "attempts.json").unlink(missing_ok=True)  # of a run that left nothing else
+    (directory / "attempts.json").unlink(missing_ok=True)  # of a run that ended before its first fit
     (directory / script.name).write_bytes(script.read_bytes())
     write_json(config, wanted)
 
 
 def has_begun(directory: epath.Path) -> bool:
-    """Whether a fit is recorded here. A run that ended before its first fit leaves nothing to lose."""
+    """Whether the folder holds the record of a fit. If not, another run may use it, as nothing is lost."""
     return any(any(directory.glob("*/" * depth + "metrics.jsonl")) for depth in range(DEEPEST + 1))
 
 
 def read_config(config: epath.Path) -> dict[str, Any]:
-    """What the run in this folder is. Raises InputError where that cannot be read."""
+    """The content of config.json. Raises InputError where it cannot be read."""
     try:
         return json.loads(config.read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{config} is missing or damaged ({error}), expected what the run is; restore it or use another folder"
+            f"{config} is missing or damaged ({error}), expected the run's config; restore it or use another folder"
         ) from error
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """The fields whose values differ: "batch_size is 128 there, 64 here"."""
+    """A phrase for each field that differs, such as "batch_size is 128 there, 64 here"."""
     lines = []
     for key in sorted({*found, *wanted}):
         there, here = found.get(key, "not set"), wanted.get(key, "not set")

@@ -404,7 +404,7 @@ def test_one_lost_seed_among_others_is_an_error():
         ),  # type: ignore[arg-type]
         ({"scan": 0}, "scan is 0"),
         ({"carried": ("carry",)}, r"carried names 'carry', expected collections of state.extra: \['counter'\]"),
-        ({"stop": optim.early_stopping("error", 1, mode="min")}, "a stop rule without a watch"),
+        ({"stop": optim.early_stopping("error", 1, mode="min")}, "stop is given without watch"),
     ],
 )
 def test_intervals_that_make_no_sense(wrong, expected):

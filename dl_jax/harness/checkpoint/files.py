@@ -1,12 +1,12 @@
-"""What lies in a directory of checkpoints: to list, verify, read, set aside and remove.
+"""The files of checkpoints: functions that list, verify, read, rename and remove them.
 
     <step>/state/           the leaves as plain nested dicts, in Orbax's format; typed PRNG keys as their key data
     <step>/meta/metadata    JSON {schema, step, metrics, best, leaves: {path: [crc32, shape, dtype]}, crc32}
-    damaged-<step>/         was skipped by a restore, and a newer save followed
+    damaged-<step>/         a checkpoint that a restore skipped, and after which a newer one was saved
 
-The digests are ours because Orbax gives bit-flipped array data back without a word; the meta's own is its `crc32`.
-Orbax writes, but arrays are read by TensorStore, the layer below it: where one leaf is damaged, Orbax's restore leaves
-the others' reads running, and each of them prints a traceback of its own.
+We keep digests because Orbax restores arrays with flipped bits without an error; the last `crc32` is the digest of the
+metadata. Orbax writes the arrays, but TensorStore, the layer below it, reads them: if one leaf is damaged, Orbax's
+restore leaves the reads of the others running, and each of them prints a traceback.
 """
 
 import json
@@ -30,18 +30,18 @@ SHOWN = 4  # differing leaves in a message
 
 
 class Valid(NamedTuple):
-    """A checkpoint of which every digest agreed."""
+    """A checkpoint whose digests all agree."""
 
     meta: Meta
     arrays: dict[str, np.ndarray]  # by path
 
 
 class Damaged(Exception):
-    """The message says what does not agree."""
+    """A checkpoint is damaged. The message says which part."""
 
 
 def orbax_writer() -> Any:
-    """An asynchronous Orbax checkpointer, made quiet: its errors arrive as exceptions, so their log is told twice."""
+    """An asynchronous Orbax checkpointer that does not log, because its errors arrive as exceptions too."""
     import orbax.checkpoint as ocp
 
     logging.getLogger("absl").addFilter(_speaks)  # once, however often it is added
@@ -50,19 +50,22 @@ def orbax_writer() -> Any:
 
 
 def orbax_parts(state: Tree, meta: Meta) -> Any:
-    """What that checkpointer takes."""
+    """The arguments for `save` of that checkpointer."""
     import orbax.checkpoint as ocp
 
     return ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(sealed(meta)))
 
 
 def absolute(directory: str) -> epath.Path:
-    """The path that Orbax wants: absolute, addresses such as gs://bucket/run as they are."""
+    """The path in the form that Orbax needs: absolute, or an address such as gs://bucket/run."""
     return epath.Path(absolute_path(directory))
 
 
 def prepare(root: epath.Path) -> None:
-    """Makes a directory that can be written, without remains. Raises OSError, or what object storage has for it."""
+    """Creates the directory and removes what a killed save left.
+
+    Raises OSError, or another error of object storage, where it cannot be written.
+    """
     root.mkdir(parents=True, exist_ok=True)
     (root / "writable").touch()
     (root / "writable").unlink()
@@ -70,7 +73,7 @@ def prepare(root: epath.Path) -> None:
 
 
 def tidy(root: epath.Path) -> None:
-    """Removes what a killed or failed save left, and brings back what it was to replace."""
+    """Removes what a killed or failed save left, and restores the checkpoint that it was to replace."""
     for path in _entries(root):
         if _is_unfinished(path):
             path.rmtree()
@@ -96,13 +99,13 @@ def set_aside(root: epath.Path, step: int, label: str) -> None:
 
 
 def steps(root: epath.Path) -> list[int]:
-    """The steps that were written to the end, newest first."""
+    """The steps of the complete checkpoints, newest first."""
     done = (path for path in _entries(root) if path.name.isdecimal() and path.is_dir() and not _is_unfinished(path))
     return sorted((int(path.name) for path in done), reverse=True)
 
 
 def metas(root: epath.Path) -> dict[int, Meta]:
-    """The meta of each step that has a valid one."""
+    """The metadata of each step whose metadata are valid."""
     found = {}
     for step in steps(root):
         try:
@@ -113,7 +116,7 @@ def metas(root: epath.Path) -> dict[int, Meta]:
 
 
 def best_of(candidates: Mapping[int, Meta], criterion: Sequence[str] | None) -> int | None:
-    """The step with the best metric, the newest of equals; None without a criterion or a value."""
+    """The step with the best metric, the newest of equally good ones; None without a criterion or a value."""
     if criterion is None:
         return None
     name, end = criterion
@@ -123,7 +126,7 @@ def best_of(candidates: Mapping[int, Meta], criterion: Sequence[str] | None) -> 
 
 
 def describe(step: int, leaves: Mapping[str, list], metrics: Mapping[str, float], best: Best | None) -> Meta:
-    """The meta of a checkpoint, of types that JSON gives back as they were."""
+    """The metadata of a checkpoint, in types that JSON preserves."""
     return {
         "schema": SCHEMA,
         "step": step,
@@ -134,24 +137,23 @@ def describe(step: int, leaves: Mapping[str, list], metrics: Mapping[str, float]
 
 
 def covers(meta: Meta, other: Meta) -> bool:
-    """Whether all that `other` describes is in the checkpoint of `meta`; never when a leaf has no digest."""
+    """Whether the checkpoint of `meta` has everything that `other` describes. False if a leaf has no digest."""
     same = meta["step"] == other["step"] and meta["leaves"] == other["leaves"]
     known = all(crc is not None for crc, *_ in other["leaves"].values())
     return same and known and other["metrics"].items() <= meta["metrics"].items()
 
 
 def sealed(meta: Meta) -> Meta:
-    """The meta with its own digest."""
+    """The metadata with their own digest."""
     return {**meta, "crc32": zlib.crc32(json.dumps(meta, sort_keys=True).encode())}
 
 
 def newest_valid(
     root: epath.Path, name: str, candidates: Iterable[int], model: Mapping[str, Spec] | None
 ) -> tuple[Valid | None, dict[int, str]]:
-    """The first valid one of `candidates`, and what is wrong with those before it.
+    """The first valid checkpoint of `candidates`, and {step: reason} of the damaged ones before it.
 
-    Raises:
-      InputError: it does not fit `model`, where one is given; found before its arrays are read.
+    Raises InputError, before any array is read, where its leaves are not those of `model`, if a model is given.
     """
     damage: dict[int, str] = {}
     for step in candidates:
@@ -165,7 +167,7 @@ def newest_valid(
 
 
 def read_meta(root: epath.Path, step: int) -> Meta:
-    """The meta of a step without its digest. Raises Damaged."""
+    """The metadata of a step, without their digest. Raises Damaged where they are not valid."""
     try:
         found = json.loads((root / str(step) / "meta" / "metadata").read_bytes())
         meta = {key: value for key, value in found.items() if key != "crc32"}
@@ -180,7 +182,7 @@ def read_meta(root: epath.Path, step: int) -> Meta:
 
 
 def reason(error: Exception) -> str:
-    """An exception in a few words, on one line."""
+    """The message of an exception, shortened to one line."""
     if "RESOURCE_EXHAUSTED" in str(error) or "No space left" in str(error):
         return "disk full"
     words = str(error).split(" [tensorstore_spec")[0].split()
@@ -204,7 +206,7 @@ def _check(meta: Meta, model: Mapping[str, Spec] | None, name: str) -> None:
 
 
 def _read_arrays(root: epath.Path, meta: Meta) -> dict[str, np.ndarray]:
-    """Every leaf as a host array. Raises Damaged."""
+    """{path: array} of all leaves, on the host. Raises Damaged where one is not valid."""
     import tensorstore
 
     state = root / str(meta["step"]) / "state"
@@ -225,7 +227,7 @@ def _read_arrays(root: epath.Path, meta: Meta) -> dict[str, np.ndarray]:
 
 
 def _location(state: epath.Path, path: str) -> dict[str, Any]:
-    """Where Orbax put a leaf, in TensorStore's words."""
+    """TensorStore's specification of the place where Orbax stores a leaf."""
     folder = f"{state.as_posix()}/"
     base = folder if "://" in folder else {"driver": "file", "path": folder}
     store = {"driver": "ocdbt", "base": base, "path": f"{path.replace('/', '.')}/"}
@@ -240,7 +242,7 @@ def _entries(root: epath.Path) -> list[epath.Path]:
 
 
 def _undo(replaced: epath.Path, place: epath.Path) -> None:
-    """Back to its place, unless the one that was to replace it is there."""
+    """Renames a checkpoint back, unless the save that was to replace it is complete."""
     if place.exists() and not _is_unfinished(place):
         replaced.rmtree()
     else:

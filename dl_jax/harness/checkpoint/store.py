@@ -1,8 +1,8 @@
-"""States to and from disk: asynchronous saves, and the newest valid checkpoint back.
+"""Saving states asynchronously, and restoring the newest valid checkpoint.
 
-A save is written by Orbax beside its place and then renamed into it, so a killed one leaves no checkpoint. Orbax's
-CheckpointManager is not used: it takes no step at or below the newest it sees, be that one damaged or not, and does
-not open over a damaged metrics file. `checkpoint_files` says what lies on disk.
+Orbax writes a checkpoint under a temporary name and then renames it, so a save that is killed leaves no checkpoint.
+Orbax's CheckpointManager is not used: it refuses a step at or below the newest one, even if that is damaged, and cannot
+open a folder with a damaged metrics file. `files` describes the files on disk.
 """
 
 import contextlib
@@ -22,18 +22,14 @@ from dl_jax.harness.checkpoint import files
 
 
 class Checkpoints:
-    """The checkpoints of one run: one directory, local or gs://, and one writer.
+    """The checkpoints of one run in a directory, local or gs://, to which no other process group writes.
 
-    The `keep` newest stay, and beside them the best by `best`: a metric's name and which end of it is good.
-    Under several processes every method is called by all of them, and process 0 decides.
+    The newest `keep` checkpoints are kept, and the best one by `best`, a metric's name and "min" or "max". With several
+    processes, all of them have to call every method; process 0 decides which checkpoint is restored.
     """
 
     def __init__(self, directory: str, *, keep: int = 2, best: Best | None = None):
-        """Makes the directory and clears away what a killed writer left.
-
-        Raises:
-          InputError: the directory cannot be written.
-        """
+        """Creates the directory and removes what a killed writer left. Raises InputError where it cannot be written."""
         self._name, self._root, self._keep, self._best = directory, files.absolute(directory), keep, best
         self._writer: Any = None  # made by the first save: importing Orbax takes a second
         self._finisher = ThreadPoolExecutor(1)
@@ -51,13 +47,11 @@ class Checkpoints:
     def save(self, step: int, tree: Tree, metrics: Mapping[str, float] = {}) -> None:
         """Starts to write the arrays of `tree`, which may be donated or overwritten as soon as this returns.
 
-        A step that this writer saved or restored last is replaced, unless nothing would change. Metrics that are not
-        finite are left out, so that they never make a checkpoint the best.
+        If `step` is the step that this writer saved or restored last, it is replaced, unless nothing would change.
+        Metrics that are not finite are left out, so they cannot make a checkpoint the best one.
 
-        Raises:
-          InputError: an earlier save failed, this one cannot start, or the directory holds a checkpoint as new as
-            `step` that this writer has not restored.
-          TypeError: a leaf is not an array.
+        Raises InputError where an earlier save failed, this one cannot start, or the directory holds a checkpoint of
+        this step or a later one that this writer has not restored; TypeError where a leaf is not an array.
         """
         self.wait()
         leaves = named(tree)
@@ -80,13 +74,12 @@ class Checkpoints:
         self._unfinished = self._finisher.submit(self._finish, step)
 
     def restore(self, like: Tree) -> tuple[int, Tree] | None:
-        """The newest valid checkpoint and its step, each leaf placed as `like`'s is; None if there is none.
+        """The step of the newest valid checkpoint and its tree; None if there is no valid checkpoint.
 
-        `like` holds arrays or `jax.ShapeDtypeStruct`s; numpy leaves come back as numpy. Damaged checkpoints are
-        skipped with a warning; the next save sets them aside as `damaged-<step>`.
-
-        Raises:
-          InputError: the newest readable checkpoint does not fit `like`, or was written by a newer dl_jax.
+        `like` is a tree of arrays or `jax.ShapeDtypeStruct`s; each leaf is placed on the same devices as in `like`, and
+        NumPy leaves stay NumPy. Damaged checkpoints are skipped with a warning, and the next save renames them to
+        `damaged-<step>`. Raises InputError where the newest valid checkpoint has other leaves than `like`, or was
+        written by a newer dl_jax.
         """
         self.wait()
         leaves = named(like)
@@ -101,17 +94,16 @@ class Checkpoints:
         return found.meta["step"], jax.tree.unflatten(jax.tree.structure(like), placed)
 
     def wait(self) -> None:
-        """Until the save under way is on disk and what it makes superfluous is removed.
+        """Waits until the current save is on disk and older checkpoints are removed.
 
-        Raises:
-          InputError: the save failed; the checkpoints before it are as they were.
+        Raises InputError where the save failed. Then the checkpoints before it are unchanged.
         """
         unfinished, self._unfinished = self._unfinished, None
         if unfinished is not None:
             unfinished.result()
 
     def close(self) -> None:
-        """Waits, then ends the writer's threads. A program that ends without it may lose the save under way."""
+        """Waits, then ends the writer's threads. A program that ends without calling it may lose the current save."""
         try:
             self.wait()
         finally:
@@ -120,7 +112,7 @@ class Checkpoints:
                 self._writer.close()
 
     def _finish(self, step: int) -> None:
-        """In a thread of its own, because object storage takes seconds to remove a checkpoint."""
+        """Ends a save, in a thread of its own because object storage takes seconds to remove a checkpoint."""
         try:
             self._writer.wait_until_finished()
         except Exception as error:  # TensorStore has no type of its own for, say, a full disk
@@ -134,7 +126,7 @@ class Checkpoints:
         return found
 
     def _agreed(self, model: Mapping[str, Spec]) -> files.Valid | None:
-        """What process 0 finds, read by every process."""
+        """The checkpoint that process 0 chooses, read by every process."""
         from jax.experimental import multihost_utils
 
         found, refusal = None, None
@@ -158,7 +150,7 @@ class Checkpoints:
         return found
 
     def _make_room(self, step: int) -> None:
-        """Sets aside what stands in the way of `step`."""
+        """Renames damaged checkpoints, and an older save of `step`. Raises InputError where a newer one exists."""
         for damaged in self._damaged.keys() & {*files.steps(self._root)}:  # but for what somebody removed by hand
             files.set_aside(self._root, damaged, "damaged")
         self._damaged = {}
@@ -183,13 +175,11 @@ class Checkpoints:
 
 
 def load(directory: str, step: int | None = None) -> tuple[int, Tree]:
-    """The newest valid checkpoint, or that of `step`, without a model; writes nothing.
+    """Reads the newest valid checkpoint, or that of `step`, without a model. It writes nothing.
 
-    Returns the step and plain nested dicts of numpy arrays: NamedTuples by field, tuples and lists by "0", "1" ...,
-    typed PRNG keys as their key data (uint32 [..., words]), nothing where the tree was None or empty.
-
-    Raises:
-      InputError: there is no such checkpoint, or none is valid.
+    The result is the step and nested dicts of NumPy arrays. NamedTuples become dicts by field, tuples and lists dicts
+    with the keys "0", "1" ..., and typed PRNG keys their key data (uint32 [..., words]); None and empty containers are
+    left out. Raises InputError where there is no such checkpoint, or none is valid.
     """
     root = files.absolute(directory)
     steps = files.steps(root)
@@ -205,9 +195,9 @@ def load(directory: str, step: int | None = None) -> tuple[int, Tree]:
 
 
 def best_step(directory: str) -> int | None:
-    """The step whose metric is best by the newest checkpoint's criterion; the newest of equals.
+    """The step of the checkpoint with the best metric, by the criterion in the newest checkpoint.
 
-    None if there is no criterion, or no checkpoint with a finite value of it.
+    Of equally good ones it is the newest. None if there is no criterion, or no checkpoint has a finite value of it.
     """
     metas = files.metas(files.absolute(directory))
     return files.best_of(metas, metas[max(metas)]["best"]) if metas else None

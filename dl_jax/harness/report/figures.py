@@ -1,4 +1,4 @@
-"""Figures of a run: the confusion matrix, a sheet of images, and both as PNG."""
+"""Figures of a run: confusion matrices, images tiled into one, and their encoding as PNG."""
 
 import io
 import math
@@ -47,7 +47,7 @@ def confusion_figure(counts: Any, class_names: Sequence[str]) -> "Figure":
 
 
 def image_sheet(images: Any) -> np.ndarray:
-    """`images` [N, H, W, C] side by side on one sheet, uint8 [rows * (H + 1) - 1, columns * (W + 1) - 1, 3].
+    """`images` [N, H, W, C] tiled into one image, uint8 [rows * (H + 1) - 1, columns * (W + 1) - 1, 3].
 
     C is 1 or 3; values are uint8 or floats in [0, 1] (what lies outside is clipped). Raises InputError otherwise.
     """

@@ -1,4 +1,4 @@
-"""What a person sees of a run: the progress bar and the final table, and the same text where output is a file."""
+"""The progress bar and the final table of a run, on a terminal and as plain text in a file."""
 
 import atexit
 import io
@@ -28,11 +28,10 @@ _COLOURS: dict[str, str] = dict(zip(VERDICTS, ("green", "cyan", "yellow", "bold 
 
 
 class Progress:
-    """Shows how far a fit is: a bar on a terminal, otherwise a line of text at the start, every 10 s and at the end.
+    """Shows the progress of a fit: a bar on a terminal, elsewhere a line at the start, every 10 s and at the end.
 
-    `update` may be called after every step; it does nothing but remember until the next drawing is due. The speed is
-    that of the last seconds and leaves out the time before the first update, which compiles. One bar at a time: close
-    one before the next is made.
+    `update` may be called after every step; it redraws only when that is due. The speed is that of the last seconds and
+    leaves out the time before the first update, in which the step is compiled. Close a bar before making the next one.
     """
 
     def __init__(
@@ -51,7 +50,7 @@ class Progress:
             atexit.register(self.close)  # the bar hides the cursor
 
     def update(self, step: int, values: Mapping[str, Any] | None = None) -> None:
-        """`step` steps are done; `values` are the newest metrics, scalars or [S], where there are new ones."""
+        """Reports that `step` steps are done. `values` are new metrics, scalars or [S], if there are any."""
         self._step, self._now = step, time.monotonic()
         if values:
             self._values = {**self._values, **values}
@@ -62,7 +61,7 @@ class Progress:
             self._draw(*self._marks[0], ends=False)
 
     def close(self) -> None:
-        """Draws the last state with the mean speed. A second call does nothing."""
+        """Draws the last state with the mean speed of the fit. A second call does nothing."""
         if self._first:
             self._draw(*self._first, ends=True)
             self._first = None
@@ -74,7 +73,7 @@ class Progress:
         parts = self._parts(self._now - since, self._step - since_step, ends)
         if self._bar:
             room = self._bar.console.width - len(self._label) - len("  ") - SHORTEST_BAR
-            for name in ("examples", "speed", "metrics"):  # on a narrow terminal the least telling go first
+            for name in ("examples", "speed", "metrics"):  # on a narrow terminal these are left out first
                 if len(SEPARATOR.join(parts.values())) > room:
                     parts.pop(name, None)
             text = SEPARATOR.join(parts.values())
@@ -134,9 +133,9 @@ def _duration(seconds: float) -> str:
 
 
 def print_table(result: Result, file: TextIO | None = None) -> None:
-    """Prints what was claimed and measured, and the verdicts.
+    """Prints a table of what was claimed, what was measured, and the verdicts.
 
-    In colour and fitted to the width on a terminal; elsewhere plain text, one line for each row however long.
+    On a terminal it is coloured and fits the width; elsewhere it is plain text with one line for each row.
     """
     from rich.console import Console
 
@@ -164,7 +163,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> "Table":
 
 
 def _narrow_table(rows: Sequence[Row], width: int) -> "Table":
-    """The paper stands under the metric and the tolerance under the claimed number, to fit 80 columns."""
+    """A table for 80 columns: the paper is below the metric, and the tolerance below the claimed number."""
     stacked = [
         (f"{metric}\n{paper}".rstrip(), f"{claimed.replace(' (', chr(10) + '(')}\n{tolerance}".rstrip(), measured, word)
         for metric, paper, claimed, measured, tolerance, word in rows

@@ -1,9 +1,9 @@
-"""What a run writes down as it goes: JSON lines for programs, TensorBoard for the browser.
+"""Writers of metrics: JSON lines, and TensorBoard event files.
 
 Values are scalars, or [S] with one number per seed. Paths are local or `gs://`. Objects in a bucket cannot be appended
-to, so there the file grows in a local temporary folder and is uploaded whole, every half minute and at `flush` and
-`close`: what came since the last upload is lost if the process is killed. Call `flush` before a checkpoint is saved,
-then a run that resumes from it misses nothing.
+to, so such a file grows in a local temporary folder and is uploaded as a whole every half minute and at `flush` and
+`close`. If the process is killed, the lines since the last upload are lost. Call `flush` before a checkpoint is saved,
+so that a run that resumes from it has all lines up to that step.
 """
 
 import json
@@ -28,7 +28,7 @@ SYNC_EVERY = 30.0  # seconds between uploads, and between flushes of TensorBoard
 
 
 class _Place:
-    """Where a file is written: at its path, or in a temporary folder from where it is uploaded to its path."""
+    """The local path of a file: its own path, or one in a temporary folder from which it is uploaded to a bucket."""
 
     def __init__(self, path: epath.Path) -> None:
         self._bucket = path if "://" in os.fspath(path) else None
@@ -53,8 +53,8 @@ class _Place:
 class JsonLines:
     """One JSON object a line: {"step": 100, "time": seconds since 1970, "loss": 0.3, "error": [0.1, 0.2], ...}.
 
-    What is not finite is null. Lines of steps after `resume_step`, which the run is about to repeat, and a line that a
-    kill has torn are removed first.
+    Values that are not finite are null. First, lines of steps after `resume_step`, which the run will repeat, and a
+    line that a kill has left incomplete are removed.
     """
 
     def __init__(self, path: epath.PathLike, resume_step: int) -> None:
@@ -86,7 +86,7 @@ class JsonLines:
 
 
 def read_lines(path: epath.PathLike, resume_step: int) -> list[dict[str, Any]]:
-    """The records that a `JsonLines` at `path` goes on from: those of steps up to `resume_step`."""
+    """The records in the file of a `JsonLines`, of steps up to `resume_step`."""
     path = epath.Path(path)
     return [json.loads(line) for line in _kept(path.read_bytes(), resume_step)] if path.exists() else []
 
@@ -96,7 +96,7 @@ def _kept(content: bytes, resume_step: int) -> list[bytes]:
 
 
 def _belongs(line: bytes, resume_step: int) -> bool:
-    """Whether `line` is whole and of a step that will not be repeated."""
+    """Whether `line` is complete and of a step that the run will not repeat."""
     try:
         return line.endswith(b"\n") and json.loads(line)["step"] <= resume_step
     except (ValueError, KeyError, TypeError):
@@ -141,9 +141,10 @@ class TensorBoard:
         self._add(step=resume_step + 1, session_log=log(status=log.START))
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        """A curve for every name; for values [S] one for each seed, such as `name/seed0`, and their mean, `name/mean`.
+        """Adds a point to the curve of each name.
 
-        NaN, where a metric had nothing to report, is left out.
+        Values [S] have a curve for each seed, such as `name/seed0`, and one for their mean, `name/mean`. NaN is left
+        out.
         """
         curves: dict[str, float] = {}
         for name, value in values.items():
