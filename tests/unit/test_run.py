@@ -85,7 +85,7 @@ def test_a_fit_of_other_seeds_is_not_gone_on_with(tmp_path, stopped):
         quadratic(run)
     with (
         contextlib.closing(Run(epath.Path(tmp_path))) as run,
-        pytest.raises(InputError, match="give the --seed and --seeds it was begun with"),
+        pytest.raises(InputError, match="give the --seed and --seeds that it was begun with"),
     ):
         quadratic(run, seed=1)
     with contextlib.closing(Run(epath.Path(tmp_path))) as run:
