@@ -1,4 +1,4 @@
-"""Importance weighting buys a VAE of MNIST two nats and more active units: 84.78 nats with k = 50, 86.76 without.
+"""Importance weighting (k = 50) lowers the NLL of a VAE on MNIST from 86.76 to 84.78 nats and activates more units.
 
 Burda, Grosse & Salakhutdinov 2016, "Importance Weighted Autoencoders", Table 1, one stochastic layer.
 
@@ -79,10 +79,12 @@ TABLE, DEEPER = "Table 1, MNIST, 1 stochastic layer", "Table 1, MNIST, 2 stochas
 NLL = {("VAE", 1): 86.76, ("VAE", 5): 86.47, ("VAE", 50): 86.35, ("IWAE", 5): 85.54, ("IWAE", 50): 84.78}
 NLL_DEEPER = {("VAE", 1): 85.33, ("VAE", 5): 85.01, ("VAE", 50): 84.78, ("IWAE", 5): 83.89, ("IWAE", 50): 82.90}
 ACTIVE = {("VAE", 1): 19, ("IWAE", 5): 22, ("IWAE", 50): 25}  # from memory of the paper
-QUOTED = "number as quoted beside an independent re-run, github.com/nbip/IWAE"
-RERUN = "the re-run that is quoted got 0.2 to 0.5 nats less than the paper in every cell"
-OWN = "our bound for the short schedule, of the paper's direction: declared before the run, no number of the paper's"
-EARLY = f"{OWN}; so early units have not been switched off yet: with k = 50 nearly all 50 are active, far more than 25"
+QUOTED = "The number is quoted beside an independent re-run, github.com/nbip/IWAE."
+RERUN = (
+    "The number is quoted beside an independent re-run, which got 0.2 to 0.5 nats less than the paper in every cell."
+)
+OWN = "The paper has no number for this short schedule; we declared before the run that the order is the paper's."
+EARLY = f"{OWN} So early, few units are inactive yet: with k = 50 nearly all 50 are active, far more than 25."
 claim = functools.partial(Claim, paper="Burda et al. 2016")
 nats = functools.partial(claim, unit="nats", tolerance=0.6)
 order = functools.partial(claim, locator=f"{TABLE}, order", preset="short", seeds=3, given={"dataset": "mnist"})
