@@ -55,7 +55,7 @@ def weighted_sum(terms: Mapping[str, tuple[float, Loss]]) -> Loss:
         values, collections, metrics = [], {}, {}
         for key_term, (name, (weight, loss)) in zip(jax.random.split(key, len(terms)), terms.items(), strict=True):
             value, (new, inner) = loss({**variables, **collections}, batch, key_term)
-            values.append(weight * value)
+            values.append(weight * at_least_float32(value))
             collections = {**collections, **new}
             metrics |= {name: value, **{f"{name}/{k}": v for k, v in inner.items()}}
         return sum(values[1:], values[0]), (collections, metrics)
@@ -89,6 +89,7 @@ def elastic_net(loss: Loss, l1: float, l2: float, where: Where = is_kernel) -> L
 
     def penalised(variables: Tree, batch: Batch, key: Array) -> tuple[Array, tuple[Tree, Metrics]]:
         value, aux = loss(variables, batch, key)
+        value = at_least_float32(value)
         params = variables["params"]
         pairs = zip(jax.tree.leaves(params), jax.tree.leaves(chosen(params, where)), strict=True)
         weights = [at_least_float32(w) for w, yes in pairs if yes]
