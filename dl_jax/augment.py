@@ -1,11 +1,11 @@
 """Augmentations: (key, batch) -> batch, on the device, inside the jitted step.
 
 Each function here takes hyper-parameters and returns an augmentation of `batch["image"]`, float32 [B, H, W, C] with
-values in [0, 1]; the other columns pass untouched. What moves the image moves nothing else, and so refuses a batch
-with a column that lies in the image's coordinates, such as boxes: see `_moving`. Every example has draws of its own, and they depend on nothing but
-the key and the example's position in the global batch: how many devices or hosts share the batch changes nothing, and
-no device needs another's rows. All but `noise` keep the values in [0, 1]. What moves out of the image is lost, what
-moves in is 0.
+values in [0, 1]; the other columns pass untouched. What moves the image moves nothing else, and so refuses a batch with
+a column that lies in the image's coordinates, such as boxes: see `_moving`. Every example has draws of its own, and
+they depend on nothing but the key and the example's position in the global batch: how many devices or hosts share the
+batch changes nothing, and no device needs another's rows. All but `noise` keep the values in [0, 1]. What moves out of
+the image is lost, what moves in is 0.
 
 A hyper-parameter that is drawn is an interval `(low, high)`, and the draw is uniform in it; `(v, v)` is always v.
 Hyper-parameters that make no sense raise `InputError`, those that depend on the image's size when it is first seen.

@@ -71,7 +71,8 @@ def fewest_errors(logits: np.ndarray, group: np.ndarray, labels: np.ndarray) -> 
     Only for numbers that were published so: it is tuned on what it is tested on. Exact, by going through all biases
     that make a difference.
     """
-    best = lambda classes: np.where(classes, _wide(logits), -np.inf).argmax(1) == labels  # [N], right if the group wins or not
+    logits = _wide(logits)
+    best = lambda classes: np.where(classes, logits, -np.inf).argmax(1) == labels  # [N], right if the group wins or not
     right_inside, right_outside = best(group), best(~group)
     led = margins(logits, group)
     order = led.argsort()  # a rising bias turns example after example to the group, those of one margin together

@@ -47,7 +47,8 @@ def fake(bits: int, where: Where = is_kernel) -> Callable[[Tree], Tree]:
     """params -> `dequantize(quantize(params, bits, where))`, to the bit, with the gradient of the identity.
 
     So the weights are float32 or better, on the grid also where the parameters are too coarse for it; the gradient has
-    the parameters' type. For `losses.with_params`. Raises InputError for bits outside 1 .. 8 and, when called, where `where` chooses nothing.
+    the parameters' type. For `losses.with_params`. Raises InputError for bits outside 1 .. 8 and, when called, where
+    `where` chooses nothing.
     """
     require_bits(bits)
 
@@ -218,8 +219,8 @@ def rounded(x: Array, bounds: Range, bits: int) -> Array:
     """x on 2^bits equal steps over `bounds`, widened to hold 0 and shifted so that 0 is exact; clipped to them.
 
     The gradient is that of the identity, and 0 where x was clipped (Jacob et al. 2018, equation 12 and section 3.1).
-    Reckoned in float32 or better; of the type of x, or float32 where x is integer. Bounds that are NaN or infinite give NaN, no plausible number.
-    Raises InputError for bits outside 1 .. 8.
+    Reckoned in float32 or better; of the type of x, or float32 where x is integer. Bounds that are NaN or infinite give
+    NaN, no plausible number. Raises InputError for bits outside 1 .. 8.
     """
     require_bits(bits)
     levels = 2**bits - 1

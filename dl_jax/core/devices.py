@@ -101,8 +101,8 @@ def _numeric(tree: Tree) -> Tree:
              for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}  # fmt: skip
     name, kind = next((name, kind) for name, kind in found.items() if kind)
     raise InputError(
-        f"column {name!r} is {kind}, expected numbers, which devices hold; encode it as integers, such as ids, or leave "
-        "the column out"
+        f"column {name!r} is {kind}, expected numbers, which devices hold; encode it as integers, such as ids, or "
+        "leave the column out"
     )
 
 

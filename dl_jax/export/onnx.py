@@ -97,8 +97,8 @@ def quantized(
     Their weights are symmetric and scaled per output channel; their inputs and outputs are unsigned and scaled per
     tensor to the range that they take on `batches`. Everything else stays in float, with conversions around it that a
     runtime fuses where it can (the QDQ format). What the model loses has to be measured, on the machine that will run
-    it: an x86 CPU without VNNI saturates sums of large products. What runs inside a loop, as a recurrent layer's kernels
-    do, stays in float too.
+    it: an x86 CPU without VNNI saturates sums of large products. What runs inside a loop, as a recurrent layer's
+    kernels do, stays in float too.
 
     Args:
       path: a model as `export` writes it.
@@ -106,8 +106,8 @@ def quantized(
       out: is replaced if it exists; may be `path`.
 
     Raises:
-      InputError: there are no batches, they do not fit the model or are not finite, `path` is not an ONNX model, a package is missing,
-        fewer than half of the weights became int8 (nothing is written), or `out` cannot be written.
+      InputError: there are no batches, they do not fit the model or are not finite, `path` is not an ONNX model, a
+        package is missing, fewer than half of the weights became int8 (nothing is written), or `out` cannot be written.
     """
     _, expected = _opened(path)
     feeds = [_named(expected, batch) for batch in batches]
@@ -118,8 +118,8 @@ def quantized(
     for i, (name, array) in ((i, each) for i, feed in enumerate(feeds) for each in feed.items()):
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise InputError(
-                f"input {name} of batch {i} of the calibration set has NaN or infinite values, expected finite numbers, "
-                "which have a range; leave these examples out"
+                f"input {name} of batch {i} of the calibration set has NaN or infinite values, expected finite "
+                "numbers, which have a range; leave these examples out"
             )
     try:
         import onnx

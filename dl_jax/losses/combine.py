@@ -36,7 +36,8 @@ def with_batch(loss: Loss, f: Callable[[Array, Batch], Batch]) -> Loss:
 def label_smoothing(loss: Loss, classes: int, smoothing: float) -> Loss:
     """`loss` sees batch["label"] as probabilities [B, ..., C], by `smooth_labels`, instead of integers [B, ...].
 
-    `loss` then calls `soft_cross_entropy`, as `classify.loss` does; the true label is still `batch["label"].argmax(-1)`.
+    `loss` then calls `soft_cross_entropy`, as `classify.loss` does; the true label is still
+    `batch["label"].argmax(-1)`.
     """
     return with_batch(loss, lambda key, batch: {**batch, "label": smooth_labels(batch["label"], classes, smoothing)})
 
