@@ -88,7 +88,8 @@ def _integers(w: Array, bits: int) -> Quantized:
         return Quantized(jnp.where(w < 0, -1, 1).astype(jnp.int8), jnp.abs(w).mean(axes, keepdims=True))
     end, _ = _grid(bits)
     # Not a division: XLA turns one by a constant into a product, and compiled code would differ in the last bit.
-    scale = jnp.abs(w).max(axes, keepdims=True) * w.dtype.type(1 / end)
+    nan = jnp.isnan(w).any(axes, keepdims=True)
+    scale = jnp.where(nan, jnp.nan, jnp.abs(w).max(axes, keepdims=True)) * w.dtype.type(1 / end)
     steps = jnp.round(w / jnp.where(scale > 0, scale, 1))
     return Quantized(jnp.clip(steps, -end, end).astype(jnp.int8), scale)
 
@@ -148,7 +149,7 @@ def calibrate(apply: Callable[[Tree, Batch], Any], variables: Tree, batches: Ite
     ranges: dict[str, Range] | None = None
     for batch in batches:
         found = seen(variables, batch)
-        ranges = {path: _union([ranges[path], found[path]]) for path in found} if ranges else found
+        ranges = {path: _union(ranges[path], found[path]) for path in found} if ranges else found
     if ranges is None:
         raise InputError("calibrate: no batches, expected at least one; give some of the training set")
     return _finite(ranges)
@@ -182,11 +183,15 @@ def _finite_seeds(seeds: int, mapped: Any, ranges: dict[str, Range]) -> tuple[An
 
 
 def _range(xs: list[Array]) -> Range:
-    return _union([Range(at_least_float32(x.min()), at_least_float32(x.max())) for x in xs])
+    def ends(x: Array) -> Range:
+        nan = jnp.isnan(x).any()  # XLA's minima and maxima on a CPU pass over some
+        return Range(jnp.where(nan, jnp.nan, x.min()), jnp.where(nan, jnp.nan, x.max()))
+
+    return functools.reduce(_union, [ends(at_least_float32(x)) for x in xs])
 
 
-def _union(ranges: list[Range]) -> Range:
-    return Range(jnp.stack([r.low for r in ranges]).min(0), jnp.stack([r.high for r in ranges]).max(0))
+def _union(a: Range, b: Range) -> Range:
+    return Range(jnp.minimum(a.low, b.low), jnp.maximum(a.high, b.high))
 
 
 def with_activations(function: Callable[..., Any], bits: int) -> Callable[..., Any]:
