@@ -243,6 +243,18 @@ def test_lengths_of_another_shape_or_kind_are_refused(lengths):
             jax.jit(functools.partial(model.apply, train=False))(variables, x, each)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8])
+def test_lengths_and_tokens_of_small_integer_types(dtype):
+    """300 steps and 300 tokens are more than either type holds."""
+    lengths = np.array([1, 100, 127], dtype)
+    valid = rnn._valid(lengths, 3, 300)[..., 0]  # [T, B]
+    np.testing.assert_array_equal(valid, np.arange(300)[:, None] < lengths.astype(int))
+    model, tokens = SequenceClassifier(300, classes=2, embedding=3, hidden=2), lengths[:, None]
+    variables = drawn(model, tokens, train=False)
+    apply = jit(lambda tokens: model.apply(variables, tokens, train=False))
+    np.testing.assert_array_equal(apply(tokens), apply(tokens.astype(np.int32)))
+
+
 def test_unknown_lengths_beyond_the_padding_count_as_its_end():
     model = Recurrent(GRU, 5, bidirectional=True)
     variables = weights(model)
