@@ -1,16 +1,18 @@
 """Augmentations: (key, batch) -> batch, on the device, inside the jitted step.
 
 Each function here takes hyper-parameters and returns an augmentation of `batch["image"]`, float32 [B, H, W, C] with
-values in [0, 1]; the other columns pass untouched. Every example has draws of its own, and they depend on nothing but
-the key and the example's position in the global batch: how many devices or hosts share the batch changes nothing, and
-no device needs another's rows. All but `noise` keep the values in [0, 1]. What moves out of the image is lost, what
-moves in is 0.
+values in [0, 1]; the other columns pass untouched. What moves the image moves nothing else, and so refuses a batch with
+a column that lies in the image's coordinates, such as boxes: see `_moving`. Every example has draws of its own, and
+they depend on nothing but the key and the example's position in the global batch: how many devices or hosts share the
+batch changes nothing, and no device needs another's rows. All but `noise` keep the values in [0, 1]. What moves out of
+the image is lost, what moves in is 0.
 
 A hyper-parameter that is drawn is an interval `(low, high)`, and the draw is uniform in it; `(v, v)` is always v.
 Hyper-parameters that make no sense raise `InputError`, those that depend on the image's size when it is first seen.
 """
 
 import math
+import re
 from collections.abc import Callable
 
 import jax
@@ -22,6 +24,9 @@ from dl_jax.core.step import Array, Batch
 Augmentation = Callable[[Array, Batch], Batch]
 Interval = tuple[float, float]
 
+# Words in the names of columns that hold places in the image, as those of TFDS do: "objects/bbox", "gt_boxes".
+PLACES = {"bbox", "bboxes", "box", "boxes", "keypoint", "keypoints", "landmark", "landmarks", "polygon", "polygons"}
+MASKS = {"mask", "masks", "segmentation"}  # where the column has two axes or more beside the batch's
 REC601 = (0.299, 0.587, 0.114)  # luminance of red, green and blue
 
 
@@ -47,7 +52,7 @@ def flip() -> Augmentation:
         flipped = jax.random.bernoulli(key, 0.5, (len(images), 1, 1, 1))
         return jnp.where(flipped, images[:, :, ::-1], images)
 
-    return _on_images(transform)
+    return _moving(transform)
 
 
 def pad_and_crop(padding: int) -> Augmentation:
@@ -68,7 +73,7 @@ def pad_and_crop(padding: int) -> Augmentation:
         # A slice per example: on a CPU faster than a gather with index arithmetic.
         return jax.vmap(lambda image, at: jax.lax.dynamic_slice(image, (at[0], at[1], 0), (h, w, c)))(padded, corners)
 
-    return _on_images(transform)
+    return _moving(transform)
 
 
 def affine(
@@ -102,7 +107,7 @@ def affine(
         draws = jax.random.uniform(key, (len(images), len(intervals)), minval=low, maxval=high)
         return resample(images, _source_of(*draws.T))
 
-    return _on_images(transform)
+    return _moving(transform)
 
 
 def rotate(degrees: Interval) -> Augmentation:
@@ -261,7 +266,8 @@ def cutout(size: int) -> Augmentation:
 
     Its centre is any pixel, so that part of the square may lie outside (DeVries and Taylor 2017, Improved
     regularization of convolutional neural networks with cutout, section 3.2). 0 is the data's mean in the paper, whose
-    images are normalised first: compose it after the normalisation to follow them.
+    images are normalised first: compose it after the normalisation to follow them. What it hides stays where it is, so
+    that boxes and masks pass untouched.
     """
     if size < 1:
         raise InputError(f"size={size}: expected the square's side in pixels, 1 or more")
@@ -289,6 +295,28 @@ def _on_images(transform: Callable[[Array, Array], Array]) -> Augmentation:
                 "convert and scale them first"
             )
         return {**batch, "image": transform(key, jnp.asarray(images))}
+
+    return augment
+
+
+def _moving(transform: Callable[[Array, Array], Array]) -> Augmentation:
+    """`_on_images` for a change of geometry, which would leave what lies in the image's coordinates behind.
+
+    Raises InputError for such a column: one of `PLACES` is a word of its name, or one of `MASKS` and it has two axes
+    beside the batch's, or axes 1 and 2 are the image's height and width, as of a mask, a depth map or a second image.
+    """
+
+    def augment(key: Array, batch: Batch) -> Batch:
+        size = batch["image"].shape[1:3]
+        for path, leaf in jax.tree_util.tree_leaves_with_path({**batch, "image": None}):
+            name, shape = jax.tree_util.keystr(path, simple=True, separator="/"), jnp.shape(leaf)
+            words = set(re.split(r"[^a-z]+", name.lower()))
+            if words & PLACES or (words & MASKS and len(shape) > 2) or (len(shape) > 2 and shape[1:3] == size):
+                raise InputError(
+                    f"column {name!r} {shape} lies in the coordinates of the image {size}, which this augmentation "
+                    "moves, expected none such; leave it out of the batch, or move both in an augmentation of your own"
+                )
+        return _on_images(transform)(key, batch)
 
     return augment
 

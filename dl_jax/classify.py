@@ -4,6 +4,7 @@
 `image`, uint8 as the sets do or float as augmentations leave it, and `label`.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -26,19 +27,46 @@ def unit(key: Array, batch: Batch) -> Batch:
     return {**batch, "image": to_unit(batch["image"])}
 
 
+def in_training(apply: Callable[..., Any], variables: Tree, batch: Batch, key: Array) -> tuple[Array, Tree]:
+    """Logits [B, C] of a batch in training, and the collections that `apply` changed, such as batch statistics.
+
+    All collections but `params` may change where `apply` takes `mutable`, as a module's does. A pure function without
+    it changes none, and neither does a network that has none.
+    """
+    settings: dict[str, Any] = {"train": True, "rngs": {"dropout": key}}
+    others = [name for name in variables if name != "params"]
+    if not others or not _takes_mutable(apply):
+        return apply(variables, to_unit(batch["image"]), **settings), {}
+    return apply(variables, to_unit(batch["image"]), **settings, mutable=others)
+
+
+def _takes_mutable(apply: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(apply).parameters
+    return "mutable" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+
+
 def loss(apply: Callable[..., Any]) -> Loss:
-    """Mean cross-entropy in nats; the metric `error` is the fraction of the batch that is misread."""
+    """Mean cross-entropy in nats; the metric `error` is the fraction of the batch that is misread.
+
+    batch["label"] are class numbers int [B], or probabilities float [B, C] as label smoothing and mixtures of images
+    give them, whose largest then is the right class. The collections that a network changes, such as batch statistics,
+    are returned (`in_training`). Raises InputError where labels and logits do not fit.
+    """
 
     def cross_entropy(variables: Tree, batch: Batch, key: Array):
-        logits = apply(variables, to_unit(batch["image"]), train=True, rngs={"dropout": key})
-        error = (logits.argmax(-1) != batch["label"]).mean()
-        return losses.cross_entropy(logits, batch["label"]).mean(), ({}, {"error": error})
+        logits, collections = in_training(apply, variables, batch, key)
+        label = batch["label"]
+        if jnp.issubdtype(label.dtype, jnp.floating):
+            values, label = losses.soft_cross_entropy(logits, label), label.argmax(-1)
+        else:
+            values = losses.cross_entropy(logits, label)
+        return values.mean(), (collections, {"error": (logits.argmax(-1) != label).mean()})
 
     return cross_entropy
 
 
 def evaluation(apply: Callable[..., Any]) -> Evaluation:
-    """For `core.evaluate.evaluator`: `error`, a fraction, and `nats`, the mean cross-entropy."""
+    """For `core.evaluate.evaluator`: `error`, a fraction, and `nats`, the mean cross-entropy. Changes no collection."""
 
     def evaluate(variables: Tree, batch: Batch, key: Array) -> dict[str, tuple[Array, Array]]:
         given = apply(variables, to_unit(batch["image"]), train=False), batch["label"], batch["mask"]

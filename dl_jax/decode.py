@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from dl_jax.core.errors import InputError
 from dl_jax.core.step import Array, Tree
+from dl_jax.losses.inputs import at_least_float32
 
 TINY = float(jnp.finfo(jnp.float32).tiny)  # compiled code takes smaller numbers for 0
 Choose = Callable[[Array, Array], Array]  # (key, logits [B, V]) -> tokens int32 [B]
@@ -18,7 +19,7 @@ Choose = Callable[[Array, Array], Array]  # (key, logits [B, V]) -> tokens int32
 
 def draw(key: Array, logits: Array) -> Array:  # [..., V] -> int32 [...]
     """A token from softmax(logits)."""
-    return jax.random.categorical(key, logits.astype(jnp.float32)).astype(jnp.int32)
+    return jax.random.categorical(key, at_least_float32(logits)).astype(jnp.int32)
 
 
 def greedy(logits: Array) -> Array:  # [..., V] -> int32 [...]
@@ -33,7 +34,7 @@ def temperature(logits: Array, t: float) -> Array:
     """
     if not TINY <= t < float("inf"):
         raise InputError(f"temperature is {t}, expected {TINY:.2g} or more; use sample.greedy for the limit at 0")
-    logits = logits.astype(jnp.float32)
+    logits = at_least_float32(logits)
     return (logits - logits.max(-1, keepdims=True)) / t  # the largest stays 0, however small t is
 
 
@@ -58,7 +59,7 @@ def nucleus(logits: Array, p: float) -> Array:
     if p == 1:
         return logits  # all of them: a float32 sum may reach 1 before the last
     ranks = _ranks(logits)
-    probabilities = jax.nn.softmax(logits.astype(jnp.float32))
+    probabilities = jax.nn.softmax(at_least_float32(logits))
     ranked = -jnp.sort(-probabilities)
     before = jnp.cumsum(ranked, -1) - ranked  # of all larger ones
     return jnp.where(jnp.take_along_axis(before, ranks, -1) < p, logits, -jnp.inf)

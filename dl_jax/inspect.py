@@ -1,5 +1,7 @@
 """The inputs of a model's layers, from outside: seen or changed without a hook in the model."""
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +14,7 @@ Function = Callable[..., Any]
 
 
 def with_inputs(function: Function, f: Callable[[str, jax.Array], jax.Array]) -> Function:
-    """`function`, in which each layer with a kernel gets f(path, x) in place of its input x.
+    """`function`, in which each layer with a kernel gets f(path, x) in place of its input x, its first argument.
 
     `function` is whatever calls `module.apply` in its turn: that method itself, a loss, a metric. The path names the
     layer as its parameters do: "Dense_0", "encoder/Conv_1". A layer that runs twice gets f twice, with one path.
@@ -24,6 +26,7 @@ def with_inputs(function: Function, f: Callable[[str, jax.Array], jax.Array]) ->
     Raises InputError, when called, where no layer is met: none has a kernel, or a jitted `apply` was compiled before.
     """
 
+    @functools.wraps(function)
     def intercepted(*args: Any, **kwargs: Any) -> Any:
         met = []
 
@@ -31,9 +34,15 @@ def with_inputs(function: Function, f: Callable[[str, jax.Array], jax.Array]) ->
             layer = context.module
             if context.method_name != "__call__" or not _applies_a_kernel(layer):
                 return next_function(*args, **kwargs)
-            path = "/".join(layer.path)
+            path, name = "/".join(layer.path), next(iter(inspect.signature(layer.__call__).parameters), None)
+            if args:
+                args = (f(path, args[0]), *args[1:])
+            elif name in kwargs:
+                kwargs = {**kwargs, name: f(path, kwargs[name])}
+            else:  # it takes no input, or was given none
+                return next_function(*args, **kwargs)
             met.append(path)
-            return next_function(f(path, args[0]), *args[1:], **kwargs)
+            return next_function(*args, **kwargs)
 
         with nn.intercept_methods(change):
             result = function(*args, **kwargs)

@@ -11,6 +11,7 @@ import numpy as np
 from dl_jax import losses
 from dl_jax.core.errors import InputError
 from dl_jax.core.step import Array
+from dl_jax.losses.inputs import at_least_float32, class_numbers
 
 
 def masked(values: Array, mask: Array) -> tuple[Array, Array]:  # [B, ...], [B] or [B, ...] -> [], []
@@ -21,7 +22,7 @@ def masked(values: Array, mask: Array) -> tuple[Array, Array]:  # [B, ...], [B] 
     is not the beginning of the values' shape.
     """
     weights = _weights(mask, values.shape)
-    return jnp.sum(jnp.where(weights == 0, 0, values * weights), dtype=jnp.float32), jnp.sum(weights)
+    return jnp.sum(jnp.where(weights == 0, 0, at_least_float32(values) * weights)), jnp.sum(weights)
 
 
 def accuracy(logits: Array, labels: Array, mask: Array) -> tuple[Array, Array]:  # [B, ..., C], int [B, ...], mask
@@ -69,15 +70,15 @@ def confusion_matrix(logits: Array, labels: Array, mask: Array) -> tuple[Array, 
     """
     losses.require_labels("confusion_matrix", logits, labels)
     classes, weights = logits.shape[-1], _weights(mask, labels.shape)
-    rows = jax.nn.one_hot(labels.ravel(), classes) * weights.reshape(-1, 1)  # [N, C]
+    rows = jax.nn.one_hot(class_numbers(labels, classes).ravel(), classes) * weights.reshape(-1, 1)  # [N, C]
     columns = jax.nn.one_hot(logits.argmax(-1).ravel(), classes)  # [N, C]
     return jnp.matmul(rows.T, columns, precision=jax.lax.Precision.HIGHEST), jnp.sum(weights).reshape(1, 1)
 
 
-def _weights(mask: Array, shape: tuple[int, ...]) -> Array:  # [B] or [B, ...] -> float32 [B, ...]
+def _weights(mask: Array, shape: tuple[int, ...]) -> Array:  # [B] or [B, ...] -> float32 [B, ...], or float64
     if mask.shape != shape[: mask.ndim]:
         raise InputError(
             f"masked: mask {mask.shape} for values {shape}, expected {shape} or its leading axes; "
             "give one weight per example or per element"
         )
-    return jnp.broadcast_to(mask.reshape(mask.shape + (1,) * (len(shape) - mask.ndim)), shape).astype(jnp.float32)
+    return at_least_float32(jnp.broadcast_to(mask.reshape(mask.shape + (1,) * (len(shape) - mask.ndim)), shape))

@@ -12,6 +12,7 @@ from dl_jax.core.fit import Measurements, StopRule
 from dl_jax.core.leaves import Where, chosen, is_kernel
 from dl_jax.core.step import Array, Tree
 from dl_jax.losses import require_penalties
+from dl_jax.losses.inputs import at_least_float32
 
 
 def warmup_cosine(peak: float, steps: int, warmup: float = 0.05, final: float = 0.0) -> optax.Schedule:
@@ -77,9 +78,11 @@ def proximal_elastic_net(
         t = jnp.asarray(learning_rate(state.step) if callable(learning_rate) else learning_rate)
 
         def shrink(p: Array, u: Array, yes: bool) -> Array:
-            z = p + u
+            if not yes:
+                return u
+            z = at_least_float32(p) + at_least_float32(u)
             new = jnp.sign(z) * jnp.maximum(jnp.abs(z) - t * l1, 0) / (1 + t * l2)
-            return (new - p).astype(u.dtype) if yes else u  # p + (0 - p) is exactly 0
+            return (new - p).astype(jnp.promote_types(p.dtype, u.dtype))  # p + (0 - p) is exactly 0
 
         updates = jax.tree.map(shrink, params, updates, chosen(params, where))
         return updates, ProximalState(state.step + 1)
@@ -108,10 +111,11 @@ def max_norm(limit: float, where: Where = is_kernel) -> optax.GradientTransforma
         def project(p: Array, u: Array, yes: bool) -> Array:
             if not yes:
                 return u
-            new = p + u  # [..., units]
+            new = at_least_float32(p) + at_least_float32(u)  # [..., units]
             squares = jnp.sum(new**2, axis=tuple(range(new.ndim - 1)), keepdims=True)
             over = squares > limit**2
-            return jnp.where(over, new * limit * jax.lax.rsqrt(jnp.where(over, squares, 1.0)) - p, u)
+            shrunk = new * limit * jax.lax.rsqrt(jnp.where(over, squares, 1.0)) - p
+            return jnp.where(over, shrunk.astype(jnp.promote_types(p.dtype, u.dtype)), u)
 
         return jax.tree.map(project, params, updates, chosen(params, where)), state
 

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dl_jax import classify, losses
 from dl_jax.core.errors import InputError
 from dl_jax.core.step import Array, Batch, Loss, Tree
+from dl_jax.losses.inputs import at_least_float32
 
 
 def soft(student_logits: Array, teacher_logits: Array, temperature: float) -> Array:  # [B, ..., C] twice -> [B, ...]
@@ -25,21 +25,21 @@ def soft(student_logits: Array, teacher_logits: Array, temperature: float) -> Ar
             f"soft: the student has {student_logits.shape[-1]} classes and the teacher {teacher_logits.shape[-1]}, "
             "expected the same; train both on the same labels"
         )
-    targets = jax.nn.softmax(jax.lax.stop_gradient(teacher_logits).astype(jnp.float32) / temperature)
-    return temperature**2 * losses.soft_cross_entropy(student_logits / temperature, targets)
+    targets = jax.nn.softmax(at_least_float32(jax.lax.stop_gradient(teacher_logits)) / temperature)
+    return temperature**2 * losses.soft_cross_entropy(at_least_float32(student_logits) / temperature, targets)
 
 
 def loss(apply: Callable[..., Any], temperature: float) -> Loss:
     """The mean of `soft` over a batch of `image` and `teacher_logits` [B, C].
 
-    For `losses.weighted_sum` with that of the labels; `apply` is as in `classify`. Raises InputError where the
-    temperature is not positive.
+    For `losses.weighted_sum` with that of the labels; `apply` and the collections that are returned are as in
+    `classify`. Raises InputError where the temperature is not positive.
     """
     _require_temperature(temperature)
 
     def follow(variables: Tree, batch: Batch, key: Array):
-        logits = apply(variables, classify.to_unit(batch["image"]), train=True, rngs={"dropout": key})
-        return soft(logits, batch["teacher_logits"], temperature).mean(), ({}, {})
+        logits, collections = classify.in_training(apply, variables, batch, key)
+        return soft(logits, batch["teacher_logits"], temperature).mean(), (collections, {})
 
     return follow
 
@@ -61,6 +61,7 @@ def matched_bias(logits: np.ndarray, group: np.ndarray, frequency: float) -> flo
 
 def margins(logits: np.ndarray, group: np.ndarray) -> np.ndarray:  # [N, C], bool [C] -> [N]
     """By how much the best class outside `group` leads the best one inside: the bias that it takes to turn each."""
+    logits = _wide(logits)
     return logits[:, ~group].max(1) - logits[:, group].max(1)
 
 
@@ -70,12 +71,18 @@ def fewest_errors(logits: np.ndarray, group: np.ndarray, labels: np.ndarray) -> 
     Only for numbers that were published so: it is tuned on what it is tested on. Exact, by going through all biases
     that make a difference.
     """
+    logits = _wide(logits)
     best = lambda classes: np.where(classes, logits, -np.inf).argmax(1) == labels  # [N], right if the group wins or not
     right_inside, right_outside = best(group), best(~group)
     led = margins(logits, group)
     order = led.argsort()  # a rising bias turns example after example to the group, those of one margin together
     gained = np.cumsum(right_inside[order].astype(int) - right_outside[order])[np.diff(led[order], append=np.inf) > 0]
     return int(len(labels) - right_outside.sum() - max(0, gained.max()))
+
+
+def _wide(logits: np.ndarray) -> np.ndarray:
+    """In float32 or better: a difference of float16 logits may be infinite."""
+    return logits.astype(np.result_type(logits.dtype, np.float32))
 
 
 def _require_temperature(temperature: float) -> None:

@@ -11,17 +11,20 @@ Gradients go straight through the rounding (Bengio et al. 2013, arXiv:1308.3432)
 Of a recurrent layer both kernels are weights; of its activations the inputs are rounded and the state is not.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from dl_jax.core.errors import InputError
 from dl_jax.core.leaves import Where, chosen, is_kernel
 from dl_jax.core.step import Array, Batch, Tree
 from dl_jax.inspect import inputs, with_inputs
+from dl_jax.losses.inputs import at_least_float32
 
 RANGES = "ranges"  # the collection in which variables carry them
 
@@ -30,20 +33,22 @@ class Quantized(NamedTuple):
     """A weight as integers: values · scale."""
 
     values: Array  # int8 [..., C], -q .. q with q = 2^(bits - 1) - 1; for 1 bit -1 and 1
-    scale: Array  # float32 [1, ..., 1, C]
+    scale: Array  # float32 [1, ..., 1, C], or float64 where the weight is
 
 
 class Range(NamedTuple):
     """The smallest and the largest input of a layer."""
 
-    low: Array  # float32 []
-    high: Array  # float32 []
+    low: Array  # float32 [], or float64 where the input is
+    high: Array
 
 
 def fake(bits: int, where: Where = is_kernel) -> Callable[[Tree], Tree]:
     """params -> `dequantize(quantize(params, bits, where))`, to the bit, with the gradient of the identity.
 
-    For `losses.with_params`. Raises InputError for bits outside 1 .. 8 and, when called, where `where` chooses nothing.
+    So the weights are float32 or better, on the grid also where the parameters are too coarse for it; the gradient has
+    the parameters' type. For `losses.with_params`. Raises InputError for bits outside 1 .. 8 and, when called, where
+    `where` chooses nothing.
     """
     require_bits(bits)
 
@@ -69,7 +74,7 @@ def quantize(params: Tree, bits: int, where: Where = is_kernel) -> Tree:
 
 
 def dequantize(params: Tree) -> Tree:
-    """The weights that `quantize` stored, in float32; other leaves are left as they are."""
+    """The weights that `quantize` stored, in float32 or better; other leaves are left as they are."""
     return jax.tree.map(
         lambda leaf: _floats(leaf) if isinstance(leaf, Quantized) else leaf,
         params,
@@ -78,15 +83,15 @@ def dequantize(params: Tree) -> Tree:
 
 
 def _integers(w: Array, bits: int) -> Quantized:
-    axes = tuple(range(w.ndim - 1))
+    w, axes = at_least_float32(w), tuple(range(w.ndim - 1))
     if bits == 1:
-        scale = jnp.abs(w).mean(axes, keepdims=True)
-        return Quantized(jnp.where(w < 0, -1, 1).astype(jnp.int8), scale.astype(jnp.float32))
+        return Quantized(jnp.where(w < 0, -1, 1).astype(jnp.int8), jnp.abs(w).mean(axes, keepdims=True))
     end, _ = _grid(bits)
     # Not a division: XLA turns one by a constant into a product, and compiled code would differ in the last bit.
-    scale = jnp.abs(w).max(axes, keepdims=True) * np.float32(1 / end)
+    nan = jnp.isnan(w).any(axes, keepdims=True)
+    scale = jnp.where(nan, jnp.nan, jnp.abs(w).max(axes, keepdims=True)) * w.dtype.type(1 / end)
     steps = jnp.round(w / jnp.where(scale > 0, scale, 1))
-    return Quantized(jnp.clip(steps, -end, end).astype(jnp.int8), scale.astype(jnp.float32))
+    return Quantized(jnp.clip(steps, -end, end).astype(jnp.int8), scale)
 
 
 def _floats(q: Quantized) -> Array:
@@ -100,11 +105,11 @@ def _grid(bits: int) -> tuple[int, int]:
 
 @jax.custom_jvp
 def _straight_through(x: Array, value: Array) -> Array:
-    """`value`, with the gradient of `x`."""
+    """`value`, with the gradient of `x`, which may be of another type."""
     return value
 
 
-_straight_through.defjvp(lambda primals, tangents: (primals[1], tangents[0]))
+_straight_through.defjvp(lambda primals, tangents: (primals[1], tangents[0].astype(primals[1].dtype)))
 
 
 def pack(values: np.ndarray, bits: int) -> np.ndarray:  # int8 [...] -> uint8 [ceil(N * bits / 8)]
@@ -137,35 +142,68 @@ def calibrate(apply: Callable[[Tree, Batch], Any], variables: Tree, batches: Ite
     """{path of a layer with a kernel: the range of its inputs over `batches`}; goes into variables["ranges"].
 
     `apply(variables, batch)` runs the model. For a stack of seeds: jax.vmap(lambda v: calibrate(apply, v, batches)).
-    Raises InputError for no batches, and as `intercept.with_inputs` does.
+    Raises InputError for no batches, for inputs that are NaN or infinite, and as `inspect.with_inputs` does. Inside a
+    compiled function, where values are unknown, such a range is returned, and `rounded` makes NaN of it.
     """
     seen = jax.jit(lambda variables, batch: {path: _range(xs) for path, xs in inputs(apply)(variables, batch).items()})
     ranges: dict[str, Range] | None = None
     for batch in batches:
         found = seen(variables, batch)
-        ranges = {path: _union([ranges[path], found[path]]) for path in found} if ranges else found
+        ranges = {path: _union(ranges[path], found[path]) for path in found} if ranges else found
     if ranges is None:
         raise InputError("calibrate: no batches, expected at least one; give some of the training set")
+    return _finite(ranges)
+
+
+def _finite(ranges: dict[str, Range]) -> dict[str, Range]:
+    """`ranges`, of one seed or [S]. Raises InputError where one is not finite."""
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(ranges)):
+        return _finite_stack(ranges)
+    for path, (low, high) in ranges.items():
+        wrong = np.flatnonzero(~(np.isfinite(low) & np.isfinite(high)))
+        if wrong.size:
+            ends = f"{np.ravel(low)[wrong[0]]} to {np.ravel(high)[wrong[0]]}"
+            seed = f" of seed {wrong[0]}" if np.ndim(low) else ""
+            raise InputError(
+                f"calibrate: the inputs of layer {path!r}{seed} range from {ends}, expected finite numbers; look for "
+                "NaN in the batches and for divergence in the parameters"
+            )
     return ranges
 
 
+@jax.custom_batching.custom_vmap
+def _finite_stack(ranges: dict[str, Range]) -> dict[str, Range]:
+    """Under `jax.vmap` a seed's own ranges are unknown, but those of the whole stack are not."""
+    return ranges
+
+
+@_finite_stack.def_vmap
+def _finite_seeds(seeds: int, mapped: Any, ranges: dict[str, Range]) -> tuple[Any, Any]:
+    return _finite(ranges), mapped[0]
+
+
 def _range(xs: list[Array]) -> Range:
-    return _union([Range(x.min().astype(jnp.float32), x.max().astype(jnp.float32)) for x in xs])
+    def ends(x: Array) -> Range:
+        nan = jnp.isnan(x).any()  # XLA's minima and maxima on a CPU pass over some
+        return Range(jnp.where(nan, jnp.nan, x.min()), jnp.where(nan, jnp.nan, x.max()))
+
+    return functools.reduce(_union, [ends(at_least_float32(x)) for x in xs])
 
 
-def _union(ranges: list[Range]) -> Range:
-    return Range(jnp.stack([r.low for r in ranges]).min(0), jnp.stack([r.high for r in ranges]).max(0))
+def _union(a: Range, b: Range) -> Range:
+    return Range(jnp.minimum(a.low, b.low), jnp.maximum(a.high, b.high))
 
 
 def with_activations(function: Callable[..., Any], bits: int) -> Callable[..., Any]:
     """function(variables, ...) with the inputs of its layers rounded to the calibrated variables["ranges"].
 
-    For a loss, a metric or `module.apply`, around any model. The layers that `intercept.with_inputs` meets see
+    For a loss, a metric or `module.apply`, around any model. The layers that `inspect.with_inputs` meets see
     `rounded` inputs. Raises InputError for bits outside 1 .. 8 and, when called, where the ranges are missing or those
     of another model.
     """
     require_bits(bits)
 
+    @functools.wraps(function)  # so that who asks for its signature is told
     def quantized(variables: Tree, *args: Any, **kwargs: Any) -> Any:
         if RANGES not in variables:
             raise InputError(f"the variables have no collection {RANGES!r}, expected one; call `calibrate` first")
@@ -186,15 +224,17 @@ def rounded(x: Array, bounds: Range, bits: int) -> Array:
     """x on 2^bits equal steps over `bounds`, widened to hold 0 and shifted so that 0 is exact; clipped to them.
 
     The gradient is that of the identity, and 0 where x was clipped (Jacob et al. 2018, equation 12 and section 3.1).
-    Raises InputError for bits outside 1 .. 8.
+    Reckoned in float32 or better; of the type of x, or float32 where x is integer. Bounds that are NaN or infinite give
+    NaN, no plausible number. Raises InputError for bits outside 1 .. 8.
     """
     require_bits(bits)
     levels = 2**bits - 1
-    low, high = jnp.minimum(bounds.low, 0), jnp.maximum(bounds.high, 0)
-    scale = (high - low) * np.float32(1 / levels)
-    scale = jnp.where(scale > 0, scale, 1)
+    x = x if jnp.issubdtype(x.dtype, jnp.floating) else at_least_float32(x)
+    low, high = at_least_float32(jnp.minimum(bounds.low, 0)), at_least_float32(jnp.maximum(bounds.high, 0))
+    scale = (high - low) * low.dtype.type(1 / levels)
+    scale = jnp.where(scale == 0, 1, scale)
     zero = jnp.round(-low / scale)
-    steps = jnp.round(x.astype(jnp.float32) / scale)
+    steps = jnp.round(at_least_float32(x) / scale)
     q = jnp.clip(steps + zero, 0, levels)
     kept = (steps + zero >= 0) & (steps + zero <= levels)
     passed = jnp.where(kept, x, jax.lax.stop_gradient(x))

@@ -16,6 +16,7 @@ import numpy as np
 from dl_jax.core.errors import InputError
 from dl_jax.core.leaves import Where, chosen, is_kernel
 from dl_jax.core.step import Array, Tree
+from dl_jax.losses.inputs import at_least_float32
 
 ROUNDS = 1000  # of k-means at most; a layer takes some dozens
 
@@ -47,7 +48,8 @@ def expanded(clusters: Tree) -> Callable[[Tree], Tree]:
     def expand(values: Array, assigned: Any) -> Array:
         if assigned is None:
             return values
-        return jnp.concatenate([jnp.zeros_like(values[:1]), values])[assigned]
+        wide = at_least_float32(values)  # its gradient is the sum
+        return jnp.concatenate([jnp.zeros_like(wide[:1]), wide])[assigned].astype(values.dtype)
 
     return lambda codebooks: jax.tree.map(expand, codebooks, clusters)
 
@@ -80,5 +82,6 @@ def _clusters(weights: np.ndarray, values: np.ndarray) -> np.ndarray:  # [...], 
 
 
 def _borders(values: np.ndarray) -> np.ndarray:  # ascending [k] -> [k - 1]
-    """Halfway between neighbours."""
+    """Halfway between neighbours, in float32 or better."""
+    values = values.astype(np.result_type(values.dtype, np.float32))
     return (values[:-1] + values[1:]) / 2

@@ -17,6 +17,7 @@ from dl_jax.core.errors import InputError
 from dl_jax.core.step import Tree
 
 AXIS = "data"
+NO_NUMBERS = {"O": "Python objects", "S": "bytes", "U": "text", "M": "times", "m": "durations"}  # by NumPy's kind
 
 
 def data_mesh(devices: Sequence[Any] | None = None, *, batch_size: int | None = None) -> Mesh:
@@ -40,7 +41,8 @@ def data_mesh(devices: Sequence[Any] | None = None, *, batch_size: int | None = 
 def replicated(tree: Tree, mesh: Mesh) -> Tree:
     """Copies `tree` to every device of the mesh. Every process has to pass the same values.
 
-    A leaf that is replicated over this mesh already is returned as it is.
+    A leaf that is replicated over this mesh already is returned as it is. Raises InputError for a column of texts or
+    Python objects.
     """
     sharding = NamedSharding(mesh, PartitionSpec())
 
@@ -53,7 +55,7 @@ def replicated(tree: Tree, mesh: Mesh) -> Tree:
         values = np.asarray(leaf)
         return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
-    return jax.tree.map(put, tree)
+    return jax.tree.map(put, _numeric(tree))
 
 
 def process_rows(batch_size: int, mesh: Mesh) -> slice:
@@ -74,10 +76,12 @@ def process_rows(batch_size: int, mesh: Mesh) -> slice:
 def place(rows: Tree, mesh: Mesh, axis: int = 0) -> Tree:
     """Places a batch on the mesh: one global array for each leaf, from the rows that each process has.
 
-    `axis` is the axis of the rows in every leaf: 0 for [B, ...], 1 for [S, B, ...].
+    `axis` is the axis of the rows in every leaf: 0 for [B, ...], 1 for [S, B, ...]. Raises InputError for a column of
+    texts or Python objects.
     """
     sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
-    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), rows)
+    put = lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
+    return jax.tree.map(put, _numeric(rows))
 
 
 def sharded(tree: Tree, mesh: Mesh, axis: int = 0) -> Tree:
@@ -89,3 +93,22 @@ def sharded(tree: Tree, mesh: Mesh, axis: int = 0) -> Tree:
         return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
     return jax.tree.map(put, tree)
+
+
+def _numeric(tree: Tree) -> Tree:
+    """`tree`. Raises InputError for a leaf that no device holds: texts, Python objects, times."""
+    if not any(map(_other_kind, jax.tree.leaves(tree))):  # without the paths: once per step
+        return tree
+    found = {jax.tree_util.keystr(path, simple=True, separator="/"): _other_kind(leaf)
+             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}  # fmt: skip
+    name, kind = next((name, kind) for name, kind in found.items() if kind)
+    raise InputError(
+        f"column {name!r} is {kind}, expected numbers, which devices hold; encode it as integers, such as ids, or "
+        "leave the column out"
+    )
+
+
+def _other_kind(leaf: Any) -> str:
+    """What the leaf holds instead of numbers, or nothing."""
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+    return f"{dtype} ({NO_NUMBERS[dtype.kind]})" if getattr(dtype, "kind", "") in NO_NUMBERS else ""

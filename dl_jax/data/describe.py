@@ -23,6 +23,12 @@ class Feature(NamedTuple):
         """Whether examples differ in their length alone, so that padding makes a column of them."""
         return bool(self.shape) and self.shape[0] is None and None not in self.shape[1:]
 
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether an example of this shape is what was declared."""
+        return len(shape) == len(self.shape) and all(
+            want in (None, size) for want, size in zip(self.shape, shape, strict=True)
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Info:

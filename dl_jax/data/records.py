@@ -1,6 +1,8 @@
 """Reads and decodes single examples of a prepared set, without TensorFlow."""
 
+import functools
 import io
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -8,10 +10,10 @@ import numpy as np
 
 from dl_jax.core.errors import InputError, nearest
 from dl_jax.data.describe import Feature, columns, flat, open_builder
-from dl_jax.data.source import Prepared
+from dl_jax.data.source import Prepared, one_line
 
 Example = dict[str, np.ndarray]
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's, by number of channels
+_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's, by number of channels
 
 
 class Records:
@@ -33,7 +35,10 @@ class Records:
         return len(self._source)
 
     def read(self, indices: Sequence[int]) -> list[Example]:
-        """The examples at `indices`. Raises InputError, naming the file, where a record is damaged."""
+        """The examples at `indices`.
+
+        Raises InputError, naming the file, where a record is damaged or does not hold what its features declare.
+        """
         try:
             records = self._source.__getitems__(list(indices))
         except RuntimeError as e:
@@ -45,21 +50,29 @@ class Records:
 
     def _decoded(self, i: int, record: bytes) -> Example:
         try:
-            return self._decode(record)
-        except (OSError, ValueError, TypeError, IndexError) as e:  # what Pillow, NumPy and TFDS raise
+            example = self._decode(record)
+            for name, spec in self.features.items():
+                if not spec.fits(example[name].shape):
+                    raise ValueError(f"{name!r} has shape {example[name].shape}, expected {spec.shape}")
+            return example
+        except Exception as e:  # Pillow, NumPy, protobuf and TFDS raise a dozen kinds
             raise InputError(
                 f"example {i} of {self.name} {self.split!r} cannot be decoded to its declared features "
-                f"({type(e).__name__}: {e}): prepare the set again, or leave this example out"
+                f"({type(e).__name__}: {one_line(e)}) from {self._file(i)}: prepare the set again, or leave this "
+                "example out"
             ) from e
+
+    def _file(self, i: int) -> str:
+        """The record file of example i."""
+        return self._files[int(np.searchsorted(np.cumsum([take for _, take in self._files]), i, side="right"))][0]
 
     def _damaged(self, indices: Sequence[int]) -> str:
         """The file of the first of these records that cannot be read."""
-        ends = np.cumsum([take for _, take in self._files])
         for i in indices:
             try:
                 self._source[i]
             except RuntimeError:
-                return self._files[int(np.searchsorted(ends, i, side="right"))][0]
+                return self._file(i)
         return " or ".join(file for file, _ in self._files)
 
 
@@ -113,18 +126,32 @@ def _decoder(features: Any, specs: dict[str, Feature]) -> Callable[[bytes], Exam
     parsers = {name: _parser(connectors.get(name), spec) for name, spec in specs.items()}
     if all(parsers.values()):
         return _by_parsers(parsers)
+    _decode_images(features)
 
     def decode(record: bytes) -> Example:
         example = flat(features.deserialize_example_np(record))
-        return {name: _array(example[name], spec) for name, spec in specs.items()}
+        return {name: _array(name, example[name], spec) for name, spec in specs.items()}
 
     return decode
 
 
-def _array(value: Any, spec: Feature) -> np.ndarray:
-    array = np.asarray(value, np.bytes_ if spec.dtype == "bytes" else spec.dtype)
-    # An empty list has lost its other axes.
-    return array.reshape(-1, *(size or 0 for size in spec.shape[1:])) if spec.ragged else array
+def _array(name: str, value: Any, spec: Feature) -> np.ndarray:
+    array = _texts(name, value) if spec.dtype == "bytes" else np.asarray(value, spec.dtype)
+    if array.size or array.ndim == len(spec.shape):
+        return array
+    return array.reshape([size or 0 for size in spec.shape])  # an empty list has lost its other axes
+
+
+def _texts(name: str, value: Any) -> np.ndarray:
+    """Bytes as NumPy holds them, which drops NULs at their end."""
+    array = np.asarray(value, np.bytes_)
+    for text in np.asarray(value, object).ravel():
+        if text[-1:] in (b"\0", "\0"):
+            raise ValueError(
+                f"the text {text[-20:]!r} of {name!r} ends in a NUL, which a column of texts would lose; declare a "
+                "Tensor of uint8"
+            )
+    return array
 
 
 # TFDS's own decoding takes twice as long for the features of which most sets consist.
@@ -136,35 +163,86 @@ def _by_parsers(parsers: Mapping[str, Any]) -> Callable[[bytes], Example]:
     def decode(record: bytes) -> Example:
         example = tf_example_pb2.Example.FromString(record)  # pyright: ignore[reportAttributeAccessIssue]  (generated)
         fields = example.features.feature
-        return {name: parse(fields[name]) for name, parse in parsers.items()}
+        return {name: parse(name, fields[name]) for name, parse in parsers.items()}
 
     return decode
 
 
-def _parser(feature: Any, spec: Feature) -> Callable[[Any], np.ndarray] | None:
-    """Field of a record -> array; None for a feature that is left to TFDS."""
+def _parser(feature: Any, spec: Feature) -> Callable[[str, Any], np.ndarray] | None:
+    """(name, field of a record) -> array; None for a feature that is left to TFDS."""
     import tensorflow_datasets as tfds
 
     if type(feature) is tfds.features.Text:
-        return lambda field: np.asarray(field.bytes_list.value[0])
-    if type(feature) is tfds.features.Image and spec.dtype == "uint8" and (channels := spec.shape[-1]) in _MODES:
-        return lambda field: _pixels(field.bytes_list.value[0], channels)
+        return lambda name, field: _texts(name, _one(name, field))
+    if channels := _channels(feature):
+        return lambda name, field: _pixels(_one(name, field), channels)
     plain = type(feature) in (tfds.features.ClassLabel, tfds.features.Scalar, tfds.features.Tensor)
     stored = np.dtype(feature.get_serialized_info().np_dtype) if plain else np.dtype(object)
     if stored.kind in "biuf" and stored != np.uint64 and None not in spec.shape:  # uint64 is stored as int64
-        return lambda field: _numbers(field, spec)
+        return lambda name, field: _numbers(name, field, spec)
     return None
 
 
-def _numbers(field: Any, spec: Feature) -> np.ndarray:
-    values = np.array(field.int64_list.value or field.float_list.value, spec.dtype)
-    return values.reshape([size or 0 for size in spec.shape])
+def _one(name: str, field: Any) -> bytes:
+    values = field.bytes_list.value
+    if len(values) != 1:
+        raise ValueError(f"{name!r} holds {len(values)} values of bytes, expected 1")
+    return values[0]
 
 
-def _pixels(encoded: bytes, channels: int) -> np.ndarray:
+def _numbers(name: str, field: Any, spec: Feature) -> np.ndarray:
+    stored, declared = field.WhichOneof("kind"), "float_list" if np.dtype(spec.dtype).kind == "f" else "int64_list"
+    if stored not in (declared, None):  # None: of no value at all
+        raise ValueError(f"{name!r} is stored as {stored}, expected {declared} of {spec.dtype}")
+    values, shape = getattr(field, declared).value, [size or 0 for size in spec.shape]
+    if len(values) != math.prod(shape):
+        raise ValueError(f"{name!r} holds {len(values)} values, expected those of shape {spec.shape}")
+    wide = np.array(values, np.float64 if declared == "float_list" else np.int64)
+    array = wide.astype(spec.dtype)
+    if declared == "int64_list" and (array != wide).any():
+        raise ValueError(f"{name!r} holds {wide[array != wide][0]}, which is no {spec.dtype}")
+    return array.reshape(shape)
+
+
+def _pixels(encoded: bytes, channels: int) -> np.ndarray:  # -> uint8 [H, W, channels]
+    """An image, as TensorFlow decodes it to uint8 with these channels.
+
+    Of 16 bits the upper 8 count. A palette becomes its colours, CMYK becomes RGB, and colour becomes luminance where
+    one channel is declared. Transparency is dropped where no channel is declared for it; where one is, an image without
+    it is opaque. Raises ValueError for pixels of more than 16 bits, or floating ones: their range is unknown.
+    """
     import PIL.Image
 
     mode = _MODES[channels]
     with PIL.Image.open(io.BytesIO(encoded)) as image:
-        array = np.asarray(image if image.mode == mode else image.convert(mode))
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+            pixels = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            raise ValueError(f"an image of Pillow's mode {image.mode}, 32 bits a pixel, expected 8 or 16")
+        else:  # by way of RGBA, as Pillow warns of a palette's transparency otherwise
+            pixels = image.convert("RGBA") if image.mode == "P" else image
+        array = np.asarray(pixels if pixels.mode == mode else pixels.convert(mode))
     return array.reshape(*array.shape[:2], channels)
+
+
+def _decode_images(feature: Any) -> None:
+    """Has TFDS decode the uint8 images within `feature` by `_pixels`: its own way takes a pixel's lower 8 bits."""
+    import tensorflow_datasets as tfds
+
+    if isinstance(feature, tfds.features.FeaturesDict):
+        for each in feature.values():
+            _decode_images(each)
+    elif isinstance(feature, tfds.features.Sequence | tfds.features.Dataset):
+        _decode_images(feature.feature)
+    elif channels := _channels(feature):
+        feature.decode_example_np = functools.partial(_pixels, channels=channels)
+
+
+def _channels(feature: Any) -> int | None:
+    """Of a feature of uint8 images; None for another."""
+    import tensorflow_datasets as tfds
+
+    if not isinstance(feature, tfds.features.Image) or feature.np_dtype != np.uint8:
+        return None
+    shape: Any = feature.shape
+    return shape[-1] if shape[-1] in _MODES else None

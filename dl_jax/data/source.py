@@ -18,7 +18,7 @@ from dl_jax.data import digits
 
 _NAME = re.compile(r"(?P<set>\w+)(?:/(?P<config>[^/:]+))?(?::(?P<version>[\d.]+))?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
-_LAYOUT = 1  # of the cache; raise it when decoding changes
+_LAYOUT = 2  # of the cache; raise it when decoding changes
 
 
 class Prepared(NamedTuple):

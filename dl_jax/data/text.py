@@ -28,7 +28,9 @@ def encode(text: str) -> np.ndarray:
 
 
 def decode(ids: np.ndarray) -> str:
-    """The text of ids [N]; bytes that are no UTF-8 become U+FFFD."""
+    """The text of ids [N]; bytes that are no UTF-8 become U+FFFD. Raises InputError for ids outside 0 .. 255."""
+    if ids.size and not 0 <= ids.min() <= ids.max() < VOCABULARY:
+        raise InputError(f"ids from {ids.min()} to {ids.max()}, expected bytes, 0 to 255; decode what `encode` gave")
     return bytes(ids.astype(np.uint8)).decode(errors="replace")
 
 
@@ -43,11 +45,11 @@ def load(name: str, split: str) -> np.ndarray:
     if name == STANDARD_LIBRARY:
         return _standard_library(split)
     records = load_columns(name, split)
-    if "text" not in records or records["text"].dtype.kind != "S":
-        found = ", ".join(f"{column} ({values.dtype})" for column, values in records.items())
+    if "text" not in records or records["text"].dtype.kind != "S" or records["text"].ndim != 1:
+        found = ", ".join(f"{column} ({values.dtype} {values.shape})" for column, values in records.items())
         raise InputError(
-            f"data set {name} has the columns {found}, expected bytes in column 'text'; choose another --dataset, "
-            f"{STANDARD_LIBRARY} is always there"
+            f"data set {name} has the columns {found}, expected bytes in column 'text', one text a record; "
+            f"choose another --dataset, {STANDARD_LIBRARY} is always there"
         )
     return np.frombuffer(b"\n".join(records["text"].tolist()), np.uint8)
 

@@ -3,9 +3,10 @@
 import contextlib
 import importlib.util
 import logging
+import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -92,7 +93,8 @@ def quantized(
     Their weights are symmetric and scaled per output channel; their inputs and outputs are unsigned and scaled per
     tensor to the range that they take on `batches`. Everything else stays in float, with conversions around it that a
     runtime fuses where it can (the QDQ format). What the model loses has to be measured, on the machine that will run
-    it: an x86 CPU without VNNI saturates sums of large products.
+    it: an x86 CPU without VNNI saturates sums of large products. What runs inside a loop, as a recurrent layer's
+    kernels do, stays in float too.
 
     Args:
       path: a model as `export` writes it.
@@ -100,8 +102,8 @@ def quantized(
       out: is replaced if it exists; may be `path`.
 
     Raises:
-      InputError: there are no batches or they do not fit the model, `path` is not an ONNX model, a package is missing,
-        or `out` cannot be written.
+      InputError: there are no batches, they do not fit the model or are not finite, `path` is not an ONNX model, a
+        package is missing, fewer than half of the weights became int8 (nothing is written), or `out` cannot be written.
     """
     _, expected = _opened(path)
     feeds = [_named(expected, batch) for batch in batches]
@@ -109,6 +111,12 @@ def quantized(
         raise InputError(
             "the calibration set is empty, expected at least one batch; give some hundred training examples"
         )
+    for i, (name, array) in ((i, each) for i, feed in enumerate(feeds) for each in feed.items()):
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise InputError(
+                f"input {name} of batch {i} of the calibration set has NaN or infinite values, expected finite "
+                "numbers, which have a range; leave these examples out"
+            )
     try:
         import onnx
         from onnxruntime import quantization
@@ -120,6 +128,7 @@ def quantized(
         def get_next(self) -> Any:
             return feeds.pop(0) if feeds else None
 
+    source = onnx.load(path)
     with tempfile.TemporaryDirectory() as folder, _quiet():
         prepared, small = Path(folder, "prepared.onnx"), Path(folder, "quantized.onnx")
         # Folds constants, and a bias into the product before it.
@@ -136,7 +145,33 @@ def quantized(
         )
         data = small.read_bytes()
     _session(data)  # what does not open is not written
+    kinds, int8 = onnx.TensorProto, [onnx.TensorProto.INT8]
+    weights = _count(source, [kinds.FLOAT, kinds.FLOAT16, kinds.BFLOAT16, kinds.DOUBLE])
+    integers = _count(onnx.load_from_string(data), int8) - _count(source, int8)
+    if not integers or 2 * integers < weights:
+        raise InputError(
+            f"{integers} of {weights} weights in {path} became int8, expected half of them or more: {out} is not "
+            "written; only convolutions and dense layers on [B, D], outside of loops, are quantised, so keep the float "
+            "file, or round the weights of other layers by compress.quantize"
+        )
     write(out, data)
+
+
+def _count(model: Any, types: Collection[int]) -> int:
+    """How many numbers of these of ONNX's types a model holds."""
+    nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    tensors = [*model.graph.initializer, *_constants(nodes)]
+    return sum(math.prod(tensor.dims) for tensor in tensors if tensor.data_type in types)
+
+
+def _constants(nodes: Iterable[Any]) -> Iterator[Any]:
+    """The tensors within nodes of a graph, those in the bodies of loops too."""
+    for attribute in (attribute for node in nodes for attribute in node.attribute):
+        if attribute.HasField("t"):
+            yield attribute.t
+        for graph in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
+            yield from graph.initializer
+            yield from _constants(graph.node)
 
 
 def _with_flat_biases(model: Any) -> Any:

@@ -6,7 +6,7 @@ import optax
 
 from dl_jax.core.errors import InputError
 from dl_jax.core.step import Array
-from dl_jax.losses.inputs import at_least_float32, require_same_shape
+from dl_jax.losses.inputs import at_least_float32, class_numbers, require_same_shape
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:  # [B, ..., C], int [B, ...] -> [B, ...]
@@ -15,8 +15,7 @@ def cross_entropy(logits: Array, labels: Array) -> Array:  # [B, ..., C], int [B
     A label outside [0, C) gives NaN, never a plausible number. Raises InputError where shapes or dtypes do not fit.
     """
     require_labels("cross_entropy", logits, labels)
-    classes = logits.shape[-1]
-    labels = jnp.where(labels < 0, classes, labels)  # Optax would read -1 as the last class
+    labels = class_numbers(labels, logits.shape[-1])
     return optax.softmax_cross_entropy_with_integer_labels(at_least_float32(logits), labels)
 
 
@@ -38,9 +37,9 @@ def smooth_labels(labels: Array, classes: int, smoothing: float) -> Array:  # in
     if not 0 <= smoothing < 1:
         raise InputError(f"smooth_labels: smoothing is {smoothing}, expected a fraction in [0, 1); 0.1 is usual")
     _require_integers("smooth_labels", labels)
+    labels = class_numbers(labels, classes)
     targets = optax.smooth_labels(jax.nn.one_hot(labels, classes), smoothing)
-    known = (labels >= 0) & (labels < classes)
-    return jnp.where(known[..., None], targets, jnp.nan)
+    return jnp.where((labels < classes)[..., None], targets, jnp.nan)
 
 
 def require_labels(name: str, logits: Array, labels: Array) -> None:  # [B, ..., C], int [B, ...]
@@ -56,5 +55,6 @@ def require_labels(name: str, logits: Array, labels: Array) -> None:  # [B, ...,
 def _require_integers(name: str, labels: Array) -> None:
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise InputError(
-            f"{name}: labels are {labels.dtype}, expected integers; give probabilities to soft_cross_entropy"
+            f"{name}: labels are {labels.dtype}, expected integers of any size; convert bools with .astype(int), and "
+            "give probabilities to soft_cross_entropy"
         )

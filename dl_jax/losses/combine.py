@@ -36,7 +36,8 @@ def with_batch(loss: Loss, f: Callable[[Array, Batch], Batch]) -> Loss:
 def label_smoothing(loss: Loss, classes: int, smoothing: float) -> Loss:
     """`loss` sees batch["label"] as probabilities [B, ..., C], by `smooth_labels`, instead of integers [B, ...].
 
-    `loss` then calls `soft_cross_entropy`; the true label is still `batch["label"].argmax(-1)`.
+    `loss` then calls `soft_cross_entropy`, as `classify.loss` does; the true label is still
+    `batch["label"].argmax(-1)`.
     """
     return with_batch(loss, lambda key, batch: {**batch, "label": smooth_labels(batch["label"], classes, smoothing)})
 
@@ -55,7 +56,7 @@ def weighted_sum(terms: Mapping[str, tuple[float, Loss]]) -> Loss:
         values, collections, metrics = [], {}, {}
         for key_term, (name, (weight, loss)) in zip(jax.random.split(key, len(terms)), terms.items(), strict=True):
             value, (new, inner) = loss({**variables, **collections}, batch, key_term)
-            values.append(weight * value)
+            values.append(weight * at_least_float32(value))
             collections = {**collections, **new}
             metrics |= {name: value, **{f"{name}/{k}": v for k, v in inner.items()}}
         return sum(values[1:], values[0]), (collections, metrics)
@@ -89,6 +90,7 @@ def elastic_net(loss: Loss, l1: float, l2: float, where: Where = is_kernel) -> L
 
     def penalised(variables: Tree, batch: Batch, key: Array) -> tuple[Array, tuple[Tree, Metrics]]:
         value, aux = loss(variables, batch, key)
+        value = at_least_float32(value)
         params = variables["params"]
         pairs = zip(jax.tree.leaves(params), jax.tree.leaves(chosen(params, where)), strict=True)
         weights = [at_least_float32(w) for w, yes in pairs if yes]

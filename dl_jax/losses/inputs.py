@@ -11,6 +11,16 @@ def at_least_float32(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def class_numbers(labels: Array, classes: int) -> Array:  # int [...] of any size -> int32 [...], int64 for 8 bytes
+    """Labels in a type that holds `classes`, where a uint8 or int8 would wrap; those outside [0, classes) as `classes`.
+
+    JAX would read -1 as the last class; what indexes with `classes` gives NaN, and no class is equal to it.
+    """
+    labels = jnp.asarray(labels)
+    known = (labels >= 0) & (labels <= min(classes - 1, int(jnp.iinfo(labels.dtype).max)))
+    return jnp.where(known, labels.astype(jnp.int64 if labels.dtype.itemsize == 8 else jnp.int32), classes)
+
+
 def require_same_shape(name: str, predictions: Array, targets: Array) -> None:
     if predictions.shape != targets.shape:
         raise InputError(

@@ -1,6 +1,7 @@
 """How likely data are under a model with latent variables: densities, bounds on log p(x), and an estimate of it.
 
-A sample axis [k] stands in front of the batch: z is [k, B, L] and log p(x | z) is [k, B]. All numbers are in nats.
+A sample axis [k] stands in front of the batch: z is [k, B, L] and log p(x | z) is [k, B]. All numbers are in nats, and
+reckoned in float32 or better, whatever the type of the networks' outputs.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from jax.core import Tracer
 
 from dl_jax.core.errors import InputError
 from dl_jax.core.step import Array
+from dl_jax.losses.inputs import at_least_float32
 
 LOG_2PI = float(np.log(2 * np.pi))
 ACTIVE = 1e-2  # the variance over the data from which a latent unit's posterior mean counts as active
@@ -32,7 +34,7 @@ def bernoulli_log_prob(logits: Array, x: Array) -> Array:  # [..., B, D...], [B,
     inside a compiled function, where values are unknown, such an example gives NaN, never a plausible number.
     """
     outer = logits.shape[: logits.ndim - x.ndim + 1]
-    logits = logits.reshape(*outer, -1).astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = at_least_float32(logits).reshape(*outer, -1)
     x = x.reshape(len(x), -1)  # one axis of pixels: a CPU is slow on a last axis of 1
     inside = ((x >= 0) & (x <= 1)).all(-1)  # [B]
     if not isinstance(inside, Tracer) and not inside.all():
@@ -45,22 +47,29 @@ def bernoulli_log_prob(logits: Array, x: Array) -> Array:  # [..., B, D...], [B,
 
 def gaussian_log_prob(x: Array, mean: Array, log_var: Array) -> Array:  # [..., D] each, broadcast -> [...]
     """log N(x; mean, diag exp(log_var)), summed over the last axis."""
+    x, mean, log_var = map(at_least_float32, (x, mean, log_var))
     return -0.5 * jnp.sum(LOG_2PI + log_var + (x - mean) ** 2 * jnp.exp(-log_var), -1)
 
 
 def standard_normal_kl(mean: Array, log_var: Array) -> Array:  # [..., L] each -> [...]
     """KL(N(mean, diag exp(log_var)) ‖ N(0, I)) (Kingma & Welling 2014, appendix B)."""
+    mean, log_var = at_least_float32(mean), at_least_float32(log_var)
     return 0.5 * jnp.sum(mean**2 + jnp.exp(log_var) - log_var - 1, -1)
 
 
 def log_mean_exp(x: Array) -> Array:  # [k, ...] -> [...]
     """log of the mean over the first axis of exp(x), without overflow."""
-    return jax.nn.logsumexp(x, 0) - jnp.log(len(x))
+    return jax.nn.logsumexp(at_least_float32(x), 0) - jnp.log(len(x))
 
 
 def log_weights(model: LatentModel, x: Array, key: Array, k: int) -> Array:  # x [B, ...] -> [k, B]
     """log p(x, z_i) − log q(z_i | x) for k samples z_i ~ q(z | x), differentiable through them."""
-    return _log_weights(model, x, model.encode(x), key, jnp.arange(k))
+    return _log_weights(model, x, _posterior(model, x), key, jnp.arange(k))
+
+
+def _posterior(model: LatentModel, x: Array) -> tuple[Array, Array]:
+    mean, log_var = model.encode(x)
+    return at_least_float32(mean), at_least_float32(log_var)
 
 
 def _log_weights(model: LatentModel, x: Array, posterior: tuple[Array, Array], key: Array, samples: Array) -> Array:
@@ -69,7 +78,7 @@ def _log_weights(model: LatentModel, x: Array, posterior: tuple[Array, Array], k
     noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), mean.shape, mean.dtype))(samples)
     z = mean + jnp.exp(log_var / 2) * noise  # [k, B, L]
     # log N(z; 0, I) − log q(z | x): the constants cancel, and z standardised by q is the noise.
-    return model.log_conditional(x, z) + 0.5 * jnp.sum(noise**2 + log_var - z**2, -1)
+    return at_least_float32(model.log_conditional(x, z)) + 0.5 * jnp.sum(noise**2 + log_var - z**2, -1)
 
 
 def elbo(model: LatentModel, x: Array, key: Array, k: int = 1) -> Array:  # x [B, ...] -> [B]
@@ -77,9 +86,9 @@ def elbo(model: LatentModel, x: Array, key: Array, k: int = 1) -> Array:  # x [B
 
     Kingma & Welling 2014, equation 7. It has the expectation of the mean of `log_weights`, with less variance.
     """
-    mean, log_var = model.encode(x)
+    mean, log_var = _posterior(model, x)
     z = mean + jnp.exp(log_var / 2) * jax.random.normal(key, (k, *mean.shape), mean.dtype)
-    return model.log_conditional(x, z).mean(0) - standard_normal_kl(mean, log_var)
+    return at_least_float32(model.log_conditional(x, z)).mean(0) - standard_normal_kl(mean, log_var)
 
 
 def importance_bound(model: LatentModel, x: Array, key: Array, k: int) -> Array:  # x [B, ...] -> [B]
@@ -96,14 +105,14 @@ def log_likelihood(model: LatentModel, x: Array, key: Array, samples: int, chunk
         raise InputError(
             f"log_likelihood: {samples} samples in chunks of {chunk}, expected a multiple of the chunk; change one"
         )
-    posterior = model.encode(x)
+    posterior = _posterior(model, x)
 
-    def add(total: Array, i: Array) -> tuple[Array, None]:
-        logs = _log_weights(model, x, posterior, key, i * chunk + jnp.arange(chunk))  # [chunk, B]
-        return jnp.logaddexp(total, jax.nn.logsumexp(logs, 0)), None
+    def log_sum(i: Array) -> Array:  # [B], of the chunk with this number
+        return jax.nn.logsumexp(_log_weights(model, x, posterior, key, i * chunk + jnp.arange(chunk)), 0)
 
-    nothing = jnp.full_like(posterior[0], -jnp.inf, shape=len(x))
-    total, _ = jax.lax.scan(add, nothing, jnp.arange(samples // chunk))
+    chunks = jnp.arange(samples // chunk)
+    nothing = jnp.full(len(x), -jnp.inf, jax.eval_shape(log_sum, chunks[0]).dtype)
+    total, _ = jax.lax.scan(lambda total, i: (jnp.logaddexp(total, log_sum(i)), None), nothing, chunks)
     return total - jnp.log(samples)
 
 

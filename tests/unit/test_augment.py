@@ -460,3 +460,50 @@ def test_the_figure_shows_every_augmentation():
     shown = {label.split("(")[0] for rows in (script["DIGITS"], script["COLOURS"]) for label in rows}
     assert shown == public - {"resample"}
     assert set(ALL) == public - {"resample"}
+
+
+GEOMETRY = ("flip", "pad_and_crop", "affine", "rotate", "scale", "translate", "shear", "compose")
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        ("bbox", (16, 4)),
+        ("objects/bbox", (16, 3, 4)),
+        ("gt_boxes", (16, 2, 4)),
+        ("faces/bbox/length", (16,)),
+        ("keypoints_2d", (16, 5, 2)),
+        ("landmarks/lefteye_x", (16,)),
+        ("Polygon", (16, 7, 2)),
+        ("mask", (16, 6, 5)),  # of another size than the image's
+        ("segmentation_mask", (16, 12, 10, 1)),
+        ("depth", (16, 12, 10)),  # by its shape
+        ("image_right", (16, 12, 10, 3)),
+    ],
+    ids=lambda column: column[0],
+)
+def test_what_lies_in_the_images_coordinates_does_not_stay_behind(column):
+    """Boxes at their old place would teach the wrong thing; colours and noise leave them right."""
+    name, shape = column
+    batch = {"image": random_images(*SHAPE), "mask": np.ones(16, np.float32), "label": np.arange(16)}
+    whole = {**batch, name: np.zeros(shape, np.float32)}
+    for augmentation in GEOMETRY:
+        with pytest.raises(InputError, match=f"column '{name}' .* lies in the coordinates of the image"):
+            jax.eval_shape(ALL[augmentation], KEY, whole)
+        jax.eval_shape(ALL[augmentation], KEY, batch)
+    for augmentation in set(ALL) - set(GEOMETRY):
+        assert jax.eval_shape(ALL[augmentation], KEY, whole).keys() == whole.keys()
+
+
+def test_columns_within_others_are_seen_too():
+    batch = {"image": random_images(*SHAPE), "objects": {"bbox": np.zeros((16, 3, 4), np.float32)}}
+    with pytest.raises(InputError, match="column 'objects/bbox'"):
+        augment.flip()(KEY, batch)
+
+
+def test_every_augmentation_that_moves_pixels_is_known_to_move_them():
+    """What takes an image of one bright pixel to one that is bright elsewhere."""
+    image = np.zeros(SHAPE, np.float32)
+    image[:, 3, 2] = 1
+    moves = lambda name: JITTED[name](KEY, {"image": image})["image"][:, [2, 3, 4], 3:].max() > 0.6
+    assert {name for name in ALL if moves(name)} <= set(GEOMETRY)

@@ -1,11 +1,17 @@
 """The loss and the test metrics of classifiers, and trees of several seeds."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import pytest
 
 from dl_jax import classify, losses
+from dl_jax.compress import distill, quantize
 from dl_jax.core import seeds
+from dl_jax.core.errors import InputError
+from dl_jax.core.step import init_state, make_step
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (6, 2, 2, 1), np.uint8)
 BATCH = {"image": IMAGE, "label": np.array([0, 1, 2, 0, 1, 2])}
@@ -63,3 +69,106 @@ def test_seeds_come_apart_and_together():
     assert [part["b"]["c"] for part in parts] == [0, 1, 2]
     assert all(isinstance(leaf, np.ndarray | np.generic) for leaf in jax.tree.leaves(parts))
     jax.tree.map(np.testing.assert_array_equal, seeds.stack(parts), tree)
+
+
+class Normed(nn.Module):
+    """BatchNorm, dropout and a linear layer."""
+
+    @nn.compact
+    def __call__(self, image, *, train: bool):
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(image.reshape(len(image), -1))
+        return nn.Dense(3)(nn.Dropout(0.5, deterministic=not train)(x))
+
+
+def followed(temperature=4.0):
+    """The loss of a student, on a batch that has the teacher's logits."""
+    teacher = np.random.default_rng(2).normal(size=(6, 3)).astype(np.float32)
+    return lambda apply: losses.with_batch(
+        distill.loss(apply, temperature), lambda key, batch: {**batch, "teacher_logits": teacher}
+    )
+
+
+@pytest.mark.parametrize("loss", [classify.loss, followed()], ids=["classify", "distill"])
+@pytest.mark.parametrize("wrapped", [False, True], ids=["module", "rounded"])
+def test_a_step_keeps_the_running_statistics_of_batchnorm(loss, wrapped):
+    """momentum · before + (1 − momentum) · those of the batch, twice; other collections stay."""
+    model, tx = Normed(), optax.sgd(0.1)
+    variables = model.init(jax.random.key(0), classify.to_unit(IMAGE), train=False)
+    variables["ranges"] = {"Dense_0": quantize.Range(jnp.float32(-3), jnp.float32(3))}
+    function = quantize.with_activations(model.apply, 8) if wrapped else model.apply
+    state = init_state(jax.random.key(1), variables, tx)
+    step = jax.jit(make_step(loss(function), tx))
+    x = (IMAGE.reshape(6, 4) / 255.0).astype(np.float64)
+    mean, var = np.zeros(4), np.ones(4)
+    for _ in range(2):
+        state, metrics = step(state, BATCH)
+        mean, var = 0.9 * mean + 0.1 * x.mean(0), 0.9 * var + 0.1 * x.var(0)
+    found = state.extra["batch_stats"]["BatchNorm_0"]
+    np.testing.assert_allclose(found["mean"], mean, rtol=1e-5)
+    np.testing.assert_allclose(found["var"], var, rtol=1e-5)
+    assert state.extra.keys() == {"batch_stats", "ranges"}
+    jax.tree.map(np.testing.assert_array_equal, state.extra["ranges"], variables["ranges"])
+    assert np.isfinite(metrics["loss"])
+
+    before = jax.tree.map(np.array, state.variables)
+    masked = {**BATCH, "mask": np.ones(6, np.float32)}
+    evaluated = classify.evaluation(model.apply)(state.variables, masked, jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, state.variables, before)
+    kernel, bias = (np.asarray(state.params["Dense_0"][name], np.float64) for name in ("kernel", "bias"))
+    scale, shift = (np.asarray(state.params["BatchNorm_0"][name], np.float64) for name in ("scale", "bias"))
+    logits = ((x - mean) / np.sqrt(var + 1e-5) * scale + shift) @ kernel + bias
+    np.testing.assert_allclose(evaluated["nats"][0], losses.cross_entropy(logits, BATCH["label"]).sum(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("rest", [{}, {"batch_stats": {"x": np.zeros(2)}}], ids=["params", "collections"])
+def test_a_pure_function_needs_no_argument_mutable(rest):
+    given = {**VARIABLES, **rest}
+    found, (collections, _) = classify.loss(apply)(given, BATCH, jax.random.key(0))
+    np.testing.assert_allclose(found, losses.cross_entropy(LOGITS, BATCH["label"]).mean(), rtol=1e-6)
+    assert collections == {}
+    rounded = quantize.with_activations(apply, 8)  # its signature is that of the function inside
+    assert not classify._takes_mutable(rounded)
+    assert classify._takes_mutable(quantize.with_activations(Normed().apply, 8))
+    assert classify._takes_mutable(lambda variables, *args, **settings: None)
+
+
+def test_labels_may_be_probabilities():
+    soft = np.random.default_rng(3).dirichlet(np.ones(3), 6).astype(np.float32)
+    found, (_, metrics) = classify.loss(apply)(VARIABLES, {**BATCH, "label": soft}, jax.random.key(0))
+    log_p = LOGITS - np.log(np.exp(LOGITS.astype(np.float64)).sum(1, keepdims=True))
+    np.testing.assert_allclose(found, -(soft * log_p).sum(1).mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["error"], (LOGITS.argmax(1) != soft.argmax(1)).mean())
+
+
+def test_label_smoothing_and_mixtures_compose_with_the_loss():
+    """Zhang et al. 2018 (arXiv:1710.09412): a convex combination of two examples and of their labels."""
+
+    def mixup(key, batch):
+        other = jax.tree.map(lambda column: column[::-1], dict(batch))
+        return jax.tree.map(lambda a, b: 0.7 * a + 0.3 * b, dict(batch), other)
+
+    unit = lambda key, batch: classify.unit(key, batch)
+    loss = losses.with_batch(classify.loss(apply), mixup)
+    loss = losses.with_batch(losses.label_smoothing(loss, 3, 0.1), unit)
+    value, (_, metrics) = jax.jit(loss)(VARIABLES, BATCH, jax.random.key(0))
+    image = IMAGE.reshape(6, 4) / 255
+    smooth = np.eye(3)[BATCH["label"]] * 0.9 + 0.1 / 3
+    mixed, targets = (0.7 * part + 0.3 * part[::-1] for part in (image, smooth))
+    logits = mixed @ VARIABLES["params"]["w"]
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    np.testing.assert_allclose(value, -(targets * log_p).sum(1).mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["error"], (logits.argmax(1) != targets.argmax(1)).mean())
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        (np.zeros(6, bool), "labels are bool, expected integers"),
+        (np.zeros(6, np.float32), r"targets \(6,\), expected equal shapes"),
+        (np.zeros((6, 2), np.float32), r"targets \(6, 2\), expected equal shapes"),
+        (np.zeros((6, 3), int), r"labels \(6, 3\) for logits \(6, 3\)"),
+    ],
+)
+def test_labels_that_fit_no_logits(label, words):
+    with pytest.raises(InputError, match=words):
+        classify.loss(apply)(VARIABLES, {**BATCH, "label": label}, jax.random.key(0))

@@ -89,3 +89,15 @@ def test_grey_images_are_the_digits_enlarged_and_their_labels(tmp_path, monkeypa
     np.testing.assert_array_equal(images["label"], raw["label"])
     with pytest.raises(InputError, match="expected 0 to 4"):
         data.grey_images("digits", "train[:50]", classes=5)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8])
+@pytest.mark.parametrize("classes", [128, 200, 256, 300])
+def test_labels_of_small_integer_types_are_compared_with_the_class_count_as_it_is(dtype, classes):
+    last = min(classes, int(np.iinfo(dtype).max) + 1) - 1
+    data.check_labels({"label": np.array([0, last], dtype)}, "scans", classes)
+    if last < np.iinfo(dtype).max:
+        with pytest.raises(InputError, match=f"label {last + 1} of example 1"):
+            data.check_labels({"label": np.array([0, last + 1], dtype)}, "scans", classes)
+    with pytest.raises(InputError, match="are bool of shape"):
+        data.check_labels({"label": np.zeros(2, bool)}, "scans", 2)

@@ -188,3 +188,23 @@ def test_tiny_shakespeare(tfds_dir, tmp_path, monkeypatch):
     assert [len(ids) for ids in parts] == [1_003_854, 55_770, 55_770]  # 90, 5 and 5 % of 1,115,394 characters
     assert text.decode(parts[0]).startswith("First Citizen:\nBefore we proceed any further, hear me speak.\n")
     assert [len(set(ids.tolist())) for ids in parts] == [65, 60, 60]
+
+
+@pytest.mark.parametrize("ids", [[65, 256], [-1, 65], [321]])
+def test_ids_that_are_no_bytes_are_not_taken_modulo_256(ids):
+    with pytest.raises(InputError, match=f"ids from {min(ids)} to {max(ids)}, expected bytes, 0 to 255"):
+        text.decode(np.array(ids))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.uint16])
+def test_a_text_comes_back_from_ids_of_any_type(dtype):
+    assert text.decode(text.encode("Zürich\0").astype(dtype)) == "Zürich\0"
+    assert text.decode(np.array([], dtype)) == ""
+
+
+def test_windows_of_bytes_are_those_of_wide_ids():
+    ids = np.arange(100, dtype=np.uint8) + 150
+    batch, wide = (text.windows(each, 3, 4, 0)(2) for each in (ids, ids.astype(np.int64)))
+    for name in batch:
+        np.testing.assert_array_equal(batch[name], wide[name])
+    assert batch["token"].dtype == np.int32

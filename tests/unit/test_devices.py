@@ -164,3 +164,29 @@ def test_each_process_gives_as_many_devices_to_a_mesh():
 
 def test_process_rows_of_one_process_are_all():
     assert devices.process_rows(16, devices.data_mesh()) == slice(0, 16)
+
+
+@pytest.mark.parametrize(
+    ("column", "kind"),
+    [
+        (np.array([b"one", b"three"]), r"\|S5 \(bytes\)"),
+        (np.array(["one", "three"]), r"<U5 \(text\)"),
+        (np.array([{}, "x"], object), r"object \(Python objects\)"),
+        (np.array(["2020-01-01", "2021-01-01"], "datetime64[D]"), r"datetime64\[D\] \(times\)"),
+    ],
+    ids=["bytes", "str", "object", "times"],
+)
+def test_columns_that_no_device_holds_are_named(column, kind):
+    records = {"label": np.arange(2), "objects": {"name": column}}
+    mesh = devices.data_mesh(batch_size=2)
+    for place in (devices.place, devices.replicated):
+        with pytest.raises(InputError, match=f"^column 'objects/name' is {kind}, expected numbers.* leave the column"):
+            place(records, mesh)
+
+
+@pytest.mark.parametrize("scan", [1, 2])
+def test_a_fit_on_texts_says_so_in_a_line(scan):
+    records = {**RECORDS, "name": np.full(64, b"text")}
+    tx = optax.sgd(0.1)
+    with pytest.raises(InputError, match=r"column 'name' is .* encode it as integers"):
+        fit(make_step(loss_of(Plain()), tx), start(Plain(), tx), data.shuffled(records, 16, 0), steps=2, scan=scan)

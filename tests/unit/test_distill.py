@@ -52,6 +52,33 @@ def test_bfloat16_logits_are_compared_in_float32():
     np.testing.assert_allclose(found, wide, rtol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("temperature", [0.5, 20.0])
+def test_logits_near_the_end_of_their_type_are_divided_in_float32(dtype, temperature):
+    """6e4 / 0.5 is no float16."""
+    student, teacher = (jnp.asarray([[6e4, 0.0, x]], dtype) for x in (5e4, 5.9e4))
+    s, t = (np.asarray(x, np.float64) / temperature for x in (student, teacher))
+    log_p = s - s.max() - np.log(np.exp(s - s.max()).sum())
+    expected = -(temperature**2) * (softmax(t) * log_p).sum(-1)
+    np.testing.assert_allclose(distill.soft(student, teacher, temperature), expected, rtol=1e-3)
+
+
+def test_float64_logits_stay():
+    with jax.enable_x64(True):
+        student, teacher = (jnp.asarray(logits(i, 4, 5), jnp.float64) for i in (0, 1))
+        found = distill.soft(student, teacher, 3.0)
+        expected = -9 * (softmax(teacher / 3) * np.log(softmax(np.asarray(student) / 3))).sum(-1)
+        assert found.dtype == jnp.float64
+        np.testing.assert_allclose(found, expected, rtol=1e-13)
+
+
+def test_margins_of_float16_logits_are_finite():
+    outputs, group = np.array([[-6e4, 6e4], [4e4, -4e4]], np.float16), np.array([False, True])
+    np.testing.assert_array_equal(distill.margins(outputs, group), [-12e4, 8e4])
+    assert distill.matched_bias(outputs, group, 0.5) == pytest.approx(-2e4)
+    assert distill.fewest_errors(outputs, group, np.array([1, 0])) == 0
+
+
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
 def test_a_temperature_that_is_not_positive(temperature):
     with pytest.raises(InputError, match=r"temperature is .*expected a positive"):

@@ -424,6 +424,33 @@ def test_int8_is_small_and_near(name, exported, tmp_path):
     assert int8.stat().st_size < 0.27 * floats.stat().st_size
 
 
+@pytest.mark.parametrize("name", ["LSTM classifier", "LSTM"])
+def test_a_network_that_stays_in_float_is_not_called_quantised(name, exported, tmp_path):
+    """An LSTM's kernels are multiplied in a loop, which ONNX Runtime's quantiser does not enter."""
+    int8 = tmp_path / "int8.onnx"
+    if name == "LSTM":
+        model, x = rnn.Recurrent(rnn.LSTM, 8), np.random.default_rng(0).random((3, 4, 5), np.float32)
+        variables, file = drawn(model, {"x": x}), tmp_path / "lstm.onnx"
+        onnx.export(lambda variables, x: model.apply(variables, x, train=False)[0], variables, [x], file)
+        inputs = (x,)
+    else:
+        file, inputs = exported(name).file, exported(name).case.inputs
+    with pytest.raises(
+        InputError, match=r"\d+ of \d+ weights in .* became int8, expected half of them or more"
+    ) as error:
+        onnx.quantized(file, [inputs], int8)
+    assert f"{int8} is not written" in str(error.value)
+    assert not int8.exists()
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_calibration_data_that_is_not_finite(wrong, ort, tmp_path):
+    batches = [(np.ones((2, 4), np.float32),), (np.array([[0, 1, wrong, 0]], np.float32),)]
+    with pytest.raises(InputError, match="of batch 1 of the calibration set has NaN or infinite values"):
+        onnx.quantized(ort, batches, tmp_path / "int8.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_calibration_data_is_checked(ort, tmp_path):
     for batches, message in [
         ([], "the calibration set is empty, expected at least one batch"),

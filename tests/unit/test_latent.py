@@ -224,3 +224,64 @@ def test_active_units():
     assert latent.active_units(means.mean(0), (means**2).mean(0)) == 1
     seeds = np.stack([means, 3 * means])  # [S, N, L]
     np.testing.assert_array_equal(latent.active_units(seeds.mean(1), (seeds**2).mean(1)), [1, 2])
+
+
+def posterior(dtype, n: int = 64) -> tuple[jax.Array, jax.Array]:  # [2, n] each
+    return tuple(jnp.asarray(np.random.default_rng(i).normal(0, 0.1, (2, n)), dtype) for i in (0, 1))
+
+
+DENSITIES = {
+    "gaussian_log_prob": lambda mean, log_var: latent.gaussian_log_prob(log_var, mean, log_var),
+    "standard_normal_kl": latent.standard_normal_kl,
+    "log_mean_exp": lambda mean, log_var: latent.log_mean_exp(jnp.tile(mean, (300, 1))),
+    "bernoulli_log_prob": lambda mean, log_var: latent.bernoulli_log_prob(mean, jnp.abs(log_var)),
+}
+BOUNDS = {
+    "log_weights": lambda model, x: latent.log_weights(model, x, jax.random.key(0), 4),
+    "elbo": lambda model, x: latent.elbo(model, x, jax.random.key(0), 4),
+    "importance_bound": lambda model, x: latent.importance_bound(model, x, jax.random.key(0), 4),
+    "log_likelihood": lambda model, x: latent.log_likelihood(model, x, jax.random.key(0), 4, 2),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", DENSITIES)
+def test_densities_of_low_precision_outputs_are_reckoned_in_float32(name, dtype):
+    given = posterior(dtype)
+    found = jax.jit(DENSITIES[name])(*given)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, DENSITIES[name](*(part.astype(jnp.float32) for part in given)), rtol=1e-6)
+
+
+def test_the_kl_of_a_bfloat16_network_against_float64():
+    mean, log_var = (np.asarray(x, np.float64) for x in posterior(jnp.bfloat16))
+    expected = 0.5 * (mean**2 + np.exp(log_var) - log_var - 1).sum(-1)
+    np.testing.assert_allclose(latent.standard_normal_kl(*posterior(jnp.bfloat16)), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_bounds_of_a_low_precision_network_are_those_of_its_outputs_in_float32(name):
+    """The recognition model's outputs and log p(x | z) are rounded, and nothing else: no noise, product or sum."""
+    x = jnp.asarray(RNG.random((2, 64)), jnp.float32)
+
+    def model(cast):
+        encode = lambda x: tuple(cast(part) for part in posterior(jnp.bfloat16))
+        rounded = lambda x, z: latent.gaussian_log_prob(x, z, jnp.zeros(64)).astype(jnp.bfloat16)
+        return LatentModel(encode, lambda x, z: cast(rounded(x, z)))
+
+    found = BOUNDS[name](model(lambda part: part), x)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, BOUNDS[name](model(lambda part: part.astype(jnp.float32)), x), rtol=1e-6)
+
+
+def test_float64_stays():
+    with jax.enable_x64(True):
+        given = posterior(jnp.float64)
+        for density in DENSITIES.values():
+            assert jax.eval_shape(density, *given).dtype == jnp.float64
+        kl = 0.5 * sum(np.asarray(part).sum(-1) for part in (given[0] ** 2, np.exp(given[1]) - given[1] - 1))
+        np.testing.assert_allclose(latent.standard_normal_kl(*given), kl, rtol=1e-13)
+        wide = LatentModel(lambda x: given, lambda x, z: latent.gaussian_log_prob(x, z, jnp.zeros(64)))
+        mixed = wide._replace(encode=lambda x: posterior(jnp.float32))  # a scan must not stumble over its types
+        for bound, model in itertools.product(BOUNDS.values(), (wide, mixed)):
+            assert jax.eval_shape(partial(bound, model), given[0]).dtype == jnp.float64

@@ -133,6 +133,42 @@ def test_a_label_outside_the_classes_gives_nan(label):
     assert np.isnan(losses.smooth_labels(labels, 3, 0.1)[1]).all()
 
 
+SMALL_INTEGERS = [*itertools.product((np.uint8, np.int8), (128, 200, 256, 300)), (np.int16, 300), (np.uint32, 300)]
+
+
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
+def test_labels_of_small_integer_types_are_compared_with_the_class_count_as_it_is(rng, array):
+    """256 is 0 in uint8, and 200 is -56 in int8. Type after type in one test: each would be compiled anew."""
+    for dtype, classes in SMALL_INTEGERS:
+        last = min(classes, int(np.iinfo(dtype).max) + 1) - 1
+        labels = np.array([0, last // 2, last], dtype)
+        logits = rng.normal(size=(3, classes)).astype(np.float32)
+        expected = -reference_log_softmax(logits.astype(np.float64))[np.arange(3), labels.astype(int)]
+        found = losses.cross_entropy(array(logits), array(labels))
+        np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=f"{dtype} {classes}")
+        smooth = np.eye(classes)[labels.astype(int)] * 0.9 + 0.1 / classes
+        np.testing.assert_allclose(losses.smooth_labels(array(labels), classes, 0.1), smooth, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "outside", "classes"),
+    [(np.int8, -1, 128), (np.int8, -1, 255), (np.int8, -128, 128), (np.int8, 127, 127), (np.uint8, 255, 255)],
+)
+def test_a_label_outside_the_classes_gives_nan_in_small_types_too(dtype, outside, classes):
+    labels = jnp.array([0, outside], dtype)
+    for value in (losses.cross_entropy(jnp.zeros((2, classes)), labels), losses.smooth_labels(labels, classes, 0.1)):
+        assert np.isfinite(value[0]).all()
+        assert np.isnan(value[1]).all()
+
+
+def test_low_precision_losses_are_added_and_weighed_in_float32():
+    """Their sum is no float16."""
+    term = lambda variables, batch, key: (jnp.float16(1000), ({}, {}))
+    assert losses.weighted_sum({"a": (100.0, term)})({}, {}, KEY)[0] == 1e5
+    params = {"kernel": jnp.full(300, 20, jnp.float16)}
+    assert losses.elastic_net(term, 1.0, 2.0)({"params": params}, {}, KEY)[0] == 1000 + 300 * 20 + 300 * 20**2
+
+
 def test_smooth_labels():
     targets = losses.smooth_labels(jnp.array([1, 3]), 4, 0.2)
     np.testing.assert_allclose(targets, [[0.05, 0.85, 0.05, 0.05], [0.05, 0.05, 0.05, 0.85]], rtol=1e-6)
@@ -151,6 +187,8 @@ def test_smooth_labels():
         (lambda: losses.soft_cross_entropy(jnp.zeros((3, 2)), jnp.zeros(3)), "(3, 2)"),
         (lambda: losses.smooth_labels(jnp.zeros(3, int), 2, 1.0), "smoothing is 1.0"),
         (lambda: losses.smooth_labels(jnp.zeros(3), 2, 0.1), "float32"),
+        (lambda: losses.smooth_labels(jnp.zeros(3, bool), 2, 0.1), "bool, expected integers of any size; convert"),
+        (lambda: losses.cross_entropy(jnp.zeros((3, 2)), jnp.zeros(3, bool)), "bool, expected integers of any size"),
         (lambda: losses.weighted_sum({}), "no terms"),
         (lambda: losses.l2(fit_line, -0.1), "l2 weight is -0.1"),
         (lambda: losses.l1(fit_line, float("nan")), "l1 weight is nan"),

@@ -155,3 +155,29 @@ def test_bad_input_is_one_line(call, words):
         call()
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16])
+def test_labels_of_small_integer_types_count_once(dtype):
+    """A one-hot of 300 classes wraps in uint8, so that 44 would also count as 300."""
+    labels = np.array([0, 44, 127], dtype)
+    logits = np.random.default_rng(0).normal(size=(3, 300)).astype(np.float32)
+    logits[0, 0] = logits[1, 300 - 256] = 9
+    counts, total = metrics.confusion_matrix(logits, labels, jnp.ones(3))
+    expected = np.zeros((300, 300))
+    np.add.at(expected, (labels.astype(int), logits.argmax(1)), 1)
+    np.testing.assert_array_equal(counts, expected)
+    assert float(total[0, 0]) == 3
+    right = float((logits.argmax(1) == labels.astype(int)).sum())
+    assert float(metrics.accuracy(logits, labels, jnp.ones(3))[0]) == right
+    assert float(metrics.error_rate(logits, labels, jnp.ones(3))[0]) == 3 - right
+    ranks = (logits > np.take_along_axis(logits, labels.astype(int)[:, None], 1)).sum(1)
+    assert float(metrics.top_k(logits, labels, jnp.ones(3), 200)[0]) == (ranks < 200).sum()
+
+
+def test_masked_keeps_float64():
+    with jax.enable_x64(True):
+        values, mask = jnp.full(10, 0.1), jnp.full(10, 0.1)
+        for found, expected in zip(metrics.masked(values, mask), (0.1, 1.0), strict=True):
+            assert found.dtype == jnp.float64
+            np.testing.assert_allclose(found, expected, rtol=1e-14)

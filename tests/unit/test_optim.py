@@ -330,3 +330,37 @@ def test_max_norm_of_a_unit_without_weights_has_a_finite_gradient_free_update():
 def test_max_norm_needs_a_positive_limit(limit):
     with pytest.raises(InputError, match=r"max_norm: limit is .*expected a positive norm"):
         optim.max_norm(limit)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_max_norm_of_low_precision_adds_squares_in_float32(dtype):
+    """300 · 30² is no float16."""
+    params = {"kernel": jnp.full((300, 2), 30, dtype) * jnp.array([1, 0.01], dtype)}
+    tx = optim.max_norm(100.0)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    new = optax.apply_updates(params, updates)["kernel"]
+    assert new.dtype == dtype
+    norms = np.linalg.norm(np.asarray(new, np.float64), axis=0)
+    np.testing.assert_allclose(norms, [100, 30 * 0.01 * 300**0.5], rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_proximal_of_low_precision_is_its_equation_rounded_once(dtype):
+    rng = np.random.default_rng(0)
+    p, u = (jnp.asarray(rng.normal(0, scale, 200), dtype) for scale in (1, 1e-2))
+    tx = optim.proximal_elastic_net(0.1, 0.7, 0.5, where=everything)
+    found = tx.update(u, tx.init(p), p)[0]
+    z = np.asarray(p, np.float64) + np.asarray(u, np.float64)
+    new = np.sign(z) * np.maximum(abs(z) - 0.07, 0) / 1.05
+    assert found.dtype == dtype
+    np.testing.assert_allclose(np.asarray(found, np.float64), new - np.asarray(p, np.float64), rtol=5e-3, atol=1e-7)
+    zeros = np.asarray(optax.apply_updates(p, found)) == 0
+    np.testing.assert_array_equal(zeros, new == 0)
+    assert zeros.any()
+
+
+def test_proximal_zeros_are_exact_where_updates_are_coarser_than_parameters():
+    p = jnp.array([0.0123456789, 1.0], jnp.float32)
+    tx = optim.proximal_elastic_net(0.1, 1.0, where=everything)
+    updates, _ = tx.update(jnp.zeros(2, jnp.bfloat16), tx.init(p), p)
+    np.testing.assert_array_equal(optax.apply_updates(p, updates) == 0, [True, False])

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,6 +117,53 @@ def test_the_gradient_of_the_weights_is_that_at_the_rounded_ones(bits):
     found = gradient(with_params(loss, fake(bits)), params)
     jax.tree.map(np.testing.assert_array_equal, found, gradient(loss, fake(bits)(params)))
     assert all(np.any(leaf) for leaf in jax.tree.leaves(found))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
+@every_bits
+def test_parameters_of_every_float_type(bits, dtype):
+    """The grid is that of the weights as they are, in float32 or better; the gradient has the parameter's type."""
+    with jax.enable_x64(dtype == jnp.float64):
+        w = jnp.asarray(weights(11), dtype)
+        wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
+        stored, simulated = quantize.quantize({"kernel": w}, bits), fake(bits)({"kernel": w})["kernel"]
+        assert stored["kernel"].scale.dtype == simulated.dtype == wide
+        np.testing.assert_array_equal(dequantize(stored)["kernel"], simulated)
+        np.testing.assert_array_equal(simulated, fake(bits)({"kernel": w.astype(wide)})["kernel"])
+        if dtype == jnp.float64:
+            np.testing.assert_allclose(simulated, in_float64(np.asarray(w), bits), rtol=1e-14)
+        factor = jnp.asarray(weights(12), dtype)
+        gradient = jax.jit(jax.grad(lambda w: (fake(bits)({"kernel": w})["kernel"] * factor).sum()))(w)
+        assert gradient.dtype == dtype
+        np.testing.assert_array_equal(gradient, factor)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_a_network_of_low_precision_trains_on_both_roundings(dtype):
+    model = nn.Dense(4, dtype=dtype, param_dtype=dtype)
+    x = jnp.asarray(weights(13, 8, 5), dtype)
+    variables = model.init(jax.random.key(0), x)
+    variables = {**variables, "ranges": calibrate(model.apply, variables, [x])}
+    assert variables["ranges"][""].high.dtype == jnp.float32
+    loss = with_params(with_activations(lambda v, x, key: ((model.apply(v, x) ** 2).mean(), ({}, {})), 8), fake(8))
+    state = init_state(jax.random.key(0), variables, optax.sgd(0.1))
+    after, metrics = jax.jit(make_step(loss, optax.sgd(0.1)))(state, x)
+    jax.tree.map(lambda new, old: new.dtype == old.dtype or pytest.fail("another type"), after.params, state.params)
+    assert np.isfinite(metrics["loss"])
+    assert not np.array_equal(after.params["kernel"], state.params["kernel"])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+@every_bits
+def test_a_channel_with_a_weight_that_is_not_finite_is_nan(bits, wrong, compiled):
+    """Wherever it stands: XLA's maxima on a CPU pass over some NaN, and the cast of one to int8 is a number."""
+    w = np.tile(weights(16)[:, :1], 20)
+    w[np.arange(20), np.arange(20)] = wrong
+    w = np.concatenate([w, weights(17, 20, 1)], 1)
+    found = (jax.jit(fake(bits)) if compiled else fake(bits))({"kernel": w})["kernel"]
+    assert not np.isfinite(found[:, :20]).any()
+    assert np.isfinite(found[:, 20]).all()
 
 
 def test_where_chooses():
@@ -241,6 +289,67 @@ def test_an_empty_calibration_set():
     variables, apply = built(SMALL)
     with pytest.raises(InputError, match="calibrate: no batches, expected at least one"):
         calibrate(apply, variables, [])
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_inputs_that_are_not_finite_have_no_range(wrong):
+    variables, apply = built(SMALL)
+    for place in range(0, IMAGE.size, 500):  # wherever it stands
+        images = IMAGE.copy()
+        images.flat[place] = wrong
+        with pytest.raises(InputError, match=r"the inputs of layer 'Dense_0' range from .* to .*, expected finite"):
+            calibrate(apply, variables, [IMAGE, images, IMAGE])
+
+
+def test_a_seed_that_has_diverged_is_named():
+    """Under vmap each seed's values are unknown, and those of all are not."""
+    variables, apply = built(SMALL)
+    stacked = jax.tree.map(lambda leaf: np.stack([leaf, leaf, leaf]), variables)
+    stacked["params"]["Dense_1"]["kernel"][2, 0, 0] = np.nan
+    of_one = lambda variables: calibrate(apply, variables, [IMAGE])
+    with pytest.raises(InputError, match=r"layer 'Dense_2' of seed 2 range from nan to nan, expected finite numbers"):
+        jax.vmap(of_one)(stacked)
+    with pytest.raises(InputError, match="layer 'Dense_2' of seed 2"):
+        jax.vmap(jax.vmap(of_one))(jax.tree.map(lambda leaf: leaf[None], stacked))
+    compiled = jax.jit(jax.vmap(of_one))(stacked)  # where nothing is known, nothing plausible comes out
+    rounded_by_seed = jax.vmap(lambda v, ranges: with_activations(apply, 8)({**v, "ranges": ranges}, IMAGE))
+    found = rounded_by_seed(jax.tree.map(lambda leaf: np.nan_to_num(leaf), stacked), compiled)
+    assert np.isfinite(found[:2]).all()
+    assert np.isnan(found[2]).all()
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(np.nan, 1), (-1, np.nan), (np.nan, np.nan), (-np.inf, 1), (-1, np.inf), (-np.inf, np.inf)]
+)
+def test_a_range_that_is_not_finite_gives_nan(low, high):
+    assert np.isnan(rounded(jnp.linspace(-1, 1, 9), bounds(low, high), 8)).all()
+
+
+def test_integer_inputs_are_rounded_as_numbers():
+    """Within half a step; as integers again they would lose their fractions."""
+    x = jnp.arange(0, 256, 5, dtype=jnp.uint8)
+    found = rounded(x, bounds(-3, 255), 8)
+    assert found.dtype == jnp.float32
+    assert abs(found - x.astype(jnp.float32)).max() <= 258 / 255 / 2 * 1.01
+
+
+class Named(nn.Module):
+    """A layer given its input by name, behind another argument of its own."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(inputs=nn.Einsum((4, 5))(einsum_str="ab,bc->ac", inputs=x))
+
+
+def test_inputs_given_by_name_are_met():
+    x = weights(14, 2, 4)
+    variables = jax.device_get(Named().init(jax.random.key(0), x))
+    found = inputs(Named().apply)(variables, x)
+    np.testing.assert_array_equal(found["Einsum_0"][0], x)
+    kernel = variables["params"]["Einsum_0"]["kernel"]
+    np.testing.assert_allclose(found["Dense_0"][0], x @ kernel, rtol=1e-5)
+    doubled = with_inputs(Named().apply, lambda path, x: 2 * x if path == "Einsum_0" else x)(variables, x)
+    np.testing.assert_allclose(doubled, Named().apply(variables, 2 * x), rtol=1e-5)
 
 
 def bounds(low: float, high: float) -> Range:

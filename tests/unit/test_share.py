@@ -141,3 +141,22 @@ def test_weights_that_are_not_finite() -> None:
 def test_nothing_to_share() -> None:
     with pytest.raises(InputError, match="`where` chooses none"):
         share.cluster({"bias": WEIGHTS}, 2)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_gradients_of_low_precision_are_summed_in_float32(dtype) -> None:
+    """In bfloat16 a sum of ones stops at 256."""
+    expand = share.expanded(jnp.ones(4096, jnp.int32))
+    gradient = jax.grad(lambda book: expand(book).astype(jnp.float32).sum())(jnp.ones(1, dtype))
+    assert gradient.dtype == dtype
+    assert float(gradient[0]) == 4096
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+def test_low_precision_weights_go_to_the_nearest_value(dtype) -> None:
+    """Halfway between two values lies no float16 where these are neighbours, and none where their sum overflows."""
+    weights = np.array([1000, 1001, 1002, 60000, 61000], np.float64).astype(dtype)
+    codebook, clusters = share.cluster({"kernel": weights}, values=3)
+    values = np.asarray(codebook["kernel"], np.float64)
+    distances = abs(np.asarray(weights, np.float64)[:, None] - values)
+    np.testing.assert_array_equal(distances[np.arange(5), clusters["kernel"] - 1], distances.min(1))

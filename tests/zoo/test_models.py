@@ -281,6 +281,24 @@ def test_map_loss_against_the_equation():
     np.testing.assert_allclose(gradient, posterior - np.eye(3)[labels], atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8])
+def test_map_loss_of_labels_of_small_integers_and_outside_the_classes(dtype):
+    logits = -np.random.default_rng(0).random((3, 200)).astype(np.float32)
+    labels = np.array([0, 99, 255], np.uint8).astype(dtype)  # 255 is -1 in int8, and no class in either
+    found = jit(lambda logits: lenet.map_loss(logits, labels, 1.0))(logits)
+    known = np.log(np.exp(-1) + np.exp(logits[:2]).sum(1)) - logits[[0, 1], [0, 99]]
+    np.testing.assert_allclose(found[:2], known, rtol=1e-5)
+    assert np.isnan(found[2])
+
+
+def test_map_loss_of_other_labels_and_in_low_precision():
+    logits = jnp.asarray([[-1.0, -3.0], [-2.0, -0.5]], jnp.bfloat16)
+    assert lenet.map_loss(logits, jnp.array([0, 1]), 1.0).dtype == jnp.float32
+    for labels in (jnp.zeros((2, 2)), jnp.zeros(2)):
+        with pytest.raises(InputError, match=r"map_loss: labels"):
+            lenet.map_loss(logits, labels, 1.0)
+
+
 def test_map_loss_without_rubbish_is_cross_entropy():
     logits, labels = np.array([[1.0, 3.0, 2.0]], np.float32), np.array([2])
     cross_entropy = np.log(np.exp(logits).sum()) - logits[0, 2]

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from dl_jax.core import devices
 from dl_jax.core.errors import InputError
 from dl_jax.models.sequence import rnn
 from dl_jax.models.sequence.rnn import GRU, LSTM, VANILLA, CharLM, Recurrent, SequenceClassifier
+from dl_jax.models.vision.mlp import MLP
 
 CELLS = {"VANILLA": VANILLA, "LSTM": LSTM, "GRU": GRU}
 each_cell = pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS)
@@ -241,6 +243,18 @@ def test_lengths_of_another_shape_or_kind_are_refused(lengths):
             jax.jit(functools.partial(model.apply, train=False))(variables, x, each)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8])
+def test_lengths_and_tokens_of_small_integer_types(dtype):
+    """300 steps and 300 tokens are more than either type holds."""
+    lengths = np.array([1, 100, 127], dtype)
+    valid = rnn._valid(lengths, 3, 300)[..., 0]  # [T, B]
+    np.testing.assert_array_equal(valid, np.arange(300)[:, None] < lengths.astype(int))
+    model, tokens = SequenceClassifier(300, classes=2, embedding=3, hidden=2), lengths[:, None]
+    variables = drawn(model, tokens, train=False)
+    apply = jit(lambda tokens: model.apply(variables, tokens, train=False))
+    np.testing.assert_array_equal(apply(tokens), apply(tokens.astype(np.int32)))
+
+
 def test_unknown_lengths_beyond_the_padding_count_as_its_end():
     model = Recurrent(GRU, 5, bidirectional=True)
     variables = weights(model)
@@ -319,6 +333,43 @@ def test_the_forget_bias_says_how_much_of_the_state_is_kept(bias, kept):
         np.testing.assert_allclose(after, kept * before, atol=1e-6)  # every other gate and weight is zero
     changed = sum(int((a != b).sum()) for a, b in zip(*map(jax.tree.leaves, (variables, zeros)), strict=True))
     assert changed == (2 * 5 if bias else 0)
+
+
+def test_the_forget_bias_of_a_stack_of_seeds():
+    """As many seeds as gates, so that a cut along the wrong axis would fit."""
+    variables = jax.tree.map(lambda leaf: np.stack([leaf] * 4), weights(Recurrent(LSTM, 5, layers=2)))
+    found = jax.device_get(rnn.with_forget_bias(variables, 3.0))
+    one = jax.device_get(rnn.with_forget_bias(jax.tree.map(lambda leaf: leaf[2], variables), 3.0))
+    jax.tree.map(lambda stack, leaf: np.testing.assert_array_equal(stack[2], leaf), found, one)
+    bias = found["params"]["forward_1"]["input"]["bias"]
+    np.testing.assert_array_equal(bias[:, 5:10], 3)
+    np.testing.assert_array_equal(bias[:, :5], variables["params"]["forward_1"]["input"]["bias"][:, :5])
+
+
+@pytest.mark.parametrize(
+    "model",
+    [Recurrent(GRU, 5), Recurrent(VANILLA, 4), Recurrent(GRU, 1), MLP((8,)), nn.Dense(8)],
+    ids=["GRU", "VANILLA", "GRU of one unit", "MLP", "Dense"],
+)
+def test_a_network_without_a_forget_gate_is_refused(model):
+    settings = {} if isinstance(model, nn.Dense) else {"train": False}
+    with pytest.raises(InputError, match=r"with_forget_bias: none of .* is of an LSTM layer, expected input/bias"):
+        rnn.with_forget_bias(drawn(model, X, **settings), 1.0)
+
+
+def test_a_dense_layer_called_input_is_no_lstm():
+    layer = {"kernel": np.zeros((3, 8)), "bias": np.zeros(8)}
+    for params in ({"input": layer}, {"input": layer, "kernel": np.zeros((4, 4))}):
+        with pytest.raises(InputError, match="with_forget_bias: none of params/input/bias, params/input/kernel"):
+            rnn.with_forget_bias({"params": params}, 1.0)
+
+
+def test_of_a_network_with_an_lstm_nothing_else_is_changed():
+    tokens = np.zeros((3, 4), np.int32)
+    before = drawn(SequenceClassifier(7, classes=3, embedding=4, hidden=5), tokens, train=False)
+    after = rnn.with_forget_bias(before, 9.0)
+    changed = jax.tree.map(lambda a, b: int((a != b).sum()), after, before)
+    assert sum(jax.tree.leaves(changed)) == changed["params"]["Recurrent_0"]["forward_0"]["input"]["bias"] == 5
 
 
 def test_parameter_counts():

@@ -276,16 +276,35 @@ def _valid(lengths: Array, batch: int, steps: int) -> Array:  # int [B] -> bool 
 def with_forget_bias(variables: Any, bias: float) -> Any:
     """Variables of an LSTM whose forget gates start at `bias`: a large one remembers, 1 is usual.
 
-    Gers et al. 2000; Jozefowicz et al. 2015, "An Empirical Exploration of Recurrent Network Architectures".
+    Gers et al. 2000; Jozefowicz et al. 2015, "An Empirical Exploration of Recurrent Network Architectures". Every LSTM
+    layer of a network is changed, and nothing else; leaves may have leading axes, such as that of the seeds. Raises
+    InputError where there is no LSTM layer: no other cell has a forget gate of this kind.
     """
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    shapes = {name(path): jnp.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}
+    layers = {path.removesuffix("input/bias") for path in shapes if f"/{path}".endswith("/input/bias")}
+    lstms = {layer for layer in layers if _is_lstm(shapes.get(f"{layer}kernel"), f"{layer}bias" in shapes)}
+    if not lstms:
+        raise InputError(
+            f"with_forget_bias: none of {', '.join([*shapes][:6])} is of an LSTM layer, expected {LSTM_LAYER}; give it "
+            "the variables of a network of LSTM cells"
+        )
 
     def change(path: jax.tree_util.KeyPath, leaf: Array) -> Array:
-        if jax.tree_util.keystr(path[-2:], simple=True, separator="/") != "input/bias":
+        if name(path) not in {f"{layer}input/bias" for layer in lstms}:
             return leaf
-        i, f, g, o = jnp.split(leaf, 4)
-        return jnp.concatenate([i, jnp.full_like(f, bias), g, o])
+        i, f, g, o = jnp.split(leaf, 4, -1)
+        return jnp.concatenate([i, jnp.full_like(f, bias), g, o], -1)
 
     return jax.tree_util.tree_map_with_path(change, variables)
+
+
+LSTM_LAYER = "input/bias [4 H] beside a kernel [H, 4 H]"
+
+
+def _is_lstm(kernel: tuple[int, ...] | None, own_bias: bool) -> bool:
+    """Whether the layer with a state's kernel of this shape has the gates of an LSTM."""
+    return kernel is not None and len(kernel) > 1 and kernel[-1] == LSTM.gates * kernel[-2] and not own_bias
 
 
 class SequenceClassifier(nn.Module):

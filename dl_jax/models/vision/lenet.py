@@ -15,6 +15,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from dl_jax.core.errors import InputError
+from dl_jax.losses import require_labels
+from dl_jax.losses.inputs import at_least_float32, class_numbers
 from dl_jax.models import ops
 from dl_jax.models.vision.mlp import MLP
 
@@ -146,9 +148,12 @@ class LeNet5(nn.Module):
 def map_loss(logits: jax.Array, labels: jax.Array, rubbish: float) -> jax.Array:
     """The paper's discriminative criterion (equation 9): y_D + log(exp(-j) + sum_i exp(-y_i)) for y = -logits.
 
-    logits [B, classes], labels [B] integers; gives [B]. `rubbish` is j > 0, the penalty of a class of no digit: it
-    stops the pushing up of penalties that are large already. The paper gives no value.
+    logits [B, classes], labels [B] integers; gives [B], in float32 or better, NaN where a label is outside
+    [0, classes). `rubbish` is j > 0, the penalty of a class of no digit: it stops the pushing up of penalties that are
+    large already. The paper gives no value. Raises InputError where shapes or dtypes do not fit.
     """
+    require_labels("map_loss", logits, labels)
+    logits, labels = at_least_float32(logits), class_numbers(labels, logits.shape[-1])
     others = jnp.concatenate([logits, jnp.full_like(logits[:, :1], -rubbish)], -1)
     return jax.nn.logsumexp(others, -1) - jnp.take_along_axis(logits, labels[:, None], -1)[:, 0]
 
