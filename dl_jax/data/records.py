@@ -146,7 +146,7 @@ def _texts(name: str, value: Any) -> np.ndarray:
     """Bytes as NumPy holds them, which drops NULs at their end."""
     array = np.asarray(value, np.bytes_)
     for text in np.asarray(value, object).ravel():
-        if text[-1:] in (b"\0", "\0"):
+        if text.endswith(b"\0"):
             raise ValueError(
                 f"the text {text[-20:]!r} of {name!r} ends in a NUL, which a column of texts would lose; declare a "
                 "Tensor of uint8"
