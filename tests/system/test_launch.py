@@ -305,9 +305,7 @@ def test_a_checkpoint_of_before_states_had_a_seed_axis_is_refused_in_one_line(tm
     states = jax.tree.map(lambda leaf: leaf[None], state)
     with (
         contextlib.closing(Run(epath.Path(tmp_path))) as run,
-        pytest.raises(
-            InputError, match=r"^checkpoint .*/5 does not fit this model \(6 differences\): .*--w"
-        ),
+        pytest.raises(InputError, match=r"^checkpoint .*/5 does not fit this model \(6 differences\): .*--w"),
     ):
         fit(lambda state, batch: (state, {}), states, lambda i: {}, steps=9, run=run)
 
