@@ -1,7 +1,8 @@
-"""Contestants take turns: each lives in a process of its own and is timed in interleaved rounds.
+"""Times several programs, called contestants, against each other, each in its own process and in interleaved rounds.
 
-Load of the machine then hits all of them alike, and the median over rounds of a ratio is robust where a mean of times
-is not. All run with the same allocator setting (`host.keep_freed_memory`), which helps PyTorch as well.
+Other load on the machine then affects all contestants alike, and the median over rounds of the ratio of times is more
+robust than a ratio of mean times. All run with the same allocator setting (`machine.keep_freed_memory`), which helps
+PyTorch as well.
 """
 
 import multiprocessing
@@ -16,19 +17,21 @@ import numpy as np
 
 from dl_jax.harness.machine import keep_freed_memory
 
-Block = Callable[[int], None]  # does n steps and returns when they are done
-Contestant = Callable[[], Block]  # prepares and warms up; a function of a module that imports all it needs at its top
+Block = Callable[[int], None]  # runs n steps and returns when they are done
+Contestant = Callable[[], Block]  # prepares and warms up; defined in a module that imports all it needs at its top
 
 
 class Times(NamedTuple):
-    seconds: np.ndarray  # per step, one for each round [R]
-    peak_mib: float  # of memory, above what the process held after its imports
+    """The measurements of one contestant."""
+
+    seconds: np.ndarray  # seconds per step in each round [R]
+    peak_mib: float  # peak memory in MiB, above the memory after the imports
 
 
 def serve(contestant: Contestant, pipe: Connection) -> None:
-    """The life of a contestant: prepares, then times a block of steps whenever asked."""
+    """The main function of a contestant's process: prepares, then times a block for each number of steps received."""
     keep_freed_memory()
-    held = mebibytes("VmRSS")  # with the module of `contestant`, which came with it
+    held = mebibytes("VmRSS")  # includes the module of `contestant`, which was imported to unpickle it
     block = contestant()
     pipe.send(None)
     while (steps := pipe.recv()) is not None:
@@ -39,9 +42,9 @@ def serve(contestant: Contestant, pipe: Connection) -> None:
 
 
 def mebibytes(field: str) -> float:
-    """Of memory that this process holds now ("VmRSS") or has held at most ("VmHWM"): proc(5), so on Linux.
+    """The memory of this process in MiB, now ("VmRSS") or at its peak ("VmHWM"), as in proc(5); Linux only.
 
-    Not getrusage(2), whose maximum starts from what the parent held.
+    getrusage(2) cannot be used, as its maximum includes the memory of the parent process.
     """
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found
@@ -49,7 +52,7 @@ def mebibytes(field: str) -> float:
 
 
 def compete(contestants: Mapping[str, Contestant], steps: int, rounds: int) -> dict[str, Times]:
-    """Every contestant's seconds per step in `rounds` rounds of `steps` steps each, forwards and backwards in turn."""
+    """Times all contestants in `rounds` rounds of `steps` steps each; the order is reversed in every other round."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, {}
     for name, contestant in contestants.items():
@@ -57,7 +60,7 @@ def compete(contestants: Mapping[str, Contestant], steps: int, rounds: int) -> d
         processes[name] = context.Process(target=serve, args=(contestant, theirs), daemon=True)
         processes[name].start()
         theirs.close()
-        pipes[name].recv()  # one prepares at a time: compiling beside another would be no fairer and no faster
+        pipes[name].recv()  # waits until it is prepared: compiling several at once would be no faster and no fairer
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for i in range(rounds):
         for name in list(contestants)[:: 1 if i % 2 == 0 else -1]:
@@ -72,5 +75,5 @@ def compete(contestants: Mapping[str, Contestant], steps: int, rounds: int) -> d
 
 
 def ratio(slow: Times, fast: Times) -> float:
-    """How many times faster `fast` is: the median over rounds of the ratio of times."""
+    """How many times faster `fast` is than `slow`: the median over rounds of the ratio of times."""
     return float(np.median(slow.seconds / fast.seconds))

@@ -1,8 +1,8 @@
-"""What benchmarks/train_step.py times: seven networks, each a train step on one batch.
+"""The train steps that benchmarks/train_step.py times: seven networks, each on one batch.
 
-Their PyTorch twins are in torch_nets.py. Sizes are those of the comparisons that are usual for them: Hinton's MLP of
-1200-1200 units with dropout, Kingma's VAE of 500 units and 20 latents, LeNet-5 as published, the CNN of Flax's MNIST
-example, and a language model of two recurrent layers of 256 units on 32 sequences of 64 characters.
+The same networks in PyTorch are in torch_nets.py. The sizes are the usual ones: Hinton's MLP of 1200-1200 units with
+dropout, Kingma's VAE of 500 units and 20 latents, LeNet-5 as published, the CNN of Flax's MNIST example, and a language
+model of two recurrent layers of 256 units on 32 sequences of 64 characters.
 """
 
 import functools
@@ -25,20 +25,20 @@ from dl_jax.models.vision.mlp import MLP
 
 BATCH = 128  # images
 SEQUENCES, LENGTH, VOCABULARY = 32, 64, 96
-HIDDEN = 256  # units of a recurrent layer, and width of a character's vector
+HIDDEN = 256  # units of a recurrent layer, and width of a character's embedding
 Batch = Mapping[str, np.ndarray]
 
 
 class Problem(NamedTuple):
-    """Functions of modules, so that a process of its own can import what it runs."""
+    """One network to time. Its functions belong to a module, so that another process can import them."""
 
     batch: Callable[[], Batch]
-    step: Callable[[], tuple[Any, Any]]  # our train step and its initial state
-    goal: str  # how many times faster than PyTorch ours is to be
+    step: Callable[[], tuple[Any, Any]]  # returns our train step and its initial state
+    goal: str  # the factor by which our step should be faster than PyTorch's
 
 
 def images(n: int = BATCH) -> dict[str, np.ndarray]:
-    """image float32 [n, 28, 28, 1], label int32 [n]: the cost of a step does not depend on what is in them."""
+    """Random images float32 [n, 28, 28, 1] and labels int32 [n]; the time of a step does not depend on the values."""
     random = np.random.default_rng(0)
     return {
         "image": random.random((n, 28, 28, 1), np.float32),
@@ -47,15 +47,16 @@ def images(n: int = BATCH) -> dict[str, np.ndarray]:
 
 
 def text() -> dict[str, np.ndarray]:
-    """token and target int32 [B, T]."""
+    """Random tokens and targets, int32 [B, T]."""
     characters = np.random.default_rng(0).integers(0, VOCABULARY, (SEQUENCES, LENGTH + 1)).astype(np.int32)
     return {"token": characters[:, :-1], "target": characters[:, 1:]}
 
 
 class CNN:
-    """That of Flax's MNIST example (google/flax, examples/mnist/train.py), with the methods of a Flax module.
+    """The CNN of Flax's MNIST example (google/flax, examples/mnist/train.py), with the methods of a Flax module.
 
-    Written out: no experiment trains it, so it is none of dl_jax/models/, where alone Flax is imported.
+    It is written without Flax: only dl_jax/models/ imports Flax, and this network is not there, as no experiment trains
+    it.
     """
 
     shapes: ClassVar = {
@@ -73,12 +74,12 @@ class CNN:
         }
 
     def apply(self, variables: Any, image: jax.Array, *, train: bool, rngs: Any = None) -> jax.Array:
-        """[B, 28, 28, 1] -> logits [B, 10]."""
+        """Logits [B, 10] of images [B, 28, 28, 1]."""
         *convs, hidden, out = (variables["params"][name] for name in self.shapes)
         x, layout = image, ("NHWC", "HWIO", "NHWC")
         for layer in convs:
             x = ops.conv_general_dilated(x, layer["kernel"], (1, 1), "SAME", dimension_numbers=layout) + layer["bias"]
-            x = ops.sum_pool(jax.nn.relu(x), 2) / 4  # the mean
+            x = ops.sum_pool(jax.nn.relu(x), 2) / 4  # average pooling
         x = jax.nn.relu(x.reshape(len(x), -1) @ hidden["kernel"] + hidden["bias"])
         return x @ out["kernel"] + out["bias"]
 
@@ -96,7 +97,7 @@ def cnn_step():
 
 
 def classifier_step(model: Any, per_example: Callable[..., Any]):
-    """Dropout or not, SGD with momentum; uint8 images are cast on the device."""
+    """A train step of a classifier with SGD and momentum, and its initial state. The images are scaled in the step."""
 
     def loss(variables, batch, key):
         logits = model.apply(variables, classify.to_unit(batch["image"]), train=True, rngs={"dropout": key})

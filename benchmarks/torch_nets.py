@@ -1,6 +1,6 @@
-"""PyTorch twins of the nets that benchmarks/train_step.py times: the same layers, loss, optimiser and shapes.
+"""The networks of problems.py in PyTorch, called twins: the same layers, loss, optimiser and shapes.
 
-Images are [B, 1, 28, 28]. `load` puts our parameters into a twin, so that a test can hold the two equal.
+Images are [B, 1, 28, 28]. `load` copies our parameters into a twin, so that a test can compare the two.
 """
 
 import functools
@@ -20,7 +20,7 @@ Params = dict[str, dict[str, np.ndarray]]
 
 
 class MLP(nn.Sequential):
-    """`dl_jax.models.mlp.MLP` on images of `pixels` numbers."""
+    """The twin of `dl_jax.models.vision.mlp.MLP`, for images of `pixels` numbers."""
 
     def __init__(self, hidden: tuple[int, ...], classes: int = 10, dropout: float = 0.0, pixels: int = 784):
         sizes = (pixels, *hidden)
@@ -36,7 +36,7 @@ class MLP(nn.Sequential):
 
 
 class LeNet5(nn.Module):
-    """`dl_jax.models.lenet.LeNet5`: the connection table is a mask on a dense kernel."""
+    """The twin of `dl_jax.models.vision.lenet.LeNet5`, with a mask on a dense kernel for the connection table."""
 
     mask: torch.Tensor
     codes: torch.Tensor
@@ -79,7 +79,7 @@ class LeNet5(nn.Module):
 
 
 class CNN(nn.Module):
-    """`benchmarks.problems.CNN`."""
+    """The twin of `benchmarks.problems.CNN`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,13 +101,13 @@ class CNN(nn.Module):
 
 
 def map_loss(logits: torch.Tensor, labels: torch.Tensor, rubbish: float) -> torch.Tensor:
-    """`dl_jax.models.lenet.map_loss`, [B]."""
+    """The twin of `dl_jax.models.vision.lenet.map_loss`: losses [B]."""
     others = torch.cat([logits, torch.full_like(logits[:, :1], -rubbish)], -1)
     return torch.logsumexp(others, -1) - logits.gather(1, labels[:, None])[:, 0]
 
 
 class VAE(nn.Module):
-    """`dl_jax.models.vae.VAE` of one hidden layer."""
+    """The twin of `dl_jax.models.generative.vae.VAE` with one hidden layer."""
 
     def __init__(self, hidden: int, latents: int, pixels: int = 784) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class VAE(nn.Module):
 
 
 class CharLM(nn.Module):
-    """`dl_jax.models.rnn.CharLM`; `cell` is nn.RNN, nn.GRU or nn.LSTM."""
+    """The twin of `dl_jax.models.sequence.rnn.CharLM`; `cell` is nn.RNN, nn.GRU or nn.LSTM."""
 
     def __init__(self, cell: Callable[..., nn.Module], vocabulary: int, hidden: int, layers: int) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class CharLM(nn.Module):
         return self.dense(self.recurrent(self.embed(token))[0])
 
     def load(self, params: dict[str, Any]) -> None:
-        """Where the cell has one bias for both projections it goes into the input's."""
+        """Copies our parameters. Where our cell has one bias, the twin's bias of the hidden state is set to zero."""
         tagger = params["SequenceTagger_0"]
         with torch.no_grad():
             self.embed.weight.copy_(torch.tensor(np.asarray(params["Embed_0"]["embedding"])))
@@ -181,7 +181,7 @@ class Twin(NamedTuple):
     optimizer: Callable[[Any], torch.optim.Optimizer]
 
 
-SGD = functools.partial(torch.optim.SGD, lr=1e-3, momentum=0.9, fused=True)  # up to 3 times less than foreach takes
+SGD = functools.partial(torch.optim.SGD, lr=1e-3, momentum=0.9, fused=True)  # up to 3 times faster than foreach
 ADAM = functools.partial(torch.optim.Adam, lr=1e-3, fused=True)
 language = functools.partial(CharLM, vocabulary=VOCABULARY, hidden=HIDDEN, layers=2)
 TWINS = {
@@ -196,9 +196,10 @@ TWINS = {
 
 
 def train_block(name: str, compiled: bool) -> Callable[[int], None]:
-    """Trains a twin n steps on one batch; images channels last, which is never slower here.
+    """A function n -> None that trains a twin for n steps on one batch.
 
-    As ours, a step gives the norm of the gradient beside the loss.
+    Images have their channels last in memory, which is never slower here. A step computes the norm of the gradient as
+    well as the loss, as ours does.
     """
     twin, batch = TWINS[name], PROBLEMS[name].batch()
     model = twin.model()
@@ -220,7 +221,7 @@ def train_block(name: str, compiled: bool) -> Callable[[int], None]:
 
 
 def tensor(column: np.ndarray) -> torch.Tensor:
-    """Integers as int64, images [B, H, W, C] as [B, C, H, W]."""
+    """A column as a tensor: integers as int64, images [B, H, W, C] as [B, C, H, W]."""
     if np.issubdtype(column.dtype, np.integer):
         return torch.from_numpy(column).long()
     return torch.from_numpy(column).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
@@ -231,7 +232,7 @@ def _squash(x: torch.Tensor) -> torch.Tensor:
 
 
 def _copy(layer: nn.Linear | nn.Conv2d, params: dict[str, np.ndarray]) -> None:
-    """Kernels are [in, out] or [H, W, in, out] here, [out, in] or [out, in, H, W] there."""
+    """Copies our kernel, [in, out] or [H, W, in, out], to a layer with weights [out, in] or [out, in, H, W]."""
     kernel = np.asarray(params["kernel"])
     axes = (1, 0) if kernel.ndim == 2 else (3, 2, 0, 1)
     with torch.no_grad():

@@ -1,22 +1,22 @@
-"""What a train step costs: the loop over the bare step, the input pipeline over the step, JAX against PyTorch.
+"""Benchmarks of train steps: `fit` against the step alone, the input pipeline against the step, JAX against PyTorch.
 
-    python benchmarks/train_step.py            some fifteen minutes on 2 cores; PyTorch's rows where torch is installed
+    python benchmarks/train_step.py            some fifteen minutes on 2 cores; with PyTorch if torch is installed
     python benchmarks/train_step.py --quick    a minute, to see that it runs; its ratios mean little
 
-What is timed, on the networks of problems.py:
+It times, on the networks of problems.py:
 
-- `fit` and the barest loop around the same compiled step, for the MLP and LeNet-5;
-- LeNet-5 by `fit` on shuffled batches of memory-mapped images, and these batches alone;
-- five seeds of LeNet-5 in one step, one after the other on a CPU, and one seed;
-- what the host does for a step of LeNet-300-100 on 1,024 images, ten steps in a call and the set on the device:
-  indices, placing, dispatch and fetching, with a step that computes nothing;
-- every network by `fit`, and its twin in PyTorch, eager and compiled, with fused optimisers: the faster of the two
-  counts, and so does its memory;
-- starting an experiment, until its first step is done.
+- `fit` and a minimal loop around the same compiled step, for the MLP and LeNet-5;
+- LeNet-5 with `fit` on shuffled batches of memory-mapped images, and these batches without a step;
+- five seeds of LeNet-5 in one step, computed one after the other on a CPU, and one seed;
+- the work of the host for a step of LeNet-300-100 on 1,024 images, with ten steps per call and the data set on the
+  device: computing indices, placing, dispatching and fetching, for a step that computes nothing;
+- every network with `fit`, and its twin in PyTorch, eager and compiled, with fused optimisers; the faster of the two
+  PyTorch variants is reported, with its memory;
+- the start of an experiment until the end of its first step.
 
-Each row is a ratio measured in one run, its contestants interleaved. Times per step are medians. Times are of the wall
-clock: run it on a machine that has nothing else to do. Memory is the host's: a process's peak less what it held after
-its imports. XLA compiles in that process and is counted, the C++ compiler that PyTorch calls is not.
+Each row is a ratio measured in one run with interleaved contestants. Times per step are medians of wall clock times, so
+run it on an idle machine. Memory is host memory: the peak of a process minus its memory after the imports. XLA compiles
+in that process and is counted; the C++ compiler that PyTorch calls is not.
 """
 
 import argparse
@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # contestants import this module from processes of their own
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the processes of the contestants import this module
 
 from benchmarks.contest import Block, Contestant, Times, compete, ratio
 from benchmarks.problems import BATCH, PROBLEMS
@@ -48,11 +48,11 @@ from dl_jax.harness.machine import git_state, processor, versions
 from dl_jax.models.vision.lenet import LeNet300
 
 SEEDS = 5
-EPOCH = 468  # steps over MNIST's 60,000 digits
+EPOCH = 468  # steps of an epoch of MNIST's 60,000 digits
 
 
 def with_fit(name: str, batches=None) -> Block:
-    """Steps driven by `fit`, as an experiment does."""
+    """A block of steps driven by `fit`, as in an experiment."""
     step, state = PROBLEMS[name].step()
     resident = jax.device_put(PROBLEMS[name].batch())
     batches = batches or (lambda i: resident)
@@ -66,7 +66,7 @@ def with_fit(name: str, batches=None) -> Block:
 
 
 def bare(name: str) -> Block:
-    """The same compiled step in the barest loop."""
+    """A block of the same compiled steps in a minimal loop."""
     step, state = PROBLEMS[name].step()
     step, batch = jax.jit(step, donate_argnums=0), jax.device_put(PROBLEMS[name].batch())
 
@@ -81,7 +81,7 @@ def bare(name: str) -> Block:
 
 
 def from_disk() -> Block:
-    """`fit` on shuffled batches of 60,000 memory-mapped uint8 images, cast in the step."""
+    """A block of `fit` on shuffled batches of 60,000 memory-mapped uint8 images, which are scaled in the step."""
     return with_fit("LeNet-5", stream())
 
 
@@ -90,7 +90,7 @@ def stream() -> data.Stream:
 
 
 def five_seeds() -> Block:
-    """One step of five LeNet-5s, each on a batch of its own."""
+    """A block of steps of five LeNet-5s, each on a batch of its own."""
     step, state = PROBLEMS["LeNet-5"].step()
     states = jax.tree.map(lambda leaf: jnp.stack([leaf] * SEEDS), state)
     resident = jax.device_put(
@@ -108,7 +108,10 @@ def five_seeds() -> Block:
 
 
 def host_milliseconds() -> float:
-    """Of the host, per step of a fit whose compiled step computes nothing: the longer of two fits less the shorter."""
+    """The time of the host in milliseconds per step of a `fit` whose compiled step computes nothing.
+
+    It is the time of a long fit minus that of a short one, divided by the difference in steps.
+    """
     model, keys = LeNet300(), jax.vmap(jax.random.key)(np.arange(1))
     variables = init_variables(model, keys, jnp.zeros((1, 28, 28, 1)))
     states = init_states(keys, variables, optax.sgd(0.1, 0.9))
@@ -126,14 +129,14 @@ def host_milliseconds() -> float:
 
 
 def memory_mapped() -> dict[str, np.ndarray]:
-    """MNIST's columns as `data.load` gives them, in kind and size."""
-    with tempfile.TemporaryDirectory() as folder:  # a mapped file outlives its name, where there is a /proc
+    """Random columns of the shapes and types of MNIST, memory-mapped as by `data.load`."""
+    with tempfile.TemporaryDirectory() as folder:  # on Linux a deleted file stays mapped
         np.save(f"{folder}/image.npy", np.random.default_rng(0).integers(0, 256, (60_000, 28, 28, 1), np.uint8))
         return {"image": np.load(f"{folder}/image.npy", mmap_mode="r"), "label": np.zeros(60_000, np.int32)}
 
 
 def pipeline_alone() -> Block:
-    """Batches on the device, and nothing done with them."""
+    """A block that places batches on the device, without a step."""
     batches, mesh, done = stream(), devices.data_mesh(), 0
 
     def block(n: int) -> None:
@@ -146,7 +149,10 @@ def pipeline_alone() -> Block:
 
 
 def first_step_seconds() -> float:
-    """From starting Python to the end of the first step of `experiments/vision/lenet.py`, its programs cached."""
+    """The seconds from starting Python to the end of the first step of experiments/vision/lenet.py.
+
+    This is the median of three runs, after one that fills the compilation cache.
+    """
     script = Path(__file__).parents[1] / "experiments" / "vision" / "lenet.py"
     seconds = []
     for _ in range(4):
@@ -157,10 +163,11 @@ def first_step_seconds() -> float:
             next(line for line in process.stderr if " 1/" in line)  # progress appears with the first step
             seconds.append(time.perf_counter() - began)
             process.stderr.read()
-    return float(np.median(seconds[1:]))  # the first may have compiled
+    return float(np.median(seconds[1:]))  # the first run may have compiled
 
 
 def contestants(torch: bool) -> dict[str, Contestant]:
+    """The contestants by name, with those of PyTorch if `torch`."""
     mine = {
         **{f"{name} bare": functools.partial(bare, name) for name in ("MLP", "LeNet-5")},
         **{f"{name} fit": functools.partial(with_fit, name) for name in PROBLEMS},
@@ -181,10 +188,12 @@ def contestants(torch: bool) -> dict[str, Contestant]:
 
 
 class Row(NamedTuple):
+    """A row of the printed table."""
+
     what: str
     measured: str
     goal: str
-    memory: str = ""  # MiB, PyTorch's and ours
+    memory: str = ""  # peak memory in MiB, of PyTorch and of ours
 
 
 def rows(times: dict[str, Times], torch: bool) -> list[Row]:
@@ -208,7 +217,7 @@ def rows(times: dict[str, Times], torch: bool) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few and short rounds, without PyTorch")
+    parser.add_argument("--quick", action="store_true", help="run few and short rounds, without PyTorch")
     quick = parser.parse_args().quick
     torch = importlib.util.find_spec("torch") is not None and not quick
     print(f"{os.cpu_count()} cores of {processor()}, load average {os.getloadavg()[0]:.1f} before the start")

@@ -1,7 +1,8 @@
-"""Metrics that are exact over every example: each returns `(sum, weight)`, which `core.evaluate` adds up and divides.
+"""Evaluation metrics that return a pair `(sum, weight)`, which `core.evaluate` adds up over batches and divides.
 
-The result does not depend on the batch size, nor on the padding of the last batch, whose mask is 0. Under `jax.vmap`
-over seeds each sum and weight gets a leading [S].
+The quotient is exact: it does not depend on the batch size, nor on the padding of the last batch, whose mask is 0.
+Under `jax.vmap` over seeds each sum and weight gets a leading axis [S]. `mask` is [B] or [B, ...], 1 for what counts
+and 0 for padding. All raise InputError where the shapes of the labels or the mask do not fit.
 """
 
 import jax
@@ -15,30 +16,30 @@ from dl_jax.losses.inputs import at_least_float32, class_numbers
 
 
 def masked(values: Array, mask: Array) -> tuple[Array, Array]:  # [B, ...], [B] or [B, ...] -> [], []
-    """Sum of `values` times `mask`, and sum of the mask over the same elements.
+    """The sum of `values` times `mask`, and the sum of the mask over the same elements.
 
-    The mask is 1 for what counts and 0 for padding (or any non-negative weight); it may lack trailing axes of `values`,
-    [B] for [B, T], and then counts once for each element. What it hides may be NaN. Raises InputError where its shape
-    is not the beginning of the values' shape.
+    The mask is 1 for elements that count and 0 for padding, or any non-negative weight. It may lack trailing axes of
+    `values`, such as [B] for values [B, T]; it is then broadcast over them. Values where the mask is 0 may be NaN.
+    Raises InputError where the shape of the mask is not the beginning of the shape of the values.
     """
     weights = _weights(mask, values.shape)
     return jnp.sum(jnp.where(weights == 0, 0, at_least_float32(values) * weights)), jnp.sum(weights)
 
 
 def accuracy(logits: Array, labels: Array, mask: Array) -> tuple[Array, Array]:  # [B, ..., C], int [B, ...], mask
-    """Fraction in [0, 1] of labels with the largest logit; of equal logits the first one counts."""
+    """The fraction in [0, 1] of labels whose logit is the largest; of equal logits the first counts as the largest."""
     losses.require_labels("accuracy", logits, labels)
     return masked(logits.argmax(-1) == labels, mask)
 
 
 def error_rate(logits: Array, labels: Array, mask: Array) -> tuple[Array, Array]:  # [B, ..., C], int [B, ...], mask
-    """1 − accuracy: a fraction in [0, 1], not per cent."""
+    """The error rate, 1 − accuracy, as a fraction in [0, 1], not in per cent."""
     losses.require_labels("error_rate", logits, labels)
     return masked(logits.argmax(-1) != labels, mask)
 
 
 def top_k(logits: Array, labels: Array, mask: Array, k: int) -> tuple[Array, Array]:  # [B, ..., C], int [B, ...], mask
-    """Fraction in [0, 1] of labels among the k largest logits; of equal logits the first ones count.
+    """The top-k accuracy: the fraction in [0, 1] of labels among the k largest logits, the first of equal logits first.
 
     Raises InputError where k is not in [1, C].
     """
@@ -52,21 +53,25 @@ def top_k(logits: Array, labels: Array, mask: Array, k: int) -> tuple[Array, Arr
 
 
 def cross_entropy(logits: Array, labels: Array, mask: Array) -> tuple[Array, Array]:  # [B, ..., C], int [B, ...], mask
-    """Mean negative log likelihood in nats per label (per token where labels are [B, T])."""
+    """The mean cross-entropy in nats per label (per token where labels are [B, T])."""
     return masked(losses.cross_entropy(logits, labels), mask)
 
 
 def perplexity(nats: np.ndarray | float) -> np.ndarray:
-    """exp of a mean cross-entropy in nats. Apply it to the evaluated one: a mean of perplexities is another number."""
+    """The perplexity, exp of a mean cross-entropy in nats.
+
+    Apply it to the mean over the whole set: the mean of the perplexities of batches is another number.
+    """
     with np.errstate(over="ignore"):  # a diverged model's perplexity is infinite
         return np.exp(np.asarray(nats, np.float64))
 
 
 def confusion_matrix(logits: Array, labels: Array, mask: Array) -> tuple[Array, Array]:
-    """Joint frequencies [C, C] of (label, prediction), row: label, column: the largest logit. All of them sum to 1.
+    """The confusion matrix [C, C] as fractions that sum to 1; the row is the label, the column the largest logit.
 
-    logits [B, ..., C], labels int [B, ...]. The weight [1, 1] is the number of labels, as for `accuracy`, so the trace
-    equals the accuracy; times the number of labels in the split this gives the exact counts (round to the nearest).
+    Takes logits [B, ..., C] and int labels [B, ...]. The weight [1, 1] is the number of labels, as for `accuracy`, so
+    that the trace equals the accuracy. Multiplied by the number of labels in the split and rounded to the nearest
+    integer, the fractions give the exact counts.
     """
     losses.require_labels("confusion_matrix", logits, labels)
     classes, weights = logits.shape[-1], _weights(mask, labels.shape)

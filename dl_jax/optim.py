@@ -1,4 +1,4 @@
-"""What Optax lacks. SGD, momentum, Adam, AdamW and clipping come from Optax; ours go into the same chains."""
+"""Optimiser parts that Optax lacks: a schedule, gradient transformations for Optax chains, and early stopping."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -16,11 +16,12 @@ from dl_jax.losses.inputs import at_least_float32
 
 
 def warmup_cosine(peak: float, steps: int, warmup: float = 0.05, final: float = 0.0) -> optax.Schedule:
-    """Learning rate of a run of `steps`: linear up to `peak` over the fraction `warmup` of it, then half a cosine down.
+    """A learning rate schedule over `steps` steps: linear warm-up to `peak`, then cosine decay to `final`.
 
-    Up to step w = round(warmup · steps) it is peak · (s + 1) / (w + 1), so that step 0 is not spent at rate 0; then
-    final + (peak − final)/2 · (1 + cos(π (s − w) / (steps − w))) (Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5);
-    from s = steps on it stays at `final`. `peak` and `final` are learning rates.
+    `warmup` is the fraction of the steps in which the rate rises. With w = round(warmup · steps), the rate at step s is
+    peak · (s + 1) / (w + 1) up to step w, so that it is not 0 at step 0. After that it is
+    final + (peak − final)/2 · (1 + cos(π (s − w) / (steps − w))) (Loshchilov & Hutter 2017, arXiv:1608.03983, eq. 5),
+    and from s = steps on it is `final`.
 
     Raises InputError where `peak` is not positive, `steps` < 1 or `warmup` is outside [0, 1).
     """
@@ -34,12 +35,12 @@ def warmup_cosine(peak: float, steps: int, warmup: float = 0.05, final: float = 
 
 
 def frozen(tx: optax.GradientTransformation, where: Where) -> optax.GradientTransformation:
-    """`tx` for all parameters but those that `where` chooses: these stay bit-identical and have no optimiser slots.
+    """Applies `tx` to all parameters except those that `where` chooses, which stay bit-identical.
 
-    Wraps the whole chain, so that weight decay inside it does not touch them either. Raises InputError, at init, where
-    `where` chooses nothing.
+    Frozen parameters have no optimiser state. Wrap the whole chain, so that weight decay does not change them either.
+    Raises InputError, at init, where `where` chooses no parameter.
     """
-    # Not optax.set_to_zero: -0.0 + 0.0 is 0.0, whereas adding -0.0 changes no number.
+    # Adding -0.0 changes no number. optax.set_to_zero adds 0.0, and -0.0 + 0.0 is 0.0.
     keep = optax.stateless(lambda updates, params: jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates))
 
     def labels(params: Tree) -> Tree:
@@ -57,14 +58,14 @@ class ProximalState(NamedTuple):
 def proximal_elastic_net(
     learning_rate: optax.ScalarOrSchedule, l1: float, l2: float = 0.0, where: Where = is_kernel
 ) -> optax.GradientTransformation:
-    """Moves the weights that the chain before it reached by the proximal operator of t · (l1 · Σ |w| + l2/2 · Σ w²).
+    """Applies the proximal operator of t · (l1 · Σ |w| + l2/2 · Σ w²) to the updated weights. Put it last in the chain.
 
     w ← sign(z) · max(|z| − t·l1, 0) / (1 + t·l2), where z = w + update and t is the learning rate (Parikh & Boyd 2014,
-    "Proximal Algorithms", section 6.5). Goes last in the chain; its zeros are exact. After `optax.sgd(t)` this is
-    proximal gradient descent (ISTA, Beck & Teboulle 2009) and has the minimiser of `losses.elastic_net`; after an
-    adaptive optimiser it is a decoupled shrinkage, as AdamW's decay is.
+    "Proximal Algorithms", section 6.5). Its zeros are exact. After `optax.sgd(t)` this is proximal gradient descent
+    (ISTA, Beck & Teboulle 2009) and has the minimiser of `losses.elastic_net`. After an adaptive optimiser it is a
+    decoupled shrinkage, like the weight decay of AdamW.
 
-    Raises InputError for a negative weight and, at init, where `where` chooses nothing.
+    Raises InputError where `l1` or `l2` is negative and, at init, where `where` chooses no parameter.
     """
     require_penalties("proximal_elastic_net", l1, l2)
 
@@ -74,7 +75,10 @@ def proximal_elastic_net(
 
     def update(updates: Tree, state: Any, params: Tree | None = None) -> tuple[Tree, ProximalState]:
         if params is None:
-            raise ValueError("proximal_elastic_net: update got no params, expected those that the updates are added to")
+            raise ValueError(
+                "proximal_elastic_net: update got no params, expected the current parameters; "
+                "call tx.update(..., params)"
+            )
         t = jnp.asarray(learning_rate(state.step) if callable(learning_rate) else learning_rate)
 
         def shrink(p: Array, u: Array, yes: bool) -> Array:
@@ -91,11 +95,11 @@ def proximal_elastic_net(
 
 
 def max_norm(limit: float, where: Where = is_kernel) -> optax.GradientTransformation:
-    """Scales each unit's incoming weights back to the Euclidean norm `limit` where an update took them beyond it.
+    """Limits the Euclidean norm of each unit's incoming weights to `limit` after an update. Put it last in the chain.
 
-    A unit is an entry of a kernel's last axis. Goes last in the chain (Srebro & Shraibman 2005; with dropout Hinton et
-    al. 2012, arXiv:1207.0580, section 2). Raises InputError where `limit` is not positive and, at init, where `where`
-    chooses nothing.
+    A unit is an index of the last axis of a kernel. Weights of a larger norm are scaled to the norm `limit` (Srebro &
+    Shraibman 2005; with dropout Hinton et al. 2012, arXiv:1207.0580, section 2). Raises InputError where `limit` is
+    not positive and, at init, where `where` chooses no parameter.
     """
     if not limit > 0:
         raise InputError(f"max_norm: limit is {limit}, expected a positive norm; leave the transform out for none")
@@ -106,7 +110,9 @@ def max_norm(limit: float, where: Where = is_kernel) -> optax.GradientTransforma
 
     def update(updates: Tree, state: Any, params: Tree | None = None) -> tuple[Tree, optax.EmptyState]:
         if params is None:
-            raise ValueError("max_norm: update got no params, expected those that the updates are added to")
+            raise ValueError(
+                "max_norm: update got no params, expected the current parameters; call tx.update(..., params)"
+            )
 
         def project(p: Array, u: Array, yes: bool) -> Array:
             if not yes:
@@ -125,9 +131,9 @@ def max_norm(limit: float, where: Where = is_kernel) -> optax.GradientTransforma
 class Stopping(NamedTuple):
     """State of `early_stopping`: numpy arrays, [] or [S], saved with the training state."""
 
-    best: np.ndarray  # float32; infinite before the first finite measurement
-    best_step: np.ndarray  # int32; -1 before the first finite measurement
-    waited: np.ndarray  # int32, measurements since the best one
+    best: np.ndarray  # float32, the best measurement; infinite before the first finite one
+    best_step: np.ndarray  # int32, its step; -1 before the first finite measurement
+    waited: np.ndarray  # int32, number of measurements since the best one
     stopped: np.ndarray  # bool
 
 
@@ -136,12 +142,14 @@ def early_stopping(
 ) -> StopRule:
     """Stops after `patience` measurements in a row that do not improve the best one by more than `min_delta`.
 
-    `metric` names one of the measurements; `mode` says whether the lowest or the highest is best. NaN and infinity are
-    never an improvement. With `seeds` = S, how many `per_seed` trains, the measurement is [S] and each seed stops on
-    its own; its state has these shapes from the start, as a checkpoint to restore needs. Comparisons are made in
-    float32, in which the best one is saved, so that a resumed run decides as an undisturbed one.
+    `metric` names the measurement, and `mode` says whether its lowest or its highest value is best. NaN and infinity
+    are never an improvement. `seeds` is the number S of seeds under `per_seed`: the measurement is then [S], each seed
+    stops independently, and the state is [S] from the start, so that a checkpoint can be restored into it. Comparisons
+    are made in float32, the type in which the best value is saved, so that a resumed run decides as an uninterrupted
+    one.
 
-    Raises InputError for bad arguments, and in `update` where the metric was not measured or has another shape.
+    Raises InputError where `patience` < 1, `min_delta` < 0 or `mode` is unknown, and in `update` where the metric was
+    not measured or has another shape.
     """
     if patience < 1:
         raise InputError(f"early_stopping: patience is {patience}, expected 1 or more measurements without improvement")
@@ -170,7 +178,7 @@ def early_stopping(
             best=np.where(better, value, before).astype(np.float32),
             best_step=np.where(better, step, state.best_step).astype(np.int32),
             waited=waited.astype(np.int32),
-            stopped=np.asarray(waited >= patience),  # for good: a stopped seed waits no more and improves no more
+            stopped=np.asarray(waited >= patience),  # permanent: `waited` and `best` of a stopped seed do not change
         )
 
     return StopRule(init, update)

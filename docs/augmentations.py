@@ -12,10 +12,10 @@ import numpy as np
 from dl_jax import augment
 
 DRAWS = 8
-SIZE = 32  # an image's side in pixels
-ENLARGED = 2  # each of them is drawn as 2x2
-GAP = 6
-LABELS = 240  # the width of the labels' column
+SIZE = 32  # height and width of an image in pixels
+ENLARGED = 2  # factor by which each image is enlarged
+GAP = 6  # pixels between two images
+LABELS = 240  # width of the column of labels in pixels
 
 DIGITS = {
     "flip()": augment.flip(),
@@ -46,7 +46,7 @@ COLOURS = {
 
 
 def digits(count: int) -> np.ndarray:
-    """The first of scikit-learn's scans from the first 2 on, enlarged from 8x8: [count, SIZE, SIZE, 1]."""
+    """`count` scans of scikit-learn's digits, from index 2 on, resized from 8x8: [count, SIZE, SIZE, 1]."""
     from sklearn.datasets import load_digits
 
     values, _ = load_digits(return_X_y=True)  # [1797, 64], 0 to 16
@@ -55,7 +55,7 @@ def digits(count: int) -> np.ndarray:
 
 
 def flower() -> np.ndarray:
-    """A square of scikit-learn's photograph of a dahlia, averaged down: [SIZE, SIZE, 3]."""
+    """A square crop of scikit-learn's photograph of a dahlia, downsampled by averaging: [SIZE, SIZE, 3]."""
     from sklearn.datasets import load_sample_image
 
     photograph = load_sample_image("flower.jpg")[40:360, 140:460] / 255
@@ -64,7 +64,7 @@ def flower() -> np.ndarray:
 
 
 def row(number: int, augmentation: augment.Augmentation, original: np.ndarray) -> np.ndarray:
-    """The original and its draws side by side, on white: [H, W, 3] with values in [0, 1]."""
+    """The original image and its augmented versions side by side, on white: [H, W, 3] with values in [0, 1]."""
     batch = {"image": np.broadcast_to(original, (DRAWS, *original.shape))}
     drawn = jax.jit(augmentation)(jax.random.key(number), batch)["image"]
     images = np.clip([original, *drawn], 0, 1).repeat(ENLARGED, 1).repeat(ENLARGED, 2)
@@ -89,7 +89,7 @@ def main() -> None:
     for column, title in enumerate(("original", "draws")):
         left = LABELS + column * (SIZE * ENLARGED + GAP)
         figure.text(left / width, 1 - 16 / height, title, fontsize=8)
-    # Without the software's name and version the file depends on the pixels alone.
+    # Without the name and version of the software in its metadata the file depends only on the pixels.
     figure.savefig(Path(__file__).with_suffix(".png"), metadata={"Software": None})
 
 

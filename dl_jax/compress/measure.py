@@ -1,4 +1,4 @@
-"""What a compressed model costs: bytes on disk, parameters, latency."""
+"""The cost of a compressed model: bytes on disk, number of parameters, latency."""
 
 import gzip
 import os
@@ -18,21 +18,21 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 class Size(NamedTuple):
-    """The bytes of a file."""
+    """The size of a file in bytes."""
 
-    raw: int  # as it lies on disk
-    gzip: int  # after gzip at level 9, without a time stamp: the same file always gives the same number
+    raw: int  # on disk
+    gzip: int  # after gzip at level 9, without a time stamp, so that equal files have equal sizes
 
 
 class Counts(NamedTuple):
-    """The numbers in a tree of arrays."""
+    """How many numbers a tree of arrays holds."""
 
     parameters: int
     nonzeros: int
 
 
 class Latency(NamedTuple):
-    """How long one call takes, in seconds."""
+    """The 50th and 95th percentile of the time of a call, in seconds."""
 
     p50: float
     p95: float
@@ -48,7 +48,7 @@ def size(path: str | os.PathLike[str]) -> Size:
 
 
 def counts(params: Tree) -> Counts:
-    """All numbers in `params`, and those that are not exactly zero. NaN counts as a non-zero."""
+    """Counts all numbers in `params`, and those that are not exactly zero. NaN counts as non-zero."""
     leaves = jax.tree.leaves(params)
     return Counts(sum(np.size(leaf) for leaf in leaves), sum(int(jnp.count_nonzero(leaf)) for leaf in leaves))
 
@@ -58,24 +58,18 @@ def latency(
 ) -> dict[Name, Latency]:
     """The latency of each of `functions` when called as `function(*inputs)`, by name.
 
-    The batch size is that of `inputs`. A call ends when its results are ready. Each function is called `warm_up` times
-    first, which also compiles it. Then every round calls all functions once, in turns from the first to the last and
-    from the last to the first, so that whatever else the machine does falls on all of them alike. Give JAX functions
-    jitted; NumPy inputs make the copy to the device part of the time, as in serving.
+    All functions are called on the same inputs. A call ends when its results are ready. Each function is called
+    `warm_up` times first, which also compiles it, and is then timed `rounds` times; with fewer than 20 rounds p95 is
+    close to the maximum. Each round calls all functions once, in alternating order, so that other load on the machine
+    affects all of them alike. Pass JAX functions jitted. With NumPy inputs the time includes the copy to the device, as
+    in serving.
 
-    Args:
-      functions: what to compare, at least one.
-      inputs: the same arrays for all of them.
-      rounds: timed calls of each function, at least 1. Below 20, p95 is close to the maximum.
-      warm_up: calls before that, at least 1.
-
-    Raises:
-      InputError: no functions, or `rounds` or `warm_up` below 1.
+    Raises InputError where there are no functions, or where `rounds` or `warm_up` is below 1.
     """
     if not functions:
         raise InputError("there is no function to measure; expected at least one")
     if rounds < 1 or warm_up < 1:
-        raise InputError(f"rounds={rounds}, warm_up={warm_up}: expected at least 1 of each")
+        raise InputError(f"rounds is {rounds} and warm_up is {warm_up}, expected at least 1 of each")
     for function in functions.values():
         for _ in range(warm_up):
             jax.block_until_ready(function(*inputs))

@@ -1,12 +1,13 @@
-"""Magnitude pruning: masks as the last transform of an Optax chain, so that no loop and no model knows of them.
+"""Magnitude pruning, with masks in the state of the last transform of an Optax chain.
 
     gradual     optax.chain(optax.adam(1e-3), prune.magnitude(prune.cubic(0.9, begin=1000, end=5000), every=100))
-    one shot    params = prune.smallest(trained, 0.9), then train on with optax.chain(..., prune.keep_zeros())
-    rewinding   the same from `start` where `prune.smallest(trained, 0.9)` is not zero (Frankle & Carbin 2019)
+    one shot    params = prune.smallest(trained, 0.9), then train these with optax.chain(..., prune.keep_zeros())
+    rewinding   as one shot, but train the initial weights, set to zero where prune.smallest(trained, 0.9) is zero
+                (Frankle & Carbin 2019)
 
-Layers are pruned one by one. A pruned weight is exactly zero after every step, whatever momentum or weight decay want,
-and stays so. Masks are bool and in the optimiser's state: mapped over seeds, donated and saved like the rest of it.
-For layers on different schedules put one `magnitude` for each after the other, with different `where`.
+Each layer is pruned to its own sparsity. A pruned weight is exactly zero after every later step, also with momentum or
+weight decay. Masks are bool and part of the optimiser's state, so they are mapped over seeds, donated and saved like
+the rest of the state. For layers on different schedules chain one `magnitude` per schedule, with different `where`.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,16 +21,16 @@ from dl_jax.core.errors import InputError
 from dl_jax.core.leaves import Where, chosen, is_kernel
 from dl_jax.core.step import Array, Tree
 
-LAST = 2**31 - 1  # the largest int32, in which optimisers count
-Sparsity = float | Callable[[jax.tree_util.KeyPath, Array], float]  # share of zeros; a function of path and layer
+LAST = 2**31 - 1  # the largest step: optimisers count in int32
+Sparsity = float | Callable[[jax.tree_util.KeyPath, Array], float]  # fraction of zeros, or (path, leaf) -> fraction
 
 
 def smallest(params: Tree, sparsity: Sparsity, where: Where = is_kernel) -> Tree:
-    """`params` with the round(sparsity · size) weights of least magnitude of each chosen layer set to zero.
+    """`params` with the round(sparsity · size) weights of smallest magnitude of each chosen layer set to zero.
 
-    That many also among equal weights, of which the first go first. Zeros from before count as pruned: sparsity is
-    that of the result. Map it over seeds with `jax.vmap`. Raises InputError for a sparsity outside [0, 1), and where
-    `where` chooses nothing.
+    Of weights of equal magnitude the first in the array are pruned first. `sparsity` is that of the result: weights
+    that are already zero count as pruned. Map the function over seeds with `jax.vmap`. Raises InputError for a sparsity
+    outside [0, 1), and where `where` chooses no parameter.
     """
 
     def prune(path: jax.tree_util.KeyPath, leaf: Array, yes: bool) -> Array:
@@ -43,26 +44,28 @@ def smallest(params: Tree, sparsity: Sparsity, where: Where = is_kernel) -> Tree
 
 
 def rounds(params: Tree, kept: Sequence[float]) -> Callable[[float], Sparsity]:
-    """progress -> sparsity, for pruning in rounds: each takes the same fraction of what the one before left.
+    """The schedule of pruning in rounds, as a function progress -> sparsity.
 
-    At progress 1 the share `kept[i]` is left of the i-th kernel of `params`, at progress p its power kept[i]^p. Raises
-    InputError unless there is one share in (0, 1] for each kernel.
+    At progress p the fraction kept[i]^p of the weights of the i-th kernel of `params` is left, so kept[i] at progress
+    1. With equal steps of progress each round prunes the same fraction of the weights that are left. Raises InputError
+    unless `kept` has one fraction in (0, 1] for each kernel.
     """
     names = list(_layers(params, is_kernel))
     if len(names) != len(kept):
         raise InputError(
-            f"rounds: {len(kept)} shares are kept of {len(names)} kernels, expected one for each of {', '.join(names)}"
+            f"rounds: `kept` has {len(kept)} fractions for {len(names)} kernels, expected one for each of "
+            f"{', '.join(names)}"
         )
     for share in kept:
-        _require_sparsity("rounds: 1 - the share that is kept", 1 - share)
+        _require_sparsity("rounds: 1 - the fraction that is kept", 1 - share)
     shares = dict(zip(names, kept, strict=True))
     return lambda progress: lambda path, leaf: 1 - shares[_name(path)] ** progress
 
 
 def nonzeros(params: Tree, where: Where = is_kernel) -> dict[str, Array]:
-    """{path: weights that are not zero, int32 []} of the chosen layers, "Dense_0/kernel" and so on.
+    """The number of non-zero weights of each chosen layer, int32 [], by path ("Dense_0/kernel").
 
-    Raises InputError where `where` chooses nothing.
+    Raises InputError where `where` chooses no parameter.
     """
     return {name: jnp.count_nonzero(leaf) for name, leaf in _layers(params, where).items()}
 
@@ -70,14 +73,14 @@ def nonzeros(params: Tree, where: Where = is_kernel) -> dict[str, Array]:
 class Pruned(NamedTuple):
     """State of `keep_zeros`."""
 
-    masks: Tree  # bool, like the parameters; None where none is pruned
+    masks: Tree  # bool, of the parameters' shapes, False where pruned; None for parameters that are not chosen
 
 
 def keep_zeros(where: Where = is_kernel) -> optax.GradientTransformation:
-    """Weights that are zero at init stay zero, exactly. Goes last in the chain.
+    """Keeps weights that are zero at init exactly zero. Put it last in the chain.
 
-    With an optimiser that treats each weight on its own, the others move as if the gradient had been masked. Raises
-    InputError, at init, where `where` chooses nothing.
+    With an element-wise optimiser such as Adam the other weights move as if the gradient had been masked. Raises
+    InputError, at init, where `where` chooses no parameter.
     """
 
     def init(params: Tree) -> Pruned:
@@ -92,20 +95,20 @@ def keep_zeros(where: Where = is_kernel) -> optax.GradientTransformation:
 class Pruning(NamedTuple):
     """State of `magnitude`."""
 
-    step: Array  # int32 []
+    step: Array  # int32 [], number of updates
     sparsity: Array  # float32 [], of the masks
-    masks: Tree  # bool, like the parameters; None where none is pruned
+    masks: Tree  # bool, of the parameters' shapes, False where pruned; None for parameters that are not chosen
 
 
 def magnitude(schedule: optax.Schedule, every: int = 1, where: Where = is_kernel) -> optax.GradientTransformation:
-    """Prunes the weights that the chain before it reached, by magnitude, along `schedule`. Goes last in the chain.
+    """Prunes the updated weights by magnitude, to the sparsity that `schedule` gives. Put it last in the chain.
 
-    After update n each chosen layer has round(schedule(n) · size) zeros, reckoned in float32: `schedule` gives a share
-    in [0, 1) that does not fall, as `cubic` does. The masks follow it at every multiple of `every` updates, and where
-    it comes to rest, so that its end is met exactly.
+    `schedule` maps the number n of updates to a sparsity in [0, 1) that never falls, as `cubic` does. The masks are
+    recomputed after every `every` updates, and after the update at which the schedule stops rising, so that its final
+    sparsity is met exactly. Each chosen layer then has round(schedule(n) · size) zeros, computed in float32.
 
-    Raises InputError for `every` < 1, for a schedule whose first or last share is outside [0, 1) and, at init, where
-    `where` chooses nothing.
+    Raises InputError for `every` < 1, for a schedule whose first or last value is outside [0, 1) and, at init, where
+    `where` chooses no parameter.
     """
     if every < 1:
         raise InputError(f"magnitude: every is {every}, expected 1 or more updates between two masks")
@@ -130,10 +133,11 @@ def magnitude(schedule: optax.Schedule, every: int = 1, where: Where = is_kernel
 
 
 def cubic(final: float, begin: int, end: int, initial: float = 0.0) -> optax.Schedule:
-    """Sparsity of gradual pruning: it rises fast at first, while there is much to spare (Zhu & Gupta 2017, eq. 1).
+    """The sparsity schedule of gradual pruning, which rises fast at first and slowly later (Zhu & Gupta 2017, eq. 1).
 
-    final + (initial − final) · (1 − (n − begin) / (end − begin))³ from update `begin` to `end`, 0 before, `final`
-    after. Raises InputError for sparsities outside [0, 1) or that fall, and where `end` is not after `begin`.
+    The sparsity after update n is final + (initial − final) · (1 − (n − begin) / (end − begin))³ from update `begin` to
+    update `end`, 0 before and `final` afterwards. Raises InputError for a sparsity outside [0, 1), where `initial` is
+    above `final`, and unless 0 <= begin < end.
     """
     for name, share in {"final": final, "initial": initial}.items():
         _require_sparsity(f"cubic: {name} sparsity", share)
@@ -150,14 +154,14 @@ def cubic(final: float, begin: int, end: int, initial: float = 0.0) -> optax.Sch
 
 
 def _masked(updates: Tree, masks: Tree, params: Tree) -> Tree:
-    """Updates that take what is pruned to zero: p + (−p) is exactly 0."""
+    """The updates, with −p for each pruned weight p, since p + (−p) is exactly 0."""
     return jax.tree.map(lambda u, p, m: u if m is None else jnp.where(m, u, -p), updates, params, masks)
 
 
 def _largest(magnitudes: Array, dropped: Any) -> Array:
-    """bool, like `magnitudes`: all but the `dropped` smallest; of equal ones the first are dropped first.
+    """A mask of the shape of `magnitudes`, False at the `dropped` smallest; of equal ones the first are dropped first.
 
-    Negative numbers, of which there are at most `dropped`, are smaller than every magnitude.
+    Numbers below 0 mark entries that are dropped before all others; there may be at most `dropped` of them.
     """
     width = 8 * magnitudes.dtype.itemsize
     bits = jax.lax.bitcast_convert_type(magnitudes.ravel(), f"int{width}")  # in the order of the magnitudes
@@ -167,14 +171,14 @@ def _largest(magnitudes: Array, dropped: Any) -> Array:
         higher = least | (jnp.ones_like(least) << (width - 2 - i).astype(least.dtype))
         return jnp.where(below(higher) <= dropped, higher, least)
 
-    # Bit by bit, the magnitude that `dropped` others are below: a tenth of the time of sorting them on a CPU.
+    # Finds the magnitude of rank `dropped` by bisection over its bits: on a CPU in a tenth of the time of a sort.
     least = jax.lax.fori_loop(0, width - 1, halve, jnp.zeros((), bits.dtype))
     first = jnp.cumsum(bits == least) <= dropped - below(least)
     return ~((bits < least) | (bits == least) & first).reshape(magnitudes.shape)
 
 
 def _shrunk(share: Array, masks: Tree, weights: Tree) -> Tree:
-    """The masks of `weights` at sparsity `share` [], within `masks`."""
+    """The masks that keep the largest weights at sparsity `share` []; weights that `masks` prune stay pruned."""
 
     def shrink(mask: Array, weight: Array) -> Array:
         return _largest(jnp.where(mask, jnp.abs(weight), -1), jnp.round(share * weight.size))
@@ -184,13 +188,16 @@ def _shrunk(share: Array, masks: Tree, weights: Tree) -> Tree:
 
 @jax.custom_batching.custom_vmap
 def _refreshed(due: Array, share: Array, masks: Tree, weights: Tree) -> Tree:
-    """New masks if `due`, else `masks`."""
+    """New masks of sparsity `share` [] where `due` (bool []) is true, else the old `masks`."""
     return jax.lax.cond(due, _shrunk, lambda share, masks, weights: masks, share, masks, weights)
 
 
 @_refreshed.def_vmap
 def _refreshed_seeds(seeds: int, mapped: Any, *arguments: Any) -> tuple[Tree, Tree]:
-    """A mapped condition computes both of its branches: the weights would be ranked at every step."""
+    """The batching rule of `_refreshed`: it ranks weights only at steps where a seed's masks are due.
+
+    Under `vmap`, `lax.cond` becomes a select that computes both branches, and would rank the weights at every step.
+    """
     stacked = lambda x, yes: x if yes else jnp.broadcast_to(x, (seeds, *x.shape))
     due, share, masks, weights = jax.tree.map(stacked, arguments, tuple(mapped))
 
@@ -204,7 +211,7 @@ def _refreshed_seeds(seeds: int, mapped: Any, *arguments: Any) -> tuple[Tree, Tr
 
 
 def _layers(params: Tree, where: Where) -> dict[str, Any]:
-    """The chosen leaves by path."""
+    """The chosen parameters by path."""
     leaves = zip(jax.tree.leaves_with_path(params), jax.tree.leaves(chosen(params, where)), strict=True)
     return {_name(path): leaf for (path, leaf), yes in leaves if yes}
 
@@ -215,10 +222,10 @@ def _name(path: jax.tree_util.KeyPath) -> str:
 
 def _required(name: str, params: Tree | None) -> Tree:
     if params is None:
-        raise ValueError(f"{name}: update got no params, expected those that the updates are added to")
+        raise ValueError(f"{name}: update got no params, expected the current parameters; call tx.update(..., params)")
     return params
 
 
 def _require_sparsity(name: str, share: float) -> None:
     if not 0 <= share < 1:
-        raise InputError(f"{name} is {share}, expected a share of zeros in [0, 1); 0.9 keeps every tenth weight")
+        raise InputError(f"{name} is {share}, expected a fraction of zeros in [0, 1); 0.9 keeps every tenth weight")

@@ -1,9 +1,9 @@
-"""Weight sharing: the weights of a layer become a few values, found by k-means and then trained.
+"""Weight sharing: all weights of a layer take a few values, which are found by k-means and then trained.
 
 Han, Mao & Dally 2016, "Deep compression" (arXiv:1510.00149), section 3.
 
-    codebooks, clusters = share.cluster(params, values=63)         # with zero they take indices of 6 bits
-    loss = losses.with_params(loss, share.expanded(clusters))      # its parameters are the codebooks
+    codebooks, clusters = share.cluster(params, values=63)         # 63 values and zero: an index has 6 bits
+    loss = losses.with_params(loss, share.expanded(clusters))      # the codebooks are the parameters of this loss
 """
 
 from collections.abc import Callable
@@ -18,20 +18,24 @@ from dl_jax.core.leaves import Where, chosen, is_kernel
 from dl_jax.core.step import Array, Tree
 from dl_jax.losses.inputs import at_least_float32
 
-ROUNDS = 1000  # of k-means at most; a layer takes some dozens
+ROUNDS = 1000  # largest number of iterations of k-means; a layer takes some dozens
 
 
 class Shared(NamedTuple):
-    """Two trees like the parameters. A leaf that is not shared is itself in the first and None in the second."""
+    """Parameters with shared weights, as two trees of the structure of the parameters.
 
-    codebooks: Tree  # float [K], ascending
-    clusters: Tree  # int32, of the leaf's shape: 0 where a weight is zero and stays it, k for value k - 1 of its book
+    A leaf whose weights are not shared is in `codebooks` unchanged, and is None in `clusters`.
+    """
+
+    codebooks: Tree  # float [K], the values of a leaf, ascending
+    clusters: Tree  # int32, of the leaf's shape: k for codebook value k - 1, or 0 for a weight that is and stays zero
 
 
 def cluster(params: Tree, values: int, where: Where = is_kernel) -> Shared:
-    """Each chosen leaf's non-zero weights as at most `values` different ones; they are not shared between leaves.
+    """Replaces the non-zero weights of each chosen leaf by at most `values` different values, by k-means.
 
-    On the host. Raises InputError where `values` is not in 1 .. 256, `where` chooses nothing or a weight is not finite.
+    Each leaf has its own values. The computation runs on the host. Raises InputError where `values` is not in 1 to 256,
+    where `where` chooses no parameter, and where a weight is not finite.
     """
     if values not in range(1, 257):
         raise InputError(f"share: values is {values}, expected 1 to 256 in a layer; 63 and zero take 6 bits")
@@ -43,7 +47,7 @@ def cluster(params: Tree, values: int, where: Where = is_kernel) -> Shared:
 
 
 def expanded(clusters: Tree) -> Callable[[Tree], Tree]:
-    """codebooks -> params. A value's gradient is the sum over its cluster (equation 3)."""
+    """The function codebooks -> params. The gradient of a value is the sum over its cluster (equation 3)."""
 
     def expand(values: Array, assigned: Any) -> Array:
         if assigned is None:
@@ -55,10 +59,11 @@ def expanded(clusters: Tree) -> Callable[[Tree], Tree]:
 
 
 def k_means(weights: np.ndarray, k: int) -> np.ndarray:  # [n], in any order -> [k] of the same type, ascending
-    """Values that lower the sum of squared distances to the nearest one until no weight changes its cluster (Lloyd).
+    """The k cluster centres of `weights` by Lloyd's algorithm, run until no weight changes its cluster.
 
-    They start evenly spaced from the least weight to the greatest: the paper's "linear initialisation", which keeps the
-    few large weights well represented. A value with no weight stays where it is; without weights all are zero.
+    Centres start evenly spaced from the smallest weight to the largest: the paper's "linear initialisation", which
+    represents the few large weights well. A centre without weights stays where it is. For no weights all centres are 0.
+    Raises InputError where a weight is not finite.
     """
     if not weights.size:
         return np.zeros(k, weights.dtype)
@@ -82,6 +87,6 @@ def _clusters(weights: np.ndarray, values: np.ndarray) -> np.ndarray:  # [...], 
 
 
 def _borders(values: np.ndarray) -> np.ndarray:  # ascending [k] -> [k - 1]
-    """Halfway between neighbours, in float32 or better."""
+    """The points halfway between neighbouring values, in float32 or better."""
     values = values.astype(np.result_type(values.dtype, np.float32))
     return (values[:-1] + values[1:]) / 2

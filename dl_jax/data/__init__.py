@@ -1,8 +1,10 @@
-"""Data: a prepared TFDS set as columns, batched in an order that is a pure function of (seed, step). Never imports JAX.
+"""Loads prepared TFDS sets as columns, and batches them in an order that is a pure function of (seed, step).
 
 records = data.load("mnist", "train[:90%]")         # {"image": uint8 [N, 28, 28, 1], "label": int32 [N]}
 stream = data.shuffled(records, batch_size=128, seeds=(0, 1))
-stream(7)                                            # the batch of step 7, [2, 128, ...], the same at any time
+stream(7)                                            # the batch of step 7, [2, 128, ...], the same in every call
+
+This package never imports JAX.
 """
 
 from dl_jax.core.stream import Columns, Stream, epoch

@@ -13,8 +13,8 @@ def prepare_set(name: tyro.conf.Positional[str], data_dir: str | None = None) ->
     """Download and prepare a TFDS data set, in array_record format.
 
     Args:
-        name: TFDS's name of the set, such as mnist or glue/sst2.
-        data_dir: Folder to prepare it in [default: $TFDS_DATA_DIR, else ~/tensorflow_datasets].
+        name: TFDS name of the data set, such as mnist or glue/sst2.
+        data_dir: Folder to prepare the data set in [default: $TFDS_DATA_DIR, else ~/tensorflow_datasets].
     """
     print(_summary(prepare(name, data_dir)))
 
@@ -26,7 +26,7 @@ def list_sets(data_dir: str | None = None) -> None:
         data_dir: Folder to look in [default: $TFDS_DATA_DIR, else ~/tensorflow_datasets].
     """
     found = prepared(data_dir)
-    print(f"{len(found)} prepared in {data_folder(data_dir)}; digits is always there")
+    print(f"{len(found)} prepared in {data_folder(data_dir)}; digits is always available")
     for each in found:
         print(_summary(each))
 

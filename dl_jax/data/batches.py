@@ -1,4 +1,4 @@
-"""Columns in memory to shuffled batches. The order is a pure function of (seed, step)."""
+"""Shuffled batches of columns in memory, in an order that is a pure function of (seed, step)."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -8,14 +8,14 @@ import numpy as np
 from dl_jax.core.errors import InputError
 from dl_jax.core.stream import INDEX, Stream, check_batch, count, stacked
 
-_ORDER, _TRANSFORM = 0, 1  # keep the two uses of one seed apart
+_ORDER, _TRANSFORM = 0, 1  # spawn keys, so that the two uses of a seed are independent
 
 
 def order(n: int, seed: int) -> Callable[[int, int], np.ndarray]:
-    """The endless sequence of example indices as a function (start, stop) -> int64 [stop - start].
+    """The endless sequence of example indices, as a function (start, stop) -> int64 [stop - start].
 
-    Epoch e covers the positions [e n, (e + 1) n) and is a permutation of 0 .. n - 1 drawn from (seed, e). Any position
-    is reached at once: the last two permutations asked for are kept, none before is needed. Raises InputError for a
+    Epoch e covers the positions [e n, (e + 1) n) and is a permutation of 0 to n - 1 that is drawn from (seed, e). Any
+    position can be computed without those before it; the last two permutations are cached. Raises InputError for a
     negative seed.
     """
     if seed < 0:
@@ -33,16 +33,16 @@ def order(n: int, seed: int) -> Callable[[int, int], np.ndarray]:
 
 
 def generator(seed: int, position: int) -> np.random.Generator:
-    """The generator that belongs to a position of the order: the same whatever the number of processes."""
+    """The random generator for the example at `position` of the order, whatever the number of processes."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_TRANSFORM, position)))
 
 
 def shuffled(records: Mapping[str, np.ndarray], batch_size: int, seeds: int | Sequence[int]) -> Stream:
-    """Shuffled batches of `records` [N, ...] without end: [B, ...] for one seed, [S, B, ...] for S of them.
+    """An endless stream of shuffled batches of `records` [N, ...]: [B, ...] for one seed, [S, B, ...] for S seeds.
 
-    Step s covers the positions [s B, (s + 1) B) of each seed's own `order`, across epoch borders, so that no example is
-    dropped and a batch may be larger than the set. Raises InputError for no records, no seed, columns of different
-    lengths, a batch size below 1 or a negative seed.
+    Step s covers the positions [s B, (s + 1) B) of each seed's `order`, also across the end of an epoch, so that no
+    example is dropped and a batch may be larger than the set. Raises InputError for no records, no seed, columns of
+    different lengths, a batch size below 1 or a negative seed.
     """
     n = count(records)
     check_batch(batch_size)
@@ -54,9 +54,10 @@ def shuffled(records: Mapping[str, np.ndarray], batch_size: int, seeds: int | Se
 
 
 def per_seed(streams: Sequence[Stream]) -> Stream:
-    """One stream of batches [S, B, ...] from S streams of [B, ...]: each seed keeps its own order, or its own set.
+    """One stream of batches [S, B, ...] from S streams of batches [B, ...], one for each seed.
 
-    Raises InputError for no stream, and for batch sizes that differ.
+    The streams may differ in their order and in their data set. Raises InputError for no stream, and for streams of
+    different batch sizes.
     """
     sizes = {stream.batch_size for stream in streams}
     if len(sizes) != 1:

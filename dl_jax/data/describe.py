@@ -1,4 +1,4 @@
-"""What a prepared set holds: its splits, and its features as the columns that `load` makes of them."""
+"""Describes a prepared set: its splits, and the columns that `load` returns for its features."""
 
 import dataclasses
 import json
@@ -13,14 +13,14 @@ from dl_jax.data.source import Prepared, cache_entry, find, one_line, split_size
 
 
 class Feature(NamedTuple):
-    """One column as `load` gives it, without the leading N."""
+    """Shape and dtype of one example of a column, as `load` returns it."""
 
-    shape: tuple[int | None, ...]  # None: differs from example to example
-    dtype: str  # NumPy's name; "bytes" for text; class labels are int32
+    shape: tuple[int | None, ...]  # None for an axis whose length differs from example to example
+    dtype: str  # NumPy's name, or "bytes" for text; "int32" for class labels
 
     @property
     def ragged(self) -> bool:
-        """Whether examples differ in their length alone, so that padding makes a column of them."""
+        """Whether examples differ only in the length of their first axis, so that `load` pads them."""
         return bool(self.shape) and self.shape[0] is None and None not in self.shape[1:]
 
     def fits(self, shape: tuple[int, ...]) -> bool:
@@ -32,23 +32,23 @@ class Feature(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """What a prepared set holds."""
+    """The contents of a prepared set."""
 
     name: str  # with its config, if it has one
     version: str
-    splits: Mapping[str, int]  # number of examples
-    features: Mapping[str, Feature]  # nested names are joined by "/"
-    classes: int | None  # of the set's label; None if it has no class label, or several and none is the target
-    class_names: tuple[str, ...]
+    splits: Mapping[str, int]  # number of examples of each split
+    features: Mapping[str, Feature]  # by column; nested names are joined by "/"
+    classes: int | None  # number of classes of the label; None if there is no class label or no single one
+    class_names: tuple[str, ...]  # of these classes, () if there are none
 
 
 def info(name: str, data_dir: str | None = None, cache_dir: str | None = None) -> Info:
-    """What the prepared set `name` holds. Raises InputError if it is not prepared or damaged."""
+    """The contents of the prepared set `name`. Raises InputError if the set is not prepared or is damaged."""
     found = find(name, data_dir, cache_dir)
     file = cache_entry(found, cache_dir) / "info.json"
     try:
         return _info_from_json(json.loads(file.read_bytes()))
-    except (OSError, ValueError, KeyError, TypeError):  # not described yet
+    except (OSError, ValueError, KeyError, TypeError):  # the cache has no description, or a damaged one
         described = _describe(found)
     with locked(file.with_suffix(".lock")):
         partial = file.with_suffix(".partial")
@@ -78,7 +78,7 @@ def _describe(found: Prepared) -> Info:
 
 
 def columns(features: Any) -> dict[str, Feature]:
-    """The columns of a set with these TFDS features."""
+    """The columns that `load` returns for a set with these TFDS features."""
     labels = class_labels(features)
 
     def column(name: str, spec: Any) -> Feature:
@@ -89,7 +89,7 @@ def columns(features: Any) -> dict[str, Feature]:
 
 
 def class_labels(features: Any) -> dict[str, Any]:
-    """The ClassLabel features by column, also those within sequences."""
+    """The ClassLabel features by column, including those within sequences."""
     import tensorflow_datasets as tfds
 
     def leaf(feature: Any) -> Any:
@@ -103,7 +103,7 @@ def class_labels(features: Any) -> dict[str, Any]:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": x}} to {"a/b": x}."""
+    """Flattens nested mappings: {"a": {"b": x}} becomes {"a/b": x}."""
     out: dict[str, Any] = {}
     for name, value in tree.items():
         out |= flat(value, f"{prefix}{name}/") if isinstance(value, Mapping) else {prefix + name: value}
@@ -111,7 +111,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def open_builder(found: Prepared) -> Any:
-    """TFDS's builder of a prepared set. Raises InputError where its description is damaged or needs TensorFlow."""
+    """The TFDS builder of a prepared set. Raises InputError where its description is damaged or needs TensorFlow."""
     split_sizes(found)
     import tensorflow_datasets as tfds
 
@@ -122,7 +122,7 @@ def open_builder(found: Prepared) -> Any:
             f"data set {found.name} has a feature that TFDS reads only with TensorFlow ({one_line(e)}), expected "
             "features such as Image, ClassLabel, Text or Tensor: store audio or video as a Tensor"
         ) from e
-    except Exception as e:  # TFDS raises a dozen kinds for a description it cannot read
+    except Exception as e:  # TFDS raises many kinds of exceptions for a description that it cannot read
         raise InputError(
             f"the description of data set {found.name} in {found.folder} is damaged ({type(e).__name__}: "
             f"{one_line(e)}): copy dataset_info.json and features.json again, or delete the folder and prepare it again"

@@ -1,9 +1,9 @@
-"""The bundled set `digits`: scikit-learn's 1,797 scans of 8x8 pixels as a TFDS set that prepares itself, offline.
+"""The bundled set `digits`: scikit-learn's 1,797 scans of 8x8 pixels as a TFDS set, prepared offline when it is used.
 
-The scans are the test part of UCI's "Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, 1998). A
-pixel counts ink from 0 to 16 and is stored as 255 / 16 x ink, rounded half up, which `round(pixel x 16 / 255)` undoes.
-The last 360 scans in scikit-learn's order are the split `test`, the other 1,437 are `train`. A writer's digits stand
-next to each other, so that few writers are in both splits, as most would be after shuffling.
+The scans are the test part of UCI's "Optical Recognition of Handwritten Digits" (E. Alpaydin and C. Kaynak, 1998). The
+ink of a pixel, 0 to 16, is stored as ink x 255 / 16, rounded half up; `round(pixel x 16 / 255)` gives the ink back.
+The last 360 scans in scikit-learn's order are the split `test`, the other 1,437 are `train`. The digits of a writer are
+next to each other in this order, so that few writers are in both splits; after shuffling most writers would be.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ NAME, VERSION, TEST = "digits", "1.0.0", 360
 
 def scans() -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [1797, 8, 8, 1] and labels uint8 [1797], in scikit-learn's order."""
-    # The file itself: scikit-learn's own loader gives the same numbers, but importing it takes two seconds.
+    # Reads the file directly: scikit-learn's own loader gives the same numbers, but importing it takes two seconds.
     spec = importlib.util.find_spec("sklearn")
     assert spec is not None
     assert spec.origin is not None
@@ -30,11 +30,11 @@ def scans() -> tuple[np.ndarray, np.ndarray]:
 
 
 def prepared(cache: Path) -> Path:
-    """The folder of the prepared set below the folder `cache`; prepares it first, in about a second, if need be."""
+    """The folder of the prepared set below the folder `cache`. Prepares a missing set, in about a second."""
     folder = cache / "tfds" / NAME / VERSION
     if not folder.is_dir():
         with locked(folder.parent.with_suffix(".lock")):
-            if not folder.is_dir():  # nor has another process prepared it meanwhile
+            if not folder.is_dir():  # unless another process has prepared it meanwhile
                 _prepare(cache / "tfds")
     return folder
 
@@ -43,7 +43,7 @@ def _prepare(root: Path) -> None:
     import PIL.Image
     import tensorflow_datasets as tfds
 
-    def png(image: np.ndarray) -> bytes:  # TFDS needs TensorFlow to encode an array, but not to store bytes
+    def png(image: np.ndarray) -> bytes:  # TFDS needs TensorFlow to encode arrays, but not to store encoded images
         file = io.BytesIO()
         PIL.Image.fromarray(image[..., 0]).save(file, "PNG")
         return file.getvalue()
@@ -77,7 +77,7 @@ def _prepare(root: Path) -> None:
 
     tfds.disable_progress_bar()
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # where TFDS announces a download that is none
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download on stdout, though there is none
             Digits(data_dir=root, file_format="array_record").download_and_prepare()
     finally:
         tfds.enable_progress_bar()

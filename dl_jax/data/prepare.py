@@ -1,4 +1,4 @@
-"""Prepares data sets with TFDS's own builders, in the record format that is read without TensorFlow."""
+"""Prepares data sets with TFDS's own builders, in array_record format, which is read without TensorFlow."""
 
 import importlib.util
 import re
@@ -11,10 +11,11 @@ from dl_jax.data.source import Prepared, data_folder, find, lookup, one_line, sp
 
 
 def prepare(name: str, data_dir: str | None = None) -> Prepared:
-    """Downloads and prepares the TFDS set `name` in `data_dir`, unless it is there; returns where it is.
+    """Downloads and prepares the TFDS set `name` in `data_dir`, unless it is already prepared, and returns where it is.
 
-    Safe when several processes start at once: one prepares, the others wait. Raises InputError where TFDS cannot
-    prepare it: an unknown name, no TensorFlow where the set needs it, a network or disk that fails.
+    Several processes may call it at once: one prepares the set while the others wait. Raises InputError where TFDS
+    cannot prepare the set: for an unknown name, for a set that needs TensorFlow where this is not installed, and where
+    the network or the disk fails.
     """
     if name == NAME:
         return find(name)
@@ -26,8 +27,10 @@ def prepare(name: str, data_dir: str | None = None) -> Prepared:
             _download_and_prepare(name, root)
             found = lookup(name, root)
     if not found:
-        raise InputError(f"TFDS prepared {name}, but no set of that name is in {root}: `python -m dl_jax.data list`")
-    split_sizes(found)  # refuses what is there in another format, or damaged
+        raise InputError(
+            f"TFDS prepared {name}, but no set of that name is in {root}: see `python -m dl_jax.data list` for its name"
+        )
+    split_sizes(found)  # raises where the set is in another format or damaged
     return found
 
 
@@ -36,7 +39,7 @@ def _download_and_prepare(name: str, root: Path) -> None:
 
     try:
         tfds.builder(name, data_dir=root, file_format="array_record").download_and_prepare()
-    except Exception as e:  # of many kinds: TFDS's own, the network's, the disk's
+    except Exception as e:  # many kinds, raised by TFDS, the network or the disk
         raise InputError(_reason(name, root, e)) from e
 
 
@@ -45,7 +48,7 @@ def _reason(name: str, root: Path, e: Exception) -> str:
 
     unknown = isinstance(e, tfds.core.DatasetNotFoundError)
     listed = name.partition("/")[0].partition(":")[0] in tfds_names()
-    hidden = listed if unknown else "tensorflow" in str(e).lower()  # some sets TFDS finds only with TensorFlow
+    hidden = listed if unknown else "tensorflow" in str(e).lower()  # TFDS finds some sets only if TensorFlow is there
     if hidden and importlib.util.find_spec("tensorflow") is None:
         return (
             f"preparing {name} needs TensorFlow, expected it to be installed: pip install 'dl_jax[prepare]' (in a "
@@ -53,4 +56,4 @@ def _reason(name: str, root: Path, e: Exception) -> str:
         )
     if unknown:
         return f"data set {name} is unknown to TFDS, expected one of its names{nearest(name, tfds_names())}"
-    return f"TFDS could not prepare {name} in {root} ({type(e).__name__}: {one_line(e)}): mend that, then try again"
+    return f"TFDS could not prepare {name} in {root} ({type(e).__name__}: {one_line(e)}): fix this, then try again"

@@ -1,7 +1,7 @@
 """Finds prepared TFDS sets, without importing TFDS.
 
-A name is TFDS's `name[/config][:version]`: `mnist`, `glue/sst2`, `mnist:3.0.1`. A set with one prepared config may be
-called without it; the newest prepared version counts.
+A set is named as in TFDS, `name[/config][:version]`: `mnist`, `glue/sst2`, `mnist:3.0.1`. The config may be left out
+where only one is prepared. Without a version the newest prepared version is taken.
 """
 
 import hashlib
@@ -18,17 +18,22 @@ from dl_jax.data import digits
 
 _NAME = re.compile(r"(?P<set>\w+)(?:/(?P<config>[^/:]+))?(?::(?P<version>[\d.]+))?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
-_LAYOUT = 2  # of the cache; raise it when decoding changes
+_LAYOUT = 2  # version of the cache; increase it when decoding changes
 
 
 class Prepared(NamedTuple):
+    """A prepared set: its name, its version and the folder of its record files."""
+
     name: str  # with its config, if it has one
     version: str
     folder: Path
 
 
 def data_folder(data_dir: str | None = None) -> Path:
-    """`data_dir`, else $TFDS_DATA_DIR, else ~/tensorflow_datasets. It is only read, except when preparing."""
+    """The folder of prepared sets: `data_dir`, else $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+
+    Only `prepare` writes to it. Raises InputError for a URL.
+    """
     folder = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     if "://" in folder:
         raise InputError(
@@ -38,7 +43,7 @@ def data_folder(data_dir: str | None = None) -> Path:
 
 
 def find(name: str, data_dir: str | None = None, cache_dir: str | None = None) -> Prepared:
-    """The prepared set called `name`. Raises InputError, at once and offline, if there is none."""
+    """The prepared set called `name`. Raises InputError, without network access, if there is none."""
     if name == digits.NAME:
         return Prepared(name, digits.VERSION, digits.prepared(cache_folder(cache_dir)))
     root = data_folder(data_dir)
@@ -49,7 +54,10 @@ def find(name: str, data_dir: str | None = None, cache_dir: str | None = None) -
 
 
 def lookup(name: str, root: Path) -> Prepared | None:
-    """The prepared set called `name` in the data folder `root`. Raises InputError for an ambiguous name."""
+    """The prepared set called `name` in the data folder `root`, or None if there is none.
+
+    Raises InputError for a name with several prepared configs, and for a version that is not prepared.
+    """
     parts = _NAME.fullmatch(name)
     if not parts:
         return None
@@ -68,14 +76,17 @@ def lookup(name: str, root: Path) -> Prepared | None:
 
 
 def prepared(data_dir: str | None = None) -> list[Prepared]:
-    """Every prepared set in the data folder, in its newest version, by name."""
+    """All prepared sets in the data folder, sorted by name, each in its newest version."""
     folders = _subfolders(data_folder(data_dir))
     found = {name: versions[-1] for folder in folders for name, versions in _versions_by_name(folder).items()}
     return [Prepared(name, folder.name, folder) for name, folder in sorted(found.items())]
 
 
 def split_sizes(found: Prepared) -> dict[str, int]:
-    """Number of examples in each split, from the set's own description. Raises InputError where that is damaged."""
+    """The number of examples in each split, from the description in the folder of the set.
+
+    Raises InputError where the description is damaged, and for a set that is not in array_record format.
+    """
     file = found.folder / "dataset_info.json"
     try:
         description = json.loads(file.read_bytes())
@@ -95,14 +106,14 @@ def split_sizes(found: Prepared) -> dict[str, int]:
 
 
 def cache_entry(found: Prepared, cache_dir: str | None = None) -> Path:
-    """Where what is derived from the set is kept. A change in any file of the set gives another place."""
+    """The cache folder for data derived from the set. It changes with the name, size or time of any file of the set."""
     files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in os.scandir(found.folder) if f.is_file())
     fingerprint = hashlib.sha256(repr((_LAYOUT, files)).encode()).hexdigest()[:16]
     return cache_folder(cache_dir) / "columns" / found.name / f"{found.version}-{fingerprint}"
 
 
 def tfds_names() -> set[str]:
-    """Names of data sets that TFDS can prepare, nearly all, read off its files: its own list needs TensorFlow."""
+    """The names of nearly all data sets that TFDS can prepare, from its files, as TFDS's own list needs TensorFlow."""
     spec = importlib.util.find_spec("tensorflow_datasets")
     assert spec is not None
     assert spec.origin is not None
@@ -122,8 +133,8 @@ def _absent(name: str, root: Path, data_dir: str | None) -> str:
         )
     here = [found.name for found in prepared(str(root))]
     return (
-        f"data set {name} is neither prepared in {root} nor known to TFDS: `python -m dl_jax.data list` shows those "
-        f"that are there, and --dataset digits always is{nearest(name, {*here, *tfds_names(), digits.NAME})}"
+        f"data set {name} is neither prepared in {root} nor known to TFDS: `python -m dl_jax.data list` lists the "
+        f"prepared sets, and --dataset digits is always available{nearest(name, {*here, *tfds_names(), digits.NAME})}"
     )
 
 
@@ -132,7 +143,7 @@ def _command(name: str) -> str:
 
 
 def one_line(e: BaseException) -> str:
-    """Someone else's message, to quote within ours."""
+    """The message of an exception on one line of at most 200 characters, to quote within another message."""
     return " ".join(str(e).split())[:200]
 
 
@@ -141,13 +152,13 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _versions(folder: Path) -> list[Path]:
-    """The version folders within, oldest first."""
+    """The version folders in `folder`, oldest first."""
     versions = [child for child in _subfolders(folder) if _VERSION.fullmatch(child.name)]
     return sorted(versions, key=lambda child: tuple(map(int, child.name.split("."))))
 
 
 def _versions_by_name(folder: Path) -> dict[str, list[Path]]:
-    """The versions of one data set's folder, by its name or name/config."""
+    """The version folders of one data set, oldest first, by its name or by name/config."""
     found = {folder.name: _versions(folder)}
     if not found[folder.name]:
         found = {f"{folder.name}/{config.name}": _versions(config) for config in _subfolders(folder)}

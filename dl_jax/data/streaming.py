@@ -1,4 +1,4 @@
-"""`streamed`: batches of a set that does not fit into memory, decoded by threads ahead of the step."""
+"""Streams shuffled batches of a set that does not fit into memory, decoded by threads ahead of the step."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from dl_jax.data.records import Example, Records, stack
 from dl_jax.data.source import find
 
 Transform = Callable[[np.random.Generator, Example], Example]
-_AHEAD = 2  # batches decoded beyond the one asked for
+_AHEAD = 2  # number of batches that are decoded ahead of the requested one
 
 
 def streamed(
@@ -27,12 +27,12 @@ def streamed(
     transform: Transform | None = None,
     threads: int | None = None,
 ) -> Stream:
-    """Shuffled batches without end, read from the record files: those that `shuffled(load(...), ...)` gives.
+    """An endless stream of shuffled batches, read from the record files, equal to that of `shuffled(load(...), ...)`.
 
-    The order needs no state to save: start at any step. `transform(rng, example)` runs on each example before
-    batching, as for a random crop; `rng` depends on the seed and the example's position in the order alone. It must
-    give all examples the same shapes. Each batch is decoded by `threads` (default: one per core), and the two after it
-    are begun. Raises InputError as `load` and `shuffled` do.
+    A run can resume at any step, as the order has no state. `transform(rng, example)` is applied to each example before
+    batching, for example a random crop, and must give all examples the same shapes; `rng` depends only on the seed and
+    the example's position in the order. `threads` threads (default: one per core) decode a batch and the next two.
+    Raises InputError as `load` and `shuffled` do.
     """
     check_batch(batch_size)
     if not isinstance(seeds, int):
@@ -51,12 +51,15 @@ def streamed(
 
 
 class Prefetched:
-    """(step, rows) -> batch, decoded by threads. Steps asked for in order are found begun; any other starts afresh."""
+    """A function (step, rows) -> batch that decodes with threads, and decodes the next steps ahead.
+
+    If steps are requested in order, their decoding has already begun. Any other step starts anew.
+    """
 
     def __init__(self, batch_size: int, decode: Callable[[range], list[Example]], threads: int) -> None:
         self._batch_size, self._decode, self._threads = batch_size, decode, threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="dl_jax-data")
-        self._begun: dict[range, list[Future[list[Example]]]] = {}  # by the positions of a batch in the order
+        self._begun: dict[range, list[Future[list[Example]]]] = {}  # batches by their positions in the order
 
     def __call__(self, step: int, rows: slice) -> Columns:
         asked, *ahead = (self._positions(s, rows) for s in range(step, step + 1 + _AHEAD))

@@ -1,8 +1,9 @@
-"""Models as files that predict by themselves: parameters inside, any batch size, checked when opened and when called.
+"""Exports a model and its parameters to one file, which predicts for any batch size.
 
-Each format exports `apply(variables, *inputs)`, a pure function such as
-`lambda variables, image: model.apply(variables, image, train=False)`, from example inputs: arrays whose first axis is
-the batch. Their other axes and their types are what the file takes from then on.
+Each format exports a pure function `apply(variables, *inputs)`, such as
+`lambda variables, image: model.apply(variables, image, train=False)`. The example inputs are arrays whose first axis is
+the batch; the file then takes inputs with their other axes and their types. It is checked when it is written, when it
+is opened, and when it is called.
 """
 
 import math
@@ -20,15 +21,16 @@ from dl_jax.core.errors import InputError
 
 
 class Input(NamedTuple):
-    """One array that a model takes."""
+    """Shape and dtype of an array that an exported model takes."""
 
-    shape: tuple[int | None, ...]  # None for the batch
-    dtype: str  # numpy's name
+    shape: tuple[int | None, ...]  # None for the batch axis
+    dtype: str  # NumPy's name
 
     def __str__(self) -> str:
         return f"{self.dtype}[{', '.join('batch' if size is None else str(size) for size in self.shape)}]"
 
     def fits(self, array: Any) -> bool:
+        """Whether `array` has this dtype and shape, with a batch of one or more."""
         shape = np.shape(array)
         return (
             getattr(array, "dtype", None) == self.dtype
@@ -38,15 +40,15 @@ class Input(NamedTuple):
 
 
 def baked(apply: Callable[..., Any], variables: Any) -> Callable[..., Any]:
-    """`apply` with `variables`, JAX's or NumPy's, as constants."""
+    """The function inputs -> `apply(variables, *inputs)`, with `variables` (JAX or NumPy arrays) as constants."""
     variables = jax.tree.map(jnp.asarray, variables)
     return lambda *inputs: apply(variables, *inputs)
 
 
 def symbolic(inputs: Sequence[Any]) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """Shapes and types of the example `inputs` as JAX sees them, one symbol for the batch size of all.
+    """The shapes and types of the example `inputs` in JAX, with one symbol for their common batch size.
 
-    Raises InputError unless all have a first axis of one length.
+    Raises InputError unless the first axis of all inputs has the same length, 1 or more.
     """
     rows = {np.shape(each)[:1] for each in inputs}
     if len(rows) != 1 or rows <= {(), (0,)}:
@@ -62,10 +64,11 @@ def difference(
     inputs: Sequence[Any],
     shapes: Sequence[jax.ShapeDtypeStruct],
 ) -> float:
-    """How far an opened file is from what was exported, on the first example alone and on all examples twice over.
+    """The largest difference between the outputs of an opened file, `predict`, and of the exported `function`.
 
-    The largest absolute difference of any output, relative to the largest absolute output where that exceeds 1;
-    infinite for other shapes and for NaN.
+    They are compared on two batches: the first example alone, and all examples twice. The difference is absolute, or
+    relative to the largest absolute output where this exceeds 1. It is infinite for outputs of different shapes and
+    for NaN.
     """
     examples = [np.asarray(each, shape.dtype) for each, shape in zip(inputs, shapes, strict=True)]
     batches = [each[:1] for each in examples], [np.concatenate([each, each]) for each in examples]
@@ -83,7 +86,7 @@ def _difference(found: Any, expected: Any) -> float:
 
 
 def require_same(error: float, tolerance: float, runtime: str, path: str | os.PathLike[str]) -> None:
-    """Raises InputError where the difference is larger."""
+    """Raises InputError where the difference `error` is larger than `tolerance`."""
     if error > tolerance:
         raise InputError(
             f"{runtime} differs from JAX by {error:.1e}, expected at most {tolerance:.0e}: {path} is not written; find "
@@ -115,7 +118,7 @@ def read(path: str | os.PathLike[str]) -> bytes:
 
 
 def write(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes the whole file or nothing. Raises InputError where it cannot be written."""
+    """Writes a file atomically. Raises InputError where it cannot be written."""
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:

@@ -1,4 +1,4 @@
-"""A function as the primitive operations that exporters know."""
+"""Rewrites a function into the primitive operations that exporters support."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,28 +9,30 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-# A call primitive -> its parameter that holds what is called.
+# Call primitives, each with the name of the parameter that holds the called jaxpr.
 CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
 
 
 def plain(function: Callable[..., Any], inputs: Sequence[jax.ShapeDtypeStruct]) -> Callable[..., list[jax.Array]]:
-    """`function` of `inputs` without calls, custom derivatives and choices of a device; gives the result's leaves.
+    """`function` without nested calls, custom derivatives and `lax.platform_dependent`.
 
-    `lax.platform_dependent` becomes its default. What does not depend on the inputs is computed now. `function` is
-    traced here, so that its `jnp` and Flax calls are the real ones even where an exporter replaces them in its trace.
+    The result takes arrays of the shapes `inputs`, and returns the list of the leaves of the output of `function`.
+    `lax.platform_dependent` is replaced by its default branch. Values that do not depend on the inputs become
+    constants. `function` is traced in this call, so that it uses the original `jnp` and Flax functions even where an
+    exporter replaces these in its own trace.
     """
     jaxpr = jax.make_jaxpr(function)(*inputs)
     return lambda *inputs: _evaluate(jaxpr, inputs)
 
 
 def _product(params: Mapping[str, Any], x: Any, kernel: Any) -> Any:
-    """Of a dense layer: as MatMul, which runtimes fuse with the addition of the bias."""
+    """The product of a dense layer as `jnp.matmul`, since runtimes fuse an ONNX MatMul with adding the bias."""
     matrices = x.ndim == kernel.ndim == 2 and params["dimension_numbers"] == (((1,), (0,)), ((), ()))
     return jnp.matmul(x, kernel) if matrices else None
 
 
 def _pad(params: Mapping[str, Any], x: Any, value: Any) -> Any:
-    """As `jnp.pad`: of `lax.pad` jax2onnx wants to know the batch size."""
+    """`lax.pad` as `jnp.pad`, since jax2onnx exports `lax.pad` only for a known batch size."""
     config = params["padding_config"]
     if isinstance(value, Tracer) or any(low < 0 or high < 0 or interior for low, high, interior in config):
         return None
@@ -38,12 +40,13 @@ def _pad(params: Mapping[str, Any], x: Any, value: Any) -> Any:
 
 
 def _maximum(params: Mapping[str, Any], x: Any, y: Any) -> Any:
-    """With zero: as Relu, which runtimes fuse with what comes before."""
+    """A maximum with zero as `jax.nn.relu`, since runtimes fuse an ONNX Relu with the operation before it."""
     zero = not isinstance(y, Tracer) and np.ndim(y) == 0 and y == 0
     return jax.nn.relu(x) if zero and jnp.issubdtype(x.dtype, jnp.floating) else None
 
 
-# Primitive -> the form in which it exports best, given by a call that jax2onnx replaces in its trace; None: as it is.
+# Primitives, each with a function that returns an equivalent that exports better: a call that jax2onnx replaces in its
+# trace. The function returns None where there is none, and the primitive is then exported unchanged.
 FORMS = {"dot_general": _product, "pad": _pad, "max": _maximum}
 
 
@@ -63,7 +66,7 @@ def _evaluate(closed: Any, inputs: Sequence[Any]) -> list[Any]:
 def _results(equation: Any, inputs: list[Any]) -> list[Any]:
     name, params = equation.primitive.name, equation.params
     if name == "platform_index":
-        return [None]  # the choice below does not read it
+        return [None]  # not used: for the `cond` below the default branch is taken
     if name in CALLS:
         return _evaluate(params[CALLS[name]], inputs)
     if name == "cond" and params.get("branches_platforms"):

@@ -1,9 +1,9 @@
-"""StableHLO files: what XLA compiles on a CPU, a GPU or a TPU. Reading them needs JAX alone.
+"""Exports models to StableHLO files, which XLA compiles on a CPU, a GPU or a TPU. Reading them needs only JAX.
 
-A later JAX reads them too, `jax.export` promises for half a year; an earlier one says that it cannot.
+A later JAX reads them too; `jax.export` promises this for half a year. An earlier JAX raises an error.
 
-A file is `HEADER` (magic, version of this layout, CRC-32 of the rest) and what `jax.export` serialises. That by itself
-does not notice a flipped bit in a weight.
+A file is `HEADER` (magic, version of this layout, CRC-32 of the rest) followed by the bytes that `jax.export`
+serialises. The checksum is needed because `jax.export` does not detect a flipped bit in a weight.
 """
 
 import os
@@ -32,24 +32,19 @@ def export(
     *,
     tolerance: float = 1e-5,
 ) -> float:
-    """Writes `apply(variables, *inputs)` for any batch size and for CPU, CUDA and TPU, if the file computes the same.
+    """Writes `apply(variables, *inputs)` to a file, for any batch size and for CPU, CUDA and TPU.
 
-    What is written is read back and compared with `apply` on this machine (`difference`).
+    The exported program is first read back and compared with `apply` on this machine; see `difference`. Returns the
+    difference. Raises InputError where it exceeds `tolerance`, and then writes nothing, where the inputs do not share a
+    batch axis, and where the file cannot be written.
 
     Args:
-      apply: pure and traceable with a batch of unknown size: `x.shape[0]`, not `len(x)`. Gives arrays, or tuples, lists
-        or dicts of them.
+      apply: a pure function that can be traced with a batch of unknown size (`x.shape[0]`, not `len(x)`). It returns
+        arrays, or tuples, lists or dicts of arrays.
       variables: become constants of the file.
-      inputs: examples [B, ...].
-      path: is replaced if it exists.
+      inputs: example inputs [B, ...].
+      path: the file, which is replaced if it exists.
       tolerance: the largest difference allowed.
-
-    Returns:
-      The difference.
-
-    Raises:
-      InputError: the difference exceeds `tolerance` (nothing is written), the examples do not share a batch axis, or
-        the file cannot be written.
     """
     function, shapes = baked(apply, variables), symbolic(inputs)
     data = bytes(jax.export.export(jax.jit(function), platforms=PLATFORMS)(*shapes).serialize())
@@ -60,14 +55,13 @@ def export(
 
 
 def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
-    """The function in the file `path`: jitted, of arrays [B, ...], for any batch size B >= 1.
+    """The function in the file `path`, jitted: it takes arrays [B, ...] of any batch size B >= 1.
 
-    It gives what `jax.jit` gives for the exported function when that is compiled for the same batch size, bit by bit
-    except where XLA treats a batch size that it knew from the start in a way of its own (a batch of 1 may).
+    Its outputs equal those of the exported function under `jax.jit`, compiled for the same batch size, bit by bit.
+    They may differ where XLA compiles a batch size that it knows in another way, such as a batch of 1.
 
-    Raises:
-      InputError: the file cannot be read, is damaged or not of this kind, or its JAX is too new for this one. The
-        function raises it for inputs of other shapes or types.
+    Raises InputError where the file cannot be read, is damaged or of another kind, or was written by a newer JAX that
+    this JAX cannot read. The function raises InputError for inputs of other shapes or types.
     """
     content = read(path)
     header, data = content[: HEADER.size], content[HEADER.size :]
@@ -86,7 +80,7 @@ def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
         ]
         call = jax.jit(exported.call)
         call.lower(*[jax.ShapeDtypeStruct([size or 1 for size in each.shape], each.dtype) for each in expected])
-    except Exception as e:  # it is as it was written: only its version can be wrong
+    except Exception as e:  # the checksum is right, so that only the version of JAX can be the cause
         raise InputError(
             f"{path} cannot be read by JAX {jax.__version__}; use the JAX that wrote it, or a later one"
         ) from e

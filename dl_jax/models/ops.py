@@ -1,8 +1,8 @@
-"""Operations in the form that suits the machine: plain XLA operations on TPUs and GPUs, something faster on CPUs.
+"""Convolution and pooling, computed as matrix products and slices on CPUs and as plain XLA operations elsewhere.
 
 XLA's CPU backend is slow at convolutions of few channels, at the gradients of any convolution inside `lax.scan`
-(jax-ml/jax#12868), and at grouped convolutions, which is what a vmapped one becomes. Its matrix products are fast
-everywhere.
+(jax-ml/jax#12868), and at grouped convolutions, which a vmapped convolution becomes. Its matrix products are fast in
+all of these cases.
 """
 
 import functools
@@ -30,15 +30,14 @@ def conv_general_dilated(
     feature_group_count: int = 1,
     precision: Any = None,
 ) -> jax.Array:
-    """`lax.conv_general_dilated`, for `nn.Conv(conv_general_dilated=...)`: the same arguments and result.
+    """`lax.conv_general_dilated` with the same arguments and result, for `nn.Conv(conv_general_dilated=...)`.
 
-    On a CPU, a plain image convolution (NHWC, HWIO) becomes a banded matrix product. Over a forward and backward pass
-    that is 1.1 to 3 times faster where there are no more input channels than the kernel has taps, 0.9 to 1.5 times as
-    fast where there are more. A plain convolution of sequences
-    (NWC, WIO) with more input channels than taps becomes a product with patches: 1.3 to 2.7 times faster vmapped over
-    kernels and 20 times inside a scan, where it otherwise is 0.6 to 1.7 times as fast. Every other convolution, and
-    every convolution on another platform, is lowered as it is. A non-finite input may spread to its neighbours in its
-    image.
+    On a CPU, a plain image convolution (NHWC, HWIO) becomes a banded matrix product. A forward and backward pass is
+    then 1.1 to 3 times faster if there are no more input channels than the kernel has taps, and 0.9 to 1.5 times as
+    fast if there are more. A plain convolution of sequences (NWC, WIO) with more input channels than taps becomes a
+    matrix product with patches. This is 1.3 to 2.7 times faster when vmapped over kernels, 20 times faster inside a
+    scan, and 0.6 to 1.7 times as fast otherwise. Every other convolution, and every convolution on another platform,
+    is lowered unchanged. A non-finite input may spread to its neighbours in its image.
     """
     convolve = functools.partial(
         lax.conv_general_dilated,
@@ -52,7 +51,7 @@ def conv_general_dilated(
     )
     shape = jax.eval_shape(convolve, lhs, rhs).shape
     layout = {3: ("NWC", "WIO", "NWC"), 4: ("NHWC", "HWIO", "NHWC")}.get(lhs.ndim)
-    few_channels = rhs.shape[-2] <= math.prod(rhs.shape[:-2])  # a sequence's patches would cost more than they gain
+    few_channels = rhs.shape[-2] <= math.prod(rhs.shape[:-2])  # patches of such sequences cost more time than they save
     if (
         layout is None
         or dimension_numbers is None
@@ -89,7 +88,10 @@ def _patch_product(
     dilation: Sequence[int],
     precision: Any,
 ) -> jax.Array:
-    """A convolution of sequences as one matrix product with what each output sees, [B, T', D]."""
+    """A convolution of sequences as one matrix product of patches and kernel: [B, T', D].
+
+    The patch of an output is the k inputs [k C] that it depends on.
+    """
     sequence = lax.pad(sequence, jnp.zeros((), sequence.dtype), ((0, 0, 0), (*padding[0], 0), (0, 0, 0)))
     reach = (size[0] - 1) * strides[0] + 1
     firsts = [tap * dilation[0] for tap in range(len(kernel))]
@@ -107,11 +109,12 @@ def _banded_product(
     dilation: Sequence[int],
     precision: Any,
 ) -> jax.Array:
-    """A convolution as one matrix product, [B, H', W', D].
+    """A convolution of images as one matrix product with a banded matrix: [B, H', W', D].
 
-    A tile is what some neighbouring outputs of a row see: kh rows of `columns` pixels. Its product with the kernel,
-    repeated along a band [kh * columns * C, outputs * D], gives them all. That multiplies zeros as well, but a wide
-    product runs at full speed, and far fewer numbers are copied than for one patch per output.
+    A tile holds the pixels that some neighbouring outputs of one row depend on: kh rows of `columns` pixels. Its
+    product with a band matrix [kh * columns * C, outputs * D], in which the kernel is repeated, gives all of these
+    outputs. The band also has zeros that are multiplied, but a wide product runs at full speed, and far fewer numbers
+    are copied than with one patch per output.
     """
     (height, width), (kh, kw, channels, maps), batch = size, kernel.shape, image.shape[0]
 

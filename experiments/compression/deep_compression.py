@@ -5,16 +5,17 @@ Han, Mao & Dally 2016, "Deep compression" (arXiv:1510.00149), tables 1 and 2: pr
     python experiments/compression/deep_compression.py --dataset mnist --preset paper --seeds 5 --workdir runs/deep
     ls -l runs/deep/*.dlj
 
-Expected: 1,066,440 bytes of float32 become a file 40 ± 4 times smaller, every byte of it counted, and the network that
-is decoded from it errs as often as the reference did, within 0.15 points (1.64 and 1.58 % of the test digits in the
-paper). Some twenty minutes for five seeds on a CPU core.
+Expected: 1,066,440 bytes of float32 parameters become a file 40 ± 4 times smaller, counting all bytes of the file. The
+test error of the network decoded from the file equals that of the reference network within 0.15 points (1.64 % for the
+reference and 1.58 % for the compressed network in the paper). Five seeds take some twenty minutes on a CPU core.
 
-The three stages, the weights kept in each layer, the 6 bits and the k-means that starts from evenly spaced values are
-the paper's. Ours, where it is silent: SGD with a cosine schedule; four prunings, each of which leaves the same fraction
-of what was left; less L2 afterwards. Training then starts again at the full learning rate, where Han et al. 2015 take a
-tenth. These were chosen on the last 6,000 training digits. The file stores distances up to 256 where the paper's reach
-32, so that few zeros fill in, and scans each kernel in the direction that takes fewer bytes; of 64 indices one is left
-to these zeros. Its Huffman coding is that of deflate, by zlib.
+As in the paper: the three stages, the fraction of the weights kept in each layer, the 6 bits, and k-means that starts
+from evenly spaced values. Our choices, where the paper gives none: SGD with a cosine schedule, four prunings that each
+keep the same fraction of the remaining weights, and a weaker L2 penalty after pruning. After a pruning, training
+restarts at the full learning rate; Han et al. 2015 restart at a tenth of it. These choices were made on the last 6,000
+training digits. The file stores distances up to 256, where the paper's are up to 32, so that fewer filler zeros are
+needed. It scans each kernel in the direction that takes fewer bytes. One of the 64 indices is reserved for the filler
+zeros. The Huffman coding is that of deflate, by zlib.
 """
 
 import dataclasses
@@ -43,18 +44,18 @@ class Config:
     dataset: str = "mnist"  # TFDS name of a set of ten classes of 28x28 or 8x8 grey images
     train_split: str = "train"  # TFDS split to learn from
     test_split: str = "test"  # TFDS split to test on
-    steps: Positive[int] = 18750  # train steps of the reference: 20 passes over 60,000 digits
-    prune_rounds: Positive[int] = 4  # times that weights are pruned and the others trained on
-    prune_steps: Positive[int] = 5625  # train steps after each pruning: 6 passes
-    share_steps: Positive[int] = 938  # train steps of the shared values: a pass
+    steps: Positive[int] = 18750  # train steps of the reference network: 20 epochs of 60,000 digits
+    prune_rounds: Positive[int] = 4  # number of prunings, each followed by training of the remaining weights
+    prune_steps: Positive[int] = 5625  # train steps after each pruning: 6 epochs
+    share_steps: Positive[int] = 938  # train steps of the shared values: 1 epoch
     batch_size: Positive[int] = 64  # examples per step, over all devices
-    learning_rate: Positive[float] = 0.1  # at its peak, of the reference and again after each pruning
-    share_learning_rate: Positive[float] = 3e-4  # at its peak, of the shared values
-    momentum: Probability = 0.9  # of SGD
-    weight_decay: NonNegative[float] = 5e-4  # of the L2 penalty on the reference's weights; biases have none
-    prune_weight_decay: NonNegative[float] = 1e-4  # the same once weights are pruned
-    kept: tuple[Fraction, Fraction, Fraction] = (0.08, 0.09, 0.26)  # fraction of each layer's weights that stay
-    bits: Annotated[int, Between(1, 8)] = 6  # of an index into a layer's codebook of 2^bits - 1 values, or to zero
+    learning_rate: Positive[float] = 0.1  # peak learning rate of the reference network, and after each pruning
+    share_learning_rate: Positive[float] = 3e-4  # peak learning rate of the shared values
+    momentum: Probability = 0.9  # momentum of SGD
+    weight_decay: NonNegative[float] = 5e-4  # L2 penalty on the weights, not the biases, of the reference network
+    prune_weight_decay: NonNegative[float] = 1e-4  # L2 penalty on the weights after pruning
+    kept: tuple[Fraction, Fraction, Fraction] = (0.08, 0.09, 0.26)  # fraction of each layer's weights that is kept
+    bits: Annotated[int, Between(1, 8)] = 6  # bits of an index: zero, or one of a layer's 2^bits - 1 shared values
 
 
 PRESETS = {
@@ -106,7 +107,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
         step = per_seed(make_step(loss, tx))
 
         def learn(name: str, variables: Tree, begin: int) -> Tree:
-            """The parameters [S, ...] that come of `variables` [S, ...] and of the data from step `begin` on."""
+            """Trains `variables` [S, ...] on the batches from step `begin` on. Returns the parameters [S, ...]."""
             states = init_states(key, variables, tx)
             return fit(step, states, stream.later(begin), steps=steps, run=run / name).params
 
@@ -142,21 +143,22 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
 
 
 def sharing_loss(loss: Loss, variables: Tree, batch: Batch, key: Array):
-    """`loss` of codebooks; the clusters are a collection that no gradient trains, each seed's its own."""
+    """`loss` as a function of the codebooks. The clusters of each seed are a collection that is not trained."""
     dense = {"params": variables["params"]}
     return losses.with_params(loss, share.expanded(variables["clusters"]))(dense, batch, key)
 
 
 def ratio_pruned(params: Tree) -> float:
-    """All weights over those that are left."""
+    """The number of weights, without biases, divided by the number of non-zero weights."""
     kernels = [params[layer]["kernel"] for layer in LAYERS]
     return sum(kernel.size for kernel in kernels) / sum(np.count_nonzero(kernel) for kernel in kernels)
 
 
 def ratio_quantised(params: Tree, bits: int, distance_bits: int = 5) -> float:
-    """Bits of the weights over what they take without Huffman's code: entries of constant length, and codebooks.
+    """The float32 bits of the weights divided by the bits that they take before Huffman coding.
 
-    An entry is an index into the codebook, or to the zero that fills a long distance, and a distance.
+    These are the codebooks, and entries of constant length: an index of `bits` bits, which stands for a codebook value
+    or a filler zero, and a distance.
     """
     kernels = [params[layer]["kernel"] for layer in LAYERS]
     count = sum(len(entries.distances(kernel.T.ravel() != 0, distance_bits)) for kernel in kernels)
@@ -165,7 +167,7 @@ def ratio_quantised(params: Tree, bits: int, distance_bits: int = 5) -> float:
 
 
 def ratio_file(params: Tree, file: bytes) -> float:
-    """Bytes of all parameters over those of the file."""
+    """The bytes of all parameters divided by the bytes of the file."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(params)) / len(file)
 
 

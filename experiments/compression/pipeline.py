@@ -2,15 +2,16 @@
 
     python experiments/compression/pipeline.py
 
-LeNet-300-100 learns the digits. Nine tenths of its weights are pruned while the network from before teaches it (Zhu &
-Gupta 2017, arXiv:1710.01878; Hinton et al. 2015, arXiv:1503.02531). The rest become integers of 8 bits (Krishnamoorthi
-2018, arXiv:1806.08342). All are written as StableHLO for XLA and as ONNX for ONNX Runtime, and the smallest once more
-encoded (Han et al. 2016, arXiv:1510.00149). Sizes, times and accuracies in the table are those of files that were
-opened again; parameters and zeros are counted in the weights before they were written.
+LeNet-300-100 is trained on digits and is then the teacher. Nine tenths of its weights are pruned while the pruned
+network is trained on the teacher's soft targets (Zhu & Gupta 2017, arXiv:1710.01878; Hinton et al. 2015,
+arXiv:1503.02531). The remaining weights become 8-bit integers (Krishnamoorthi 2018, arXiv:1806.08342). All networks are
+exported as StableHLO for XLA and as ONNX for ONNX Runtime, and the int8 network also as a compressed file (Han et al.
+2016, arXiv:1510.00149). The sizes, times and accuracies in the table are those of the files, opened again; parameters
+and zeros are counted in the weights before export.
 
-Expected with --dataset mnist --preset paper: an int8 file 4 ± 0.25 times smaller and 2.5 ± 0.5 times faster to call
-than the teacher's, and at most 0.2 points more errors; five seeds take four minutes on 2 CPU cores. What the bundled
-digits give on this device, in less than three, the table says.
+Expected with --dataset mnist --preset paper: the int8 file is 4 ± 0.25 times smaller than the teacher's and 2.5 ± 0.5
+times faster to call, with at most 0.2 points more errors. Five seeds take four minutes on 2 CPU cores. Without
+arguments the bundled digits are used, which takes less than three minutes.
 
 No hyper-parameter was chosen on test digits.
 """
@@ -47,17 +48,17 @@ class Config:
     dataset: str = "mnist"  # TFDS name of a set of ten classes of 28x28 or 8x8 grey images
     train_split: str = "train"  # TFDS split to learn from
     test_split: str = "test"  # TFDS split to test on
-    steps: Positive[int] = 6000  # train steps of the teacher: 10 passes over 60,000 digits
-    prune_steps: Positive[int] = 6000  # train steps after that, in whose first half the weights are pruned
+    steps: Positive[int] = 6000  # train steps of the teacher: 10 epochs of 60,000 digits
+    prune_steps: Positive[int] = 6000  # train steps of the pruned network; weights are pruned in the first half
     batch_size: Positive[int] = 100  # examples per step, over all devices
-    learning_rate: Positive[float] = 0.1  # of the teacher, at its peak
-    prune_rate: Positive[float] = 0.05  # learning rate after that, at its peak
-    momentum: Probability = 0.9  # of SGD
+    learning_rate: Positive[float] = 0.1  # peak learning rate of the teacher
+    prune_rate: Positive[float] = 0.05  # peak learning rate of the pruned network
+    momentum: Probability = 0.9  # momentum of SGD
     prune_every: Positive[int] = 100  # train steps between two prunings
-    sparsity: Probability = 0.9  # share of each layer's weights that become 0
-    temperature: Positive[float] = 4.0  # of the teacher's answers
-    hard_weight: NonNegative[float] = 0.5  # of the cross-entropy with the labels, beside the teacher's answers
-    calibration: Positive[int] = 500  # training examples that give the ranges of the activations
+    sparsity: Probability = 0.9  # fraction of each layer's weights that is pruned
+    temperature: Positive[float] = 4.0  # temperature of the soft targets
+    hard_weight: NonNegative[float] = 0.5  # weight of the cross-entropy with the labels; the soft targets have 1
+    calibration: Positive[int] = 500  # training examples on which the ranges of the activations are calibrated
     rounds: Positive[int] = 200  # timed calls of each file, batch size and seed
 
 
@@ -82,20 +83,20 @@ CLAIMS = (
 )  # fmt: skip
 KEEPS = ("table.md", "files/seed*/*")  # files in the run's folder
 TEACHER, PRUNED, INT8 = "teacher", "pruned", "int8"
-XLA, ONNX, ENCODED = "StableHLO", "ONNX", "encoded"  # kinds of files: for XLA, for ONNX Runtime, to be decoded
+XLA, ONNX, ENCODED = "StableHLO", "ONNX", "encoded"  # file formats: for XLA, for ONNX Runtime, compressed
 SUFFIXES = {XLA: "stablehlo", ONNX: "onnx", ENCODED: "dlj"}
-BATCHES = (1, 128)  # rows of a call that is timed
-Name = tuple[str, str]  # the model in a file, and the file's kind
+BATCHES = (1, 128)  # batch sizes of the calls that are timed
+Name = tuple[str, str]  # the model in a file, and the file format
 Params = Any
 
 
 class Cost(NamedTuple):
-    """What was measured of one file."""
+    """The measurements of one file."""
 
     counts: measure.Counts
     size: measure.Size
-    error: float  # per cent of the test set
-    latency: Mapping[int, measure.Latency]  # by batch size; none for a file that does not run
+    error: float  # test error in per cent
+    latency: Mapping[int, measure.Latency]  # by batch size; empty for a file that cannot be run directly
 
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
@@ -139,19 +140,19 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
 
 
 def logits(apply: Callable[..., Any], params: Params, image: Any) -> jax.Array:  # [B, 28, 28, 1] -> [B, 10]
-    """Of weights as floats or as integers."""
+    """The logits of LeNet-300-100, for float weights or quantised weights."""
     return apply({"params": quantize.dequantize(params)}, image, train=False)
 
 
 def seen(records: Mapping) -> np.ndarray:
-    """The images as the files take them: float32 [N, 28, 28, 1] in [0, 1]."""
+    """The images as inputs of the exported files: float32 [N, 28, 28, 1] in [0, 1]."""
     return np.asarray(classify.to_unit(records["image"]))
 
 
 def written(
     folder: Path, read: Callable[..., Any], models: Mapping[str, Params], images: np.ndarray
 ) -> dict[Name, Path]:
-    """The files; `images` give the ranges of the activations."""
+    """Writes all files and returns their paths. The ranges of the activations are calibrated on `images`."""
     names = [*((model, kind) for model in models for kind in (XLA, ONNX)), (INT8, ENCODED)]
     paths = {(model, kind): folder / f"{model}.{SUFFIXES[kind]}" for model, kind in names}
     for model, params in models.items():
@@ -171,7 +172,7 @@ def costs(
     labels: np.ndarray,
     rounds: int,
 ) -> dict[Name, Cost]:
-    """Of each file, once it is opened again. The calls of all files are timed in turns."""
+    """Opens each file and measures its cost. The calls of all files are timed in alternating order."""
     openers = {XLA: stablehlo.load, ONNX: onnx.load, ENCODED: functools.partial(decoded, read)}
     predict = {name: openers[name[1]](path) for name, path in paths.items()}
     runs = {name: function for name, function in predict.items() if name[1] != ENCODED}
@@ -188,7 +189,7 @@ def costs(
 
 
 def decoded(read: Callable[..., Any], path: Path) -> Callable[..., Any]:
-    """The model in an encoded file."""
+    """The model in a compressed file, as a jitted function of the images."""
 
     def weights(tree: Any) -> Any:
         if not isinstance(tree, dict):
@@ -204,7 +205,7 @@ HEADER = ("model", "file", "params", "nonzero", "kB", "gzip", *(f"µs for {b}" f
 
 
 def rows(found: Sequence[Mapping[Name, Cost]]) -> Iterator[tuple[str, ...]]:
-    """The table: means over the seeds, medians over the seeds of p50 and p95, accuracy ± std."""
+    """The rows of the table: counts and sizes as means over seeds, p50 and p95 as medians, accuracy ± std."""
     for name in found[0]:
         each = [files[name] for files in found]
         count, size = np.mean([cost.counts for cost in each], 0), np.mean([cost.size for cost in each], 0) / 1000
@@ -215,33 +216,35 @@ def rows(found: Sequence[Mapping[Name, Cost]]) -> Iterator[tuple[str, ...]]:
 
 
 def remarks(found: Sequence[Mapping[Name, Cost]]) -> Iterator[str]:
+    """The sentences below the table."""
     counts = found[0][PRUNED, ONNX].counts
     yield (
-        f"Accuracy on the test set, ± std over {len(found)} seeds. Microseconds of a call on "
-        f"{' or '.join(map(str, BATCHES))} images, p50 / p95, all files in turns; StableHLO in XLA on {device()}, "
-        "ONNX in ONNX Runtime on the CPU, whose threads do not spin between calls. The encoded file runs once decoded."
+        f"Accuracy is on the test set, ± std over {len(found)} seeds. Times are microseconds per call on "
+        f"{' or '.join(map(str, BATCHES))} images, p50 / p95, with all files called in turn. StableHLO runs in XLA on "
+        f"{device()}, ONNX in ONNX Runtime on the CPU, whose threads do not spin between calls. The encoded file must "
+        "be decoded before it can run and is not timed."
     )
     yield (
-        f"Pruned: {1 - counts.nonzeros / counts.parameters:.0%} are zero, but stored and multiplied like any number; "
-        "pruning alone makes no call faster. Int8: the pruned one in 8 bits. ONNX Runtime computes with the integers, "
-        "in XLA they become floats again."
+        f"Pruned: {1 - counts.nonzeros / counts.parameters:.0%} of the weights are zero, but are stored and multiplied "
+        "like other numbers, so that pruning alone makes no call faster. Int8: the pruned network with 8-bit weights. "
+        "ONNX Runtime computes with the integers; in XLA they are converted back to floats."
     )
     for kind, runtime in {XLA: "XLA", ONNX: "ONNX Runtime"}.items():
         for batch in BATCHES:
             ratio = np.median(faster(found, kind, batch))
             words = f"{ratio:.1f} times faster than" if ratio > 1 else f"{1 / ratio:.1f} times SLOWER than"
             words = "as fast as" if 0.95 < ratio < 1.05 else words
-            yield f"{runtime}, {batch} at a time: int8 is {words} the float32 teacher on this device."
+            yield f"{runtime}, batch size {batch}: int8 is {words} the float32 teacher on this device."
 
 
 def faster(found: Sequence[Mapping[Name, Cost]], kind: str, batch: int) -> np.ndarray:  # [S]
-    """How many calls of the int8 model fit into one of the teacher."""
+    """The p50 latency of the teacher divided by that of the int8 model, for each seed."""
     pairs = ((costs[TEACHER, kind].latency[batch].p50, costs[INT8, kind].latency[batch].p50) for costs in found)
     return np.array([teacher / int8 for teacher, int8 in pairs])
 
 
 def measured(found: Sequence[Mapping[Name, Cost]]) -> dict[str, np.ndarray]:
-    """One value per seed. What is smaller and faster is so in comparison with the teacher's ONNX file."""
+    """The metrics of the run, one value per seed. Files are compared with the teacher's ONNX file."""
     names = {"teacher": (TEACHER, ONNX), "pruned": (PRUNED, ONNX), "int8": (INT8, ONNX), "encoded": (INT8, ENCODED)}
     each = {short: [costs[name] for costs in found] for short, name in names.items()}
     raw = {short: np.array([cost.size.raw for cost in files]) for short, files in each.items()}
@@ -253,7 +256,7 @@ def measured(found: Sequence[Mapping[Name, Cost]]) -> dict[str, np.ndarray]:
 
 
 def publish(run: Run, found: Sequence[Mapping[Name, Cost]]) -> None:
-    """Prints the table and what it means; the same goes into the run's folder as table.md."""
+    """Prints the table and the remarks, and writes both to table.md in the run's folder."""
     from rich.box import MARKDOWN, SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table

@@ -5,21 +5,23 @@ Goodfellow et al. 2014, "Generative Adversarial Nets", Table 1.
     timeout -s TERM 480 python experiments/generative/gan_mnist.py --dataset mnist --preset paper --seeds 5 \
         --checkpoint-every 20000 --workdir runs/gan
 
-Expected: 225 ± 15 nats, on an accelerator: 0.5 PFLOP a seed. Told to end, here after eight minutes, the run saves and
-exits with 143, and the same command goes on from there.
+Expected: 225 ± 15 nats. The run needs 0.5 PFLOP per seed and is meant for an accelerator. On SIGTERM, which `timeout`
+sends here after eight minutes, it saves a checkpoint and exits with status 143; the same command then resumes it.
 
     python experiments/generative/gan_mnist.py --dataset mnist --preset short --seeds 5 --workdir runs/gan-short
 
-trains networks of a quarter of the width on 2 CPU cores. Its bars are our own, declared before the run: 10,000 samples
-score more than those from before the first step, and more than 100 real digits. One hundred was chosen on the
-validation split, where the untrained generator, which paints the mean image, scores less.
+trains networks of a quarter of the width on 2 CPU cores. Its claims are bars of our own, declared before the run: the
+10,000 samples must score more than 10,000 samples of the untrained generator, and more than 100 real digits. The number
+100 was chosen on the validation split, where the untrained generator, whose output is near the mean image, scores less
+than 100 digits.
 
-The number is the log density of the test digits under Gaussians around 10,000 samples, of a width chosen on 1,000
-digits that were not learnt from. It says little (Theis et al. 2016, "A note on the evaluation of generative models",
-section 3.2: samples of the true distribution score below k-means centroids), so what as many training digits score
-stands beside it. Networks, noise, dropout, rates and momentum are those of the authors' code. Ours: as in the paper's
-Algorithm 1 the generator answers the discriminator that has just learnt, where the code moves both at once; and the
-length of the run, which is not given, is 250 passes, when the code's momentum stops rising.
+The score is the mean log density of the test digits under a Parzen window: Gaussians around 10,000 samples, whose width
+is chosen on 1,000 digits that are not trained on. This score says little (Theis et al. 2016, "A note on the evaluation
+of generative models", section 3.2: samples of the true distribution score below k-means centroids). Therefore the score
+of as many training digits is reported beside it. Networks, noise, dropout, learning rates and momentum are those of the
+authors' code. Two things are ours. The generator is updated against the discriminator that was updated just before, as
+in the paper's Algorithm 1; the code updates both at once. The length of the run, which is not given, is 250 epochs,
+after which the code's momentum stops rising.
 """
 
 import collections
@@ -50,18 +52,18 @@ class Config:
     train_split: str = "train[:50000]"  # TFDS split to learn from
     valid_split: str = "train[50000:51000]"  # TFDS split to choose the Parzen window's width on
     test_split: str = "test"  # TFDS split to test on
-    noise: Positive[int] = 100  # units of the generator's noise
-    generator_hidden: tuple[Positive[int], ...] = (1200, 1200)  # ReLU units of each layer
-    discriminator_hidden: tuple[Positive[int], ...] = (240, 240)  # maxout units of each layer
-    pieces: Positive[int] = 5  # linear pieces of a maxout unit
-    steps: Positive[int] = 125_000  # steps of each player: 250 passes over 50,000 digits
+    noise: Positive[int] = 100  # units of the generator's input noise
+    generator_hidden: tuple[Positive[int], ...] = (1200, 1200)  # ReLU units of each hidden layer of the generator
+    discriminator_hidden: tuple[Positive[int], ...] = (240, 240)  # maxout units of each hidden layer
+    pieces: Positive[int] = 5  # linear functions per maxout unit
+    steps: Positive[int] = 125_000  # train steps of each network: 250 epochs of 50,000 digits
     batch_size: Positive[int] = 100  # real images per step and seed, over all devices, and as many generated ones
-    learning_rate: Positive[float] = 0.1  # of both players at the first step
-    decay: Positive[float] = 1.000004  # what the learning rate is divided by after each step
-    momentum: Probability = 0.5  # of both players at the first step
-    final_momentum: Probability = 0.7  # of both players at the last step, reached linearly
-    samples: Positive[int] = 10_000  # Gaussians of the Parzen window
-    scan_steps: Positive[int] = 100  # steps in one call of the compiled program
+    learning_rate: Positive[float] = 0.1  # learning rate of both networks at the first step
+    decay: Positive[float] = 1.000004  # divisor of the learning rate after each step
+    momentum: Probability = 0.5  # momentum of both networks at the first step
+    final_momentum: Probability = 0.7  # momentum of both networks at the last step, reached linearly
+    samples: Positive[int] = 10_000  # generated images, each the centre of a Gaussian of the Parzen window
+    scan_steps: Positive[int] = 100  # steps per call of the compiled program
     report_every: Positive[int] = 1000  # steps between reports of the losses
 
 
@@ -101,7 +103,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     if cfg.samples > len(train):
         raise InputError(
             f"samples is {cfg.samples}, expected at most {len(train)}: as many digits of {cfg.train_split} are scored "
-            "beside them; give fewer, or a larger train_split"
+            "for comparison; give fewer samples, or a larger train_split"
         )
     generator = Generator(cfg.generator_hidden, output_bias=mean_image_bias(train))
     players = Players(generator, Discriminator(cfg.discriminator_hidden, cfg.pieces), cfg.noise, sgd(cfg))
@@ -111,7 +113,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     step, every = per_seed(adversarial(players)), cfg.report_every
     trained = fit(step, states, stream, steps=cfg.steps, run=run, scan=cfg.scan_steps, every=every)
 
-    # On the host: what follows is each process's own.
+    # From here on each process computes on its own host.
     pixels, valid, test = (images.reshape(len(images), -1) / np.float32(255) for images in (train, valid, test))
     generate = jax.jit(lambda params, key: players.generate(params, key, cfg.samples))
     found = collections.defaultdict(list)
@@ -127,11 +129,11 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
 
 
 class Players(NamedTuple):
-    """The two networks, and what optimises each."""
+    """The generator, the discriminator, and the optimiser of both."""
 
     generator: Generator
     discriminator: Discriminator
-    noise: int  # units
+    noise: int  # units of the generator's input noise
     tx: optax.GradientTransformation
 
     def generate(self, params: Tree, key: Array, n: int) -> Any:  # -> [n, H, W, C]
@@ -143,7 +145,7 @@ class Players(NamedTuple):
 
 
 def begin(players: Players, key: Array) -> State:
-    """Two networks in one state: params and opt_state are {"generator": ..., "discriminator": ...}."""
+    """The initial state of both networks: params and opt_state are {"generator": ..., "discriminator": ...}."""
     key_g, key_d, key = jax.random.split(key, 3)
     noise, image = jnp.zeros((1, players.noise)), jnp.zeros((1, *players.generator.shape))
     params = {
@@ -155,7 +157,7 @@ def begin(players: Players, key: Array) -> State:
 
 
 def adversarial(players: Players) -> Step:
-    """One update of the discriminator, then one of the generator against it (Algorithm 1 with k = 1)."""
+    """The train step: an update of the discriminator, then one of the generator against it (Algorithm 1, k = 1)."""
     grade_d = jax.value_and_grad(functools.partial(discriminator_loss, players))
     grade_g = jax.value_and_grad(functools.partial(generator_loss, players))
 
@@ -178,7 +180,7 @@ def adversarial(players: Players) -> Step:
 
 
 def discriminator_loss(players: Players, params: Tree, generator: Tree, real: Array, key: Array) -> Array:
-    """Cross-entropy of "from the data" over real images and as many generated ones."""
+    """The binary cross-entropy of real against generated images, averaged over as many of each."""
     key_noise, key_real, key_fake = jax.random.split(key, 3)
     fake = players.generate(generator, key_noise, len(real))
     yes, no = players.judge(params, real, key_real), players.judge(params, fake, key_fake)
@@ -186,13 +188,13 @@ def discriminator_loss(players: Players, params: Tree, generator: Tree, real: Ar
 
 
 def generator_loss(players: Players, params: Tree, discriminator: Tree, n: int, key: Array) -> Array:
-    """−log D(G(z)), which has the fixed point of the minimax game and stronger gradients early (section 3)."""
+    """−log D(G(z)) on n samples, with the fixed point of the minimax game but stronger gradients early (section 3)."""
     key_noise, key_judge = jax.random.split(key)
     return jax.nn.softplus(-players.judge(discriminator, players.generate(params, key_noise, n), key_judge)).mean()
 
 
 def sgd(cfg: Config) -> optax.GradientTransformation:
-    """Of the authors' code: a decaying rate, a rising momentum."""
+    """SGD as in the authors' code, with a decaying learning rate and a rising momentum."""
     return optax.inject_hyperparams(optax.sgd)(
         learning_rate=optax.exponential_decay(cfg.learning_rate, 1, 1 / cfg.decay),
         momentum=optax.linear_schedule(cfg.momentum, cfg.final_momentum, cfg.steps),
@@ -200,7 +202,7 @@ def sgd(cfg: Config) -> optax.GradientTransformation:
 
 
 def parzen(samples: np.ndarray, valid: np.ndarray, test: np.ndarray) -> float:  # [N, D] each
-    """Mean log density of `test` in nats, under Gaussians around the samples of the width that suits `valid` best."""
+    """The mean log density of `test` in nats under Gaussians around `samples`, whose width is chosen on `valid`."""
     score = lambda pixels, width: np.mean(np.asarray(log_parzen(pixels, samples, width), np.float64))
     best = max(np.logspace(-1, 0, 10), key=lambda width: score(valid, width))
     return float(score(test, best))
@@ -208,6 +210,7 @@ def parzen(samples: np.ndarray, valid: np.ndarray, test: np.ndarray) -> float:  
 
 @jax.jit
 def log_parzen(pixels: Array, samples: Array, width: Array) -> Array:  # [B, D], [N, D], [] -> [B]
+    """The log density in nats of each row of `pixels` under Gaussians of deviation `width` around `samples`."""
     squares = jnp.sum(samples**2, -1)
 
     def one(x: Array) -> Array:  # [D]

@@ -5,20 +5,21 @@ Burda, Grosse & Salakhutdinov 2016, "Importance Weighted Autoencoders", Table 1,
     timeout -s TERM 480 python experiments/generative/vae_mnist.py --dataset mnist --preset paper --seeds 5 \
         --checkpoint-every 200000 --workdir runs/vae
 
-Expected: the five test NLLs of the table, each ± 0.6 nats. These are 9.8 million steps a cell, for an accelerator: told
-to end, here after eight minutes, the run saves and exits with 143, and the same command goes on from there.
+Expected: the five test NLLs of the table, each ± 0.6 nats. Each of the five models takes 9.8 million steps, which is
+meant for an accelerator. On SIGTERM, which `timeout` sends here after eight minutes, the run saves a checkpoint and
+exits with status 143; the same command then resumes it.
 
     python experiments/generative/vae_mnist.py --dataset mnist --preset short --seeds 5 --workdir runs/vae-short
 
-is for a CPU, where it takes an hour and a half on one core. It has a bound of its own, declared before it was run: the
-order of the NLLs, and of the numbers of active units.
+is meant for a CPU and takes an hour and a half on one core. Its claims are our own, declared before the run: the order
+of the NLLs, and the order of the numbers of active units.
 
-The protocol is that of the authors' code where it differs from the text: Adam with β1 = 0.99, ε = 1e-4 on the gradient
-of the batch's sum and a second moment that starts at one; eight stages of 3^i passes, each at a lower learning rate;
-59,600 digits to learn from; every pixel is drawn anew, with its grey level as probability, at every access, in the test
-as well. Ours differs in that the digits are shuffled, and in active units: counted over the whole test set, not over
-500 training digits. Each seed draws its own test pixels, the same for all cells: the spread over seeds contains that
-noise, and paired differences do not.
+Where the authors' code differs from the text, the protocol is that of the code. Adam has β1 = 0.99, ε = 1e-4 relative
+to the gradient of the sum over the batch, and a second moment that starts at one. Training has eight stages of 3^i
+epochs, each at a lower learning rate, on 59,600 digits. Every pixel is binarised anew at every access, also in the
+test, with its grey level as the probability of 1. Two things differ here: the digits are shuffled, and active units are
+counted over the whole test set, not over 500 training digits. Each seed draws its own test pixels, which are the same
+for all models; so the spread over seeds includes this noise, and paired differences do not.
 """
 
 import dataclasses
@@ -41,7 +42,7 @@ from dl_jax.harness import Claim, Positive, Run, Some, launch, on_digits
 from dl_jax.losses import latent
 from dl_jax.models.generative.vae import VAE, mean_image_bias
 
-# Stage i of the authors' eight is 3^i passes over 2,980 batches.
+# (steps, learning rate) of the authors' eight stages; stage i is 3^i epochs of 2,980 batches.
 STAGES = tuple((2980 * 3**i, 1e-4 * round(10 ** (1 - i / 7), 1)) for i in range(8))
 
 
@@ -50,17 +51,17 @@ class Config:
     dataset: str = "mnist"  # TFDS name of a set of ten classes of 28x28 or 8x8 grey images
     train_split: str = "train[:59600]"  # TFDS split to learn from
     test_split: str = "test"  # TFDS split to test on
-    vae_samples: tuple[Positive[int], ...] = (1, 5, 50)  # samples k of z for each image and step: a cell for each VAE
-    iwae_samples: tuple[Positive[int], ...] = (5, 50)  # the same for the IWAEs; with k = 1 the two are one
-    hidden: tuple[Positive[int], ...] = (200, 200)  # tanh units of each layer, of the encoder and of the decoder
+    vae_samples: tuple[Positive[int], ...] = (1, 5, 50)  # samples k of z per image and step; one VAE for each k
+    iwae_samples: tuple[Positive[int], ...] = (5, 50)  # the same for the IWAEs; for k = 1 the IWAE equals the VAE
+    hidden: tuple[Positive[int], ...] = (200, 200)  # tanh units of each layer of the encoder, and of the decoder
     latents: Positive[int] = 50  # units of z
-    stages: Some[tuple[Positive[int], Positive[float]]] = STAGES  # steps and learning rate of each
+    stages: Some[tuple[Positive[int], Positive[float]]] = STAGES  # steps and learning rate of each stage
     batch_size: Positive[int] = 20  # images per step and seed, over all devices
-    scan_steps: Positive[int] = 100  # steps in one call of the compiled program
+    scan_steps: Positive[int] = 100  # steps per call of the compiled program
     report_every: Positive[int] = 29800  # steps between reports of the training bound
     test_samples: Positive[int] = 5000  # samples of z for each test image
-    test_chunk: Positive[int] = 250  # of which this many at a time: memory
-    test_batch: Positive[int] = 100  # test images at a time, over all devices
+    test_chunk: Positive[int] = 250  # samples of z that are evaluated at a time, which bounds the memory
+    test_batch: Positive[int] = 100  # test images per batch, over all devices
 
 
 PRESETS = {
@@ -111,7 +112,7 @@ KEEPS = ("*/reconstructions.png", "*/samples.png", "*/interpolations.png")  # fi
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     if not (cfg.vae_samples or cfg.iwae_samples):
         raise InputError("vae_samples and iwae_samples are empty, expected a number of samples in one of them")
-    if cfg.test_samples % cfg.test_chunk:  # before hours of training
+    if cfg.test_samples % cfg.test_chunk:  # checked before hours of training
         chunks = f"test_samples={cfg.test_samples} in chunks of test_chunk={cfg.test_chunk}"
         raise InputError(f"{chunks}, expected a multiple of the chunk; change one")
     train, test = (
@@ -121,12 +122,12 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     key_init, key, key_test, key_show = run.keys(4)  # [S] each
 
     def loss(bound, k, variables, batch, key):
-        """Minus the bound, summed over the batch as the authors do: Adam's ε is relative to that."""
+        """Minus the bound, summed over the batch as in the authors' code: Adam's ε is relative to this sum."""
         nats = -bound(latent_model(model.apply, variables), batch["image"], key, k)  # [B]
         return nats.sum(), ({}, {"nats": nats.mean()})
 
     def measure(variables, batch, key):
-        """NLL, and the moments of the posterior mean that say which units are active."""
+        """The test NLL, and the moments of the posterior mean, from which active units are counted."""
         key_pixels, key_z = jax.random.split(key)
         with jax.default_matmul_precision("highest"):  # on accelerators the default rounds to 10 bits
             x, q = binarised(key_pixels, batch)["image"], latent_model(model.apply, variables)
@@ -149,18 +150,19 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
         measured = test_of(variables)
         found[f"nll/{cell}"] = measured["nll"]
         found[f"active/{cell}"] = latent.active_units(measured["mean"], measured["square"])
-        first = seeds.split(variables)[0]  # on the host: only the first process draws
+        first = seeds.split(variables)[0]  # on the host, as only the first process draws the images
         child.images(steps, lambda first=first: sheets(model.apply, first, test["image"], key_show[0]))
     return found
 
 
 def learning_rate(stages: Sequence[tuple[int, float]]) -> optax.Schedule:
+    """The learning rate schedule that is constant in each stage (steps, learning rate)."""
     ends = np.cumsum([steps for steps, _ in stages])
     return optax.join_schedules([optax.constant_schedule(rate) for _, rate in stages], ends[:-1].tolist())
 
 
 def adam(rate: optax.Schedule) -> optax.GradientTransformation:
-    """The authors' Adam: long momentum, and a second moment that starts at one, which makes the first steps small."""
+    """The authors' Adam: β1 = 0.99, and a second moment that starts at one, which makes the first steps small."""
     moments = optax.scale_by_adam(b1=0.99, b2=0.999, eps=1e-4)
 
     def init(params: Tree) -> optax.OptState:
@@ -171,7 +173,7 @@ def adam(rate: optax.Schedule) -> optax.GradientTransformation:
 
 
 def binarised(key: Array, batch: Mapping) -> Mapping:
-    """Pixels 0 .. 255 to 0 or 1, each drawn with its grey level as the probability of 1."""
+    """Binarises pixels 0 to 255 to 0 or 1 at random, with the grey level as the probability of 1."""
     return {**batch, "image": jax.random.bernoulli(key, batch["image"] / 255).astype(jnp.float32)}
 
 
@@ -183,13 +185,16 @@ def latent_model(apply: Callable[..., Any], variables: Tree) -> latent.LatentMod
 
 
 def sampled_elbo(q: latent.LatentModel, x: Array, key: Array, k: int) -> Array:  # -> [B]
-    """The ELBO as the mean of k log weights, the authors' VAE; with k = 1 it is the importance-weighted bound."""
+    """The ELBO as the mean of k log weights, as in the authors' VAE; for k = 1 it is the importance-weighted bound."""
     return latent.log_weights(q, x, key, k).mean(0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def sheets(apply: Callable[..., Any], variables: Tree, images: np.ndarray, key: Array) -> dict[str, Array]:
-    """{name: [100, H, W, C]}: rows of images above their reconstructions, samples, and walks between two images."""
+    """The figures of a run, by name, each as images [100, H, W, C] in ten rows.
+
+    These are rows of images above their reconstructions, samples, and interpolations in z between two images.
+    """
     (key_pixels, key_z), shape = jax.random.split(key), images.shape[1:]
     decode = lambda z: jax.nn.sigmoid(apply(variables, z, method=VAE.decode))
     rows = lambda x: x.reshape(5, 10, *shape)

@@ -5,20 +5,20 @@ Modeling" (arXiv:1803.01271), Table 1, JSB chorales.
 
     python experiments/music/polyphonic.py --dataset jsb_chorales --preset paper --seeds 5 --workdir runs/polyphonic
 
-Expected: 8.45 (LSTM), 8.43 (GRU), 8.91 (RNN) and 8.10 (TCN) ± 0.15 nats per frame: the negative log-likelihood of the
-next frame of 88 keys, each a Bernoulli variable given the frames before, summed over the keys and averaged over all
-predicted frames of the test set.
+Expected: 8.45 (LSTM), 8.43 (GRU), 8.91 (RNN) and 8.10 (TCN) ± 0.15 nats per frame. This is the negative log-likelihood
+of the next frame of 88 keys, each a Bernoulli variable given the earlier frames, summed over the keys and averaged over
+all predicted frames of the test set.
 
-As in the authors' code (locuslab/TCN, poly_music) a batch is one chorale, its loss is summed over its frames, and the
-test loss counts where the validation loss was best. Adam, the sizes of TCN and LSTM, the forget bias, dropout and
-clipping are those of the paper's section 5 and Tables 2 and 3. Ours, chosen on the validation set, is what it does not
-give: the learning rates of the recurrent networks, the sizes of GRU and RNN, and stopping after ten passes without a
-better validation loss, where the authors make 100 and divide the learning rate by ten. Where their code differs from
-their paper (it clips before there is a gradient, drops single units in place of channels, and starts the convolutions
-uniformly), ours follows the paper.
+As in the authors' code (locuslab/TCN, poly_music), a batch is one chorale, its loss is summed over its frames, and the
+test loss is that at the lowest validation loss. Adam, the sizes of TCN and LSTM, the forget bias, dropout and clipping
+are those of the paper's section 5 and Tables 2 and 3. The other settings were chosen on the validation set: the
+learning rates of the recurrent networks, the sizes of GRU and RNN, and stopping after ten epochs without a lower
+validation loss; the authors train for 100 epochs and divide the learning rate by ten. Where the authors' code differs
+from their paper, ours follows the paper: their code clips before there is a gradient, drops single units instead of
+channels, and initialises the convolutions uniformly.
 
-Five seeds take an hour and a half on a CPU core. The quick preset has no music: there a frame is a row of a digit's
-scan.
+Five seeds take an hour and a half on a CPU core. The quick preset has no music; a frame is then a row of a scanned
+digit.
 """
 
 import dataclasses
@@ -43,30 +43,30 @@ from dl_jax.models.sequence.tcn import TCN
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    dataset: str = "jsb_chorales"  # TFDS name of a set of piano rolls, or of images, whose rows then are frames
+    dataset: str = "jsb_chorales"  # TFDS name of a set of piano rolls, or of images, whose rows are taken as frames
     train_split: str = "train"  # TFDS split to learn from
-    valid_split: str = "validation"  # TFDS split that says when to stop
+    valid_split: str = "validation"  # TFDS split for early stopping
     test_split: str = "test"  # TFDS split to test on
-    steps: Positive[int] = 22900  # train steps, at most: 100 passes over 229 chorales
+    steps: Positive[int] = 22900  # largest number of train steps: 100 epochs of 229 chorales
     batch_size: Positive[int] = 1  # sequences per step and seed, over all devices
     test_batch: Positive[int] = 80  # sequences per batch of an evaluation, over all devices
     watch_every: Positive[int] = 229  # steps between evaluations
     patience: Positive[int] = 10  # evaluations without a better validation loss before a seed stops
-    learning_rate: Positive[float] = 1e-3  # of LSTM and GRU
-    rnn_learning_rate: Positive[float] = 5e-4  # of the plain RNN
-    lstm_hidden: Positive[int] = 200  # units per layer: 570,000 parameters
-    gru_hidden: Positive[int] = 230  # units per layer: 560,000 parameters
-    rnn_hidden: Positive[int] = 290  # units per layer: 304,000 parameters
-    forget_bias: float = 10.0  # of the LSTM's forget gates at the start
-    layers: Positive[int] = 2  # of the recurrent networks
-    dropout: Probability = 0.2  # after each recurrent layer
-    clip: Positive[float] = 1.0  # largest norm of the recurrent networks' gradient
-    tcn_learning_rate: Positive[float] = 2e-3  # of the TCN
-    tcn_hidden: Positive[int] = 150  # channels
-    tcn_levels: Positive[int] = 2  # residual blocks
-    tcn_taps: Positive[int] = 3  # of each kernel
-    tcn_dropout: Probability = 0.5  # after each convolution
-    tcn_clip: Positive[float] = 0.4  # largest norm of the TCN's gradient
+    learning_rate: Positive[float] = 1e-3  # learning rate of LSTM and GRU
+    rnn_learning_rate: Positive[float] = 5e-4  # learning rate of the plain RNN
+    lstm_hidden: Positive[int] = 200  # units per layer of the LSTM: 570,000 parameters
+    gru_hidden: Positive[int] = 230  # units per layer of the GRU: 560,000 parameters
+    rnn_hidden: Positive[int] = 290  # units per layer of the plain RNN: 304,000 parameters
+    forget_bias: float = 10.0  # initial bias of the LSTM's forget gates
+    layers: Positive[int] = 2  # layers of each recurrent network
+    dropout: Probability = 0.2  # dropout probability after each recurrent layer
+    clip: Positive[float] = 1.0  # largest norm of the gradient of a recurrent network
+    tcn_learning_rate: Positive[float] = 2e-3  # learning rate of the TCN
+    tcn_hidden: Positive[int] = 150  # channels of the TCN
+    tcn_levels: Positive[int] = 2  # residual blocks of the TCN
+    tcn_taps: Positive[int] = 3  # size of each kernel of the TCN
+    tcn_dropout: Probability = 0.5  # dropout probability after each convolution of the TCN
+    tcn_clip: Positive[float] = 0.4  # largest norm of the gradient of the TCN
 
 
 PRESETS = {
@@ -120,7 +120,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
             steps=cfg.steps,
             run=run / name,
             every=cfg.watch_every,
-            # Both at every evaluation; the validation loss alone decides.
+            # Both losses are measured at every evaluation, but only the validation loss is selected on.
             watch=Watch(cfg.watch_every, lambda v, of=losses_of: {loss: f(v)["nll"] for loss, f in of.items()}),
             stop=optim.early_stopping("valid_nll", cfg.patience, mode="min", seeds=len(run.seeds)),
         )
@@ -130,14 +130,16 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
 
 
 class Network(NamedTuple):
+    """A network and how it is trained."""
+
     init: Callable[..., Any]  # (key, frames [B, T, K], train) -> variables
     apply: Callable[..., Any]  # (variables, frames [B, T, K], train, rngs) -> logits of the next frames [B, T, K]
     tx: optax.GradientTransformation
-    one_by_one: bool  # how a CPU trains the seeds: so LSTMs, GRUs and RNNs are 1.3 times faster, convolutions are not
+    one_by_one: bool  # train seeds one after the other on a CPU: LSTM, GRU and RNN are then 1.3 times faster, TCN not
 
 
 def networks(cfg: Config, keys: int) -> dict[str, Network]:
-    """The four of the table, for frames of so many keys."""
+    """The four networks of the table, for frames of `keys` keys."""
 
     def recurrent(cell: Cell, hidden: int, learning_rate: float) -> Network:
         model = SequenceTagger(keys, hidden, cfg.layers, cell, cfg.dropout)
@@ -156,17 +158,18 @@ def networks(cfg: Config, keys: int) -> dict[str, Network]:
 
 
 def prediction_loss(apply: Callable[..., Any], variables, batch, key):
-    """The sum over a sequence's frames, as the authors have it: a long chorale weighs more."""
+    """The loss in nats, summed over the frames of a sequence as in the authors' code: a long chorale weighs more."""
     total, count = frames_nll(apply, variables, batch, train=True, rngs={"dropout": key})
     return total / len(batch["notes"]), ({}, {"nll": total / count})
 
 
 def prediction_nll(apply: Callable[..., Any], variables, batch, key):
+    """The evaluation metric: nats per frame."""
     return {"nll": frames_nll(apply, variables, batch, train=False)}
 
 
 def frames_nll(apply: Callable[..., Any], variables, batch, **settings) -> tuple[Array, Array]:
-    """Nats of all frames of a sequence but the first, each summed over its keys; and how many frames these are."""
+    """The NLL in nats, summed over the keys of all frames after the first, and the number of these frames."""
     notes = batch["notes"].astype(jnp.float32)  # [B, T, K]
     logits = apply(variables, notes[:, :-1], **settings)
     flat = lambda x: x.reshape(-1, x.shape[-1])
@@ -176,9 +179,10 @@ def frames_nll(apply: Callable[..., Any], variables, batch, **settings) -> tuple
 
 
 def piano_rolls(name: str, split: str) -> dict[str, np.ndarray]:
-    """{"notes": uint8 [N, T, K] of 0 and 1, "length": int32 [N]}; an image's dark rows stand in for frames.
+    """The columns {"notes": uint8 [N, T, K] of 0 and 1, "length": int32 [N]} of a split.
 
-    Raises InputError for a set that holds neither.
+    For a set of images the rows of an image, thresholded at half of the largest intensity, are the frames. Raises
+    InputError for a set that has neither notes nor images of one size.
     """
     records = data.load(name, split)
     if "notes" in records:

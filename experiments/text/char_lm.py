@@ -1,17 +1,18 @@
 """An LSTM whose state is carried on from window to window predicts tiny Shakespeare at 2.2 bits per character.
 
-The text is Karpathy's (github.com/karpathy/char-rnn, 2015) in the splits of TFDS. No paper that we know of gives an
-LSTM's number on it, so the bars are our own.
+The text is Karpathy's (github.com/karpathy/char-rnn, 2015) in the splits of TFDS; a character is a byte. We know of no
+paper with an LSTM's number on it, so the bars are our own.
 
     python experiments/text/char_lm.py --dataset tiny_shakespeare --preset paper --seeds 5 --workdir runs/char_lm
 
-Expected: 2.2 ± 0.03 bits per character of the test split, fewer than with a state that starts anew with every window.
+Expected: 2.2 ± 0.03 bits per character on the test split, and fewer than with a state that is reset at every window.
 Five seeds take some 70 minutes on a CPU core.
 
-Truncated back-propagation through time (Williams & Peng 1990): a gradient reaches back over 64 characters, the state
-over all that a row has read. The state is part of the training state, sharded as the batch is. A split is read from its
-first to its last character with one state; the first character, which nothing precedes, is not predicted. The test is
-after the last step, and the hyper-parameters were set on the validation split. The run's folder gets `samples.txt`.
+Training is truncated back-propagation through time (Williams & Peng 1990). Gradients reach back over 64 characters,
+while the LSTM's state depends on all characters that a row has read. This state is part of the training state, and
+sharded like the batch. An evaluation reads a split from its first to its last character with one state; the first
+character is not predicted. The test error is that after the last step. The hyper-parameters were chosen on the
+validation split. Sampled texts are written to `samples.txt` in the run's folder.
 """
 
 import dataclasses
@@ -36,16 +37,16 @@ from dl_jax.models.sequence.rnn import Carry, CharLM
 @dataclasses.dataclass(frozen=True)
 class Config:
     dataset: str = "tiny_shakespeare"  # TFDS name of a set with a column of text, or standard_library
-    steps: Positive[int] = 4000  # train steps: 8 passes over a million characters
-    batch_size: Positive[int] = 32  # stretches of the text that are read side by side, over all devices
-    length: Positive[int] = 64  # characters that a gradient reaches back over
-    hidden: Positive[int] = 256  # units of a layer
-    layers: Positive[int] = 1  # layers of LSTM
-    dropout: Probability = 0.1  # that an output of a layer is left out
-    learning_rate: Positive[float] = 4e-3  # of Adam, at its peak
+    steps: Positive[int] = 4000  # train steps: 8 epochs of a million characters
+    batch_size: Positive[int] = 32  # parts of the text that are read in parallel, over all devices
+    length: Positive[int] = 64  # characters in a window, over which gradients reach back
+    hidden: Positive[int] = 256  # units of each LSTM layer
+    layers: Positive[int] = 1  # LSTM layers
+    dropout: Probability = 0.1  # probability that an output of a layer is dropped in training
+    learning_rate: Positive[float] = 4e-3  # peak learning rate of Adam
     warmup: Probability = 0.05  # fraction of the steps in which the learning rate rises
     clip: Positive[float] = 1.0  # largest norm of the gradient
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; parameters are float32
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"  # type of matrix products; parameters are float32
     watch_every: Positive[int] = 1000  # steps between measurements on the validation split
     sample_length: Positive[int] = 500  # characters in a sample
 
@@ -75,8 +76,8 @@ PROMPT = "\n"
 SAMPLERS: Mapping[str, decode.Choose] = {
     "greedy": lambda key, logits: decode.greedy(logits),
     "temperature 0.8": lambda key, logits: decode.draw(key, decode.temperature(logits, 0.8)),
-    "the 10 likeliest": lambda key, logits: decode.draw(key, decode.top_k(logits, 10)),
-    "a nucleus of 0.9": lambda key, logits: decode.draw(key, decode.nucleus(logits, 0.9)),
+    "top 10": lambda key, logits: decode.draw(key, decode.top_k(logits, 10)),
+    "nucleus 0.9": lambda key, logits: decode.draw(key, decode.nucleus(logits, 0.9)),
 }
 
 
@@ -107,7 +108,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     run.keep("samples.txt", "\n".join(f"=== {name}\n{sample}\n" for name, sample in texts.items()))
     if jax.process_index() == 0:
         name, sample = list(texts.items())[-1]
-        print(f"\nA sample, from {name}:\n{sample}\n")
+        print(f"\nA sample ({name}):\n{sample}\n")
     anew = {**test, "first": np.ones_like(test["first"])}
     found = [nats(states.variables, windows) for windows in (validation, test, anew)]
     return {
@@ -119,14 +120,17 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
 
 
 def begin(model: CharLM, tx: optax.GradientTransformation, rows: int, key_init: Array, key: Array) -> State:
-    """States of S seeds at step 0 with an empty carry for `rows` rows in `extra`, [S, rows, H]; keys [S]."""
+    """The initial states of S seeds, with a zero carry [S, rows, H] in `extra`; both keys are [S]."""
     states = start(model, tx, key_init, key, jnp.zeros((1, 1), jnp.int32))
     carry = jax.tree.map(lambda leaf: jnp.zeros((len(key), *leaf.shape)), model.initial_carry(rows))
     return states._replace(extra={"carry": {"layers": carry}})
 
 
 def predict(model: CharLM, params: Tree, carry: Carry, window: Batch, **settings: Any) -> tuple[Array, Carry]:
-    """Nats [B, T] of the targets, and the carry after the window; where a row's window is a first one, it is empty."""
+    """The cross-entropy [B, T] of the targets in nats, and the carry after the window.
+
+    The carry of a row is set to zero before a window that is the first of a text.
+    """
     carry = jax.tree.map(lambda leaf: jnp.where(window["first"][:, None], 0, leaf), carry)
     result: Any = model.apply({"params": params}, window["token"], carry, **settings)
     logits, carry = result
@@ -134,13 +138,14 @@ def predict(model: CharLM, params: Tree, carry: Carry, window: Batch, **settings
 
 
 def window_loss(model: CharLM, variables: Tree, batch: Batch, key: Array):
+    """The mean nats per character of a window; its collections hold the new carry."""
     settings = {"train": True, "rngs": {"dropout": key}}
     nats, carry = predict(model, variables["params"], variables["carry"]["layers"], batch, **settings)
     return nats.mean(), ({"carry": {"layers": carry}}, {"bits": nats.mean() / np.log(2)})
 
 
 def read(model: CharLM, params: Tree, windows: Batch) -> Array:  # [W, 1, T] -> [W]
-    """Nats of each window of a text, read in order."""
+    """The sum of the nats of each window of a text, read in order from a zero carry."""
 
     def advance(carry: Carry, window: Batch) -> tuple[Carry, Array]:
         nats, carry = predict(model, params, carry, window, train=False)
@@ -150,7 +155,7 @@ def read(model: CharLM, params: Tree, windows: Batch) -> Array:  # [W, 1, T] -> 
 
 
 def samples(model: CharLM, params: Tree, length: int, key: Array) -> dict[str, str]:
-    """A text by each of `SAMPLERS`."""
+    """A text of `length` characters for each of `SAMPLERS`, by its name."""
 
     def step(token: Array, carry: Carry) -> tuple[Array, Carry]:
         result: Any = model.apply({"params": params}, token[:, None], carry, train=False)

@@ -99,10 +99,10 @@ def test_a_rewound_network_has_the_zeros_of_one_and_the_weights_of_the_other(loa
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("prune_lenet", {"kept": (0.1, 0.2)}, "2 shares are kept of 3 kernels"),
-        ("lottery_ticket", {"rounds": 40}, r"rounds is 40, after which 0.\d % remain more than once; give fewer"),
+        ("prune_lenet", {"kept": (0.1, 0.2)}, "`kept` has 2 fractions for 3 kernels"),
+        ("lottery_ticket", {"rounds": 40}, r"rounds is 40, but two of them leave 0.\d % of the weights, expected"),
         ("lottery_ticket", {"redrawn": (99,)}, r"redrawn is \(99,\), expected rounds from 0 to 1"),
-        ("distill_mnist", {"batch_size": 1000}, "1 passes over 120 digits make no batch of 1000"),
+        ("distill_mnist", {"batch_size": 1000}, "1 epochs of 120 digits make no batch of 1000"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_training(load_experiment, name, change, message, monkeypatch):

@@ -350,7 +350,7 @@ EMPTY = numbers(1, 0, 0, 0) + stream(b"")
 @pytest.mark.parametrize(
     ("leaf", "message"),
     [
-        (numbers(HUGE), "bytes wanted"),  # a path of a terabyte
+        (numbers(HUGE), "bytes expected"),  # a path of a terabyte
         (FLOATS + numbers(1, HUGE, 0, 0) + stream(b"x"), f"not end after {HUGE} numbers of 4 bytes"),
         (FLOATS + numbers(1, HUGE, 2, HUGE) + stream(b"x"), f"not end after {HUGE} numbers of 1 bytes"),
         (FLOATS + numbers(1, 8, 2, 9) + stream(bytes(9)), "9 entries in a leaf of 8"),
@@ -358,27 +358,27 @@ EMPTY = numbers(1, 0, 0, 0) + stream(b"")
         (FLOATS + numbers(1, 8, 2, 2) + stream(b"\x00\x05"), "2 entries that do not end where"),
         (FLOATS + numbers(1, 8, 2, 2) + stream(b"\x00\x07"), "2 entries that do not end where"),
         (FLOATS + numbers(1, 8, 2, 0) + stream(b""), "0 entries that do not end where"),
-        (FLOATS + numbers(1, 8, 0, HUGE), "bytes wanted"),  # a codebook
-        (FLOATS + numbers(1, 8, 0, 0, HUGE), "bytes wanted"),  # a stream
-        (BYTES + numbers(1, 3, 0, 2) + b"ab" + stream(b"\x00\x01\x02"), "number 2 of a codebook of 2"),
+        (FLOATS + numbers(1, 8, 0, HUGE), "bytes expected"),  # a codebook
+        (FLOATS + numbers(1, 8, 0, 0, HUGE), "bytes expected"),  # a stream
+        (BYTES + numbers(1, 3, 0, 2) + b"ab" + stream(b"\x00\x01\x02"), "index 2 into a codebook of 2"),
         (BYTES + numbers(1, 3, 0, 0) + stream(b"ab"), "not end after 3"),
         (BYTES + numbers(1, 3, 0, 0) + stream(b"abcd"), "not end after 3"),
         (BYTES + numbers(1, 3, 0, 0) + stream(b"abc", last=False), "not end after 3"),  # more was to come
         (BYTES + numbers(1, 3, 0, 0, 9) + stream(b"abc")[1:] + b"x", "not end after 3"),  # more than deflate's own end
         (BYTES + numbers(1, 0, 0, 0) + bomb(10**8), "not end after 0"),
         (BYTES + numbers(1, 3, 0, 0) + bomb(10**8), "not end after 3"),
-        (BYTES + numbers(1, 3, 0, 0, 1) + b"\x07", "no deflate: Error -3"),
+        (BYTES + numbers(1, 3, 0, 0, 1) + b"\x07", "not deflate: Error -3"),
         (FLOATS + numbers(1, 8, 4), "layout 4"),
         (FLOATS + numbers(65), "65 axes"),
-        (FLOATS + numbers(4, *[2**20] * 4), "a shape beyond all memory"),
-        (FLOATS + numbers(3, 0, HUGE, HUGE), "a shape beyond all memory"),  # empty, and yet beyond NumPy
+        (FLOATS + numbers(4, *[2**20] * 4), "a shape too large for any memory"),
+        (FLOATS + numbers(3, 0, HUGE, HUGE), "a shape too large for any memory"),  # empty, and yet beyond NumPy
         (b"\x01w" + numbers(12, 0), "type 12"),
         (FLOATS + b"\xff" * 10, "more than 63 bits"),
         (numbers(2 * DEEPEST) + b"/" * 2 * DEEPEST + numbers(0, 0), f"{2 * DEEPEST + 1} levels"),
-        (2 * (FLOATS + EMPTY), "two leaves of the path 'w'"),
+        (2 * (FLOATS + EMPTY), "two leaves have the path 'w'"),
         (FLOATS + EMPTY + b"\x03w/x\x00" + EMPTY, "'w' is both a leaf and a branch"),
-        (b"\x03%61\x00" + EMPTY, "not spelt"),
-        (b"\x02\xc3\xa9\x00" + EMPTY, "not spelt"),
+        (b"\x03%61\x00" + EMPTY, "not percent-encoded"),
+        (b"\x02\xc3\xa9\x00" + EMPTY, "not percent-encoded"),
     ],
 )
 def test_forged_content_is_refused_before_memory_is_taken(leaf: bytes, message: str) -> None:

@@ -354,7 +354,9 @@ def test_rewinding():
 
 @pytest.mark.parametrize("sparsity", [1, 1.5, -0.1, float("nan")])
 def test_a_sparsity_is_a_fraction_below_one(sparsity):
-    with pytest.raises(InputError, match=rf"sparsity of a/kernel is {sparsity}, expected a share of zeros in \[0, 1\)"):
+    with pytest.raises(
+        InputError, match=rf"sparsity of a/kernel is {sparsity}, expected a fraction of zeros in \[0, 1\)"
+    ):
         prune.smallest(network(KEY), sparsity)
     with pytest.raises(InputError, match=f"sparsity of b/kernel is {sparsity}"):
         prune.smallest(network(KEY), lambda path, leaf: sparsity if path[0].key == "b" else 0.5)

@@ -237,7 +237,7 @@ def test_lengths_of_another_shape_or_kind_are_refused(lengths):
     model = Recurrent(GRU, 5)
     variables = weights(model)
     for each in (np.array(lengths), jnp.array(lengths)):
-        with pytest.raises(InputError, match=r"expected whole numbers \(3,\), one for each sequence"):
+        with pytest.raises(InputError, match=r"expected whole numbers \(3,\); give one for each sequence"):
             model.apply(variables, x, each, train=False)
         with pytest.raises(InputError, match=r"expected whole numbers \(3,\)"):
             jax.jit(functools.partial(model.apply, train=False))(variables, x, each)

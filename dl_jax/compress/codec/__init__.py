@@ -1,4 +1,4 @@
-"""Networks as files of their own: see `file`."""
+"""A compressed file format for pruned networks with shared weights; `file` describes it."""
 
 from dl_jax.compress.codec.file import decode, encode
 

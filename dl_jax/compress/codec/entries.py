@@ -1,11 +1,12 @@
-"""A leaf as entries, each a number and its distance from the entry before, in the layout that takes the fewest bytes.
+"""A leaf as entries, each a number and its distance from the previous entry, in the layout that takes the fewest bytes.
 
-Han, Mao & Dally 2016 (arXiv:1510.00149), sections 2 to 4: where the next number that is not zero lies more than 2^b
-places on, an entry of zero fills in; numbers go through a codebook; both are Huffman coded, here by deflate. What the
-paper fixes is chosen by size: which axis runs fastest, and whether a codebook or distances are worth their bytes at
-all. b is 8, so a distance fits a byte: fewer bits made no file smaller, since a rare distance takes a long code anyway.
+Han, Mao & Dally 2016 (arXiv:1510.00149), sections 2 to 4. Entries are the non-zero numbers. Where the next non-zero
+number is more than 2^b places away, an entry of value zero, a filler, is put between. Numbers are stored as indices
+into a codebook, and indices and distances are Huffman coded, here by deflate. The paper fixes which axis runs fastest
+and always uses a codebook and distances; here the smallest of these layouts is chosen. b is 8, so that a distance fits
+into a byte: fewer bits made no file smaller, since rare distances take long codes anyway.
 
-Numbers are bit patterns, unsigned integers, of which 0 alone is zero: -0.0 is not.
+Numbers are handled as bit patterns, which are unsigned integers. Only the pattern 0 counts as zero: -0.0 does not.
 """
 
 import math
@@ -15,13 +16,14 @@ import numpy as np
 from dl_jax.compress.codec.wire import DamagedError, Reader, deflated, integer
 
 BITS = 8  # b
-TRANSPOSED, SPARSE = 1, 2  # bits of a layout: the first axis runs fastest; there are distances
+TRANSPOSED, SPARSE = 1, 2  # bits of a layout. TRANSPOSED: the first axis runs fastest. SPARSE: there are distances.
 
 
 def distances(occupied: np.ndarray, bits: int) -> np.ndarray:  # bool [N] -> int64 [M]
-    """How far each entry lies behind the one before it, the first one behind -1: 1 to 2^bits. They sum to N.
+    """The distance of each entry from the previous one, 1 to 2^bits; the first entry is measured from place -1.
 
-    Entries are the occupied places, the last place, and fillers, one after every 2^bits places of a longer gap.
+    Entries are the occupied places, the last place, and one filler after every 2^bits places of a longer gap. The
+    distances sum to N.
     """
     if not len(occupied):
         return np.zeros(0, np.int64)
@@ -37,9 +39,9 @@ def distances(occupied: np.ndarray, bits: int) -> np.ndarray:  # bool [N] -> int
 
 
 def pack(leaf: np.ndarray) -> bytes:  # uint [...]
-    """`leaf` in its smallest layout."""
+    """The bytes of `leaf` in the layout that takes the fewest."""
     kinds, symbols = np.unique(leaf, return_inverse=True)
-    symbols = symbols.reshape(leaf.shape)  # ranks among the kinds: zero, where there is one, is symbol 0
+    symbols = symbols.reshape(leaf.shape)  # indices into the distinct numbers; index 0 is zero if the leaf has a zero
     layouts = [integer(0) + _write(symbols.ravel(), kinds)]
     if 0 in kinds[:1]:
         for layout, flat in [(SPARSE, symbols.ravel()), (SPARSE | TRANSPOSED, symbols.T.ravel())]:
@@ -50,10 +52,10 @@ def pack(leaf: np.ndarray) -> bytes:  # uint [...]
 
 
 def unpack(reader: Reader, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:  # -> uint [...]
-    """The leaf that `pack` wrote. Raises DamagedError."""
+    """The leaf that `pack` wrote. Raises DamagedError for bytes that it cannot have written."""
     size, layout = math.prod(shape), reader.integer()
     if layout > SPARSE | TRANSPOSED:
-        raise DamagedError(f"layout {layout}, not 0 to {SPARSE | TRANSPOSED}")
+        raise DamagedError(f"layout {layout}, expected 0 to {SPARSE | TRANSPOSED}")
     if layout & SPARSE:
         count = reader.integer()
         if count > size:
@@ -73,23 +75,23 @@ def unpack(reader: Reader, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarra
 
 
 def _write(symbols: np.ndarray, kinds: np.ndarray) -> bytes:  # int [n], uint [K] -> bytes
-    """kinds[symbols] in fewer bytes: after a 0 as they are, or after K and the kinds as their indices."""
+    """The numbers kinds[symbols] in the shorter of two forms: 0 and the numbers, or K, the kinds and the symbols."""
     plain = integer(0) + deflated(kinds[symbols])
     indexed = integer(len(kinds)) + kinds.tobytes() + deflated(symbols.astype(_index(len(kinds))))
     return min(plain, indexed, key=len)
 
 
 def _read(reader: Reader, n: int, dtype: np.dtype) -> np.ndarray:  # -> uint [n]
-    """What `_write` wrote of `n` numbers. Raises DamagedError."""
+    """The `n` numbers that `_write` wrote. Raises DamagedError for bytes that it cannot have written."""
     count = reader.integer()
     if not count:
         return reader.inflated(n, dtype)
     kinds, symbols = reader.array(count, dtype), reader.inflated(n, _index(count))
     if symbols.max(initial=0) >= count:
-        raise DamagedError(f"number {symbols.max()} of a codebook of {count}")
+        raise DamagedError(f"index {symbols.max()} into a codebook of {count}")
     return kinds[symbols]
 
 
 def _index(count: int) -> np.dtype:
-    """The smallest type for 0 to `count` - 1, as a file holds it."""
+    """The smallest unsigned integer type that holds 0 to `count` - 1, little-endian as in the file."""
     return np.min_scalar_type(max(count - 1, 0)).newbyteorder("<")

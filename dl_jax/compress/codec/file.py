@@ -1,20 +1,21 @@
 """The compressed file of a pruned network with shared weights: `encode(tree) -> bytes`, `decode(bytes) -> tree`.
 
-Lossless for any tree of numbers, to the last bit of a NaN. It is small where numbers are zero, as pruning leaves them,
-or few in kind, as weight sharing leaves them (Han, Mao & Dally 2016, arXiv:1510.00149; `entries.py` says how); of a
-dense float leaf, its exponents are coded.
+The coding is lossless for any tree of numbers, including the bits of a NaN. The file is small if many numbers are zero,
+as after pruning, or if there are few different numbers, as after weight sharing (Han, Mao & Dally 2016,
+arXiv:1510.00149; see `entries.py`). Of a dense float leaf only the exponents become shorter.
 
-    file      magic, version, leaves, CRC-32 of all before
-    leaf      path, type, axes, shape, layout, entries and their distances where the layout has them, numbers
-    numbers   how many kinds K there are, these, and their indices; or 0 and the numbers themselves
+    file      magic, version, leaves, CRC-32 of all bytes before
+    leaf      path, type, number of axes, shape, layout, numbers; before these, if the layout is sparse, the number of
+              entries and their distances
+    numbers   the number K of different numbers, these numbers, and the indices into them; or 0 and the numbers
 
-Integers are LEB128, numbers little-endian. Distances, indices and numbers are deflate streams, each after its length.
-zlib codes them by Huffman's method alone. The end of a block takes a code too: of two kinds as frequent as each other,
-a number takes 1.5 bits, of four 2.25.
+Integers are LEB128 and numbers little-endian. Distances, indices and numbers are deflate streams, each preceded by its
+length. They use Huffman coding alone. The end of a block takes a code too, so that a number takes 1.5 bits where there
+are two equally frequent values, and 2.25 bits where there are four.
 
-A forged byte can stand for a thousand entries and each of these for 256 numbers, so `decode` has a limit for the tree.
-Every length is checked before memory is taken for it, and all memory together stays below 12 times that limit (numbers
-of one byte, each an entry; five times for float32).
+In a forged file one byte can stand for a thousand entries and each of these for 256 numbers, so `decode` has a limit on
+the size of the tree. Every length is checked before memory is allocated for it. The memory in use stays below 12 times
+the limit in the worst case, numbers of one byte that are all entries, and below 5 times for float32.
 """
 
 import math
@@ -32,19 +33,19 @@ from dl_jax.core.leaves import named, nested
 
 Tree = Any
 
-MAGIC, VERSION = b"\x89DLJ\r\n\x1a", 2  # a copy that takes the file for text changes these bytes
-DTYPES = [  # a file names a type by its place here
+MAGIC, VERSION = b"\x89DLJ\r\n\x1a", 2  # copying the file as text would change these bytes
+DTYPES = [  # a file stores a type as its index in this list
     *("float32", "float64", "float16", "bfloat16"),
     *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
 ]
-DEEPEST = 64  # axes of a leaf and levels of a tree, at most
+DEEPEST = 64  # largest number of axes of a leaf, and of levels of a tree
 
 
 def encode(tree: Tree) -> bytes:
-    """The compressed file of `tree`, nested dicts of arrays; `decode` gives back every bit.
+    """The compressed file of `tree`, nested dicts of arrays, which `decode` restores bit by bit.
 
-    Empty dicts and None are not stored. Raises InputError for a leaf that is no array of numbers (floats of 16 bits or
-    more, integers), a bare array, or more than 64 levels.
+    Empty dicts and None are not stored. Raises InputError for a leaf that is not an array of integers or of floats of
+    16 bits or more, for an array outside a dict, and for more than 64 levels.
     """
     if jax.tree_util.all_leaves([tree]):
         raise InputError(f"cannot encode a bare {type(tree).__name__}, expected a dict of arrays; give it a name")
@@ -57,10 +58,10 @@ def encode(tree: Tree) -> bytes:
 
 
 def decode(data: bytes, limit: int = 2 * 10**9) -> dict[str, Any]:
-    """The tree that `encode` was given, as plain nested dicts of NumPy arrays.
+    """The tree in the compressed file `data`, as plain nested dicts of NumPy arrays.
 
-    Raises InputError for anything but the whole, undamaged content of such a file, and for a tree of more than `limit`
-    bytes, before memory is taken for it.
+    Raises InputError where `data` is not the whole, undamaged content of such a file, and for a tree of more than
+    `limit` bytes, before memory is allocated for it.
     """
     if not data.startswith(MAGIC):
         raise InputError(f"no compressed model: it begins with {data[:7]!r}, expected {MAGIC!r}; choose another file")
@@ -74,7 +75,7 @@ def decode(data: bytes, limit: int = 2 * 10**9) -> dict[str, Any]:
             raise InputError(f"compressed model of version {version}, expected {VERSION}; {way}")
         return _tree(Reader(body[len(MAGIC) + 1 :]), limit)
     except DamagedError as error:
-        raise InputError(f"damaged compressed model: {error}; expected it as it was written, copy it again") from error
+        raise InputError(f"damaged compressed model: {error}; expected the file as written, copy it again") from error
 
 
 def _tree(reader: Reader, limit: int) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def _tree(reader: Reader, limit: int) -> dict[str, Any]:
     while reader.left:
         path, shape, dtype = _head(reader)
         if path in leaves:
-            raise DamagedError(f"two leaves of the path {path[:80]!r}")
+            raise DamagedError(f"two leaves have the path {path[:80]!r}")
         total += math.prod(shape) * dtype.itemsize
         if total > limit:
             raise InputError(
@@ -97,7 +98,7 @@ def _tree(reader: Reader, limit: int) -> dict[str, Any]:
         raise DamagedError(f"{min(clash)[:80]!r} is both a leaf and a branch")
     tree = nested(leaves)
     if named(tree).keys() != leaves.keys():
-        raise DamagedError("a path is not spelt as paths are")
+        raise DamagedError("a path is not percent-encoded as `encode` writes it")
     return tree
 
 
@@ -107,7 +108,7 @@ def _packed(path: str, leaf: Any) -> bytes:
         raise InputError(f"cannot encode leaf {path} of type {name}, expected one of {', '.join(DTYPES)}; convert it")
     if path.count("/") >= DEEPEST:
         raise InputError(f"cannot encode leaf {path}, expected at most {DEEPEST} levels; flatten the tree")
-    values = np.asarray(leaf, jnp.dtype(name), order="C")  # of this machine's byte order
+    values = np.asarray(leaf, jnp.dtype(name), order="C")  # in this machine's byte order
     head = [DTYPES.index(name), values.ndim, *values.shape]
     return block(path.encode()) + b"".join(map(integer, head)) + entries.pack(values.view(_patterns(values.dtype)))
 
@@ -117,18 +118,18 @@ def _head(reader: Reader) -> tuple[str, tuple[int, ...], np.dtype]:
     path = reader.block().decode("ascii", errors="replace")
     code, axes = reader.integer(), reader.integer()
     if path.count("/") >= DEEPEST or axes > DEEPEST:
-        raise DamagedError(f"a leaf with {path.count('/') + 1} levels and {axes} axes, more than {DEEPEST}")
+        raise DamagedError(f"a leaf with {path.count('/') + 1} levels and {axes} axes, expected at most {DEEPEST}")
     if code >= len(DTYPES):
-        raise DamagedError(f"type {code} of leaf {path[:80]!r}, not 0 to {len(DTYPES) - 1}")
+        raise DamagedError(f"type {code} of leaf {path[:80]!r}, expected 0 to {len(DTYPES) - 1}")
     dtype = jnp.dtype(DTYPES[code])
     shape = tuple(reader.integer() for _ in range(axes))
     if math.prod(max(length, 1) for length in shape) * dtype.itemsize >= 1 << 62:
-        raise DamagedError(f"a shape beyond all memory of leaf {path[:80]!r}")
+        raise DamagedError(f"a shape too large for any memory of leaf {path[:80]!r}")
     return path, shape, dtype
 
 
 def _patterns(dtype: np.dtype) -> np.dtype:
-    """The unsigned integers of the same size, as a file holds them."""
+    """The unsigned integer type of the same size, little-endian as in the file."""
     return np.dtype(f"<u{dtype.itemsize}")
 
 

@@ -1,4 +1,4 @@
-"""Integers and arrays as bytes, and a reader that trusts nothing."""
+"""Integers and arrays as bytes, and a reader of these that checks every length."""
 
 import zlib
 
@@ -6,11 +6,11 @@ import numpy as np
 
 
 class DamagedError(ValueError):
-    """Bytes that no encoder of ours writes."""
+    """Raised for bytes that `encode` cannot have written."""
 
 
 def integer(value: int) -> bytes:
-    """LEB128: seven bits a byte, the lowest first, the eighth bit set on all bytes but the last."""
+    """`value` >= 0 in LEB128: seven bits per byte, the lowest first; all bytes but the last have the eighth bit set."""
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)
@@ -19,14 +19,14 @@ def integer(value: int) -> bytes:
 
 
 def block(content: bytes) -> bytes:
-    """`content` after its length."""
+    """The length of `content` as an integer, then `content`."""
     return integer(len(content)) + content
 
 
 def deflated(values: np.ndarray) -> bytes:  # [n]
-    """`values` as a block of raw deflate (RFC 1951): the first byte of each, then the second of each, and so on.
+    """`values` as a block of raw deflate (RFC 1951): the first byte of each value, then the second, and so on.
 
-    zlib codes bytes by Huffman's method alone, without searching for repetitions, and has a code for each place.
+    zlib uses Huffman coding alone, without searching for repetitions, with a separate code for each byte position.
     """
     coder = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
     places = values.reshape(-1, 1).view(np.uint8).T  # [itemsize, n]
@@ -35,24 +35,27 @@ def deflated(values: np.ndarray) -> bytes:  # [n]
 
 
 class Reader:
-    """Takes bytes from the front. Raises DamagedError for more than there are, before anything is allocated."""
+    """Reads integers, blocks and arrays from `data`, one after the other.
+
+    Every method raises DamagedError where fewer bytes are left than it needs, before memory is allocated.
+    """
 
     def __init__(self, data: bytes) -> None:
         self._data, self._at = data, 0
 
     @property
     def left(self) -> int:
-        """Bytes not yet taken."""
+        """The number of bytes not yet read."""
         return len(self._data) - self._at
 
     def take(self, n: int) -> bytes:
         if n > self.left:
-            raise DamagedError(f"{n} bytes wanted at byte {self._at}, {self.left} left")
+            raise DamagedError(f"{n} bytes expected at byte {self._at}, {self.left} left")
         self._at += n
         return self._data[self._at - n : self._at]
 
     def integer(self) -> int:
-        """A number below 2^63."""
+        """The next integer, below 2^63."""
         value = 0
         for shift in range(0, 63, 7):
             (byte,) = self.take(1)
@@ -68,13 +71,13 @@ class Reader:
         return np.frombuffer(self.take(n * dtype.itemsize), dtype)
 
     def inflated(self, n: int, dtype: np.dtype) -> np.ndarray:  # -> [n]
-        """What `deflated` wrote of `n` numbers. However far the stream would go on, no more than these are made."""
+        """The `n` numbers that `deflated` wrote. A stream that holds more is refused, and only these are allocated."""
         stream, size = self.block(), n * dtype.itemsize
         inflater = zlib.decompressobj(-zlib.MAX_WBITS)
         try:
-            content = inflater.decompress(stream, size + 1)  # a byte more shows what is too long; 0 is no bound at all
+            content = inflater.decompress(stream, size + 1)  # one byte more detects a long stream; 0 means no limit
         except zlib.error as error:
-            raise DamagedError(f"a stream that is no deflate: {error}") from error
+            raise DamagedError(f"a stream that is not deflate: {error}") from error
         if len(content) != size or not inflater.eof or inflater.unused_data:
             raise DamagedError(f"a stream that does not end after {n} numbers of {dtype.itemsize} bytes")
         places = np.frombuffer(content, np.uint8).reshape(dtype.itemsize, n)

@@ -1,1 +1,1 @@
-"""Networks that generate."""
+"""Generative models."""

@@ -1,7 +1,7 @@
-"""The two players of the first generative adversarial nets, for grey images.
+"""The generator and the discriminator of the original generative adversarial nets, for grey images.
 
 Goodfellow, Pouget-Abadie, Mirza, Xu, Warde-Farley, Ozair, Courville and Bengio, "Generative Adversarial Nets",
-NIPS 2014, section 5 and the authors' code. Kernels start uniform in ±`spread`, biases at zero.
+NIPS 2014, section 5 and the authors' code. Kernels are initialised uniformly in [-spread, spread], biases at zero.
 """
 
 import math
@@ -18,15 +18,15 @@ from dl_jax.core.errors import require_positive, require_probability
 
 
 def symmetric(spread: float) -> Callable[..., jax.Array]:
-    """Uniform in ±spread."""
+    """An initialiser (key, shape, dtype) -> array that draws uniformly from [-spread, spread]."""
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -spread, spread)
 
 
 class Generator(nn.Module):
-    """ReLU layers, then a sigmoid: noise [B, Z] to images [B, H, W, C] with pixels in [0, 1].
+    """ReLU layers and a sigmoid output layer that map noise [B, Z] to images [B, H, W, C] with pixels in [0, 1].
 
-    output_bias: an initialiser for the last layer, e.g. the logits of the mean image. Raises InputError for a layer
-    without units.
+    `output_bias` initialises the bias of the output layer, for example to the logits of the mean image. Raises
+    InputError for a layer without units.
     """
 
     hidden: tuple[int, ...] = (1200, 1200)
@@ -46,11 +46,11 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Maxout layers (Goodfellow et al. 2013): a unit is the largest of `pieces` linear functions.
+    """Maxout layers (Goodfellow et al. 2013), in which a unit is the maximum of `pieces` linear functions.
 
-    Gives [B], the logit of "this image is from the data". dropout: probability that a hidden unit is dropped in
-    training, input_dropout: that a pixel is (they need the random stream "dropout"). Raises InputError where these are
-    outside [0, 1), for a layer without units and units without pieces.
+    Takes images [B, H, W, C] and returns the logits [B] that each is a real image. In training, `dropout` is the
+    probability that a hidden unit is dropped and `input_dropout` the probability that a pixel is; both use the random
+    stream "dropout". Raises InputError for a probability outside [0, 1), a layer without units, and `pieces` < 1.
     """
 
     hidden: tuple[int, ...] = (240, 240)

@@ -1,4 +1,4 @@
-"""Variational autoencoders for images: of dense layers, as in the IWAE paper, and of convolutions.
+"""Variational autoencoders for images: one of dense layers, as in the IWAE paper, and one of convolutions.
 
 Kingma and Welling, "Auto-Encoding Variational Bayes", ICLR 2014. Burda, Grosse and Salakhutdinov, "Importance Weighted
 Autoencoders", ICLR 2016, section 5 and the authors' code.
@@ -21,26 +21,30 @@ Initializer = Callable[..., jax.Array]  # (key, shape, dtype) -> array
 
 
 def mean_image_bias(images: np.ndarray) -> Initializer:  # uint8 [N, H, W, C]
-    """For a last layer of one output per pixel: its sigmoid starts at the mean image, in [0.001, 0.999]."""
+    """An initialiser for the bias [H W C] of an output layer: the logits of the mean image, clipped to [0.001, 0.999].
+
+    With a small kernel the sigmoid of such a layer starts near the mean image.
+    """
     mean = np.clip(images.mean(0).ravel() / 255, 0.001, 0.999)
     return lambda key, shape, dtype: jnp.asarray(np.log(mean / (1 - mean)), dtype)
 
 
 class Autoencoder(nn.Module):
-    """What the autoencoders here have in common: a subclass gives the two networks.
+    """The base class of the autoencoders in this file; a subclass defines the encoder and the decoder.
 
-    `apply(..., method=VAE.encode)` and `decode` call one of them. The whole gives (logits, mean, log variance), decoded
-    from the mean: samples for training are drawn in `dl_jax.likelihood`.
+    `apply(..., method=VAE.encode)` and `apply(..., method=VAE.decode)` call one of the two networks. A call of the
+    module returns (logits of the pixels, mean, log variance), where the logits are decoded from the mean. Samples of z
+    for training are drawn in `dl_jax.losses.latent`.
 
-    Raises InputError where there is no latent unit, for a layer without units, and for images of another shape.
+    Raises InputError for `latents` < 1, a layer without units, and images whose shape is not `shape`.
     """
 
-    latents: int = 50  # units of z, L
+    latents: int = 50  # L, the number of units of z
     shape: tuple[int, int, int] = (28, 28, 1)  # of an image: height, width, channels
     dtype: DTypeLike = jnp.float32
 
     def networks(self) -> tuple[nn.Module, nn.Module]:
-        """Encoder, [B, H, W, C] -> [B, 2 L], and decoder, [..., L] -> [..., H W C] or [..., H, W, C]."""
+        """The encoder, [B, H, W, C] -> [B, 2 L], and the decoder, [..., L] -> [..., H W C] or [..., H, W, C]."""
         raise NotImplementedError
 
     def setup(self) -> None:
@@ -49,7 +53,7 @@ class Autoencoder(nn.Module):
         self.encoder, self.decoder = self.networks()
 
     def encode(self, image: jax.Array) -> tuple[jax.Array, jax.Array]:  # [B, H, W, C] -> [B, L], [B, L]
-        """Mean and log variance of q(z | x). The network gives log σ, as the authors' code does."""
+        """The mean and the log variance of q(z | x). The encoder's output is log σ, as in the authors' code."""
         if image.shape[1:] != self.shape:
             raise InputError(
                 f"{type(self).__name__} takes images of shape {self.shape}, not {image.shape[1:]}; "
@@ -59,7 +63,7 @@ class Autoencoder(nn.Module):
         return mean, 2 * log_sigma
 
     def decode(self, z: jax.Array) -> jax.Array:  # [..., L] -> [..., H, W, C]
-        """Logits of the pixels."""
+        """The logits of the pixels."""
         return self.decoder(z).astype(jnp.float32).reshape(*z.shape[:-1], *self.shape)
 
     def __call__(self, image: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -68,9 +72,10 @@ class Autoencoder(nn.Module):
 
 
 class VAE(Autoencoder):
-    """Of dense tanh layers, `hidden` units each, the same on both sides: the paper's with one stochastic layer.
+    """A VAE of dense tanh layers, the paper's model with one stochastic layer.
 
-    Kernels start uniform after Glorot and Bengio, biases at zero but for the last layer's, which is `output_bias`'s.
+    `hidden` has the number of units of each layer, for the encoder and for the decoder alike. Kernels are initialised
+    by Glorot's uniform rule, biases at zero; `output_bias` initialises the bias of the decoder's output layer.
     """
 
     hidden: tuple[int, ...] = (200, 200)
@@ -106,7 +111,7 @@ class DenseDecoder(nn.Module):
 
 
 def tanh_layers(x: jax.Array, hidden: Sequence[int], dtype: DTypeLike) -> jax.Array:  # [..., D] -> [..., units]
-    """For the `@nn.compact` method of a module, whose layers they become."""
+    """Dense layers with tanh. Call it within the `@nn.compact` method of a module, to which the layers then belong."""
     require_positive({"hidden": min(hidden, default=1)})
     for units in hidden:
         x = nn.tanh(nn.Dense(units, kernel_init=nn.initializers.glorot_uniform(), dtype=dtype)(x))
@@ -114,10 +119,11 @@ def tanh_layers(x: jax.Array, hidden: Sequence[int], dtype: DTypeLike) -> jax.Ar
 
 
 class ConvVAE(Autoencoder):
-    """Of convolutions that halve the image, one for each entry of `features`, and transposed ones that double it.
+    """A VAE of convolutions, each of which halves the image, and transposed convolutions, each of which doubles it.
 
-    All kernels are 4 x 4 with stride 2, whose outputs overlap evenly (Odena, Dumoulin and Olah, "Deconvolution and
-    Checkerboard Artifacts", Distill 2016). Raises InputError for an image that cannot be halved as often.
+    `features` has the number of channels after each convolution. All kernels are 4 x 4 with stride 2, whose outputs
+    overlap evenly (Odena, Dumoulin and Olah, "Deconvolution and Checkerboard Artifacts", Distill 2016). Raises
+    InputError for an image whose height or width is not a multiple of 2 to the power of `len(features)`.
     """
 
     features: tuple[int, ...] = (32, 64)
@@ -153,7 +159,7 @@ class ConvEncoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    smallest: tuple[int, int, int]  # what the dense layer gives: height, width, features
+    smallest: tuple[int, int, int]  # output shape of the dense layer: height, width, features
     features: tuple[int, ...]
     dtype: DTypeLike
 

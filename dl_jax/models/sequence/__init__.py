@@ -1,1 +1,1 @@
-"""Networks that read sequences."""
+"""Sequence models."""

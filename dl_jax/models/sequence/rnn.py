@@ -1,8 +1,9 @@
 """Recurrent networks: vanilla RNN, LSTM and GRU, stacked and bidirectional, over sequences of any length.
 
-A cell is pointwise arithmetic between two matrix products: x, the input's projection [B, G H], and the state's,
-h [B, G H], where G gates of H units lie side by side. The input's is one product over all steps, before the scan; so is
-the gradient of the state's kernel, after the scan back (`recur`).
+A cell combines two projections [B, G H] by pointwise arithmetic: x, a matrix product of the input, and h, a matrix
+product of the state. They hold G gates of H units side by side. The projection of the input is one product over all
+steps, before the scan. The gradient of the state's kernel is one product over all steps, after the backward scan
+(`recur`).
 """
 
 import functools
@@ -20,23 +21,23 @@ from jax.typing import DTypeLike
 from dl_jax.core.errors import InputError, require_positive, require_probability
 
 Array = jax.Array
-State = tuple[Array, ...]  # of one layer and direction: (h,) or (h, c), float32 [B, H] each
-Kept = tuple[Array, ...]  # of one step, for its derivative
-Carry = tuple[State, ...]  # of all: layer after layer, forward before backward
+State = tuple[Array, ...]  # state of one layer and direction: (h,) or (h, c), float32 [B, H] each
+Kept = tuple[Array, ...]  # arrays [B, H] that a step keeps for its backward pass
+Carry = tuple[State, ...]  # states of all layers, in order, and in each layer forward before backward
 
 
 class Cell(NamedTuple):
-    """One step and its derivative.
+    """The arithmetic of one step of a recurrent layer, and of its backward pass.
 
-    `forward(state, x, h)` gives the new state, the slopes (derivatives of the new state by what enters the gates,
-    [B, G H]) and what else `backward` needs, [B, H] each. `backward(slopes, kept, grad)` takes the gradient of the new
-    state. It gives the gradients of the state before, without the part through the kernel, of the state's projection
-    [B, G H] and, where it is another, of x at the last gate [B, H].
+    `forward(state, x, h)` returns the new state, the slopes [B, G H], which are the derivatives of the new state with
+    respect to the gates' inputs, and the other arrays [B, H] that `backward` needs. `backward(slopes, kept, grad)`
+    takes the gradient of the new state. It returns three gradients: that of the old state, without the part that flows
+    through the kernel; that of h [B, G H]; and that of x at the last gate [B, H], or None if it equals that of h there.
     """
 
     gates: int
-    states: int  # arrays in the state; h is the first
-    bias: bool  # whether the state's projection has its own bias; else it would add to the input's
+    states: int  # number of arrays in the state, of which h is the first
+    bias: bool  # whether h has a bias of its own; for cells that add x and h the bias of x is enough
     forward: Callable[[State, Array, Array], tuple[State, Array, Kept]]
     backward: Callable[[Array, Kept, State], tuple[State, Array, Array | None]]
 
@@ -81,12 +82,16 @@ def _gru_back(slopes: Array, kept: Kept, grad: State) -> tuple[State, Array, Arr
 
 
 VANILLA = Cell(1, 1, False, _tanh_step, _tanh_back)
-"""h' = tanh(x + h) (Elman 1990)."""
+"""The vanilla cell: h' = tanh(x + h) (Elman 1990)."""
 LSTM = Cell(4, 2, False, _lstm_step, _lstm_back)
-"""c' = σ(f) c + σ(i) tanh(g), h' = σ(o) tanh(c') (Gers et al. 2000, no peepholes). Gates in the order i, f, g, o."""
+"""The LSTM cell without peepholes (Gers et al. 2000): c' = σ(f) c + σ(i) tanh(g), h' = σ(o) tanh(c').
+
+The order of the gates is i, f, g, o."""
 GRU = Cell(3, 1, True, _gru_step, _gru_back)
-"""h' = (1 − z) tanh(xn + r hn) + z h, the reset gate r after the product, as cuDNN and PyTorch have it; Cho et al. 2014
-(arXiv:1406.1078) reset before it and swap z and 1 − z. Gates in the order r, z, n."""
+"""The GRU cell as in cuDNN and PyTorch: h' = (1 − z) tanh(xn + r hn) + z h.
+
+The reset gate r is applied after the matrix product; Cho et al. 2014 (arXiv:1406.1078) apply it before the product, and
+swap z and 1 − z. The order of the gates is r, z, n."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -94,15 +99,16 @@ def recur(
     cell: Cell,
     kernel: Array,  # [H, G H]
     bias: Array | None,  # [G H], if the cell has one
-    x: Array,  # [T, B, G H], the input's projection
+    x: Array,  # [T, B, G H], the projection of the input
     state: State,  # before the first step
-    valid: Array | None,  # bool [T, B, 1]; elsewhere the state stays
+    valid: Array | None,  # bool [T, B, 1]; where it is False, the step leaves the state unchanged
 ) -> tuple[Array, State]:
-    """h after every step, float32 [T, B, H], and the state after the last.
+    """Runs a cell over T steps. Returns h after every step, float32 [T, B, H], and the state after the last step.
 
-    Its gradient takes that of `kernel` in one product over all steps, where the one of `lax.scan` adds one up per step.
-    The slopes are written over x, step by step, and the gates' gradients over the slopes, which saves a third of an
-    LSTM's temporary memory. It has no forward-mode derivative.
+    The backward pass computes the gradient of `kernel` in one product over all steps; differentiating `lax.scan` would
+    add up one product per step. The forward pass overwrites x with the slopes, and the backward pass overwrites the
+    slopes with the gradients of the gates, which saves a third of an LSTM's temporary memory. There is no forward-mode
+    derivative.
     """
     step = _step(cell, kernel, bias)
 
@@ -171,7 +177,7 @@ def _put(x: Array, row: Array, t: Array) -> Array:
     return lax.dynamic_update_index_in_dim(x, row, t, 0)
 
 
-def _product(h: Array, kernel: Array) -> Array:  # float32 [B, N], in the kernel's precision
+def _product(h: Array, kernel: Array) -> Array:  # float32 [B, N], from factors of the kernel's dtype
     return jnp.matmul(h.astype(kernel.dtype), kernel, preferred_element_type=jnp.float32)
 
 
@@ -180,7 +186,10 @@ def _where(valid: Array | None, new: Any, old: Any) -> Any:
 
 
 class Layer(nn.Module):
-    """One layer in one direction. All weights start uniform in ± 1/√H, as in PyTorch, whose layers have more biases."""
+    """One recurrent layer in one direction: x [T, B, D] -> h float32 [T, B, H], and the last state.
+
+    All weights and biases are initialised uniformly in ±1/√H, as in PyTorch, whose layers have more biases.
+    """
 
     cell: Cell
     hidden: int
@@ -188,8 +197,8 @@ class Layer(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Array, state: State, valid: Array | None) -> tuple[Array, State]:  # [T, B, D] -> [T, B, H]
-        if self.reverse:  # through the padding first, which leaves the state as it is
+    def __call__(self, x: Array, state: State, valid: Array | None) -> tuple[Array, State]:
+        if self.reverse:  # the padding then comes first, and leaves the state unchanged
             x, valid = x[::-1], None if valid is None else valid[::-1]
 
         def draw(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
@@ -201,31 +210,29 @@ class Layer(nn.Module):
         bias = self.param("bias", draw, (units,)).astype(self.dtype) if self.cell.bias else None
         result: Any = recur(self.cell, kernel, bias, x, state, valid)
         h, state = result
-        return (h[::-1] if self.reverse else h), state  # not lax.scan in reverse, which has no ONNX form
+        return (h[::-1] if self.reverse else h), state  # lax.scan(reverse=True) cannot be exported to ONNX
 
 
 class Recurrent(nn.Module):
-    """Layers of `cell`, each over the outputs of the one below: x [B, T, D] -> y float32 [B, T, H · directions].
+    """A stack of recurrent layers: x [B, T, D] -> y float32 [B, T, H · directions], and the carry after the last step.
 
-    hidden: units H of a layer and direction. dropout: probability that an output is dropped on its way to the next
-    layer in training (needs the random stream "dropout"). With `bidirectional` every layer reads forward and, with
-    weights of its own, backward, and gives both outputs side by side.
+    With `bidirectional` every layer has two sets of weights. One reads forward and the other backward, and their
+    outputs are concatenated. Dropout uses the random stream "dropout".
 
-    Raises InputError for no units, layers or steps, and for a dropout outside [0, 1).
+    `lengths`, int [B], gives the number of valid steps of each sequence. The padding after them has no effect, its
+    outputs are 0, the returned state is that after the last valid step, and the backward direction starts at the last
+    valid step. `carry` is the state before the first step, zeros if None (`initial_carry`).
 
-    lengths: int [B], how much of each sequence is there. What follows has no effect, its outputs are 0, the state
-    returned is that after the last valid step, and the backward direction starts there. Raises InputError where they
-    are no int [B], or are known when traced and outside [1, T]; unknown ones above T count as T.
-    carry: the state before the first step (`initial_carry`, zeros, if None); the one after the last is returned.
-    `dtype` is that of the matrix products; states are float32.
+    Raises InputError where `hidden`, `layers` or T is below 1, for a dropout outside [0, 1), and for lengths that are
+    not int [B] or not in [1, T]. Lengths that are traced cannot be checked; those above T count as T.
     """
 
     cell: Cell
-    hidden: int
+    hidden: int  # H, units of a layer in one direction
     layers: int = 1
     bidirectional: bool = False
-    dropout: float = 0.0
-    dtype: DTypeLike = jnp.float32
+    dropout: float = 0.0  # probability in training that an output is dropped on its way to the next layer
+    dtype: DTypeLike = jnp.float32  # type of the matrix products; states are float32
 
     @nn.compact
     def __call__(
@@ -237,7 +244,7 @@ class Recurrent(nn.Module):
         valid = None if lengths is None else _valid(lengths, batch, steps)  # [T, B, 1]
         carry = self.initial_carry(batch) if carry is None else carry
         directions = 1 + self.bidirectional
-        x, last = _where(valid, x.swapaxes(0, 1), 0.0), []  # [T, B, D]; nothing times NaN in the padding is NaN
+        x, last = _where(valid, x.swapaxes(0, 1), 0.0), []  # [T, B, D]; a NaN in the padding would make gradients NaN
         for layer in range(self.layers):
             if layer:
                 x = nn.Dropout(self.dropout, deterministic=not train)(x)
@@ -253,20 +260,20 @@ class Recurrent(nn.Module):
         return x.swapaxes(0, 1), tuple(last)
 
     def initial_carry(self, batch: int) -> Carry:
-        """Zeros for `batch` sequences."""
+        """The carry before the first step, zeros, for `batch` sequences."""
         return initial_carry(self.cell, self.hidden, self.layers * (1 + self.bidirectional), batch)
 
 
 def initial_carry(cell: Cell, hidden: int, runs: int, batch: int) -> Carry:
-    """Zeros [B, H] for every state of every layer and direction, `runs` in all."""
+    """Zeros [B, H] for each array of each state; `runs` is the number of layers times the number of directions."""
     return ((jnp.zeros((batch, hidden)),) * cell.states,) * runs
 
 
 def _valid(lengths: Array, batch: int, steps: int) -> Array:  # int [B] -> bool [T, B, 1]
     if np.shape(lengths) != (batch,) or not jnp.issubdtype(jnp.result_type(lengths), jnp.integer):
         raise InputError(
-            f"lengths are {jnp.result_type(lengths)} {np.shape(lengths)}, expected whole numbers ({batch},), one for "
-            "each sequence"
+            f"lengths are {jnp.result_type(lengths)} {np.shape(lengths)}, expected whole numbers ({batch},); give one "
+            "for each sequence"
         )
     if not isinstance(lengths, Tracer) and ((low := np.min(lengths)) < 1 or (low := np.max(lengths)) > steps):
         raise InputError(f"a sequence has length {low}, expected 1 to {steps}, the steps of the batch; trim or pad it")
@@ -274,11 +281,12 @@ def _valid(lengths: Array, batch: int, steps: int) -> Array:  # int [B] -> bool 
 
 
 def with_forget_bias(variables: Any, bias: float) -> Any:
-    """Variables of an LSTM whose forget gates start at `bias`: a large one remembers, 1 is usual.
+    """The variables of an LSTM with the biases of all forget gates set to `bias`.
 
-    Gers et al. 2000; Jozefowicz et al. 2015, "An Empirical Exploration of Recurrent Network Architectures". Every LSTM
-    layer of a network is changed, and nothing else; leaves may have leading axes, such as that of the seeds. Raises
-    InputError where there is no LSTM layer: no other cell has a forget gate of this kind.
+    With a large bias the LSTM starts by remembering; 1 is usual (Gers et al. 2000; Jozefowicz et al. 2015, "An
+    Empirical Exploration of Recurrent Network Architectures"). Every LSTM layer of a network is changed, and nothing
+    else; leaves may have leading axes, such as the seed axis. Raises InputError where there is no LSTM layer, because
+    no other cell has a forget gate of this kind.
     """
     name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
     shapes = {name(path): jnp.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}
@@ -310,12 +318,12 @@ def _is_lstm(kernel: tuple[int, ...] | None, own_bias: bool) -> bool:
 class SequenceClassifier(nn.Module):
     """Embedding, recurrent layers and a linear layer on the last valid state: tokens int [B, T] -> logits [B, classes].
 
-    embedding: width of a token's vector. The other fields are those of `Recurrent`.
+    The other fields and `lengths` are those of `Recurrent`; dropout acts on the last state too.
     """
 
     vocabulary: int
     classes: int
-    embedding: int
+    embedding: int  # width of a token's vector
     hidden: int
     layers: int = 1
     cell: Cell = LSTM
@@ -334,9 +342,9 @@ class SequenceClassifier(nn.Module):
 
 
 class SequenceTagger(nn.Module):
-    """Recurrent layers and a linear layer on every output: x [B, T, D] -> float32 [B, T, outputs], and the last state.
+    """Recurrent layers and a linear layer on every output: x [B, T, D] -> float32 [B, T, outputs], and the last carry.
 
-    The fields and the state are those of `Recurrent`; dropout acts on the last layer's outputs too.
+    The other fields and `carry` are those of `Recurrent`; dropout acts on the outputs of the last layer too.
     """
 
     outputs: int
@@ -355,9 +363,10 @@ class SequenceTagger(nn.Module):
 
 
 class CharLM(nn.Module):
-    """A language model of characters: tokens int [B, T] -> logits of the next ones [B, T, V], and the carried state.
+    """A language model of characters: tokens int [B, T] -> logits [B, T, V] of the next characters, and the last carry.
 
-    The state after one piece of text, given back as `carry`, continues it. The fields are those of `SequenceTagger`.
+    Pass the carry that was returned for one piece of a text with the next piece. The other fields are those of
+    `SequenceTagger`.
     """
 
     vocabulary: int
@@ -374,7 +383,7 @@ class CharLM(nn.Module):
         return tagger(x, carry, train=train)
 
     def initial_carry(self, batch: int) -> Carry:
-        """Zeros for `batch` texts."""
+        """The carry before the first character, zeros, for `batch` texts."""
         return initial_carry(self.cell, self.hidden, self.layers, batch)
 
 

@@ -11,13 +11,14 @@ from jax.typing import DTypeLike
 from dl_jax.core.errors import require_positive, require_probability
 from dl_jax.models import ops
 
-small = nn.initializers.normal(0.01)  # of all weights: the paper's supplement, A.1
+small = nn.initializers.normal(0.01)  # initialises all weights (the paper's supplement, A.1)
 
 
 class CausalConv(nn.Module):
-    """A dilated convolution over the present and the past, [B, T, C] -> [B, T, features], with a normalised weight.
+    """A causal, dilated convolution with weight normalisation: [B, T, C] -> [B, T, features].
 
-    The kernel is scale · v / |v|, one norm and scale per output channel (Salimans & Kingma 2016, arXiv:1602.07868).
+    The kernel is scale · v / |v|, with one norm and scale per output channel (Salimans & Kingma 2016,
+    arXiv:1602.07868).
     """
 
     features: int
@@ -44,7 +45,10 @@ class CausalConv(nn.Module):
 
 
 class Block(nn.Module):
-    """Two causal convolutions, each with ReLU and dropout, beside a shortcut; then ReLU (figure 1b)."""
+    """A residual block: two causal convolutions, each followed by ReLU and dropout, a shortcut, and ReLU (figure 1b).
+
+    Takes [B, T, C] and returns [B, T, features].
+    """
 
     features: int
     taps: int
@@ -64,20 +68,17 @@ class Block(nn.Module):
 
 
 class TCN(nn.Module):
-    """Causal convolutions with dilations 1, 2, 4 ..., and a linear layer: x [B, T, D] -> float32 [B, T, outputs].
+    """Residual blocks with dilations 1, 2, 4 ..., and a linear layer: x [B, T, D] -> float32 [B, T, outputs].
 
-    Output t depends on the last `receptive_field` inputs up to t. hidden: channels. levels: residual blocks. taps: of
-    each kernel. dropout: probability that a channel of a sequence is dropped in training (needs the random stream
-    "dropout").
-
-    Raises InputError for no channels, blocks or taps, and for a dropout outside [0, 1).
+    Output t depends on inputs t - receptive_field + 1 to t. Dropout uses the random stream "dropout". Raises InputError
+    where `hidden`, `levels` or `taps` is below 1, and for a dropout outside [0, 1).
     """
 
     outputs: int
-    hidden: int
-    levels: int
-    taps: int
-    dropout: float = 0.0
+    hidden: int  # channels of each convolution
+    levels: int  # residual blocks
+    taps: int  # size of each kernel
+    dropout: float = 0.0  # probability that a channel of a sequence is dropped in training
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -90,7 +91,8 @@ class TCN(nn.Module):
 
     @property
     def receptive_field(self) -> int:
-        """Steps: 1 and, in each of two convolutions per level, (taps − 1) · dilation more."""
+        """The number of input steps that an output depends on."""
+        # The current step, and (taps − 1) · dilation more for each of the two convolutions of a level.
         return 1 + 2 * (self.taps - 1) * (2**self.levels - 1)
 
 

@@ -1,1 +1,1 @@
-"""Networks that read images."""
+"""Image classifiers."""

@@ -1,8 +1,8 @@
 """The LeNets: LeNet-5 as published, its Caffe variant and LeNet-300-100.
 
 LeCun, Bottou, Bengio and Haffner, "Gradient-based learning applied to document recognition", Proceedings of the IEEE
-86(11), 1998, section II, and for the two that the pruning papers use Han, Pool, Tran and Dally, "Learning both weights
-and connections for efficient neural networks", NIPS 2015, section 4.1.
+86(11), 1998, section II. The Caffe variant and LeNet-300-100 are the networks of the pruning papers: Han, Pool, Tran
+and Dally, "Learning both weights and connections for efficient neural networks", NIPS 2015, section 4.1.
 """
 
 import functools
@@ -20,7 +20,7 @@ from dl_jax.losses.inputs import at_least_float32, class_numbers
 from dl_jax.models import ops
 from dl_jax.models.vision.mlp import MLP
 
-# Table I: the maps of S2 that each of the 16 maps of C3 sees.
+# Table I: for each of the 16 maps of C3, the maps of S2 that it is connected to.
 C3_INPUTS = (
     *((0, 1, 2), (1, 2, 3), (2, 3, 4), (3, 4, 5), (0, 4, 5), (0, 1, 5)),
     *((0, 1, 2, 3), (1, 2, 3, 4), (2, 3, 4, 5), (0, 3, 4, 5), (0, 1, 4, 5), (0, 1, 2, 5)),
@@ -28,8 +28,8 @@ C3_INPUTS = (
     (0, 1, 2, 3, 4, 5),
 )
 
-# The digits 0 to 9 on 7 x 12 pixels as they are commonly read from Figure 3 (the paper prints no numbers): ink +1,
-# paper -1.
+# The digits 0 to 9 as 7 x 12 pixels, as they are commonly read from Figure 3 (the paper prints no numbers). "#" is ink
+# (+1), "." is paper (-1).
 DIGITS = """
 .#####. ...##.. .#####. ####### .#####. .#####. ..####. ####### .#####. .#####.
 ....... ..###.. ....... .....## ....... ....... .##.... .....## ##...## ##..###
@@ -47,18 +47,18 @@ DIGITS = """
 
 
 def digit_codes() -> np.ndarray:
-    """The target of F6 for each digit [10, 84] in {-1, +1}: the pixels of its drawing, row by row."""
+    """The target of the layer F6 for each digit, [10, 84] in {-1, +1}: the pixels of `DIGITS`, row by row."""
     columns = zip(*(line.split() for line in DIGITS.strip().splitlines()), strict=True)
     return np.array([[1.0 if pixel == "#" else -1.0 for pixel in "".join(rows)] for rows in columns], np.float32)
 
 
 def squash(x: jax.Array) -> jax.Array:
-    """The paper's sigmoid A tanh(S a) with f(1) = 1 and f(-1) = -1 (equation 6 and appendix A)."""
+    """The paper's sigmoid f(a) = A tanh(S a), with f(1) = 1 and f(-1) = -1 (equation 6 and appendix A)."""
     return 1.7159 * jnp.tanh(2 / 3 * x)
 
 
 def fan_in_uniform(fan_in: int | np.ndarray) -> nn.initializers.Initializer:
-    """Weights uniform in [-2.4 / F, 2.4 / F], F the number of inputs of the unit (appendix A)."""
+    """An initialiser that draws uniformly from [-2.4 / F, 2.4 / F], where F is the fan-in of the unit (appendix A)."""
 
     def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -2.4, 2.4) / fan_in
@@ -67,7 +67,10 @@ def fan_in_uniform(fan_in: int | np.ndarray) -> nn.initializers.Initializer:
 
 
 class Subsampling(nn.Module):
-    """S2 and S4: 2 x 2 inputs added, times a trainable coefficient, plus a trainable bias, one pair for each map."""
+    """The layers S2 and S4: sums of 2 x 2 inputs, times a trainable scale, plus a trainable bias, for each map.
+
+    Takes [B, H, W, C] and returns [B, H / 2, W / 2, C].
+    """
 
     dtype: DTypeLike = jnp.float32
 
@@ -80,9 +83,10 @@ class Subsampling(nn.Module):
 
 
 class TableConv(nn.Module):
-    """C3: a 5 x 5 convolution in which each output map sees only some of the input maps.
+    """The layer C3: a 5 x 5 convolution in which each output map is connected to some of the input maps only.
 
-    The parameters are the kernels of the connections that exist, [5, 5, 60] in the order of the table.
+    `inputs` lists the input maps of each output map. The parameter `kernel` holds one 5 x 5 kernel per connection,
+    [5, 5, 60] in the order of `inputs`. Takes [B, H, W, C] and returns [B, H - 4, W - 4, len(inputs)].
     """
 
     inputs: tuple[tuple[int, ...], ...]
@@ -95,21 +99,21 @@ class TableConv(nn.Module):
         fan_in = np.array([25 * len(sources) for sources in self.inputs for _ in sources])
         kernel = self.param("kernel", fan_in_uniform(fan_in), (5, 5, len(slots)))
         bias = self.param("bias", nn.initializers.zeros, (maps_out,))
-        place = np.eye(maps_in * maps_out, dtype=np.float32)[slots]  # one 1 in each row: the product only copies
+        place = np.eye(maps_in * maps_out, dtype=np.float32)[slots]  # one-hot rows: the product copies each kernel
         dense = jnp.matmul(kernel, place, precision="highest").reshape(5, 5, maps_in, maps_out).astype(self.dtype)
         image = ops.conv_general_dilated(image, dense, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
         return image + bias.astype(self.dtype)
 
 
 class LeNet5(nn.Module):
-    """LeNet-5 as published: 60,000 parameters, [B, 28, 28, 1] or [B, 32, 32, 1] in, logits [B, 10] out.
+    """LeNet-5 as published, with 60,000 parameters: image [B, 28, 28, 1] or [B, 32, 32, 1] -> logits [B, 10].
 
-    Intensities in [0, 1], ink high, go to the paper's levels -0.1 (background) and 1.175 (ink); an image of 28 pixels
-    gets a border of two pixels of background. Every layer up to F6 is squashed, the subsampling ones too. A logit is
-    minus the squared Euclidean distance between F6 and the fixed code of the class (equation 7). Weights start as in
-    appendix A, biases at zero.
+    Intensities from 0 (background) to 1 (ink) are mapped to the paper's levels, -0.1 to 1.175, and an image of 28
+    pixels is padded with two pixels of background on each side. Every layer up to F6, including the subsampling layers,
+    is followed by `squash`. A logit is minus the squared Euclidean distance between the output of F6 and the fixed code
+    of the class (equation 7). Weights are initialised as in appendix A, biases at zero.
 
-    Raises InputError for another image shape, and for `classes` other than 10: the paper has codes for characters.
+    Raises InputError for another image shape, and for `classes` other than 10, as only digits have codes here.
     """
 
     classes: int = 10
@@ -139,7 +143,7 @@ class LeNet5(nn.Module):
         x = squash(Subsampling(self.dtype, name="S2")(x))  # [B, 14, 14, 6]
         x = squash(TableConv(C3_INPUTS, self.dtype, name="C3")(x))  # [B, 10, 10, 16]
         x = squash(Subsampling(self.dtype, name="S4")(x))  # [B, 5, 5, 16]
-        x = x.reshape(x.shape[0], 400)  # C5's 5 x 5 kernels see the whole of S4: a dense layer
+        x = x.reshape(x.shape[0], 400)  # C5's 5 x 5 kernels cover the whole of S4, so C5 is a dense layer
         x = squash(nn.Dense(120, dtype=self.dtype, kernel_init=fan_in_uniform(400), name="C5")(x))
         x = squash(nn.Dense(84, dtype=self.dtype, kernel_init=fan_in_uniform(120), name="F6")(x))
         return -((x.astype(jnp.float32)[:, None] - digit_codes()) ** 2).sum(-1)
@@ -148,9 +152,10 @@ class LeNet5(nn.Module):
 def map_loss(logits: jax.Array, labels: jax.Array, rubbish: float) -> jax.Array:
     """The paper's discriminative criterion (equation 9): y_D + log(exp(-j) + sum_i exp(-y_i)) for y = -logits.
 
-    logits [B, classes], labels [B] integers; gives [B], in float32 or better, NaN where a label is outside
-    [0, classes). `rubbish` is j > 0, the penalty of a class of no digit: it stops the pushing up of penalties that are
-    large already. The paper gives no value. Raises InputError where shapes or dtypes do not fit.
+    Takes logits [B, classes] and int labels [B], and returns losses [B] in float32 or better, NaN where a label is
+    outside [0, classes). `rubbish` is the paper's constant j > 0, the penalty of a class for images of no digit: it
+    keeps penalties that are already large from growing further. The paper gives no value for it. Raises InputError
+    where shapes or dtypes do not fit.
     """
     require_labels("map_loss", logits, labels)
     logits, labels = at_least_float32(logits), class_numbers(labels, logits.shape[-1])
@@ -159,9 +164,10 @@ def map_loss(logits: jax.Array, labels: jax.Array, rubbish: float) -> jax.Array:
 
 
 class LeNetCaffe(nn.Module):
-    """LeNet-5 as Caffe ships it: 20C5-MP2-50C5-MP2-500-10, ReLU after the hidden dense layer only.
+    """LeNet-5 as Caffe ships it, 20C5-MP2-50C5-MP2-500-10: image [B, H, W, C] -> logits [B, classes].
 
-    431,080 parameters for [B, 28, 28, 1]. Kernels start uniform in +-sqrt(3 / fan-in), Caffe's "xavier".
+    Only the hidden dense layer has a ReLU. There are 431,080 parameters for images of 28 x 28 pixels and 10 classes.
+    Kernels are initialised uniformly in ±sqrt(3 / fan-in), Caffe's "xavier".
     """
 
     classes: int = 10

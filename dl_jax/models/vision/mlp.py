@@ -12,17 +12,16 @@ from dl_jax.core.errors import require_positive, require_probability
 
 
 class MLP(nn.Module):
-    """Fully connected layers with ReLU, each followed by dropout, then a linear layer that gives the logits.
+    """Dense layers with ReLU and dropout, and a linear layer: image [B, H, W, C] -> float32 logits [B, classes].
 
-    hidden: units of each hidden layer. dropout, input_dropout: probability that a hidden unit, an input is dropped in
-    training (needs the random stream "dropout"). Raises InputError where these are outside [0, 1), and for a layer
+    Dropout uses the random stream "dropout". Raises InputError for a probability outside [0, 1), and for a layer
     without units.
     """
 
-    hidden: tuple[int, ...]
+    hidden: tuple[int, ...]  # units of each hidden layer
     classes: int = 10
-    dropout: float = 0.0
-    input_dropout: float = 0.0
+    dropout: float = 0.0  # probability that a hidden unit is dropped in training
+    input_dropout: float = 0.0  # probability that a pixel is dropped in training
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
