@@ -11,9 +11,10 @@ once the bias of this class is corrected. A seed takes some 40 minutes on a CPU 
 As in the paper: the networks, dropout, a bound on the weights, jitter of two pixels, and the temperature 20. The paper
 does not give the optimiser, the batch size, the number of epochs, the value of the bound and the weight of the hard
 labels. Ours are SGD with momentum and a cosine schedule, the bound of the dropout paper (squared norm 15), and a weight
-of 0.1. They were fixed before the first run. The paper chooses the bias of the unseen class by the test error. Ours is
-chosen so that threes are predicted on the training digits as often as they occur there; the paper's choice is reported
-beside it (`bias_tuned_on_test`).
+of 0.1. They were fixed before the first run. The gradient is clipped, which was chosen on validation digits: without
+it, training diverges at twice the learning rate. The paper chooses the bias of the unseen class by the test error. Ours
+is chosen so that threes are predicted on the training digits as often as they occur there; the paper's choice is
+reported beside it (`bias_tuned_on_test`).
 """
 
 import dataclasses
@@ -47,6 +48,7 @@ class Config:
     batch_size: Positive[int] = 250  # examples per step, over all devices
     learning_rate: Positive[float] = 0.1  # peak learning rate
     momentum: Probability = 0.9  # momentum of SGD
+    clip: Positive[float] = 1.0  # largest norm of the gradient
     dropout: Probability = 0.5  # probability that the teacher drops a hidden unit
     input_dropout: Probability = 0.2  # probability that the teacher drops a pixel
     max_norm: Positive[float] = 15**0.5  # largest norm of the incoming weights of each unit of the teacher
@@ -117,7 +119,8 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     def trained(name: str, model: MLP, loss: Loss, sets: Sequence[Columns], epochs: int, *last) -> Tree:
         """Trains `model` on the set of each seed, with the transforms `last` after SGD. Returns variables [S, ...]."""
         steps = epochs * len(sets[0]["label"]) // cfg.batch_size
-        tx = optax.chain(optax.sgd(optim.warmup_cosine(cfg.learning_rate, steps), cfg.momentum), *last)
+        sgd = optax.sgd(optim.warmup_cosine(cfg.learning_rate, steps), cfg.momentum)
+        tx = optax.chain(optax.clip_by_global_norm(cfg.clip), sgd, *last)
         states = start(model, tx, *keys_of(model, run.seeds), jnp.zeros((1, 28, 28, 1)))
         pairs = zip(sets, run.seeds, strict=True)
         stream = data.per_seed([data.shuffled(records, cfg.batch_size, seed) for records, seed in pairs])

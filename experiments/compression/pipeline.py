@@ -54,6 +54,7 @@ class Config:
     learning_rate: Positive[float] = 0.1  # peak learning rate of the teacher
     prune_rate: Positive[float] = 0.05  # peak learning rate of the pruned network
     momentum: Probability = 0.9  # momentum of SGD
+    clip: Positive[float] = 1.0  # largest norm of the gradient
     prune_every: Positive[int] = 100  # train steps between two prunings
     sparsity: Probability = 0.9  # fraction of each layer's weights that is pruned
     temperature: Positive[float] = 4.0  # temperature of the soft targets
@@ -108,8 +109,10 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
 
     hard, soft = classify.loss(model.apply), distill.loss(model.apply, cfg.temperature)
     taught_loss = losses.weighted_sum({"soft": (1.0, soft), "hard": (cfg.hard_weight, hard)})
-    teacher_tx = optax.sgd(optim.warmup_cosine(cfg.learning_rate, cfg.steps), cfg.momentum)
+    clip = optax.clip_by_global_norm(cfg.clip)
+    teacher_tx = optax.chain(clip, optax.sgd(optim.warmup_cosine(cfg.learning_rate, cfg.steps), cfg.momentum))
     pruned_tx = optax.chain(
+        clip,
         optax.sgd(optim.warmup_cosine(cfg.prune_rate, cfg.prune_steps), cfg.momentum),
         prune.magnitude(prune.cubic(cfg.sparsity, 0, cfg.prune_steps // 2), cfg.prune_every),
     )

@@ -51,6 +51,7 @@ class Config:
     learning_rate: Positive[float] = 0.1  # peak learning rate of the dense network
     retrain: Positive[float] = 0.1  # peak learning rate after each pruning, as a fraction of `learning_rate`
     momentum: Probability = 0.9  # momentum of SGD
+    clip: Positive[float] = 1.0  # largest norm of the gradient
     weight_decay: NonNegative[float] = 5e-4  # L2 penalty on the weights, not the biases, of the dense network
     retrain_weight_decay: NonNegative[float] = 1e-4  # L2 penalty on the weights after pruning
 
@@ -58,7 +59,7 @@ class Config:
 PRESETS = {
     "paper": Config(),
     "lenet5": Config(convolutional=True, kept=(0.66, 0.12, 0.08, 0.19), steps=10_000, round_steps=2500,
-                     learning_rate=0.02),
+                     learning_rate=0.02, clip=100.0),
     "quick": Config(dataset="digits", steps=800, round_steps=300),
     "smoke": Config(dataset="digits", train_split="train[:64]", test_split="test[:40]", steps=2, rounds=2,
                     round_steps=1, batch_size=16),
@@ -101,7 +102,8 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     test_of = evaluator(classify.evaluation(model.apply), test, cfg.batch_size, key_test)
 
     def training(decay: float, rate: float, steps: int, *last: optax.GradientTransformation):
-        tx = optax.chain(optax.sgd(optim.warmup_cosine(rate, steps), cfg.momentum), *last)
+        sgd = optax.sgd(optim.warmup_cosine(rate, steps), cfg.momentum)
+        tx = optax.chain(optax.clip_by_global_norm(cfg.clip), sgd, *last)
         step = per_seed(make_step(losses.l2(classify.loss(model.apply), decay), tx))
 
         def learn(name: str, variables: Tree, begin: int) -> Tree:

@@ -52,6 +52,7 @@ class Config:
     learning_rate: Positive[float] = 0.1  # peak learning rate of the first training
     tuning_rate: Positive[float] = 0.02  # peak learning rate of the second training
     momentum: Probability = 0.9  # momentum of SGD
+    clip: Positive[float] = 1.0  # largest norm of the gradient
     bits: Distinct[Bits] = (8, 4, 2)  # numbers of bits of a weight
     activation_bits: Bits = 8  # bits of an activation
     calibration: Positive[int] = 1000  # training examples on which the ranges of the activations are calibrated
@@ -104,7 +105,8 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
 
     def learn(name: str, loss: Loss, variables: Tree, rate: float, begin: int, steps: int) -> Tree:
         """Trains `variables` [S, ...] on the batches from step `begin` on. Returns the variables [S, ...]."""
-        tx = optax.sgd(optim.warmup_cosine(rate, steps), cfg.momentum)
+        sgd = optax.sgd(optim.warmup_cosine(rate, steps), cfg.momentum)
+        tx = optax.chain(optax.clip_by_global_norm(cfg.clip), sgd)
         step, states = per_seed(make_step(loss, tx)), init_states(key, variables, tx)
         return fit(step, states, stream.later(begin), steps=steps, run=run / name).variables
 
