@@ -133,6 +133,7 @@ def lstm_step():
 
 
 def language_step(cell: Cell):
+    """A train step of a character language model with Adam, and its initial state."""
     model = CharLM(VOCABULARY, HIDDEN, layers=2, cell=cell)
 
     def loss(variables, batch, key):

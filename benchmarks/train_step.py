@@ -86,6 +86,7 @@ def from_disk() -> Block:
 
 
 def stream() -> data.Stream:
+    """Shuffled batches of `memory_mapped` columns."""
     return data.shuffled(memory_mapped(), BATCH, seeds=0)
 
 
@@ -197,6 +198,7 @@ class Row(NamedTuple):
 
 
 def rows(times: dict[str, Times], torch: bool) -> list[Row]:
+    """The rows of the table that compare contestants, with those against PyTorch if `torch`."""
     table = [
         Row(f"fit / bare step, {name}", f"{ratio(times[f'{name} fit'], times[f'{name} bare']):.3f}", "<= 1.03")
         for name in ("MLP", "LeNet-5")

@@ -38,8 +38,8 @@ class Info:
     version: str
     splits: Mapping[str, int]  # number of examples of each split
     features: Mapping[str, Feature]  # by column; nested names are joined by "/"
-    classes: int | None  # number of classes of the label; None if there is no class label or no single one
-    class_names: tuple[str, ...]  # of these classes, () if there are none
+    classes: int | None  # number of classes; None if there is no class label, or several of which none is the target
+    class_names: tuple[str, ...]  # names of these classes, () if there are none
 
 
 def info(name: str, data_dir: str | None = None, cache_dir: str | None = None) -> Info:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-COPY = 150  # multiply-adds that take as long as copying one number into a tile; flat around the optimum
+COPY = 150  # time to copy a number into a tile, in multiply-adds; the speed changes little around this value
 
 
 def conv_general_dilated(
@@ -127,7 +127,7 @@ def _banded_product(
     outputs = min(range(1, width + 1), key=cost)
     columns, tiles = pixels(outputs), math.ceil(width / outputs)
     lefts = [tile * outputs * strides[1] for tile in range(tiles)]
-    overhang = lefts[-1] + columns - image.shape[2] - sum(padding[1])  # of the last tile
+    overhang = lefts[-1] + columns - image.shape[2] - sum(padding[1])  # pixels of the last tile beyond the image
     edges = ((0, 0, 0), (*padding[0], 0), (padding[1][0], padding[1][1] + overhang, 0), (0, 0, 0))
     image = lax.pad(image, jnp.zeros((), image.dtype), edges)
     rows = jnp.stack([image[:, :, left : left + columns] for left in lefts], 2).reshape(*image.shape[:2], tiles, -1)

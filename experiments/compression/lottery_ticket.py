@@ -52,7 +52,7 @@ class Config:
     batch_size: Positive[int] = 60  # examples per step
     learning_rate: Positive[float] = 1.2e-3  # learning rate of Adam
     prune: Probability = 0.2  # fraction of a layer's remaining weights that is pruned after each round
-    prune_output: Probability = 0.1  # the same fraction for the output layer
+    prune_output: Probability = 0.1  # fraction of the output layer's remaining weights that is pruned after each round
     watch_every: Positive[int] = 100  # steps between measurements of the validation loss
     scan: Positive[int] = 10  # steps per call of the compiled program; must divide `steps` and `watch_every`
 

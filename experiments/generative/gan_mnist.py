@@ -54,7 +54,7 @@ class Config:
     test_split: str = "test"  # TFDS split to test on
     noise: Positive[int] = 100  # units of the generator's input noise
     generator_hidden: tuple[Positive[int], ...] = (1200, 1200)  # ReLU units of each hidden layer of the generator
-    discriminator_hidden: tuple[Positive[int], ...] = (240, 240)  # maxout units of each hidden layer
+    discriminator_hidden: tuple[Positive[int], ...] = (240, 240)  # maxout units of each layer of the discriminator
     pieces: Positive[int] = 5  # linear functions per maxout unit
     steps: Positive[int] = 125_000  # train steps of each network: 250 epochs of 50,000 digits
     batch_size: Positive[int] = 100  # real images per step and seed, over all devices, and as many generated ones

@@ -52,7 +52,7 @@ class Config:
     train_split: str = "train[:59600]"  # TFDS split to learn from
     test_split: str = "test"  # TFDS split to test on
     vae_samples: tuple[Positive[int], ...] = (1, 5, 50)  # samples k of z per image and step; one VAE for each k
-    iwae_samples: tuple[Positive[int], ...] = (5, 50)  # the same for the IWAEs; for k = 1 the IWAE equals the VAE
+    iwae_samples: tuple[Positive[int], ...] = (5, 50)  # samples k of z per image and step; one IWAE for each k
     hidden: tuple[Positive[int], ...] = (200, 200)  # tanh units of each layer of the encoder, and of the decoder
     latents: Positive[int] = 50  # units of z
     stages: Some[tuple[Positive[int], Positive[float]]] = STAGES  # steps and learning rate of each stage

@@ -46,10 +46,10 @@ class Config:
     clip: Positive[float] = 5.0  # largest norm of the gradient; without, twice the learning rate diverges on other data
     rubbish: Positive[float] = 10.0  # penalty of the class for images of no digit, j in the paper's equation 9
     degrees: NonNegative[float] = 5.0  # largest rotation of a distorted digit; degrees
-    scale: Probability = 0.1  # largest change of its size; fraction
-    squeeze: Probability = 0.1  # largest change of its width against its height; fraction
-    shear: NonNegative[float] = 0.15  # largest slant; pixels to the right per pixel upwards
-    translate: NonNegative[float] = 1.5  # largest shift; pixels
+    scale: Probability = 0.1  # largest change of the size of a distorted digit; fraction
+    squeeze: Probability = 0.1  # largest change of the width of a distorted digit against its height; fraction
+    shear: NonNegative[float] = 0.15  # largest slant of a distorted digit; pixels to the right per pixel upwards
+    translate: NonNegative[float] = 1.5  # largest shift of a distorted digit; pixels
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # type of activations; parameters are float32
     watch_every: Positive[int] = 1875  # steps between measurements of the test error, which nothing is selected on
 

@@ -77,7 +77,7 @@ def test_a_window_that_is_a_first_one_starts_anew_row_by_row(char_lm, params):
 
 
 def test_no_gradient_crosses_a_window(char_lm, step, params):
-    """A second step's gradient is that of two windows with the first one's carry held fast, not that through both."""
+    """The gradient of a second step takes the carry of the first window as constant: it does not flow through both."""
     first, second = (jax.tree.map(jnp.asarray, text.windows(IDS, 4, 5, seeds=0)(i)) for i in (1, 2))
     state, move = (
         init_state(KEYS[0], {"params": params, "carry": {"layers": MODEL.initial_carry(4)}}, TX),

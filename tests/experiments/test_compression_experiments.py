@@ -57,7 +57,7 @@ def test_the_convolutional_network_is_pruned_too(load_experiment):
 
 
 class History:
-    """A run that reported these."""
+    """A run that has reported these metrics."""
 
     def __init__(self, reported):
         self.reported = reported

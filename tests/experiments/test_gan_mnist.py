@@ -34,7 +34,7 @@ def players(experiment, dropout=0.5):
 
 @pytest.fixture(scope="module")
 def states(experiment):
-    """Of three seeds."""
+    """States of three seeds."""
     two, keys = players(experiment), jax.random.split(jax.random.key(1), 3)
     return jax.jit(jax.vmap(lambda key: experiment.begin(two, key)))(keys)
 
@@ -50,7 +50,7 @@ def step(experiment):
 
 
 def test_a_step_is_two_updates(experiment, state):
-    """Written out: the discriminator's with the old generator, the generator's with the new discriminator."""
+    """Both updates written out: the discriminator's uses the old generator, the generator's the new discriminator."""
     two, tx = players(experiment, dropout=0.0), optax.adam(0.01)
     new, metrics = jax.jit(experiment.adversarial(two))(state, {"image": REAL})
     probability = lambda d, image: jax.nn.sigmoid(two.discriminator.apply({"params": d}, image, train=False))
@@ -82,7 +82,7 @@ def test_a_step_is_two_updates(experiment, state):
 
 @pytest.mark.parametrize(("idle", "busy"), [("generator", "discriminator"), ("discriminator", "generator")])
 def test_a_player_is_moved_by_its_own_loss_alone(experiment, state, idle, busy, monkeypatch):
-    """With the other loss alone, neither its parameters nor its optimiser's moments change."""
+    """The loss of one network changes neither the parameters nor the optimiser's moments of the other."""
     monkeypatch.setattr(experiment, f"{idle}_loss", lambda players, params, *rest: 0.0)
     new, _ = jax.jit(experiment.adversarial(players(experiment)))(state, {"image": REAL})
     jax.tree.map(np.testing.assert_array_equal, new.params[idle], state.params[idle])
@@ -137,14 +137,14 @@ def test_parzen_window_against_float64(experiment):
 
 
 def test_the_papers_batch_runs_on_eight_devices(experiment):
-    """On five of them: 100 is no multiple of 8."""
+    """It runs on five of eight devices, as 100 is not a multiple of 8."""
     assert jax.device_count() == 8
     config = dataclasses.replace(experiment.PRESETS["smoke"], train_split="train[:128]", batch_size=100)
     assert np.isfinite(experiment.main(config, Run())["parzen/gan"])
 
 
 def test_an_untrained_net_does_not_meet_the_bars(experiment):
-    """Without a step the two generators are one; a seed's samples and real digits are its own."""
+    """Before any step the two generators are equal; each seed has its own samples and real digits."""
     changes = {"train_split": "train", "test_split": "test", "samples": 200, "steps": 0}
     config = dataclasses.replace(experiment.PRESETS["smoke"], **changes)
     found = experiment.main(config, Run(settings=Settings(seeds=(0, 1))))

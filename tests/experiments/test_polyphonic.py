@@ -45,12 +45,12 @@ def together(run_seeds):
 
 
 def linear(variables, frames, train, rngs=None):
-    """The next frame's logits from this one alone."""
+    """A network whose logits of the next frame depend only on the current frame."""
     return frames @ jnp.asarray(variables, jnp.float32)
 
 
 def nll_of_row(row):
-    """Frame by frame and key by key, in float64."""
+    """The reference: the likelihood frame by frame and key by key, in float64."""
     total = 0.0
     for t in range(BATCH["length"][row] - 1):
         p = 1 / (1 + np.exp(-(NOTES[row, t].astype(np.float64) @ WEIGHTS)))

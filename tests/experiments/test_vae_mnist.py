@@ -58,7 +58,7 @@ def together(run_seeds):
 
 
 def test_adam_is_the_authors(experiment):
-    """Their update in float64: moments from 0 and 1, ε added to the root of the second moment as it is.
+    """The authors' update in float64: moments from 0 and 1, ε added to the root of the uncorrected second moment.
 
     Optax corrects the second moment before it adds ε: the difference is ε (1 − √(1 − β2^t)) of the root, at most.
     """
@@ -98,7 +98,7 @@ def test_pixels_are_drawn_anew_with_their_grey_level(experiment):
 
 
 def test_what_a_seed_gives_does_not_depend_on_those_beside_it(run_seeds, together):
-    """Nor do its test pixels and samples."""
+    """A seed's test pixels and samples do not depend on the other seeds either."""
     (first, _), (second, _) = together, run_seeds(SEEDS[1], 6)
     for name, values in first.items():
         np.testing.assert_allclose(values[1], second[name][0], rtol=1e-4)
@@ -106,7 +106,7 @@ def test_what_a_seed_gives_does_not_depend_on_those_beside_it(run_seeds, togethe
 
 
 def test_no_key_serves_twice(together):
-    """Not in the start, the training, the test and the images of a seed, and not in those of another seed."""
+    """The start, the training, the test and the images of each seed all use different keys."""
     _, keys = together
     assert len(keys) == 2 + 1 + 4 * 8
     assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == len(keys)

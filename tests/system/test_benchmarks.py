@@ -15,7 +15,7 @@ from dl_jax.models.vision.mlp import MLP
 
 @pytest.fixture(scope="module")
 def torch():
-    """PyTorch. Its threads would spin while they wait for each other."""
+    """PyTorch with one thread: its threads would spin while they wait for each other."""
     torch = pytest.importorskip("torch", reason="the benchmarks compare with PyTorch, which is not installed")
     torch.set_num_threads(1)
     return torch
@@ -79,7 +79,7 @@ def test_language_models(torch, twins, cell):
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_every_problem_takes_a_step(name):
-    """Traced, not run: the benchmark itself does that."""
+    """The steps are traced but not run; the benchmark runs them."""
     steps = []
 
     def start():

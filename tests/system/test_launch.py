@@ -298,7 +298,7 @@ def test_a_folder_of_before_seeds_were_part_of_a_run_is_refused_in_one_line(call
 
 
 def test_a_checkpoint_of_before_states_had_a_seed_axis_is_refused_in_one_line(tmp_path):
-    """Its leaves are [...], ours [S, ...]."""
+    """The leaves of the checkpoint are [...], those of the present state [S, ...]."""
     state = init_state(jax.random.key(0), {"params": {"w": jnp.zeros(2)}}, optax.adam(0.1))
     with contextlib.closing(checkpoint.Checkpoints(str(tmp_path / "checkpoints"))) as checkpoints:
         checkpoints.save(5, {"state": state, "stop": {}})

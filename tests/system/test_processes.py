@@ -42,7 +42,7 @@ class Pair(NamedTuple):
     ending: list[Future[End]]
 
     def wait_for(self, path: Path, seconds: float) -> None:
-        """Until there is something in a file that a process writes."""
+        """Waits until a file that a process writes is not empty."""
         deadline = time.monotonic() + seconds
         while not (path.exists() and path.read_text()):
             if any(process.poll() is not None for process in self.processes):
@@ -51,7 +51,7 @@ class Pair(NamedTuple):
             time.sleep(0.05)
 
     def ends(self) -> list[End]:
-        """Once both have ended."""
+        """The outputs of both processes, once both have ended."""
         return [each.result(timeout=100) for each in self.ending]
 
 

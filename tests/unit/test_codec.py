@@ -156,7 +156,7 @@ def test_a_shared_sparse_kernel_comes_near_its_entropy() -> None:
 
 
 def test_lenet_300_100_of_the_paper() -> None:
-    """8, 9 and 26 % of the weights are left, 63 values a layer: the paper makes 40 times smaller of it."""
+    """With 8, 9 and 26 % of the weights and 63 values per layer the paper's file is 40 times smaller."""
     tree = {}
     for i, (shape, kept) in enumerate([((784, 300), 0.08), ((300, 100), 0.09), ((100, 10), 0.26)]):
         weights = RNG.laplace(size=shape).astype(np.float32)
@@ -323,7 +323,7 @@ def stream(content: bytes, last: bool = True) -> bytes:
 
 
 def bomb(n: int) -> bytes:
-    """A thousandth of the `n` zeros that it becomes."""
+    """A deflate stream of a thousandth of the size of the `n` zeros that it expands to."""
     coder = zlib.compressobj(9, zlib.DEFLATED, -15)
     data = coder.compress(bytes(n)) + coder.flush()
     assert len(data) < n / 900
@@ -331,7 +331,7 @@ def bomb(n: int) -> bytes:
 
 
 def refused(data: bytes, message: str, limit: int) -> None:
-    """In one line that matches, before memory is taken."""
+    """Checks that `decode` refuses `data` in one line that matches, before it allocates memory."""
     tracemalloc.start()
     try:
         with pytest.raises(InputError, match=message) as caught:
@@ -409,7 +409,7 @@ def test_a_bomb_is_refused_by_what_it_says_of_itself(layout: bytes) -> None:
 @pytest.mark.parametrize("layout", [b"", numbers(2, 10**6) + bomb(10**6), numbers(3, 10**6) + bomb(10**6)])
 @pytest.mark.parametrize("codebook", [b"\x00", b"\x01x"])
 def test_the_memory_of_a_bomb_within_the_limit(layout: bytes, codebook: bytes) -> None:
-    """One-byte numbers, an entry each, take most for a byte of the tree."""
+    """Numbers of one byte that are all entries take the most memory per byte of the tree."""
     data = forged(BYTES + numbers(1, 10**6) + (layout or numbers(0)) + codebook + bomb(10**6))
     tracemalloc.start()
     try:

@@ -191,7 +191,7 @@ def test_a_feature_that_needs_tensorflow_is_refused(root):
 
 
 def test_images_that_are_none_are_refused(root):
-    """The records are whole, what they hold is not what the features say."""
+    """The records are undamaged, but do not hold what the features declare."""
     file = root / "scans" / "1.10.0" / "features.json"
     text = file.read_text().replace('"label"', '"number"')
     file.write_text(text)

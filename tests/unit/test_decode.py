@@ -26,7 +26,7 @@ def renormalised(probabilities, kept):
 
 
 def smallest_nucleus(probabilities, p):
-    """By trying all sets: the fewest tokens with p or more, of those the likeliest."""
+    """The reference tries all sets: the fewest tokens with p or more, and of these sets the most probable."""
     for size in range(1, len(probabilities) + 1):
         best = max(itertools.combinations(range(len(probabilities)), size), key=lambda s: probabilities[list(s)].sum())
         if probabilities[list(best)].sum() >= p:

@@ -85,7 +85,7 @@ class Exported(NamedTuple):
     difference: float
 
     def kinds(self) -> list[str]:
-        """Of all nodes."""
+        """The operators of all nodes of an ONNX graph."""
         import onnx as format
 
         return [node.op_type for node in format.load(self.file).graph.node]

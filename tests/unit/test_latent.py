@@ -32,7 +32,7 @@ def test_bernoulli_sums_to_one():
 
 
 def test_bernoulli_of_a_grey_level_is_minus_the_cross_entropy():
-    """The mean over its two binary values, weighted by the level."""
+    """The expectation over both binary values of a pixel, weighted by its grey level."""
     log_prob = lambda x: latent.bernoulli_log_prob(jnp.array([[0.8]]), jnp.array([[x]]))
     np.testing.assert_allclose(log_prob(0.3), 0.3 * log_prob(1.0) + 0.7 * log_prob(0.0), rtol=1e-6)
 
@@ -124,7 +124,7 @@ X = {linear: jnp.array(linear.x, jnp.float32) for linear in (EXACT, ROUGH)}
 
 
 def rough() -> LatentModel:
-    """q(z | x) is wrong in place and width, and has no correlations."""
+    """An encoder q(z | x) with a wrong mean and variance, and without correlations."""
     return ROUGH.model(ROUGH.posterior_mean() + 0.1, 1.2 / np.diag(ROUGH.precision))
 
 

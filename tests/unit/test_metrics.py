@@ -51,7 +51,7 @@ def padded(logits, labels, size, filler):
 
 
 def reference(logits, labels):
-    """Loops in float64; of equal logits the first is the larger."""
+    """The reference in float64 loops, in which the first of equal logits counts as the larger."""
     confusion, top_2, nats = np.zeros((CLASSES, CLASSES)), 0, 0.0
     for row, label in zip(logits.reshape(-1, CLASSES).astype(np.float64), labels.ravel(), strict=True):
         order = sorted(range(CLASSES), key=lambda c, row=row: (-row[c], c))

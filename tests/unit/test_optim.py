@@ -93,7 +93,7 @@ def test_what_is_not_frozen_is_trained_as_without():
 
 
 def shrunk(z, t, l1, l2):
-    """The new parameters from `z`, reached by the chain before, starting at 0.7."""
+    """The new parameters, where the chain before moves them from 0.7 to `z`."""
     tx = optim.proximal_elastic_net(t, l1, l2, where=everything)
     params = jnp.full_like(z, 0.7)
     updates, _ = tx.update(z - params, tx.init(params), params)  # jitted it would be compiled for each penalty

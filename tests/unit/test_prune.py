@@ -242,7 +242,7 @@ def test_a_pruned_weight_does_not_return_when_more_are_pruned():
 
 @pytest.mark.parametrize("tx", [prune.keep_zeros(), prune.magnitude(lambda step: 0.5)])
 def test_zeros_are_exact_in_the_parameters_own_precision(tx):
-    """Updates of fewer digits than the parameters: -p rounded to them would leave a rest."""
+    """Updates of lower precision than the parameters: -p rounded to it would not give exactly zero."""
     params = {"kernel": jnp.array([1.001, 0.0, 2.003, 3.007, 4.011])}
     state = tx.init(params)
     updates, state = tx.update(jax.tree.map(lambda p: jnp.zeros_like(p, jnp.bfloat16), params), state, params)

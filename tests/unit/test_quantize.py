@@ -35,7 +35,7 @@ def faked(w: np.ndarray, bits: int) -> np.ndarray:
 
 
 def in_float64(w: np.ndarray, bits: int) -> np.ndarray:
-    """The definition, channel by channel."""
+    """The reference: the definition, channel by channel."""
     out = np.empty(w.shape, np.float64)
     for c in range(w.shape[-1]):
         channel = w[..., c].astype(np.float64)

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """What the checks of the whole zoo took for each model, so that a new one's cost is seen."""
+    """Prints the seconds that the checks of all models took for each model, so that the cost of a new one is seen."""
     seconds: collections.Counter[str] = collections.Counter()
     for report in [report for reports in terminalreporter.stats.values() for report in reports]:
         found = re.search(r"test_models\.py::\w+\[(\w+\.\w+\.\w+)\]$", getattr(report, "nodeid", ""))

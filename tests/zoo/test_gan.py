@@ -1,4 +1,4 @@
-"""The two players against numpy."""
+"""The generator and the discriminator against NumPy."""
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ SHAPE = (4, 3, 1)
 
 
 def started(model, x):
-    """The parameters that it starts with."""
+    """The initial parameters of a model."""
     return jit(lambda: model.init(jax.random.key(0), x, train=False))()["params"]
 
 

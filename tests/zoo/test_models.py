@@ -322,7 +322,7 @@ def test_caffe_variant_starts_as_caffes_xavier():
 
 
 def test_caffe_variant_against_numpy():
-    """No ReLU before the first dense layer's."""
+    """There is no ReLU before that of the first dense layer."""
     _, inputs, variables, predict, _ = example("vision.lenet.LeNetCaffe")
     params, x = moved(variables["params"], 0.02), inputs["image"].astype(np.float64)
     for name in ("Conv_0", "Conv_1"):

@@ -61,7 +61,7 @@ def brute_force(image, kernel, strides, padding, dilation):
 
 
 def assert_close(actual, expected):
-    """To 1e-5 of the largest number of the array."""
+    """Compares arrays to 1e-5 of their largest number."""
     for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert one.shape == other.shape
         assert one.dtype == np.float32

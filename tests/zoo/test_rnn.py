@@ -29,7 +29,7 @@ X = draw(3, 6, 4)  # [B, T, D]
 
 
 def carry_of(model, batch=3):
-    """A state that is not zero."""
+    """A random initial state."""
     return jax.tree.map(lambda leaf: draw(*leaf.shape, seed=2), model.initial_carry(batch))
 
 
@@ -91,7 +91,7 @@ def test_a_layer_is_its_equations(cell):
 
 @each_cell
 def test_layers_and_directions_are_layers_side_by_side(cell):
-    """The second layer reads both outputs of the first; backward is forward over the reversed sequence."""
+    """The second layer takes both outputs of the first; backward is forward over the reversed sequence."""
     model = Recurrent(cell, 5, layers=2, bidirectional=True)
     # Weights of up to a third: with larger ones a plain RNN's steps magnify the rounding of the steps before.
     variables, carry = jax.tree.map(lambda leaf: leaf / 3, weights(model)), carry_of(model)
@@ -108,7 +108,7 @@ def test_layers_and_directions_are_layers_side_by_side(cell):
 
 
 def run(cell, kernel, bias, x, state, valid):
-    """`recur` without its own derivative."""
+    """`recur` by plain automatic differentiation, without its custom derivative."""
     outputs = []
     for i in range(len(x)):
         h = jnp.matmul(state[0].astype(kernel.dtype), kernel, preferred_element_type=jnp.float32)
@@ -163,7 +163,7 @@ def test_projections_and_weight_gradients_are_products_over_all_steps(cell):
 
 
 def total(model, variables, x, lengths):
-    """A number that every output that counts goes into, differently."""
+    """A scalar loss to which every valid output contributes with another weight."""
     y, carry = model.apply(variables, x, lengths, train=False)
     return (jnp.sin(y) * draw(x.shape[1], y.shape[-1], seed=7)).sum() + sum(
         jnp.cos(leaf).sum() for leaf in jax.tree.leaves(carry)

@@ -49,7 +49,7 @@ def test_vae_against_numpy():
 
 
 def test_transposed_convolutions_against_brute_force():
-    """Each entry of z's grid paints its 4 x 4 kernel, two pixels from the next, one pixel over the edge."""
+    """Each entry of the input grid adds a 4 x 4 kernel to the output, at steps of two pixels, one over the edge."""
     model = ConvVAE(features=(4, 6), **SMALL)
     variables = drawn(model, SMALL_IMAGE, spread=0.5, train=False)
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"]["decoder"])
@@ -71,7 +71,7 @@ def test_transposed_convolutions_against_brute_force():
 
 
 def test_halving_convolutions_against_brute_force():
-    """Each output sees 4 x 4 pixels, two from the next output's, one over the edge."""
+    """Each output depends on 4 x 4 pixels, at steps of two pixels, one pixel over the edge."""
     model = ConvVAE(features=(4, 6), **SMALL)
     variables = drawn(model, SMALL_IMAGE, spread=0.5, train=False)
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"]["encoder"])

@@ -15,7 +15,7 @@ import numpy as np
 
 from dl_jax.compress.codec.wire import DamagedError, Reader, deflated, integer
 
-BITS = 8  # b
+BITS = 8  # b, bits of a distance
 TRANSPOSED, SPARSE = 1, 2  # bits of a layout. TRANSPOSED: the first axis runs fastest. SPARSE: there are distances.
 
 

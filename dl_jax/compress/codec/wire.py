@@ -49,6 +49,7 @@ class Reader:
         return len(self._data) - self._at
 
     def take(self, n: int) -> bytes:
+        """The next `n` bytes."""
         if n > self.left:
             raise DamagedError(f"{n} bytes expected at byte {self._at}, {self.left} left")
         self._at += n
@@ -65,9 +66,11 @@ class Reader:
         raise DamagedError(f"an integer of more than 63 bits before byte {self._at}")
 
     def block(self) -> bytes:
+        """The content of the next block, as `block` writes it."""
         return self.take(self.integer())
 
     def array(self, n: int, dtype: np.dtype) -> np.ndarray:  # -> [n]
+        """The next `n` numbers, stored as they are."""
         return np.frombuffer(self.take(n * dtype.itemsize), dtype)
 
     def inflated(self, n: int, dtype: np.dtype) -> np.ndarray:  # -> [n]

@@ -87,6 +87,8 @@ class VAE(Autoencoder):
 
 
 class DenseEncoder(nn.Module):
+    """The encoder of `VAE`: image [B, H, W, C] -> [B, outputs]."""
+
     hidden: tuple[int, ...]
     outputs: int
     dtype: DTypeLike
@@ -98,6 +100,8 @@ class DenseEncoder(nn.Module):
 
 
 class DenseDecoder(nn.Module):
+    """The decoder of `VAE`: z [..., L] -> [..., outputs]."""
+
     hidden: tuple[int, ...]
     outputs: int
     output_bias: Initializer
@@ -144,6 +148,8 @@ class ConvVAE(Autoencoder):
 
 
 class ConvEncoder(nn.Module):
+    """The encoder of `ConvVAE`: image [B, H, W, C] -> [B, outputs]."""
+
     features: tuple[int, ...]
     outputs: int
     dtype: DTypeLike
@@ -159,6 +165,8 @@ class ConvEncoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
+    """The decoder of `ConvVAE`: z [..., L] -> [..., H, W, C]."""
+
     smallest: tuple[int, int, int]  # output shape of the dense layer: height, width, features
     features: tuple[int, ...]
     dtype: DTypeLike

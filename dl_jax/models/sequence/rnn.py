@@ -121,6 +121,8 @@ def recur(
 
 
 def _step(cell: Cell, kernel: Array, bias: Array | None) -> Callable[..., tuple[State, Array, Kept]]:
+    """One step of the forward pass: (state, x [B, G H], valid) -> (new state, slopes, kept)."""
+
     def step(state: State, x: Array, valid: Array | None) -> tuple[State, Array, Kept]:
         h = _product(state[0], kernel)
         new, slopes, kept = cell.forward(state, x, h if bias is None else h + bias)
