@@ -91,19 +91,19 @@ def quantized(
     """Writes the float ONNX file `path` with its convolutions and dense layers in int8 to the file `out`.
 
     Their weights are symmetric and scaled per output channel; their inputs and outputs are unsigned and scaled per
-    tensor to the range that they take on `batches`. Everything else stays in float, with conversions around it that a
-    runtime fuses where it can (the QDQ format). What the model loses has to be measured, on the machine that will run
-    it: an x86 CPU without VNNI saturates sums of large products. What runs inside a loop, as a recurrent layer's
-    kernels do, stays in float too.
+    tensor to the range that they take on `batches`. Everything else stays in float, also the kernels of a recurrent
+    layer, which are used inside a loop. The conversions around int8 operations are fused by the runtime where it can
+    (the QDQ format). Measure the accuracy on the machine that will run the model: an x86 CPU without VNNI saturates
+    sums of large products.
 
     Args:
       path: a model as `export` writes it.
       batches: calibration data, the inputs of one call each; some hundred training examples in all.
       out: is replaced if it exists; may be `path`.
 
-    Raises:
-      InputError: there are no batches, they do not fit the model or are not finite, `path` is not an ONNX model, a
-        package is missing, fewer than half of the weights became int8 (nothing is written), or `out` cannot be written.
+    Raises InputError where there are no batches, they do not fit the model or are not finite, where `path` is not an
+    ONNX model, where a package is missing, where fewer than half of the weights became int8 (nothing is written then),
+    and where `out` cannot be written.
     """
     _, expected = _opened(path)
     feeds = [_named(expected, batch) for batch in batches]
