@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -133,9 +134,11 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 EXPECTED = """\
 Runs have answered 2 claims: 2 reproduced, 0 better than claimed and **0 missed**. 2 more claims have not been run.
 
+## How to read the tables
+@
 ## Experiments
 
-The sentence below the name of an experiment says what it claims, its table what was measured.
+Each section states the experiment's claim; its table shows what was measured.
 
 | experiment | reproduced | better than claimed | ordering only | not reproduced | not run |
 | --- | --- | --- | --- | --- | --- |
@@ -145,7 +148,7 @@ The sentence below the name of an experiment says what it claims, its table what
 
 ## kmeans
 
-Finds clusters. ([file](../experiments/kmeans.py))
+Claim: Finds clusters. ([file](../experiments/kmeans.py))
 
 ```sh
 python experiments/kmeans.py
@@ -155,7 +158,7 @@ It makes no claim.
 
 ## vision/lenet
 
-LeNet \\| reaches 1 % test error. ([file](../experiments/vision/lenet.py))
+Claim: LeNet \\| reaches 1 % test error. ([file](../experiments/vision/lenet.py))
 
 ```sh
 python experiments/vision/lenet.py --preset paper
@@ -182,8 +185,6 @@ jax 0.10.2, python 3.11</sub>
 
 </details>
 
-## How to read the tables
-@
 ## Cells not attempted
 
 Numbers of the papers' tables that no experiment measures.
@@ -220,7 +221,7 @@ def test_the_page_lists_every_experiment_and_every_claim(repository: None) -> No
     assert text[text.index("Runs have") :].startswith(before)
     assert text.endswith(after)
     for word in ("reproduced", "better than claimed", "ordering only", "not reproduced"):
-        assert f"\n  - *{word}*: " in text[text.index("## How to read the tables") : text.index("## Cells not")]
+        assert f"\n  - *{word}*: " in text[text.index("## How to read the tables") : text.index("## Experiments")]
     assert chart_rows() == ["error: reproduced", "error − baseline: reproduced"]
 
 
@@ -229,6 +230,30 @@ def test_a_quick_number_never_stands_in_the_measured_column(repository: None) ->
     assert "1.000 ± 0.079" not in page()
     assert "| **all** |  |  |  |  | 4 |" in page()
     assert chart_rows() == []
+
+
+def test_settings_that_have_changed_since_a_run_are_named(repository: None) -> None:
+    recipe = """
+import dataclasses
+@dataclasses.dataclass(frozen=True)
+class Config:
+    dataset: str = "digits"
+    clip: float = 1.0
+    hidden: tuple[int, ...] = (3, 4)
+    steps: int = 9
+PRESETS = {"paper": Config()}
+"""
+    Path("experiments/vision/lenet.py").write_text(LENET + recipe)
+    same = {**MNIST, "clip": 1.0, "hidden": [3, 4], "steps": 9}
+    for config, preset, expected in (
+        (same, "paper", None),
+        ({**same, "steps": 5}, "paper, changed: steps", None),  # by a flag, and answers no claim of the preset
+        ({**same, "steps": 5}, "paper", "`steps`"),
+        ({**MNIST, "hidden": [3, 5], "steps": 9, "exam": 1}, "paper", "`clip`, `exam`, `hidden`"),
+    ):
+        Path("results/lenet.json").write_text(json.dumps(result(config=config) | {"preset": preset, "claims": []}))
+        found = re.search(r"settings that have changed since the run: (.*?)[*]{2}</sub>", page())
+        assert (found and found[1]) == expected
 
 
 def test_a_miss_and_uncommitted_changes_are_shown(repository: None) -> None:
@@ -277,6 +302,12 @@ def test_a_note_may_be_reworded_after_the_run(repository: None) -> None:
 def test_a_claim_that_was_changed_after_the_run_is_refused(repository: None) -> None:
     Path("experiments/vision/lenet.py").write_text(LENET.replace("tolerance=0.1", "tolerance=0.5"))
     with pytest.raises(InputError, match=r"lenet.json: .*'error' had tolerance=0.1 at the run and has 0.5 now"):
+        render()
+
+
+def test_a_unit_that_was_changed_after_the_run_is_refused(repository: None) -> None:
+    Path("experiments/vision/lenet.py").write_text(LENET.replace('unit="%"', 'unit="nats"'))
+    with pytest.raises(InputError, match=r"lenet.json: .*'error' had unit=% at the run and has nats now"):
         render()
 
 
@@ -627,7 +658,7 @@ def test_a_resumed_run_says_so(repository: None) -> None:
     assert f"· 1.5 min in 2 attempts, of commits {'a' * 12} too on cpu" in page()
     attempts.append({"commit": None, "clean": False, "seconds": None})
     Path("results/lenet.json").write_text(json.dumps(result(**fields)))
-    assert f"· more than 1.5 min in 3 attempts, of commits None, {'a' * 12} too on cpu" in page()
+    assert f"· more than 1.5 min in 3 attempts, of commits {'a' * 12}, unknown too on cpu" in page()
 
 
 @pytest.mark.parametrize("metric", ["error", "error/another_task"])

@@ -1,11 +1,12 @@
 """What the experiments claim, and what the results answer: the content of the results page, before it is a text."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +22,7 @@ class Entry(NamedTuple):
     path: Path
     title: str  # the first line of its docstring
     claims: tuple[Claim, ...]
+    recipes: Mapping[str, Mapping[str, Any]]  # preset -> {field of its Config: value}
 
 
 class Answer(NamedTuple):
@@ -114,7 +116,21 @@ def _entry(file: Path, name: str) -> Entry:
     claims = getattr(module, "CLAIMS", None)
     if not isinstance(claims, tuple) or not all(isinstance(claim, Claim) for claim in claims):
         raise InputError(f"{file}: CLAIMS is missing or wrong, expected a tuple of Claim, () for none")
-    return Entry(name, file, docstring.splitlines()[0], claims)
+    recipes = {preset: dataclasses.asdict(config) for preset, config in getattr(module, "PRESETS", {}).items()}
+    return Entry(name, file, docstring.splitlines()[0], claims, recipes)
+
+
+def changed_fields(entry: Entry, result: Result) -> list[str]:
+    """The fields of a run's config whose values in the experiment's file have changed since the run.
+
+    Fields that claims name in `given`, which flags may set, and fields that flags of the run have changed are left out.
+    """
+    preset, _, flags = result["preset"].partition(", changed: ")
+    then, now = result["config"], json.loads(json.dumps(entry.recipes.get(preset, result["config"])))
+    free = {*flags.split(", "), *(name for claim in entry.claims for name in claim.given)}
+    return sorted(
+        name for name in {*then, *now} - free if then.get(name) != now.get(name) or (name in then) != (name in now)
+    )
 
 
 def _all_claims(entry: Entry, results: Mapping[Path, Result]) -> list[Claim]:
@@ -135,7 +151,7 @@ def _all_claims(entry: Entry, results: Mapping[Path, Result]) -> list[Claim]:
             if then.preset == "quick" or (_key(then) not in claims and not answered):
                 continue
             now = claims.setdefault(_key(then), then)
-            for field in ("claimed", "tolerance", "at_least", "at_most", "cells", "better", "seeds"):
+            for field in ("claimed", "unit", "tolerance", "at_least", "at_most", "cells", "better", "seeds"):
                 old, new = getattr(then, field), getattr(now, field)
                 if old != new:
                     raise InputError(

@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 from urllib.parse import quote
 
 from dl_jax.core.errors import InputError
-from dl_jax.harness.results.answers import Answer, Entry, Section, sections
+from dl_jax.harness.results.answers import Answer, Entry, Section, changed_fields, sections
 from dl_jax.harness.results.chart import chart, label
 from dl_jax.harness.results.claims import MISSED, VERDICTS, Claim
 from dl_jax.harness.results.papers import Paper, papers
@@ -24,8 +24,8 @@ RESULTS, EXPERIMENTS, PAPERS = Path("results"), Path("experiments"), Path("paper
 _INTRO = """\
 # Results
 
-Every experiment states what it is to reach before it runs: numbers of a paper, each with a tolerance, or bars of our
-own where no paper has a number. This page compares these claims with what the runs measured, misses included.
+Every experiment states its claims before it runs: numbers of a paper, each with a tolerance, or bars of our own where
+no paper has a number. This page compares the claims with what the runs measured, misses included.
 
 ![every answered claim: what was measured against what was claimed](results.svg)
 """
@@ -47,7 +47,8 @@ _READING = """\
   - *better than claimed*: outside the tolerance on the better side. The protocols differ; the note should say how.
   - *ordering only*: the interval excludes 0 on the claimed side, but the size is missed.
   - *not reproduced*: anything else. A seed that failed (a value that is not finite) makes a claim, or a cell, missed.
-- Claims of the quick presets are not listed; a run with `--preset quick` prints them.
+- Claims about the quick presets, which are small runs on the bundled digits, are not listed; a run with
+  `--preset quick` prints them. Names of measurements, such as `bits/test_anew`, are explained in the experiment's file.
 
 This page is written by `python -m dl_jax.results` from the files in `results/`, `experiments/` and `papers/`; do not
 edit it.
@@ -67,7 +68,7 @@ def render(
     """
     found = sections(results_dir, experiments_dir)
     rest = _not_attempted(papers(papers_dir), [each.entry for each in found])
-    parts = [_INTRO, _counts(found), *_missed(found), _contents(found), *map(_section, found), _READING, *rest]
+    parts = [_INTRO, _counts(found), *_missed(found), _READING, _contents(found), *map(_section, found), *rest]
     return {PAGE: "\n".join(parts), CHART: chart({each.entry.name: each.answers for each in found})}
 
 
@@ -105,7 +106,7 @@ def _contents(found: Sequence[Section]) -> str:
     }
     named = [*counts.items(), ("**all**", sum(counts.values(), Counter[str]()))]
     rows = [(name, *(str(count[word] or "") for word in words)) for name, count in named]
-    intro = "The sentence below the name of an experiment says what it claims, its table what was measured."
+    intro = "Each section states the experiment's claim; its table shows what was measured."
     return f"## Experiments\n\n{intro}\n\n" + _markdown(("experiment", *words), rows)
 
 
@@ -116,7 +117,7 @@ def _experiment(entry: Entry) -> str:
 def _section(section: Section) -> str:
     entry, results = section.entry, section.results
     commands = [_line(result["command"]) for result in results.values()] or [f"python {entry.path.as_posix()}"]
-    parts = [f"## {entry.name}\n\n{_escape(entry.title)} ([file]({_link(entry.path)}))\n"]
+    parts = [f"## {entry.name}\n\nClaim: {_escape(entry.title)} ([file]({_link(entry.path)}))\n"]
     parts.append("```sh\n" + "".join(f"{command}\n" for command in commands) + "```\n")
     if section.answers:
         header, names = _claims_column([answer.claim for answer in section.answers])
@@ -126,7 +127,7 @@ def _section(section: Section) -> str:
         ]
         parts.append(_markdown((header, "claimed", "measured", "verdict", "note"), rows))
     parts += [f"![{caption}]({_link(figure)})\n\n<sub>{caption}</sub>\n" for figure, caption in _captions(section)]
-    parts += [f"<sub>{_provenance(path, result)}</sub>\n" for path, result in results.items()]
+    parts += [f"<sub>{_provenance(path, result, entry)}</sub>\n" for path, result in results.items()]
     if section.unanswered:
         header, names = _claims_column(section.unanswered)
         rows = [(name, _claimed(each), _note(each)) for name, each in zip(names, section.unanswered, strict=True)]
@@ -216,7 +217,7 @@ def _not_attempted(all_papers: Sequence[Paper], entries: Iterable[Entry]) -> lis
     return parts if all_papers else []
 
 
-def _provenance(path: Path, result: Result) -> str:
+def _provenance(path: Path, result: Result, entry: Entry) -> str:
     facts = [
         f"[{path.stem}]({_link(path)})",
         f"commit {result['commit'][:12]}" + ("" if result["clean"] else " **with uncommitted changes**"),
@@ -224,13 +225,15 @@ def _provenance(path: Path, result: Result) -> str:
         f"{_duration(result)} on {_escape(result['device'])}",
         ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
     ]
+    changed = [f"`{name}`" for name in changed_fields(entry, result)]
+    facts += [f"**settings that have changed since the run: {', '.join(changed)}**"] if changed else []
     return " · ".join(facts)
 
 
 def _duration(result: Result) -> str:
     """Minutes and, where that is known, in how many attempts, and which other commits took part."""
     attempts = result.get("attempts", [])
-    others = sorted({str(each["commit"])[:12] for each in attempts} - {result["commit"][:12]})
+    others = sorted({(each["commit"] or "unknown")[:12] for each in attempts} - {result["commit"][:12]})
     killed = any(each["seconds"] is None for each in attempts)
     words = ("more than " if killed else "") + f"{result['wall_seconds'] / 60:.3g} min"
     words += f" in {len(attempts)} attempts" if len(attempts) > 1 else ""
