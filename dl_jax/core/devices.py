@@ -17,7 +17,6 @@ from dl_jax.core.errors import InputError
 from dl_jax.core.step import Tree
 
 AXIS = "data"
-NO_NUMBERS = {"O": "Python objects", "S": "bytes", "U": "text", "M": "times", "m": "durations"}  # by NumPy's kind
 
 
 def data_mesh(devices: Sequence[Any] | None = None, *, batch_size: int | None = None) -> Mesh:
@@ -55,7 +54,7 @@ def replicated(tree: Tree, mesh: Mesh) -> Tree:
         values = np.asarray(leaf)
         return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
-    return jax.tree.map(put, _numeric(tree))
+    return jax.tree.map(put, numeric(tree))
 
 
 def process_rows(batch_size: int, mesh: Mesh) -> slice:
@@ -81,7 +80,7 @@ def place(rows: Tree, mesh: Mesh, axis: int = 0) -> Tree:
     """
     sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
     put = lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
-    return jax.tree.map(put, _numeric(rows))
+    return jax.tree.map(put, numeric(rows))
 
 
 def sharded(tree: Tree, mesh: Mesh, axis: int = 0) -> Tree:
@@ -95,20 +94,17 @@ def sharded(tree: Tree, mesh: Mesh, axis: int = 0) -> Tree:
     return jax.tree.map(put, tree)
 
 
-def _numeric(tree: Tree) -> Tree:
-    """`tree`. Raises InputError for a leaf that no device holds: texts, Python objects, times."""
-    if not any(map(_other_kind, jax.tree.leaves(tree))):  # without the paths: once per step
+def numeric(tree: Tree) -> Tree:
+    """`tree`. Raises InputError for a leaf that no device can hold: a column of bytes, text, objects or times."""
+    if all(map(_is_numeric, jax.tree.leaves(tree))):  # without the paths, as this is called once per step
         return tree
-    found = {jax.tree_util.keystr(path, simple=True, separator="/"): _other_kind(leaf)
-             for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}  # fmt: skip
-    name, kind = next((name, kind) for name, kind in found.items() if kind)
+    path, leaf = next(each for each in jax.tree_util.tree_leaves_with_path(tree) if not _is_numeric(each[1]))
     raise InputError(
-        f"column {name!r} is {kind}, expected numbers, which devices hold; encode it as integers, such as ids, or "
-        "leave the column out"
+        f"column {jax.tree_util.keystr(path, simple=True, separator='/')!r} is {np.asarray(leaf).dtype.name}, expected "
+        "numbers; encode it as integers, such as ids, or leave the column out"
     )
 
 
-def _other_kind(leaf: Any) -> str:
-    """What the leaf holds instead of numbers, or nothing."""
+def _is_numeric(leaf: Any) -> bool:
     dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
-    return f"{dtype} ({NO_NUMBERS[dtype.kind]})" if getattr(dtype, "kind", "") in NO_NUMBERS else ""
+    return any(jnp.issubdtype(dtype, kind) for kind in (np.number, np.bool_, jax.dtypes.prng_key))

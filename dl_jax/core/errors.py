@@ -1,6 +1,8 @@
-"""The exception for bad input, and checks that raise it. Users see its message as one line without a traceback."""
+"""What users read: the exception for bad input, checks that raise it, and output that never fails."""
 
 import difflib
+import io
+import sys
 from collections.abc import Iterable, Mapping
 
 
@@ -24,6 +26,12 @@ def require_probability(numbers: Mapping[str, float]) -> None:
     for name, value in numbers.items():
         if not 0 <= value < 1:
             raise InputError(f"{name} is {value}, expected a probability of at least 0 and less than 1")
+
+
+def print_anything() -> None:
+    """Makes stdout print a question mark for a character that its encoding lacks, instead of raising."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

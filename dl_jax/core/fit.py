@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dl_jax.core.devices import data_mesh, place, process_rows, replicated, sharded
+from dl_jax.core.devices import data_mesh, numeric, place, process_rows, replicated, sharded
 from dl_jax.core.errors import InputError, nearest
-from dl_jax.core.step import Array, Batch, Metric, State, Step, Tree
+from dl_jax.core.step import Array, Batch, Metric, State, Step, Tree, require_collections
 from dl_jax.core.stream import Stream, gather
 
 Batches = Callable[[int], Batch]  # step -> batch
@@ -276,12 +276,14 @@ def _on_devices(
     state: State, stream: Stream | Batches, mesh: Mesh, scan: int, carried: Sequence[str]
 ) -> tuple[State, Batches]:
     """The state on the devices, and a function from the step to the batch, or batches, of one call on the devices."""
+    require_collections(state.extra)
     unknown = sorted(set(carried) - state.extra.keys())
     if unknown:
         raise InputError(f"carried names {unknown[0]!r}, expected collections of state.extra: {sorted(state.extra)}")
     if not isinstance(stream, Stream):
         state = _whole(state, stream, mesh)
-        return state, stream if scan == 1 else lambda i: _stacked([stream(i + j) for j in range(scan)])
+        batches = lambda i: numeric(stream(i))
+        return state, batches if scan == 1 else lambda i: _stacked([batches(i + j) for j in range(scan)])
     rows = process_rows(stream.batch_size, mesh)
     split = {name: sharded(state.extra[name], mesh, stream.axis) for name in carried}
     rest = {name: value for name, value in state.extra.items() if name not in carried}
@@ -305,12 +307,24 @@ def _stacked(batches: Sequence[Batch]) -> Batch:
 
 def _program(step: Step, stream: Stream | Batches, mesh: Mesh, scan: int) -> Step:
     """The function to compile. Arrays that it reads are leaves of the Partial, so they are arguments, not constants."""
-    step = step if isinstance(step, jax.tree_util.Partial) else jax.tree_util.Partial(step)
-    step = _whole(step, stream, mesh)  # its arrays may be NumPy's, or on the devices of another fit
+    step = _whole(_unwrapped(step), stream, mesh)  # its arrays may be NumPy's, or on the devices of another fit
     if scan == 1:
         return step
     records = stream.records if isinstance(stream, Stream) else None
     return jax.tree_util.Partial(_Scanned(scan), step, records and replicated(dict(records), mesh))
+
+
+def _unwrapped(step: Step) -> jax.tree_util.Partial:
+    """The step as one Partial. Arrays of partials within it become its leaves, where a nested one would hide them."""
+    function: Any = step
+    args, keywords = (), {}
+    while all(hasattr(function, name) for name in ("func", "args", "keywords")):
+        held = jax.tree.leaves((function.args, function.keywords))
+        if not (isinstance(function, jax.tree_util.Partial) or all(hasattr(leaf, "dtype") for leaf in held)):
+            break  # settings of a functools.partial, such as a flag, stay as they are
+        args, keywords = (*function.args, *args), {**function.keywords, **keywords}
+        function = function.func
+    return jax.tree_util.Partial(function, *args, **keywords)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,8 +366,13 @@ def _require_intervals(steps: int, every: int, scan: int, watch: Watch | None, s
             raise InputError(f"{name} is {value}, expected a number of steps, 1 or more")
     if stop and not watch:
         raise InputError("stop is given without watch, expected both: a stop rule decides by measurements of watch")
-    if watch and watch.best and watch.best[1] not in ("min", "max"):
-        raise InputError(f"best is {watch.best!r}, expected a measurement's name and 'min' or 'max'")
+    require_mode(watch.best if watch else None)
+
+
+def require_mode(best: Best | None) -> None:
+    """Raises InputError unless `best` is None or (name, "min" or "max")."""
+    if best is not None and not (isinstance(best, tuple | list) and len(best) == 2 and best[1] in ("min", "max")):
+        raise InputError(f"best is {best!r}, expected a pair of a measurement's name and 'min' or 'max'")
 
 
 def _checked_stride(stride: int, i: int, steps: int, every: int, watch: Watch | None) -> int:

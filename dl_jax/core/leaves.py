@@ -129,6 +129,11 @@ def _contrast(stored: Spec | None, model: Spec | None) -> str:
     return f"checkpoint {stored.dtype} {stored.shape}, model {model.dtype} {model.shape}"
 
 
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """`x` in float32, or in its own type if that is wider: sums in 16 bits and of small integers lose digits."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def is_kernel(path: jax.tree_util.KeyPath, leaf: jax.Array) -> bool:
     """Whether a parameter is a weight matrix or filter: Flax names these `kernel`. Biases and norm scales are not."""
     return jax.tree_util.keystr(path[-1:], simple=True) == "kernel"

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from dl_jax.core.errors import InputError
+from dl_jax.core.leaves import at_least_float32
 
 Tree = Any
 Array = jax.Array
@@ -42,17 +43,25 @@ class State(NamedTuple):
     def variables(self) -> Tree:
         """What `module.apply` and losses take: {"params": params, **extra}.
 
-        Raises InputError where a collection in `extra` is not a dict.
+        Raises InputError where `extra` is no dict of collections: Flax takes no bare array.
         """
         return _variables(self.params, self.extra)
 
 
+def require_collections(extra: Tree) -> None:
+    """Raises InputError where `extra` is no dict."""
+    if not isinstance(extra, Mapping):
+        kind = "an array" if hasattr(extra, "shape") else f"a {type(extra).__name__}"
+        raise InputError(f"extra is {kind}, expected a dict of collections such as {{'batch_stats': ...}}, or {{}}")
+
+
 def _variables(params: Tree, extra: Tree) -> Tree:
+    require_collections(extra)
     for name, collection in extra.items():
-        if not isinstance(collection, Mapping):
+        if hasattr(collection, "shape"):
             raise InputError(
-                f"extra[{name!r}] is a {type(collection).__name__}, expected a collection, which is a dict of arrays; "
-                f"put it into one: {{{name!r}: {{'value': ...}}}}"
+                f"extra[{name!r}] is an array, expected a collection, which is a dict of arrays; put it into one: "
+                f"{{{name!r}: {{'value': ...}}}}"
             )
     return {"params": params, **extra}
 
@@ -117,7 +126,8 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, microbatches: int = 
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         state = State(state.step + 1, params, {**state.extra, **extra}, opt_state, state.key)
-        return state, {**metrics, "loss": value, "grad_norm": optax.tree.norm(grads)}
+        norm = optax.tree.norm(jax.tree.map(at_least_float32, grads))
+        return state, {**metrics, "loss": value, "grad_norm": norm}
 
     return step
 
@@ -128,35 +138,34 @@ def _gradient(loss: Loss):
 
 
 def _accumulated(gradient, k: int):
-    """The mean of `gradient` over k interleaved parts of the batch."""
+    """The mean of `gradient` over k interleaved parts of the batch, which is added up in float32 or better."""
 
     def accumulate(params, extra, batch, key):
         rows = {len(x) for x in jax.tree.leaves(batch)}
         if any(n % k for n in rows):
-            raise InputError(f"a batch of {max(rows)} rows cannot be split into {k} microbatches, expected a multiple")
+            raise InputError(
+                f"a batch of {max(rows)} rows cannot be split into {k} microbatches, expected a multiple; change the "
+                "batch size or the microbatches"
+            )
         # Part i holds rows i, i + k, ...: every device keeps its share of every part.
         parts = jax.tree.map(lambda x: x.reshape(-1, k, *x.shape[1:]).swapaxes(0, 1), batch)  # [k, B / k, ...]
+        part = lambda i, rows: gradient(params, extra, rows, jax.random.fold_in(key, i))
+        (value, (new, metrics)), grads = first = part(0, jax.tree.map(lambda x: x[0], parts))
+        wide = jax.tree.map(at_least_float32, (value, metrics, grads))
+        wide_new = jax.tree.map(lambda x: at_least_float32(x) if _is_real(x) else x, new)
 
-        def part(i_batch):
-            i, batch = i_batch
-            return gradient(params, extra, batch, jax.random.fold_in(key, i))
+        def add(total, i_rows):
+            # Counters and keys among the collections are the last part's.
+            plus = lambda so_far, x: so_far + x.astype(so_far.dtype) if _is_real(so_far) else x
+            return jax.tree.map(plus, total, part(*i_rows)), None
 
-        def add(total, i_batch):
-            (value, (new, metrics)), grads = part(i_batch)
-            (value_so_far, (new_so_far, metrics_so_far)), grads_so_far = total
-            new = jax.tree.map(lambda so_far, x: so_far + x if _is_real(x) else x, new_so_far, new)
-            value, metrics, grads = jax.tree.map(
-                jnp.add, (value_so_far, metrics_so_far, grads_so_far), (value, metrics, grads)
-            )
-            return ((value, (new, metrics)), grads), None
-
-        first = part((0, jax.tree.map(lambda x: x[0], parts)))
+        total = ((wide[0], (wide_new, wide[1])), wide[2])
         rest = (jnp.arange(1, k), jax.tree.map(lambda x: x[1:], parts))
-        ((value, (new, metrics)), grads), _ = jax.lax.scan(add, first, rest)
-        mean = lambda tree: jax.tree.map(lambda x: x / k, tree)
-        new = jax.tree.map(lambda x: x / k if _is_real(x) else x, new)  # counters and keys are the last part's
-        metrics = {name: m if isinstance(m, tuple) else mean(m) for name, m in metrics.items()}
-        return (mean(value), (new, metrics)), mean(grads)
+        ((value, (new, metrics)), grads), _ = jax.lax.scan(add, total, rest)
+        mean = lambda total, like: (total / k).astype(like.dtype) if _is_real(like) else total
+        (_, (like_new, _)), like_grads = first
+        metrics = {name: m if isinstance(m, tuple) else m / k for name, m in metrics.items()}
+        return (value / k, (jax.tree.map(mean, new, like_new), metrics)), jax.tree.map(mean, grads, like_grads)
 
     return accumulate
 

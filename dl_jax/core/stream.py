@@ -23,9 +23,8 @@ class Stream:
     batch_size: int  # B, rows of a global batch
     read: Callable[[int, slice], Columns]  # (step, rows) -> columns; `index` int [..., B] points into `records`
     axis: int = 0  # of the rows: 0 in [B, ...], 1 in [S, B, ...] for S seeds
-    records: Mapping[str, np.ndarray] | None = (
-        None  # [N, ...], a set in memory; None where `read` gives the batch itself
-    )
+    # Columns [N, ...] of a set in memory; None where `read` gives the batch itself.
+    records: Mapping[str, np.ndarray] | None = None
 
     def __call__(self, step: int, rows: slice = ALL) -> Columns:
         batch = self.read(step, rows)

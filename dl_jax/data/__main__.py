@@ -4,7 +4,7 @@ import sys
 
 import tyro
 
-from dl_jax.core.errors import InputError
+from dl_jax.core.errors import InputError, print_anything
 from dl_jax.data.prepare import prepare
 from dl_jax.data.source import Prepared, data_folder, prepared, split_sizes
 
@@ -40,6 +40,7 @@ def _summary(found: Prepared) -> str:
 
 
 def main() -> int:
+    print_anything()
     try:
         tyro.extras.subcommand_cli_from_dict({"prepare": prepare_set, "list": list_sets}, prog="python -m dl_jax.data")
     except InputError as e:

@@ -18,7 +18,7 @@ import numpy as np
 import tyro
 from etils import epath
 
-from dl_jax.core.errors import InputError
+from dl_jax.core.errors import InputError, print_anything
 from dl_jax.core.fit import NonFiniteError
 from dl_jax.harness.fields import check
 from dl_jax.harness.machine import (
@@ -27,7 +27,6 @@ from dl_jax.harness.machine import (
     git_state,
     initialize,
     keep_freed_memory,
-    print_anything,
     versions,
 )
 from dl_jax.harness.report.terminal import print_table

@@ -2,7 +2,6 @@
 
 import ctypes
 import importlib.metadata
-import io
 import os
 import platform
 import subprocess
@@ -35,13 +34,6 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 << 20), (-8, 1)):
             mallopt(option, value)
-
-
-def print_anything() -> None:
-    """Makes stdout and stderr print a question mark for a character that their encoding lacks, instead of raising."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
 
 
 def git_state(folder: Path) -> dict[str, Any]:

@@ -59,9 +59,10 @@ class Settings:
 
         JAX uses 32 bits of a seed, so a larger seed would give the same random numbers as a smaller one.
         """
-        wrong = [seed for seed in self.seeds if not 0 <= seed < MOST_SEEDS]
+        whole = lambda seed: isinstance(seed, int | np.integer) and not isinstance(seed, bool)
+        wrong = [seed for seed in self.seeds if not (whole(seed) and 0 <= seed < MOST_SEEDS)]
         if wrong:
-            raise InputError(f"seed {wrong[0]}, expected 0 to {MOST_SEEDS - 1}; use a --seed in that range")
+            raise InputError(f"seed {wrong[0]!r}, expected 0 to {MOST_SEEDS - 1}; use a --seed in that range")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise InputError(f"seeds {self.seeds}, expected one or more, each once")
 

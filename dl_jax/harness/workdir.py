@@ -69,12 +69,21 @@ def earlier_attempts(file: epath.Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     found = read_json(file)
-    keys = {"commit", "clean", "seconds"}
-    if isinstance(found, list) and all(isinstance(each, dict) and keys <= each.keys() for each in found):
+    if isinstance(found, list) and all(map(_is_attempt, found)):
         return found
     words = f"{file} is damaged: which commits worked here is unknown, so the result will not count as clean"
     warnings.warn(words, stacklevel=2)
     return [{"commit": None, "clean": False, "seconds": None}]
+
+
+def _is_attempt(found: Any) -> bool:
+    number = lambda value: isinstance(value, int | float) and not isinstance(value, bool)
+    return (
+        isinstance(found, dict)
+        and {"commit", "clean", "seconds"} <= found.keys()
+        and isinstance(found["clean"], bool)
+        and (found["seconds"] is None or number(found["seconds"]))
+    )
 
 
 def read_json(file: epath.Path) -> Any:

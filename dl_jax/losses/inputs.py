@@ -3,12 +3,8 @@
 import jax.numpy as jnp
 
 from dl_jax.core.errors import InputError
+from dl_jax.core.leaves import at_least_float32 as at_least_float32
 from dl_jax.core.step import Array
-
-
-def at_least_float32(x: Array) -> Array:
-    """At least float32: bf16 sums and integer differences lose digits."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def class_numbers(labels: Array, classes: int) -> Array:  # int [...] of any size -> int32 [...], int64 for 8 bytes

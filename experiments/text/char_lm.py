@@ -123,7 +123,7 @@ def begin(model: CharLM, tx: optax.GradientTransformation, rows: int, key_init: 
     """The initial states of S seeds, with a zero carry [S, rows, H] in `extra`; both keys are [S]."""
     states = start(model, tx, key_init, key, jnp.zeros((1, 1), jnp.int32))
     carry = jax.tree.map(lambda leaf: jnp.zeros((len(key), *leaf.shape)), model.initial_carry(rows))
-    return states._replace(extra={"carry": {"layers": carry}})
+    return states._replace(extra={"carry": carry})
 
 
 def predict(model: CharLM, params: Tree, carry: Carry, window: Batch, **settings: Any) -> tuple[Array, Carry]:
@@ -140,8 +140,8 @@ def predict(model: CharLM, params: Tree, carry: Carry, window: Batch, **settings
 def window_loss(model: CharLM, variables: Tree, batch: Batch, key: Array):
     """The mean nats per character of a window; its collections hold the new carry."""
     settings = {"train": True, "rngs": {"dropout": key}}
-    nats, carry = predict(model, variables["params"], variables["carry"]["layers"], batch, **settings)
-    return nats.mean(), ({"carry": {"layers": carry}}, {"bits": nats.mean() / np.log(2)})
+    nats, carry = predict(model, variables["params"], variables["carry"], batch, **settings)
+    return nats.mean(), ({"carry": carry}, {"bits": nats.mean() / np.log(2)})
 
 
 def read(model: CharLM, params: Tree, windows: Batch) -> Array:  # [W, 1, T] -> [W]

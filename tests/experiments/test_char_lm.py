@@ -80,7 +80,7 @@ def test_no_gradient_crosses_a_window(char_lm, step, params):
     """The gradient of a second step takes the carry of the first window as constant: it does not flow through both."""
     first, second = (jax.tree.map(jnp.asarray, text.windows(IDS, 4, 5, seeds=0)(i)) for i in (1, 2))
     state, move = (
-        init_state(KEYS[0], {"params": params, "carry": {"layers": MODEL.initial_carry(4)}}, TX),
+        init_state(KEYS[0], {"params": params, "carry": MODEL.initial_carry(4)}, TX),
         jax.jit(step),
     )
     state = move(state, first)[0]._replace(params=params)

@@ -111,10 +111,9 @@ def test_a_run_ends_with_the_table_and_the_result(call, tmp_path):
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_an_output_that_lacks_a_character_ends_no_run(monkeypatch, encoding):
-    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "argv", ["experiment.py", "--preset", "paper", "--seeds", "1"])
     monkeypatch.setattr(sys, "stdout", out)
-    monkeypatch.setattr(sys, "stderr", err)
 
     def prints(cfg: Config, run: Run):
         print("\N{GREEK SMALL LETTER OMEGA} \N{REPLACEMENT CHARACTER}")
@@ -138,7 +137,9 @@ def test_a_torn_result_is_written_anew(call, tmp_path, content):
     assert json.loads((tmp_path / "result.json").read_text())["measured"]["slope"]["n"] == 1
 
 
-@pytest.mark.parametrize("content", ["", '[{"commit": ', "{}", '[{"commit": null}]'])
+@pytest.mark.parametrize(
+    "content", ["", '[{"commit": ', "{}", '[{"commit": null}]', '[{"commit": "a", "clean": true, "seconds": "x"}]']
+)
 def test_torn_attempts_leave_a_result_that_does_not_count_as_clean(call, tmp_path, content):
     flags = ("--preset", "paper", "--seeds", "1", "--workdir", str(tmp_path))
     assert call(*flags, "--poison", "2")[0] == 2

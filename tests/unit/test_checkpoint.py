@@ -99,6 +99,11 @@ def test_a_state_comes_back_bit_for_bit(tmp_path):
         same(checkpoints.restore(bare)[1], state(7))
 
 
+def test_a_mode_that_is_neither_min_nor_max(tmp_path):
+    with pytest.raises(InputError, match=r"^best is \('error', 'minimum'\), expected .* 'min' or 'max'"):
+        Checkpoints(str(tmp_path), best=("error", "minimum"))  # type: ignore[arg-type]
+
+
 EMPTY = np.zeros((0, 3), np.float32)
 
 

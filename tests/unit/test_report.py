@@ -385,3 +385,10 @@ def test_the_table_fits_a_terminal_of_80_columns(monkeypatch):
     for words in ("1.000 ± 0.079 (5)", "Doe 2020, Table 1", "reproduced", "(unverified)", "needs preset quick"):
         assert words.split()[0] in plain
     assert "1.000 ± 0.079 (5)" in plain
+
+
+def test_an_ascii_stream_still_gets_the_table():
+    raw = io.BytesIO()
+    out = io.TextIOWrapper(raw, encoding="ascii")
+    print_table(result(), out)
+    assert b"1.000 ? 0.079 (5)" in raw.getvalue()

@@ -249,7 +249,7 @@ PRESETS = {"paper": Config()}
         (same, "paper", None),
         ({**same, "steps": 5}, "paper, changed: steps", None),  # by a flag, and answers no claim of the preset
         ({**same, "steps": 5}, "paper", "`steps`"),
-        ({**MNIST, "hidden": [3, 5], "steps": 9, "exam": 1}, "paper", "`clip`, `exam`, `hidden`"),
+        ({**MNIST, "hidden": [3, 5], "steps": 9, "width": 1}, "paper", "`clip`, `hidden`, 1 removed"),
     ):
         Path("results/lenet.json").write_text(json.dumps(result(config=config) | {"preset": preset, "claims": []}))
         found = re.search(r"settings that have changed since the run: (.*?)[*]{2}</sub>", page())

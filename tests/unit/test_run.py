@@ -32,7 +32,7 @@ def test_the_largest_seed_is_its_own():
     assert len({tuple(data.tolist()) for data in jax.random.key_data(keys)}) == 2
 
 
-@pytest.mark.parametrize("seeds", [(), (-1,), (2**32,), (0, 2**63), (3, 3)])
+@pytest.mark.parametrize("seeds", [(), (-1,), (2**32,), (0, 2**63), (3, 3), (1.5,), (True,), ("a",)])
 def test_seeds_that_make_no_sense(seeds):
     with pytest.raises(InputError, match=r"^seeds? .*, expected "):
         Settings(seeds=seeds)

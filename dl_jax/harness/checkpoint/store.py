@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from dl_jax.core.errors import InputError
-from dl_jax.core.fit import Best
+from dl_jax.core.fit import Best, require_mode
 from dl_jax.core.leaves import Spec, Tree, digest, named, nested, numbers, place, spec
 from dl_jax.harness.checkpoint import files
 
@@ -30,6 +30,7 @@ class Checkpoints:
 
     def __init__(self, directory: str, *, keep: int = 2, best: Best | None = None):
         """Creates the directory and removes what a killed writer left. Raises InputError where it cannot be written."""
+        require_mode(best)
         self._name, self._root, self._keep, self._best = directory, files.absolute(directory), keep, best
         self._writer: Any = None  # made by the first save: importing Orbax takes a second
         self._finisher = ThreadPoolExecutor(1)

@@ -148,7 +148,9 @@ def print_table(result: Result, file: TextIO | None = None) -> None:
     console = Console(file=io.StringIO(), width=10_000, color_system=None, force_terminal=False)
     with console.capture() as text:
         console.print(_table(header, rows))
-    print("\n".join(line.rstrip() for line in text.get().splitlines()), file=out, flush=True)
+    encoding = out.encoding or "utf-8"
+    lines = (line.rstrip().encode(encoding, "replace").decode(encoding) for line in text.get().splitlines())
+    print("\n".join(lines), file=out, flush=True)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> "Table":

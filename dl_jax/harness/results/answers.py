@@ -120,17 +120,17 @@ def _entry(file: Path, name: str) -> Entry:
     return Entry(name, file, docstring.splitlines()[0], claims, recipes)
 
 
-def changed_fields(entry: Entry, result: Result) -> list[str]:
-    """The fields of a run's config whose values in the experiment's file have changed since the run.
+def changed_fields(entry: Entry, result: Result) -> tuple[list[str], int]:
+    """How the config in the experiment's file differs now from that of a run.
 
-    Fields that claims name in `given`, which flags may set, and fields that flags of the run have changed are left out.
+    The fields that are new or have another value now, and the number of fields that were removed. Fields that claims
+    name in `given`, which flags may set, and fields that flags of the run have changed are left out.
     """
     preset, _, flags = result["preset"].partition(", changed: ")
     then, now = result["config"], json.loads(json.dumps(entry.recipes.get(preset, result["config"])))
     free = {*flags.split(", "), *(name for claim in entry.claims for name in claim.given)}
-    return sorted(
-        name for name in {*then, *now} - free if then.get(name) != now.get(name) or (name in then) != (name in now)
-    )
+    changed = [name for name in sorted(now.keys() - free) if name not in then or then[name] != now[name]]
+    return changed, len(then.keys() - now.keys() - free)
 
 
 def _all_claims(entry: Entry, results: Mapping[Path, Result]) -> list[Claim]:

@@ -225,7 +225,8 @@ def _provenance(path: Path, result: Result, entry: Entry) -> str:
         f"{_duration(result)} on {_escape(result['device'])}",
         ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
     ]
-    changed = [f"`{name}`" for name in changed_fields(entry, result)]
+    fields, removed = changed_fields(entry, result)
+    changed = [*(f"`{name}`" for name in fields), *([f"{removed} removed"] if removed else [])]
     facts += [f"**settings that have changed since the run: {', '.join(changed)}**"] if changed else []
     return " · ".join(facts)
 
