@@ -4,7 +4,7 @@ The SVG is written as text, so that it has the same bytes whatever versions are 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from html import escape
 from typing import Literal, NamedTuple
 
@@ -28,11 +28,10 @@ _SYMBOLS: Mapping[Verdict, tuple[str, str]] = {  # colour and path, so that colo
     "not reproduced": ("#c0262d", "M-5,-3 -3,-5 0,-2 3,-5 5,-3 2,0 5,3 3,5 0,2 -3,5 -5,3 -2,0z"),
 }
 _UNITS: Mapping[Kind, str] = {
-    "value": "Numbers: distance from the claimed one in tolerances. The mean must be within ± 1; for no loss, the "
-    "interval's worse end too.",
-    "ordering": "Orderings: distance of a difference from 0 in half-widths of its interval, which must lie right of 0.",
-    "bar": "Bars: distance from the bar in standard deviations over the seeds. The bar is at 0.",
-    "count": "Cells: how many more differences are beyond 0 than the claim asks for.",
+    "value": "Numbers: distance from the claimed number, divided by its tolerance.",
+    "ordering": "Orderings (A better than B): mean difference, divided by the half-width of its 95 % interval.",
+    "bar": "Bars: distance from the bar, divided by the standard deviation over the seeds.",
+    "count": "Cells: how many more differences exclude 0 than the claim asks for.",
 }
 
 
@@ -42,7 +41,7 @@ class Place(NamedTuple):
     kind: Kind
     at: float  # minus infinity if a value is not finite
     ends: tuple[float, float] | None  # of the 95 % confidence interval
-    accepted: tuple[float, float]  # where `at` (of an ordering, and of "no loss", the interval too) answers the claim
+    accepted: tuple[float, float]  # where `at` lies if the claim is reproduced
 
 
 def chart(answers: Mapping[str, Sequence[Answer]]) -> str:
@@ -52,7 +51,8 @@ def chart(answers: Mapping[str, Sequence[Answer]]) -> str:
     missed = sum(answer.verdict in MISSED for answer in every)
     kinds = {place(answer.claim, answer.values).kind for answer in every}
     title = f"{len(every)} claims, measured against claimed: {len(every) - missed} met, {missed} missed"
-    head, y = _head(title, [text for kind, text in _UNITS.items() if kind in kinds])
+    units, words = [text for kind, text in _UNITS.items() if kind in kinds], {answer.verdict for answer in every}
+    head, y = _head(title, units, words)
     axis, parts = y, []
     for name, rows in groups.items():
         parts.append(_text(12, y + 18, name, LEFT, 'font-weight="bold"'))
@@ -84,17 +84,30 @@ def place(claim: Claim, values: np.ndarray) -> Place:
     """Where `values`, the `quantity` of `claim`, stand; one side of the claim is always the better one, the right."""
     if claim.cells:
         return Place("count", cells_won(claim, values) - (claim.at_least or 0), None, (0, math.inf))
-    if claim.claimed is not None:
-        kind, target, accepted = "value", claim.claimed, (-1, 1)
-    else:
-        bar = claim.at_most if claim.at_least is None else claim.at_least
-        kind, target, accepted = "ordering" if bar is None else "bar", bar or 0.0, (0, math.inf)
+    bar = claim.at_most if claim.at_least is None else claim.at_least
+    kind: Kind = "value" if claim.claimed is not None else "ordering" if bar is None else "bar"
+    target = claim.claimed if claim.claimed is not None else bar or 0.0
+    accepted = {"value": (-1.0, 1.0), "ordering": (1.0, math.inf), "bar": (0.0, math.inf)}[kind]
     if not np.isfinite(values).all():
         return Place(kind, -math.inf, None, accepted)
     low, high = interval(values)
     unit = {"value": claim.tolerance, "ordering": (high - low) / 2, "bar": summary(values)["std"] or 0.0}[kind]
     at, *ends = (_units(claim, each, target, unit) for each in (level(claim, values), low, high))
+    if claim.versus and claim.claimed is not None:
+        accepted = _accepted_difference(claim, abs(ends[1] - ends[0]) / 2)
     return Place(kind, at, None if claim.worst or len(values) < 2 else (min(ends), max(ends)), accepted)
+
+
+def _accepted_difference(claim: Claim, half: float) -> tuple[float, float]:
+    """`Place.accepted` of a paired difference of claimed size, whose interval reaches `half` tolerances to both sides.
+
+    For "no loss" the worse end of the interval must lie within the tolerance. For any other size, the interval must
+    exclude 0 on the claimed side.
+    """
+    if claim.claimed == 0:
+        return min(half - 1, 1), 1
+    zero = _units(claim, 0, claim.claimed or 0, claim.tolerance)
+    return (min(max(-1, zero + half), 1), 1) if zero < 0 else (-1, max(min(1, zero - half), -1))
 
 
 def _units(claim: Claim, found: float, target: float, unit: float) -> float:
@@ -105,17 +118,17 @@ def _units(claim: Claim, found: float, target: float, unit: float) -> float:
     return distance / unit if unit else math.copysign(math.inf, distance)
 
 
-def _head(title: str, units: Sequence[str]) -> tuple[list[str], int]:
-    """What stands above the rows, and where that ends."""
+def _head(title: str, units: Sequence[str], words: Set[str]) -> tuple[list[str], int]:
+    """The lines above the rows with a legend of the verdicts `words`, and where they end."""
     lines = [
-        "Right is better. Each row is one claim: the mean over seeds and its 95 % confidence interval.",
-        "The shaded part of a row is where its claim counts as reproduced. An arrow marks a value beyond the scale.",
+        "Each row is one claim: the mean over seeds with its 95 % confidence interval. Right is better.",
+        "A mark in the shaded part of its row is reproduced. An arrow marks a value beyond the scale.",
         *units,
     ]
     parts = [_text(12, 26, title, WIDTH - 24, 'font-size="16" font-weight="bold"')]
     parts += [_text(12, 46 + 16 * i, line, WIDTH - 24, 'fill="#444444"') for i, line in enumerate(lines)]
     y = 46 + 16 * len(lines) + 6
-    for i, (word, (colour, path)) in enumerate(_SYMBOLS.items()):
+    for i, (word, (colour, path)) in enumerate(each for each in _SYMBOLS.items() if each[0] in words):
         x = 20 + 170 * i
         parts.append(f'<path d="{path}" transform="translate({x},{y - 4})" fill="{colour}"/>')
         parts.append(_text(x + 12, y, word, 150, f'fill="{colour}"'))
