@@ -17,7 +17,7 @@ from dl_jax.core.errors import InputError
 from dl_jax.core.step import Tree
 
 AXIS = "data"
-NO_NUMBERS = {"O": "Python objects", "S": "bytes", "U": "text", "M": "times", "m": "durations"}  # by NumPy's kind
+NON_NUMERIC = {"O": "Python objects", "S": "bytes", "U": "text", "M": "times", "m": "durations"}  # by dtype.kind
 
 
 def data_mesh(devices: Sequence[Any] | None = None, *, batch_size: int | None = None) -> Mesh:
@@ -41,8 +41,8 @@ def data_mesh(devices: Sequence[Any] | None = None, *, batch_size: int | None = 
 def replicated(tree: Tree, mesh: Mesh) -> Tree:
     """Copies `tree` to every device of the mesh. Every process has to pass the same values.
 
-    A leaf that is replicated over this mesh already is returned as it is. Raises InputError for a column of texts or
-    Python objects.
+    A leaf that is replicated over this mesh already is returned as it is. Raises InputError for a non-numeric
+    column (bytes, text, objects, times).
     """
     sharding = NamedSharding(mesh, PartitionSpec())
 
@@ -76,8 +76,8 @@ def process_rows(batch_size: int, mesh: Mesh) -> slice:
 def place(rows: Tree, mesh: Mesh, axis: int = 0) -> Tree:
     """Places a batch on the mesh: one global array for each leaf, from the rows that each process has.
 
-    `axis` is the axis of the rows in every leaf: 0 for [B, ...], 1 for [S, B, ...]. Raises InputError for a column of
-    texts or Python objects.
+    `axis` is the axis of the rows in every leaf: 0 for [B, ...], 1 for [S, B, ...]. Raises InputError for a non-numeric
+    column (bytes, text, objects, times).
     """
     sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
     put = lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
@@ -96,19 +96,19 @@ def sharded(tree: Tree, mesh: Mesh, axis: int = 0) -> Tree:
 
 
 def _numeric(tree: Tree) -> Tree:
-    """`tree`. Raises InputError for a leaf that no device holds: texts, Python objects, times."""
+    """Returns `tree`. Raises InputError for a non-numeric leaf (bytes, text, objects, times)."""
     if not any(map(_other_kind, jax.tree.leaves(tree))):  # without the paths: once per step
         return tree
     found = {jax.tree_util.keystr(path, simple=True, separator="/"): _other_kind(leaf)
              for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}  # fmt: skip
     name, kind = next((name, kind) for name, kind in found.items() if kind)
     raise InputError(
-        f"column {name!r} is {kind}, expected numbers, which devices hold; encode it as integers, such as ids, or "
-        "leave the column out"
+        f"column {name!r} is {kind}, expected a numeric dtype; encode it as integers, such as ids, or leave the column "
+        "out"
     )
 
 
 def _other_kind(leaf: Any) -> str:
-    """What the leaf holds instead of numbers, or nothing."""
+    """The non-numeric dtype, or ''."""
     dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
-    return f"{dtype} ({NO_NUMBERS[dtype.kind]})" if getattr(dtype, "kind", "") in NO_NUMBERS else ""
+    return f"{dtype} ({NON_NUMERIC[dtype.kind]})" if getattr(dtype, "kind", "") in NON_NUMERIC else ""

@@ -7,14 +7,15 @@ from dl_jax.core.step import Array
 
 
 def at_least_float32(x: Array) -> Array:
-    """At least float32: bf16 sums and integer differences lose digits."""
+    """x in float32 or wider, as sums in bfloat16 and differences of integers lose digits."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def class_numbers(labels: Array, classes: int) -> Array:  # int [...] of any size -> int32 [...], int64 for 8 bytes
-    """Labels in a type that holds `classes`, where a uint8 or int8 would wrap; those outside [0, classes) as `classes`.
+    """Labels as int32 (int64 for 64-bit labels), with every label outside [0, classes) replaced by `classes`.
 
-    JAX would read -1 as the last class; what indexes with `classes` gives NaN, and no class is equal to it.
+    That index is out of range: a loss that gathers with it gives NaN, and it never equals a prediction. Without this,
+    JAX would read -1 as the last class, and a uint8 or int8 might not hold `classes`.
     """
     labels = jnp.asarray(labels)
     known = (labels >= 0) & (labels <= min(classes - 1, int(jnp.iinfo(labels.dtype).max)))

@@ -194,10 +194,14 @@ def test_a_scan_equals_single_steps_and_averages_metrics(stream):
 
 @pytest.mark.parametrize(
     ("begin", "steps", "every", "wrong"),
-    [(0, 15, 5, "steps is 15"), (0, 16, 6, "every is 6"), (2, 18, 8, "every is 8 and the fit begins at step 2")],
+    [
+        (0, 15, 5, "steps is 15"),
+        (0, 16, 6, "every is 6"),
+        (2, 18, 8, "every is 8, expected a multiple of 4, as must be the first step, 2"),
+    ],
 )
 def test_a_scan_wants_multiples(begin, steps, every, wrong):
-    with pytest.raises(InputError, match=f"{wrong}.* calls of 4 steps"):
+    with pytest.raises(InputError, match=f"{wrong}.* each call advances 4 steps"):
         fit(STEP, start()._replace(step=jnp.int32(begin)), rows, steps=steps, every=every, scan=4)
 
 
