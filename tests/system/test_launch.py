@@ -262,7 +262,7 @@ def test_other_seeds_in_the_folder_are_refused(call, tmp_path):
 def test_a_field_that_its_type_forbids_is_one_line_before_any_work(call, tmp_path):
     status, _, err = call("--learning-rate", "-0.1", "--workdir", str(tmp_path / "run"))
     assert status == 2
-    assert one_line(err) == "error: --learning-rate is -0.1, expected more than 0"
+    assert one_line(err) == "error: --learning-rate is -0.1, expected more than 0; change it"
     assert not (tmp_path / "run").exists()
 
 
