@@ -1,14 +1,16 @@
 """Augmentations: (key, batch) -> batch, on the device, inside the jitted step.
 
 Each function here takes hyper-parameters and returns an augmentation of `batch["image"]`, float32 [B, H, W, C] with
-values in [0, 1]; the other columns pass untouched. What moves the image moves nothing else, and so refuses a batch with
-a column that lies in the image's coordinates, such as boxes: see `_moving`. Every example has draws of its own, and
-they depend on nothing but the key and the example's position in the global batch: how many devices or hosts share the
-batch changes nothing, and no device needs another's rows. All but `noise` keep the values in [0, 1]. What moves out of
-the image is lost, what moves in is 0.
+values in [0, 1]. All but `noise` keep the values in [0, 1].
+
+Geometric augmentations change only batch["image"]. They raise InputError if the batch has a column in image coordinates
+(boxes, masks, keypoints). Pixels from outside the image are 0.
+
+Each example has its own random draws, which depend only on the key and its position in the global batch. So the result
+is the same on any number of devices, and no device needs the rows of another.
 
 A hyper-parameter that is drawn is an interval `(low, high)`, and the draw is uniform in it; `(v, v)` is always v.
-Hyper-parameters that make no sense raise `InputError`, those that depend on the image's size when it is first seen.
+Invalid hyper-parameters raise InputError, those that depend on the image's size when the function is first traced.
 """
 
 import math
@@ -24,14 +26,14 @@ from dl_jax.core.step import Array, Batch
 Augmentation = Callable[[Array, Batch], Batch]
 Interval = tuple[float, float]
 
-# Words in the names of columns that hold places in the image, as those of TFDS do: "objects/bbox", "gt_boxes".
+# Words in the names of columns with image coordinates, as in TFDS: "objects/bbox", "gt_boxes".
 PLACES = {"bbox", "bboxes", "box", "boxes", "keypoint", "keypoints", "landmark", "landmarks", "polygon", "polygons"}
 MASKS = {"mask", "masks", "segmentation"}  # where the column has two axes or more beside the batch's
 REC601 = (0.299, 0.587, 0.114)  # luminance of red, green and blue
 
 
 def compose(*augmentations: Augmentation) -> Augmentation:
-    """One after the other, each with a key of its own."""
+    """Applies the augmentations in order with independent keys."""
 
     def augment(key: Array, batch: Batch) -> Batch:
         keys = jax.random.split(key, len(augmentations))
@@ -46,17 +48,17 @@ def compose(*augmentations: Augmentation) -> Augmentation:
 
 
 def flip() -> Augmentation:
-    """Left and right swapped in half of the examples."""
+    """Flips each image horizontally with probability 1/2."""
 
     def transform(key: Array, images: Array) -> Array:
         flipped = jax.random.bernoulli(key, 0.5, (len(images), 1, 1, 1))
         return jnp.where(flipped, images[:, :, ::-1], images)
 
-    return _moving(transform)
+    return _geometric(transform)
 
 
 def pad_and_crop(padding: int) -> Augmentation:
-    """`padding` pixels of 0 on every side, then a random window of the original size.
+    """Pads with `padding` zeros on every side and crops a random window of the original size.
 
     Each of the (2 * padding + 1)**2 windows is equally likely: a jitter by whole pixels. With 4 pixels it is CIFAR's
     usual augmentation (He et al. 2016, Deep residual learning, section 4.2).
@@ -73,7 +75,7 @@ def pad_and_crop(padding: int) -> Augmentation:
         # A slice per example: on a CPU faster than a gather with index arithmetic.
         return jax.vmap(lambda image, at: jax.lax.dynamic_slice(image, (at[0], at[1], 0), (h, w, c)))(padded, corners)
 
-    return _moving(transform)
+    return _geometric(transform)
 
 
 def affine(
@@ -84,13 +86,13 @@ def affine(
     shear: Interval = (0.0, 0.0),
     translate: Interval = (0.0, 0.0),
 ) -> Augmentation:
-    """A planar affine distortion about the image's centre, one bilinear resampling whatever it combines.
+    """A random affine transform about the centre, with one bilinear resampling.
 
-    In the order in which they act: `scale` (factor > 0, above 1 enlarges) and `squeeze` (factor > 0 on the width, its
-    inverse on the height), horizontal `shear` (pixels to the right per pixel upwards), rotation by `degrees`
-    (counter-clockwise), `translate` (pixels, one draw to the right and one downwards).
+    Its parts, in the order in which they act, are `scale` (factor > 0, above 1 enlarges) and `squeeze` (factor > 0 on
+    the width, its inverse on the height), horizontal `shear` (pixels to the right per pixel upwards), rotation by
+    `degrees` (counter-clockwise) and `translate` (pixels, one draw to the right and one downwards).
 
-    With degrees left out it is the family of LeCun et al. 1998, Gradient-based learning applied to document
+    Without `degrees` it is the family of LeCun et al. 1998, Gradient-based learning applied to document
     recognition, section III: translations, scaling, squeezing and horizontal shearing. The paper gives no ranges.
     """
     intervals = (
@@ -107,7 +109,7 @@ def affine(
         draws = jax.random.uniform(key, (len(images), len(intervals)), minval=low, maxval=high)
         return resample(images, _source_of(*draws.T))
 
-    return _moving(transform)
+    return _geometric(transform)
 
 
 def rotate(degrees: Interval) -> Augmentation:
@@ -185,17 +187,20 @@ def brightness(factor: Interval) -> Augmentation:
 
 
 def contrast(factor: Interval) -> Augmentation:
-    """The image drawn out from its mean luminance, clipped to [0, 1]. Factors are 0 or more.
+    """Clips mean + factor * (image - mean) to [0, 1], where mean is the image's mean luminance.
 
-    The mean luminance stays, as far as nothing is clipped. Luminance is Rec. 601's for 3 channels, otherwise the mean
-    of the channels.
+    Factors are 0 or more. The mean luminance does not change unless values are clipped. Luminance is Rec. 601's for 3
+    channels, otherwise the mean of the channels.
     """
     interval = _checked("contrast", factor, factor[0] >= 0, "0 or more")
     return _colour(interval, lambda images, f: _blend(_luminance(images.mean((1, 2), keepdims=True)), images, f))
 
 
 def saturation(factor: Interval) -> Augmentation:
-    """Each pixel drawn out from its luminance (Rec. 601), clipped to [0, 1]; 0 is grey. Factors are 0 or more."""
+    """Clips grey + factor * (image - grey) to [0, 1], where grey is the pixel's luminance (Rec. 601).
+
+    Factors are 0 or more; 0 gives a grey image.
+    """
     interval = _checked("saturation", factor, factor[0] >= 0, "0 or more")
     return _colour(interval, lambda images, f: _blend(_luminance(_rgb(images)), images, f))
 
@@ -253,7 +258,7 @@ def _turned(images: Array, turns: Array) -> Array:
 def noise(sigma: float) -> Augmentation:
     """Gaussian noise of standard deviation `sigma` on every value.
 
-    Not clipped, so that the mean stays also where the image is black or white (Sietsma and Dow 1991, Creating
+    The result is not clipped, so the noise has mean 0 in black and white regions too (Sietsma and Dow 1991, Creating
     artificial neural networks that generalize).
     """
     if not 0 <= sigma < math.inf:
@@ -262,12 +267,11 @@ def noise(sigma: float) -> Augmentation:
 
 
 def cutout(size: int) -> Augmentation:
-    """A square of `size` x `size` pixels set to 0 in every example.
+    """Sets a square of `size` x `size` pixels to 0 in every example.
 
     Its centre is any pixel, so that part of the square may lie outside (DeVries and Taylor 2017, Improved
-    regularization of convolutional neural networks with cutout, section 3.2). 0 is the data's mean in the paper, whose
-    images are normalised first: compose it after the normalisation to follow them. What it hides stays where it is, so
-    that boxes and masks pass untouched.
+    regularization of convolutional neural networks with cutout, section 3.2). To follow the paper, apply it after
+    normalisation, where 0 is the mean. Boxes and masks stay valid and are passed through.
     """
     if size < 1:
         raise InputError(f"size={size}: expected the square's side in pixels, 1 or more")
@@ -285,7 +289,7 @@ def cutout(size: int) -> Augmentation:
 
 
 def _on_images(transform: Callable[[Array, Array], Array]) -> Augmentation:
-    """(key, images) -> images as an augmentation."""
+    """The augmentation for a function (key, images) -> images that changes no coordinates."""
 
     def augment(key: Array, batch: Batch) -> Batch:
         images = batch["image"]
@@ -299,11 +303,12 @@ def _on_images(transform: Callable[[Array, Array], Array]) -> Augmentation:
     return augment
 
 
-def _moving(transform: Callable[[Array, Array], Array]) -> Augmentation:
-    """`_on_images` for a change of geometry, which would leave what lies in the image's coordinates behind.
+def _geometric(transform: Callable[[Array, Array], Array]) -> Augmentation:
+    """The augmentation for a geometric transform (key, images) -> images, which changes no other column.
 
-    Raises InputError for such a column: one of `PLACES` is a word of its name, or one of `MASKS` and it has two axes
-    beside the batch's, or axes 1 and 2 are the image's height and width, as of a mask, a depth map or a second image.
+    Raises InputError for a column (a) whose name contains a word of PLACES, (b) whose name contains a word of MASKS and
+    that has two or more axes beside the batch's, or (c) whose axes 1 and 2 equal the image's height and width, as of a
+    depth map or a second image.
     """
 
     def augment(key: Array, batch: Batch) -> Batch:
@@ -313,8 +318,8 @@ def _moving(transform: Callable[[Array, Array], Array]) -> Augmentation:
             words = set(re.split(r"[^a-z]+", name.lower()))
             if words & PLACES or (words & MASKS and len(shape) > 2) or (len(shape) > 2 and shape[1:3] == size):
                 raise InputError(
-                    f"column {name!r} {shape} lies in the coordinates of the image {size}, which this augmentation "
-                    "moves, expected none such; leave it out of the batch, or move both in an augmentation of your own"
+                    f"column {name!r} of shape {shape} has image coordinates, which this geometric augmentation does "
+                    "not transform; remove the column or transform both"
                 )
         return _on_images(transform)(key, batch)
 
@@ -333,7 +338,7 @@ def _colour(interval: Interval, adjust: Callable[[Array, Array], Array]) -> Augm
 
 def _rgb(images: Array) -> Array:
     if images.shape[-1] != 3:
-        raise InputError(f"images {images.shape}: saturation and hue need 3 channels; leave them out for others")
+        raise InputError(f"images {images.shape}: saturation and hue need 3 channels; use them for RGB images only")
     return images
 
 

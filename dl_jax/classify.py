@@ -1,7 +1,7 @@
 """Classifiers of images: the loss and the evaluation that experiments on them have in common.
 
-`apply` is a module's: (variables, image float32 [B, H, W, C] in [0, 1], train, rngs) -> logits [B, C]. Batches hold
-`image`, uint8 as the sets do or float as augmentations leave it, and `label`.
+`apply` is a module's: (variables, image float32 [B, H, W, C] in [0, 1], train, rngs) -> logits [B, classes]. Batches
+have the columns `image`, uint8, or float32 in [0, 1] after augmentation, and `label`.
 """
 
 import inspect
@@ -18,20 +18,20 @@ Evaluation = Callable[[Tree, Batch, Array], dict[str, tuple[Array, Array]]]
 
 
 def to_unit(image: Any) -> Array:  # [B, H, W, C]
-    """Integer grey levels from 0 .. 255 to float32 [0, 1]; floats as they are."""
+    """Divides integer images by 255; casts floats to float32."""
     return jnp.asarray(image, jnp.float32) / (255 if jnp.issubdtype(image.dtype, jnp.integer) else 1)
 
 
 def unit(key: Array, batch: Batch) -> Batch:
-    """`to_unit` on a batch: goes before the augmentations, for `losses.with_batch`."""
+    """Applies `to_unit` to batch["image"], for `losses.with_batch`; compose it before augmentations."""
     return {**batch, "image": to_unit(batch["image"])}
 
 
 def in_training(apply: Callable[..., Any], variables: Tree, batch: Batch, key: Array) -> tuple[Array, Tree]:
-    """Logits [B, C] of a batch in training, and the collections that `apply` changed, such as batch statistics.
+    """Logits [B, classes] of a batch in training, and the collections that `apply` changed, such as batch statistics.
 
-    All collections but `params` may change where `apply` takes `mutable`, as a module's does. A pure function without
-    it changes none, and neither does a network that has none.
+    All collections except `params` are mutable if `apply` accepts `mutable`. Otherwise, or if there are none, the
+    second result is {}.
     """
     settings: dict[str, Any] = {"train": True, "rngs": {"dropout": key}}
     others = [name for name in variables if name != "params"]
@@ -46,11 +46,11 @@ def _takes_mutable(apply: Callable[..., Any]) -> bool:
 
 
 def loss(apply: Callable[..., Any]) -> Loss:
-    """Mean cross-entropy in nats; the metric `error` is the fraction of the batch that is misread.
+    """Mean cross-entropy in nats; the metric `error` is the fraction misclassified.
 
-    batch["label"] are class numbers int [B], or probabilities float [B, C] as label smoothing and mixtures of images
-    give them, whose largest then is the right class. The collections that a network changes, such as batch statistics,
-    are returned (`in_training`). Raises InputError where labels and logits do not fit.
+    batch["label"] is int [B], or float [B, classes] (label smoothing, mixup); the argmax is then the true class. The
+    collections that `apply` changed are returned (`in_training`). Raises InputError where the shapes of labels and
+    logits do not match.
     """
 
     def cross_entropy(variables: Tree, batch: Batch, key: Array):
@@ -66,7 +66,10 @@ def loss(apply: Callable[..., Any]) -> Loss:
 
 
 def evaluation(apply: Callable[..., Any]) -> Evaluation:
-    """For `core.evaluate.evaluator`: `error`, a fraction, and `nats`, the mean cross-entropy. Changes no collection."""
+    """A `metrics` function for `evaluator`; returns `error` and `nats` as (sum, weight).
+
+    `error` is the fraction misclassified and `nats` the mean cross-entropy. No collection is changed.
+    """
 
     def evaluate(variables: Tree, batch: Batch, key: Array) -> dict[str, tuple[Array, Array]]:
         given = apply(variables, to_unit(batch["image"]), train=False), batch["label"], batch["mask"]
@@ -76,5 +79,5 @@ def evaluation(apply: Callable[..., Any]) -> Evaluation:
 
 
 def outputs(predict: Callable[[Any], Any], images: np.ndarray) -> np.ndarray:  # [N, H, W, C] -> [N, ...]
-    """What `predict` answers, a thousand images at a time, on the host."""
+    """Applies `predict` to chunks of 1000 images; returns NumPy [N, ...]."""
     return np.concatenate([predict(images[i : i + 1000]) for i in range(0, len(images), 1000)])

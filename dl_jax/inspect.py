@@ -1,4 +1,4 @@
-"""The inputs of a model's layers, from outside: seen or changed without a hook in the model."""
+"""Reads or changes the inputs of a model's layers, without a hook in the model."""
 
 import functools
 import inspect
@@ -14,25 +14,26 @@ Function = Callable[..., Any]
 
 
 def with_inputs(function: Function, f: Callable[[str, jax.Array], jax.Array]) -> Function:
-    """`function`, in which each layer with a kernel gets f(path, x) in place of its input x, its first argument.
+    """Wraps `function` so that every module that owns a parameter `kernel` gets f(path, x) instead of its input x.
 
-    `function` is whatever calls `module.apply` in its turn: that method itself, a loss, a metric. The path names the
-    layer as its parameters do: "Dense_0", "encoder/Conv_1". A layer that runs twice gets f twice, with one path.
+    `function` is `module.apply`, or calls it, as a loss or a metric does. x is the module's first argument, and `path`
+    names the module as its parameters do: "Dense_0", "encoder/Conv_1". A module called twice calls f twice with the
+    same path.
 
-    A layer that holds others is not met, they are. So a recurrent one (`rnn.Layer`) is met in the projection of its
-    input, once for all steps: "Recurrent_0/forward_0/input". The state that its own kernel multiplies is neither seen
-    nor changed: no call of a layer takes it from one step to the next.
+    Containers are skipped; their submodules are visited. For a recurrent layer (`rnn.Layer`) this is the input
+    projection, "Recurrent_0/forward_0/input", called once for all time steps; the hidden state is not visible.
 
-    Raises InputError, when called, where no layer is met: none has a kernel, or a jitted `apply` was compiled before.
+    Raises InputError, when called, if no such module runs, for example because `function` was jitted and compiled
+    earlier.
     """
 
     @functools.wraps(function)
     def intercepted(*args: Any, **kwargs: Any) -> Any:
-        met = []
+        found = []
 
         def change(next_function: Function, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
             layer = context.module
-            if context.method_name != "__call__" or not _applies_a_kernel(layer):
+            if context.method_name != "__call__" or not _owns_a_kernel(layer):
                 return next_function(*args, **kwargs)
             path, name = "/".join(layer.path), next(iter(inspect.signature(layer.__call__).parameters), None)
             if args:
@@ -41,14 +42,14 @@ def with_inputs(function: Function, f: Callable[[str, jax.Array], jax.Array]) ->
                 kwargs = {**kwargs, name: f(path, kwargs[name])}
             else:  # it takes no input, or was given none
                 return next_function(*args, **kwargs)
-            met.append(path)
+            found.append(path)
             return next_function(*args, **kwargs)
 
         with nn.intercept_methods(change):
             result = function(*args, **kwargs)
-        if not met:
+        if not found:
             raise InputError(
-                "with_inputs met no layer that has a kernel, expected at least one; give it a model with dense or "
+                "with_inputs found no layer that has a kernel, expected at least one; give it a model with dense or "
                 "convolutional layers, not jitted before"
             )
         return result
@@ -56,16 +57,16 @@ def with_inputs(function: Function, f: Callable[[str, jax.Array], jax.Array]) ->
     return intercepted
 
 
-def _applies_a_kernel(layer: nn.Module) -> bool:
-    """Whether its input meets a kernel of its own, rather than that of a layer inside."""
+def _owns_a_kernel(layer: nn.Module) -> bool:
+    """Whether the module itself has a parameter `kernel`."""
     params = layer.variables.get("params", {})
     return "kernel" in params and not any(isinstance(value, Mapping) for value in params.values())
 
 
 def inputs(function: Function) -> Callable[..., dict[str, list[jax.Array]]]:
-    """What the layers with a kernel are given while `function` runs: {path: one array for each time that it ran}.
+    """Wraps `function` so that it returns the inputs of its layers with a kernel: {path: one array for each call}.
 
-    Its result is dropped. Which layers, and when it raises InputError: see `with_inputs`.
+    The function's result is discarded. See `with_inputs` for which layers are included and what is raised.
     """
 
     def collect(*args: Any, **kwargs: Any) -> dict[str, list[jax.Array]]:
@@ -82,5 +83,5 @@ def inputs(function: Function) -> Callable[..., dict[str, list[jax.Array]]]:
 
 
 def examples() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
-    """None: this file holds no architecture."""
+    """Returns {}: this file has no models (required by the zoo tests)."""
     return {}

@@ -1,1 +1,1 @@
-"""Smaller models: pruned, quantised, distilled, encoded, and measured for what they are."""
+"""Smaller models: pruning, weight sharing, quantisation, distillation, a file format, and size and latency."""

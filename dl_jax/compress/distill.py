@@ -1,4 +1,4 @@
-"""Distillation: a student learns the probabilities that a teacher gives to all classes, the wrong ones too."""
+"""Distillation: a student learns the probabilities that a teacher gives to all classes, including the wrong ones."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,11 +15,11 @@ from dl_jax.losses.inputs import at_least_float32
 def soft(student_logits: Array, teacher_logits: Array, temperature: float) -> Array:  # [B, ..., C] twice -> [B, ...]
     """T² · cross-entropy between softmax(teacher / T) and softmax(student / T), in nats.
 
-    The gradient of the cross-entropy shrinks as 1/T², so that the factor keeps its weight against the hard labels the
-    same at every temperature (Hinton, Vinyals & Dean 2015, arXiv:1503.02531, section 2). The teacher gets no gradient.
-    Raises InputError where the two disagree on the classes or the temperature is not positive.
+    The factor T² compensates for gradients that shrink as 1/T²; the ratio to the hard-label loss then does not depend
+    on T (Hinton, Vinyals & Dean 2015, arXiv:1503.02531, section 2). The teacher gets no gradient. Raises InputError
+    where the numbers of classes differ or the temperature is not positive.
     """
-    _require_temperature(temperature)
+    _require_temperature("soft", temperature)
     if student_logits.shape[-1] != teacher_logits.shape[-1]:
         raise InputError(
             f"soft: the student has {student_logits.shape[-1]} classes and the teacher {teacher_logits.shape[-1]}, "
@@ -32,10 +32,10 @@ def soft(student_logits: Array, teacher_logits: Array, temperature: float) -> Ar
 def loss(apply: Callable[..., Any], temperature: float) -> Loss:
     """The mean of `soft` over a batch of `image` and `teacher_logits` [B, C].
 
-    For `losses.weighted_sum` with that of the labels; `apply` and the collections that are returned are as in
-    `classify`. Raises InputError where the temperature is not positive.
+    Combine it with `classify.loss` by `losses.weighted_sum`. `apply` is as in `classify.loss`; changed collections are
+    returned. Raises InputError where the temperature is not positive.
     """
-    _require_temperature(temperature)
+    _require_temperature("loss", temperature)
 
     def follow(variables: Tree, batch: Batch, key: Array):
         logits, collections = classify.in_training(apply, variables, batch, key)
@@ -45,14 +45,15 @@ def loss(apply: Callable[..., Any], temperature: float) -> Loss:
 
 
 def matched_bias(logits: np.ndarray, group: np.ndarray, frequency: float) -> float:  # [N, C], bool [C]
-    """What to add to the logits of the classes in `group` so that a fraction `frequency` of the N examples falls there.
+    """The bias to add to the logits of `group` so that a fraction `frequency` of the N examples is classified into it.
 
-    Undoes a bias that was learned from a set with too few of these classes, or too many. Raises InputError where
-    `group` is none or all of the classes, or the frequency is no fraction.
+    It corrects a class prior learned from an unbalanced set. Raises InputError where `group` contains none or all of
+    the classes, or `frequency` is outside [0, 1].
     """
     if not 0 < np.count_nonzero(group) < logits.shape[1]:
         raise InputError(
-            f"matched_bias: {np.count_nonzero(group)} of {logits.shape[1]} classes, expected some, not all"
+            f"matched_bias: group has {np.count_nonzero(group)} of {logits.shape[1]} classes, expected 1 to "
+            f"{logits.shape[1] - 1}"
         )
     if not 0 <= frequency <= 1:
         raise InputError(f"matched_bias: frequency is {frequency}, expected a fraction in [0, 1]")
@@ -60,22 +61,21 @@ def matched_bias(logits: np.ndarray, group: np.ndarray, frequency: float) -> flo
 
 
 def margins(logits: np.ndarray, group: np.ndarray) -> np.ndarray:  # [N, C], bool [C] -> [N]
-    """By how much the best class outside `group` leads the best one inside: the bias that it takes to turn each."""
+    """Largest logit outside `group` minus largest inside, [N]: with a larger bias the example moves into the group."""
     logits = _wide(logits)
     return logits[:, ~group].max(1) - logits[:, group].max(1)
 
 
 def fewest_errors(logits: np.ndarray, group: np.ndarray, labels: np.ndarray) -> int:  # [N, C], bool [C], int [N]
-    """Errors with that bias of the classes in `group` that makes the fewest on these very examples.
+    """The smallest number of errors over all biases added to the classes in `group`, found exactly.
 
-    Only for numbers that were published so: it is tuned on what it is tested on. Exact, by going through all biases
-    that make a difference.
+    The bias is tuned on the examples that are scored; use it only to compare with papers that did the same.
     """
     logits = _wide(logits)
     best = lambda classes: np.where(classes, logits, -np.inf).argmax(1) == labels  # [N], right if the group wins or not
     right_inside, right_outside = best(group), best(~group)
     led = margins(logits, group)
-    order = led.argsort()  # a rising bias turns example after example to the group, those of one margin together
+    order = led.argsort()  # a rising bias moves example after example into the group, equal margins together
     gained = np.cumsum(right_inside[order].astype(int) - right_outside[order])[np.diff(led[order], append=np.inf) > 0]
     return int(len(labels) - right_outside.sum() - max(0, gained.max()))
 
@@ -85,6 +85,6 @@ def _wide(logits: np.ndarray) -> np.ndarray:
     return logits.astype(np.result_type(logits.dtype, np.float32))
 
 
-def _require_temperature(temperature: float) -> None:
+def _require_temperature(name: str, temperature: float) -> None:
     if not temperature > 0:
-        raise InputError(f"soft: temperature is {temperature}, expected a positive number; 1 leaves the logits alone")
+        raise InputError(f"{name}: temperature is {temperature}, expected a positive number; 1 leaves the logits alone")

@@ -28,7 +28,7 @@ Sparsity = float | Callable[[jax.tree_util.KeyPath, Array], float]  # fraction o
 def smallest(params: Tree, sparsity: Sparsity, where: Where = is_kernel) -> Tree:
     """`params` with the round(sparsity · size) weights of smallest magnitude of each chosen layer set to zero.
 
-    Of weights of equal magnitude the first in the array are pruned first. `sparsity` is that of the result: weights
+    Ties are pruned in array order. `sparsity` is that of the result: weights
     that are already zero count as pruned. Map the function over seeds with `jax.vmap`. Raises InputError for a sparsity
     outside [0, 1), and where `where` chooses no parameter.
     """
@@ -47,8 +47,9 @@ def rounds(params: Tree, kept: Sequence[float]) -> Callable[[float], Sparsity]:
     """The schedule of pruning in rounds, as a function progress -> sparsity.
 
     At progress p the fraction kept[i]^p of the weights of the i-th kernel of `params` is left, so kept[i] at progress
-    1. With equal steps of progress each round prunes the same fraction of the weights that are left. Raises InputError
-    unless `kept` has one fraction in (0, 1] for each kernel.
+    1. The kernels are sorted by path, as in `nonzeros`: "Conv_0/kernel", "Dense_0/kernel". With equal steps of progress
+    each round prunes the same fraction of the weights that are left. Raises InputError unless `kept` has one fraction
+    in (0, 1] for each kernel.
     """
     names = list(_layers(params, is_kernel))
     if len(names) != len(kept):
@@ -57,7 +58,8 @@ def rounds(params: Tree, kept: Sequence[float]) -> Callable[[float], Sparsity]:
             f"{', '.join(names)}"
         )
     for share in kept:
-        _require_sparsity("rounds: 1 - the fraction that is kept", 1 - share)
+        if not 0 <= 1 - share < 1:
+            raise InputError(f"rounds: kept has {share}, expected fractions in (0, 1]; 0.1 keeps every tenth weight")
     shares = dict(zip(names, kept, strict=True))
     return lambda progress: lambda path, leaf: 1 - shares[_name(path)] ** progress
 
@@ -159,9 +161,9 @@ def _masked(updates: Tree, masks: Tree, params: Tree) -> Tree:
 
 
 def _largest(magnitudes: Array, dropped: Any) -> Array:
-    """A mask of the shape of `magnitudes`, False at the `dropped` smallest; of equal ones the first are dropped first.
+    """A mask of the shape of `magnitudes` that is False at the `dropped` smallest.
 
-    Numbers below 0 mark entries that are dropped before all others; there may be at most `dropped` of them.
+    Ties are dropped in array order. Negative entries count as smallest; there may be at most `dropped` of them.
     """
     width = 8 * magnitudes.dtype.itemsize
     bits = jax.lax.bitcast_convert_type(magnitudes.ravel(), f"int{width}")  # in the order of the magnitudes

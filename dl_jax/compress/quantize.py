@@ -8,7 +8,7 @@
 weights (Jacob et al. 2018, arXiv:1712.05877, sections 2.1 and 3; Krishnamoorthi 2018, arXiv:1806.08342, section 2).
 Gradients go straight through the rounding (Bengio et al. 2013, arXiv:1308.3432).
 
-Of a recurrent layer both kernels are weights; of its activations the inputs are rounded and the state is not.
+In a recurrent layer both kernels are quantised, and so is the layer's input; the hidden state is not.
 """
 
 import functools
@@ -30,25 +30,25 @@ RANGES = "ranges"  # the collection in which variables carry them
 
 
 class Quantized(NamedTuple):
-    """A weight as integers: values · scale."""
+    """A quantised weight; its value is `values * scale`."""
 
     values: Array  # int8 [..., C], -q .. q with q = 2^(bits - 1) - 1; for 1 bit -1 and 1
-    scale: Array  # float32 [1, ..., 1, C], or float64 where the weight is
+    scale: Array  # float32 [1, ..., 1, C], or float64 if the weight is float64
 
 
 class Range(NamedTuple):
     """The smallest and the largest input of a layer."""
 
-    low: Array  # float32 [], or float64 where the input is
+    low: Array  # float32 [], or float64 if the input is float64
     high: Array
 
 
 def fake(bits: int, where: Where = is_kernel) -> Callable[[Tree], Tree]:
-    """params -> `dequantize(quantize(params, bits, where))`, to the bit, with the gradient of the identity.
+    """Returns a function params -> params that rounds the chosen weights to `bits` bits, for `losses.with_params`.
 
-    So the weights are float32 or better, on the grid also where the parameters are too coarse for it; the gradient has
-    the parameters' type. For `losses.with_params`. Raises InputError for bits outside 1 .. 8 and, when called, where
-    `where` chooses nothing.
+    The gradient goes straight through the rounding. The values equal `dequantize(quantize(params, bits, where))` bit
+    for bit and are float32 or wider, since bfloat16 cannot represent the grid. Gradients have the dtype of the
+    parameters. Raises InputError for bits outside 1 .. 8 and, when called, where `where` chooses nothing.
     """
     require_bits(bits)
 
@@ -113,21 +113,24 @@ _straight_through.defjvp(lambda primals, tangents: (primals[1], tangents[0].asty
 
 
 def pack(values: np.ndarray, bits: int) -> np.ndarray:  # int8 [...] -> uint8 [ceil(N * bits / 8)]
-    """The values of a `Quantized` at `bits` each, in C order, the first in the high bits: int4 is two to a byte.
+    """Packs the values of a `Quantized` into a bit string of `bits` bits per value, C order, high bits first.
 
-    Raises InputError for bits outside 1 .. 8 and for values that are not of their grid.
+    Two int4 values share a byte. Raises InputError for bits outside 1 .. 8 and for values that `quantize` does not give
+    with `bits` bits.
     """
     require_bits(bits)
     end, step = _grid(bits)
     wide = np.asarray(values).ravel().astype(np.int16)
     if wide.size and (abs(wide).max() > end or ((wide + end) % step).any()):
-        raise InputError(f"pack: values from {wide.min()} to {wide.max()}, expected those of {bits} bits")
+        raise InputError(
+            f"pack: values from {wide.min()} to {wide.max()}, expected those of `quantize` with {bits} bits"
+        )
     codes = ((wide + end) // step).astype(np.uint8)
     return np.packbits(np.unpackbits(codes[:, None], axis=1)[:, 8 - bits :])
 
 
 def unpack(packed: np.ndarray, bits: int, shape: tuple[int, ...]) -> np.ndarray:  # uint8 [n] -> int8 `shape`
-    """What `pack` got. Raises InputError where `packed` has not the bytes of this shape."""
+    """The inverse of `pack`. Raises InputError if the number of bytes does not match `shape`."""
     require_bits(bits)
     size = int(np.prod(shape))
     if packed.shape != (-(-size * bits // 8),):
@@ -142,8 +145,8 @@ def calibrate(apply: Callable[[Tree, Batch], Any], variables: Tree, batches: Ite
     """{path of a layer with a kernel: the range of its inputs over `batches`}; goes into variables["ranges"].
 
     `apply(variables, batch)` runs the model. For a stack of seeds: jax.vmap(lambda v: calibrate(apply, v, batches)).
-    Raises InputError for no batches, for inputs that are NaN or infinite, and as `inspect.with_inputs` does. Inside a
-    compiled function, where values are unknown, such a range is returned, and `rounded` makes NaN of it.
+    Raises InputError for no batches, for inputs that are NaN or infinite, and as `inspect.with_inputs` does. Under jit
+    the check is impossible: a non-finite range is returned, and `rounded` then gives NaN.
     """
     seen = jax.jit(lambda variables, batch: {path: _range(xs) for path, xs in inputs(apply)(variables, batch).items()})
     ranges: dict[str, Range] | None = None
@@ -195,15 +198,14 @@ def _union(a: Range, b: Range) -> Range:
 
 
 def with_activations(function: Callable[..., Any], bits: int) -> Callable[..., Any]:
-    """function(variables, ...) with the inputs of its layers rounded to the calibrated variables["ranges"].
+    """Wraps a loss, a metric or `module.apply`; the inputs of all layers with a kernel are passed through `rounded`.
 
-    For a loss, a metric or `module.apply`, around any model. The layers that `inspect.with_inputs` meets see
-    `rounded` inputs. Raises InputError for bits outside 1 .. 8 and, when called, where the ranges are missing or those
-    of another model.
+    The layers are those of `inspect.with_inputs`, and their ranges are read from variables["ranges"]. Raises InputError
+    for bits outside 1 .. 8 and, when called, if variables["ranges"] is missing or lacks a layer.
     """
     require_bits(bits)
 
-    @functools.wraps(function)  # so that who asks for its signature is told
+    @functools.wraps(function)  # keeps the signature, which `classify` inspects
     def quantized(variables: Tree, *args: Any, **kwargs: Any) -> Any:
         if RANGES not in variables:
             raise InputError(f"the variables have no collection {RANGES!r}, expected one; call `calibrate` first")
@@ -221,11 +223,11 @@ def with_activations(function: Callable[..., Any], bits: int) -> Callable[..., A
 
 
 def rounded(x: Array, bounds: Range, bits: int) -> Array:
-    """x on 2^bits equal steps over `bounds`, widened to hold 0 and shifted so that 0 is exact; clipped to them.
+    """Rounds x to 2^bits evenly spaced values over `bounds`, which are widened to contain 0.
 
-    The gradient is that of the identity, and 0 where x was clipped (Jacob et al. 2018, equation 12 and section 3.1).
-    Reckoned in float32 or better; of the type of x, or float32 where x is integer. Bounds that are NaN or infinite give
-    NaN, no plausible number. Raises InputError for bits outside 1 .. 8.
+    0 is represented exactly; x is clipped. The gradient is that of the identity, and 0 where x was clipped (Jacob et
+    al. 2018, equation 12 and section 3.1). Computed in float32 or wider; the result has the dtype of x, and integer x
+    gives float32. Non-finite bounds give NaN. Raises InputError for bits outside 1 .. 8.
     """
     require_bits(bits)
     levels = 2**bits - 1
@@ -242,6 +244,6 @@ def rounded(x: Array, bounds: Range, bits: int) -> Array:
 
 
 def require_bits(bits: int) -> None:
-    """Raises InputError for bits outside 1 .. 8: what an experiment asks before it trains."""
+    """Raises InputError unless `bits` is an integer from 1 to 8. Call it before training."""
     if isinstance(bits, bool) or not (isinstance(bits, int | np.integer) and 1 <= bits <= 8):
         raise InputError(f"bits is {bits}, expected a whole number from 1 to 8; 8 rarely loses accuracy")

@@ -40,8 +40,8 @@ def data_mesh(devices: Sequence[Any] | None = None, *, batch_size: int | None = 
 def replicated(tree: Tree, mesh: Mesh) -> Tree:
     """Copies `tree` to every device of the mesh. Every process has to pass the same values.
 
-    A leaf that is replicated over this mesh already is returned as it is. Raises InputError for a column of texts or
-    Python objects.
+    A leaf that is replicated over this mesh already is returned as it is. Raises InputError for a non-numeric
+    column (bytes, text, objects, times).
     """
     sharding = NamedSharding(mesh, PartitionSpec())
 
@@ -75,8 +75,8 @@ def process_rows(batch_size: int, mesh: Mesh) -> slice:
 def place(rows: Tree, mesh: Mesh, axis: int = 0) -> Tree:
     """Places a batch on the mesh: one global array for each leaf, from the rows that each process has.
 
-    `axis` is the axis of the rows in every leaf: 0 for [B, ...], 1 for [S, B, ...]. Raises InputError for a column of
-    texts or Python objects.
+    `axis` is the axis of the rows in every leaf: 0 for [B, ...], 1 for [S, B, ...]. Raises InputError for a non-numeric
+    column (bytes, text, objects, times).
     """
     sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
     put = lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
@@ -101,7 +101,7 @@ def numeric(tree: Tree) -> Tree:
     path, leaf = next(each for each in jax.tree_util.tree_leaves_with_path(tree) if not _is_numeric(each[1]))
     raise InputError(
         f"column {jax.tree_util.keystr(path, simple=True, separator='/')!r} is {np.asarray(leaf).dtype.name}, expected "
-        "numbers; encode it as integers, such as ids, or leave the column out"
+        "a numeric dtype; encode it as integers, such as ids, or leave the column out"
     )
 
 

@@ -25,7 +25,7 @@ def require_probability(numbers: Mapping[str, float]) -> None:
     """Raises InputError unless all of `numbers`, {name of the setting: value}, are in [0, 1)."""
     for name, value in numbers.items():
         if not 0 <= value < 1:
-            raise InputError(f"{name} is {value}, expected a probability of at least 0 and less than 1")
+            raise InputError(f"{name} is {value}, expected a probability of at least 0 and less than 1; use 0 for none")
 
 
 def print_anything() -> None:

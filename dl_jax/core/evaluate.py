@@ -20,13 +20,17 @@ def evaluator(
     batch_size: int,
     keys: Array,
 ) -> Callable[[Tree], Measurements]:
-    """A function that evaluates variables [S, ...] on all of `records` [N, ...] and returns {name: mean [S, ...]}.
+    """Returns a function that evaluates variables [S, ...] on all of `records` and gives {name: mean [S, ...]}.
 
-    `metrics(variables, batch, key)` returns {name: (sum, weight)} for the variables of one seed and a batch of
-    `stream.epoch`, whose column `mask` float32 [B] is 0 for padding. The mean of a metric is Σ sum / Σ weight over all
-    batches, and NaN where Σ weight is 0. The seeds are computed one after the other. The key of batch i is `fold_in(k,
-    i)` for the seed whose key in `keys` [S] is k. `batch_size` counts the rows on all devices; as many devices as
-    divide it take part. Raises InputError as `stream.epoch` does.
+    Args:
+      metrics: a function `(variables, batch, key) -> {name: (sum, weight)}` for the variables of one seed and a batch
+        of `stream.epoch`, whose column `mask` float32 [B] is 0 for padding.
+      records: the columns of the data set, [N, ...].
+      batch_size: the number of rows on all devices; as many devices as divide it take part.
+      keys: typed PRNG keys [S]. Batch i of seed s uses `fold_in(keys[s], i)`.
+
+    The mean of a metric is Σ sum / Σ weight over all batches, and NaN where Σ weight is 0. The seeds are computed one
+    after the other. Raises InputError as `stream.epoch` does.
     """
     epoch(records, batch_size)
 
@@ -54,10 +58,16 @@ def evaluator(
 def collect(
     predict: Callable[[Tree, Batch], Tree], variables: Tree, records: Mapping[str, np.ndarray], batch_size: int
 ) -> Tree:
-    """The predictions for all of `records` [N, ...]: a tree of NumPy arrays [S, N, ...], on every process.
+    """The predictions for all of `records`: a tree of NumPy arrays [S, N, ...], on every process.
 
-    `predict(variables, batch)` takes the variables of one seed and a batch of `stream.epoch` and returns a tree of
-    arrays [B, ...]; predictions for padding are removed. Use it for a teacher's logits, and for metrics that are not
+    Args:
+      predict: for one seed, a function `(variables, batch) -> tree of arrays [B, ...]`, on a batch of `stream.epoch`.
+        Predictions for padding are removed.
+      variables: [S, ...].
+      records: the columns of the data set, [N, ...].
+      batch_size: the number of rows on all devices.
+
+    Use it for a teacher's logits, and for metrics that are not
     sums over examples, such as F1, BLEU or a rank correlation. Raises InputError as `stream.epoch` does.
     """
     mesh = data_mesh(batch_size=batch_size)
@@ -82,7 +92,7 @@ def _on(mesh: Mesh, variables: Tree) -> Tree:
 
 
 def _two_in_flight(calls: Iterator[Any]) -> Iterator[Any]:
-    """The results of asynchronous calls, on the host. While a result is fetched, the next call runs."""
+    """Yields the results of asynchronous calls, on the host. While a result is fetched, the next call runs."""
     pending: collections.deque[Any] = collections.deque()
     for call in calls:
         if len(pending) == IN_FLIGHT:

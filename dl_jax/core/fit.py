@@ -20,7 +20,7 @@ from dl_jax.core.stream import Stream, gather
 
 Batches = Callable[[int], Batch]  # step -> batch
 Measurements = dict[str, np.ndarray]
-Best = tuple[str, Literal["min", "max"]]  # a measurement, and which end of it is good
+Best = tuple[str, Literal["min", "max"]]  # a measurement, and whether lower or higher is better
 
 MAX_NONFINITE_IN_A_ROW = 10  # calls of the compiled program with a NaN or infinite metric; more end the run
 RESERVED = ("step", "time", "steps_per_second", "data_wait", "skipped")  # what reports add to the metrics
@@ -30,9 +30,9 @@ IN_FLIGHT = 2  # calls under way at a time: without a bound, simulated devices h
 class Watch(NamedTuple):
     """Measures the variables every `every` steps and at the end.
 
-    What `measure` calls "error" is reported as "watch/error", apart from a metric "error" of the train step. `best`,
-    such as ("error", "min"), keeps the checkpoint where that measurement was lowest (or "max", highest) beside the
-    newest one. It has to be a single number: with several seeds, a mean that `measure` adds.
+    A measurement `error` is reported as `watch/error`, apart from a metric `error` of the train step. `best`, such as
+    ("error", "min"), keeps the checkpoint where that measurement was lowest (or "max", highest) beside the newest one.
+    It has to be a single number: with several seeds, a mean that `measure` adds.
     """
 
     every: int
@@ -57,16 +57,18 @@ class Recorder:
     skip_nonfinite: bool = False  # undo a step with a metric that is not finite, instead of ending the run
 
     def start(self, tree: Tree, steps: int, best: Best | None) -> Tree:
-        """Returns the tree to begin with: `tree`, or the last checkpoint of an earlier attempt at the same fit."""
+        """Returns the tree to begin with: `tree`, or the restored checkpoint of an earlier attempt at the same fit."""
         return tree
 
     def stepped(self, step: int) -> bool:
         """Is called after each call of the program, and returns whether to save now."""
         return False
 
-    def report(self, step: int, metrics: Measurements) -> None: ...
+    def report(self, step: int, metrics: Measurements) -> None:
+        """Records the means of the metrics since the last report, or the measurements of `Watch`."""
 
-    def save(self, step: int, tree: Tree, measured: Measurements) -> None: ...
+    def save(self, step: int, tree: Tree, measured: Measurements) -> None:
+        """Saves `tree` as the checkpoint of `step`; `measured` are the measurements of `Watch` at it, or {}."""
 
     def finish(self, step: int, tree: Tree) -> None:
         """Is called once, when the fit is complete."""
@@ -199,10 +201,17 @@ def fit(
         of truncated back-propagation. Give them for the global batch, [B, ...] or [S, B, ...]; they are split over the
         devices like the batch.
 
-    The result is the state at the end. Raises InputError where `steps` is negative, where `scan` does not divide
-    `steps`, `every` or `watch.every`, where `stop` is given without `watch`, where `watch.best` does not name a
-    measurement that is a single number, and where the checkpoint to resume from has other random keys than `state`.
-    Raises NonFiniteError where a metric is not finite, or a parameter or collection when it is saved or returned.
+    The result is the state at the end.
+
+    Raises InputError where `steps` is negative; where `every`, `scan` or `watch.every` is below 1; where a call of the
+    compiled program does not advance `state.step`, or by a number that does not divide `steps`, `every` or
+    `watch.every`; where `carried` names a collection that `state.extra` does not have; where a metric of the step has a
+    name that reports use (`RESERVED`, or one that begins with "watch/"); where `stop` is given without `watch`; where
+    `watch.best` does not name a measurement that is a single number, or its end is not "min" or "max"; where the batch
+    cannot be split over the processes; and where the checkpoint to resume from has other random keys than `state`.
+
+    Raises NonFiniteError where a metric is not finite (if the run has `skip_nonfinite`, only after 10 such calls in a
+    row), and where a parameter or collection is not finite when it is saved or returned.
     """
     _require_intervals(steps, every, scan, watch, stop)
     run = run or Recorder()
@@ -279,7 +288,9 @@ def _on_devices(
     require_collections(state.extra)
     unknown = sorted(set(carried) - state.extra.keys())
     if unknown:
-        raise InputError(f"carried names {unknown[0]!r}, expected collections of state.extra: {sorted(state.extra)}")
+        raise InputError(
+            f"carried names {unknown[0]!r}, expected collections of state.extra: {sorted(state.extra)}; correct it"
+        )
     if not isinstance(stream, Stream):
         state = _whole(state, stream, mesh)
         batches = lambda i: numeric(stream(i))
@@ -296,7 +307,7 @@ def _on_devices(
 
 
 def _whole(tree: Tree, stream: Stream | Batches, mesh: Mesh) -> Tree:
-    """`tree` on every device of the mesh; unplaced where one process reads a plain function's batches."""
+    """`tree` on every device of the mesh; left on the default device for a plain function in one process."""
     on_mesh = isinstance(stream, Stream) or jax.process_count() > 1
     return replicated(tree, mesh) if on_mesh else jax.tree.map(jnp.asarray, tree)
 
@@ -329,7 +340,10 @@ def _unwrapped(step: Step) -> jax.tree_util.Partial:
 
 @dataclasses.dataclass(frozen=True)
 class _Scanned:
-    """k steps in one call, on batches [k, ...]; metrics are means over the steps. Equal k make equal functions."""
+    """k steps in one call, on batches [k, ...]; metrics are means over the steps.
+
+    Hashable, so equal k share a compiled program.
+    """
 
     k: int
 
@@ -360,10 +374,10 @@ def _count(state: State) -> int:
 
 def _require_intervals(steps: int, every: int, scan: int, watch: Watch | None, stop: StopRule | None) -> None:
     if steps < 0:
-        raise InputError(f"steps is {steps}, expected 0 or more")
+        raise InputError(f"steps is {steps}, expected 0 or more; give the step at which the fit ends")
     for name, value in {"every": every, "scan": scan, "watch.every": watch.every if watch else 1}.items():
         if value < 1:
-            raise InputError(f"{name} is {value}, expected a number of steps, 1 or more")
+            raise InputError(f"{name} is {value}, expected a number of steps, 1 or more; give 1 for every single step")
     if stop and not watch:
         raise InputError("stop is given without watch, expected both: a stop rule decides by measurements of watch")
     require_mode(watch.best if watch else None)
@@ -381,8 +395,9 @@ def _checked_stride(stride: int, i: int, steps: int, every: int, watch: Watch | 
     intervals = {"every": every, "watch.every": watch.every if watch else stride}
     for name, value in {"steps": steps, **intervals}.items():
         if (value - i) % stride or (name in intervals and value % stride):
+            also = f", as must be the first step, {i}" if name in intervals else f" (counted from step {i})"
             raise InputError(
-                f"{name} is {value} and the fit begins at step {i}, expected what calls of {stride} steps each meet"
+                f"{name} is {value}, expected a multiple of {stride}{also}: each call advances {stride} steps"
             )
     return stride
 

@@ -64,10 +64,10 @@ def spec(leaf: Leaf) -> Spec:
     return Spec(jax.eval_shape(jax.random.key_data, leaf).shape, f"key<{implementation[0]}>")
 
 
-def numbers(leaf: Leaf) -> jax.Array | np.ndarray:
-    """The numbers of a leaf that a checkpoint stores.
+def stored_values(leaf: Leaf) -> jax.Array | np.ndarray:
+    """The array that a checkpoint stores for a leaf.
 
-    They are the key data of a typed PRNG key, and a copy of a NumPy array, because its owner may change it.
+    It is the key data of a typed PRNG key, and a copy of a NumPy array, because its owner may change it.
     """
     if _is_key(leaf):
         return jax.random.key_data(leaf)
@@ -85,7 +85,7 @@ def digest(values: jax.Array | np.ndarray) -> int | None:
 
 
 def differences(stored: Mapping[str, Spec], model: Mapping[str, Spec]) -> list[str]:
-    """A phrase for each leaf whose shape or type differs, in the order of the paths."""
+    """One description per differing leaf, sorted by path: its shape or type, or that one side lacks it."""
     return [
         f"{unquote(path)}: {_contrast(stored.get(path), model.get(path))}"
         for path in sorted({*stored, *model})
@@ -93,7 +93,7 @@ def differences(stored: Mapping[str, Spec], model: Mapping[str, Spec]) -> list[s
     ]
 
 
-def place(values: np.ndarray, like: Leaf) -> Leaf:
+def place_like(values: np.ndarray, like: Leaf) -> Leaf:
     """`values` as a leaf of the same kind as `like`, on the same devices.
 
     If `like` is not committed to its devices, the result is not either, so that `jit` may still move it.

@@ -19,8 +19,9 @@ _averaged.defvjp(lambda params: (params, None), lambda _, grads: (jax.lax.pmean(
 def pmapped(loss: Loss, tx: optax.GradientTransformation) -> Step:
     """`make_step(loss, tx)` under `jax.pmap`: a step for states [D, ...] and batches [D, B / D, ...] on D devices.
 
-    The metrics are [D]. It takes the loss and not a finished step, because gradients have to be averaged over the
-    devices before the optimiser sees them. Random numbers and batch statistics are those of one device's rows.
+    The metrics are [D]. The argument is a loss because gradients have to be averaged over the devices before the
+    optimiser sees them. Each device uses its own state.key and normalises its own rows; running statistics are averaged
+    over devices.
     """
     averaged = lambda variables, *rest: loss({**variables, "params": _averaged(variables["params"])}, *rest)
     step = make_step(averaged, tx)

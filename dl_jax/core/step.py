@@ -8,7 +8,8 @@ Four kinds of function, each of which can be composed with others of its kind:
     batch  (key, batch) -> batch
 
 A metric of a step is a mean, or a pair (sum, weight) if there may be nothing to average in a step, for example because
-no episode ended. The mean of a pair over several steps is Σ sum / Σ weight; it is left out where Σ weight is 0.
+no episode ended. The mean of a pair over several steps is Σ sum / Σ weight. It is NaN for a seed whose Σ weight is 0,
+and `fit` does not report the pair if this holds for every seed.
 """
 
 import functools
@@ -88,7 +89,7 @@ def init_variables(model: Any, keys: Array, *inputs: Any) -> Tree:
     Every leaf is [S, ...]. `inputs` are examples of the model's inputs, such as `jnp.zeros((1, 28, 28, 1))`; only their
     shapes and types matter.
     """
-    # Seed after seed: the same bits as side by side, and XLA compiles random numbers of one seed in half the time.
+    # Sequential over seeds: same result as vmap, half the compile time.
     return jax.jit(lambda keys: jax.lax.map(lambda key: model.init(key, *inputs, train=False), keys))(keys)
 
 
@@ -105,11 +106,14 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, microbatches: int = 
     """The usual step: one gradient of `loss`, one update by `tx`.
 
     Its metrics are those of `loss`, and "loss" and "grad_norm", the gradient's Euclidean norm. The step's key is
-    `fold_in(state.key, state.step)`, so nothing depends on history. With `microbatches` = k the
-    gradient is the mean over k parts of the batch, computed one after the other, which takes k times less memory for
-    activations. Every part sees the collections as they were before the step, and their new values are averaged over
-    the parts, so that running statistics move once per step. BatchNorm still normalises each part by itself: its mean
-    is that of the whole batch, its variance leaves out how the means of the parts differ.
+    `fold_in(state.key, state.step)`, so a resumed run draws the same numbers.
+
+    With `microbatches` = k the gradient is the mean over k parts of the batch, computed one after the other, which
+    takes k times less memory for activations. Part i uses `fold_in(key, i)` of the step's key. Every part sees the
+    collections as they were before the step, and their new values are averaged over the parts, so that running
+    statistics move once per step. BatchNorm still normalises each part by itself. The running mean equals that of the
+    whole batch; the running variance is the average within-part variance, without the variance between the parts'
+    means.
 
     Raises InputError where k is below 1 and, when called, where it does not divide the batch or `loss` returns a metric
     of one of these two names.
@@ -145,7 +149,7 @@ def _accumulated(gradient, k: int):
         if any(n % k for n in rows):
             raise InputError(
                 f"a batch of {max(rows)} rows cannot be split into {k} microbatches, expected a multiple; change the "
-                "batch size or the microbatches"
+                "batch size or microbatches"
             )
         # Part i holds rows i, i + k, ...: every device keeps its share of every part.
         parts = jax.tree.map(lambda x: x.reshape(-1, k, *x.shape[1:]).swapaxes(0, 1), batch)  # [k, B / k, ...]
@@ -178,10 +182,11 @@ def per_seed(step: Step, one_by_one: bool = False) -> Step:
     """A step for S seeds: it takes states [S, ...] and batches [S, B, ...] and trains each seed on its own data.
 
     By default all seeds are computed together with `jax.vmap`. With `one_by_one`, a CPU computes one seed after the
-    other with `jax.lax.map`. That is faster for convolutions, which vmap turns into grouped convolutions, and for
-    models that are large enough to use all cores, and it needs the activations of one seed only. Inside such a loop,
-    XLA's CPU backend is slow at gradients of convolutions that `models.ops` does not write as matrix products.
-    Accelerators use `jax.vmap` in both cases.
+    other with `jax.lax.map`. That needs the activations of one seed only. It can also be faster: for convolutions,
+    which vmap turns into grouped convolutions, and for models that are large enough to use all cores. For small
+    convolutional networks either way may win, so measure both. Inside such a loop, XLA's CPU backend is slow at
+    gradients of convolutions that `models.ops` does not write as matrix products. Accelerators use `jax.vmap` in both
+    cases.
     """
     if not one_by_one:
         return jax.vmap(step)

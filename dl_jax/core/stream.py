@@ -31,7 +31,7 @@ class Stream:
         return batch if self.records is None else gather(self.records, batch)
 
     def later(self, begin: int) -> "Stream":
-        """The stream whose step 0 is step `begin` of this one, for a stage of training that follows another."""
+        """The stream whose step 0 is step `begin` of this one, for a second training stage."""
         return dataclasses.replace(self, read=lambda step, rows: self.read(begin + step, rows))
 
 
@@ -92,7 +92,7 @@ def check_batch(batch_size: int, rows: slice = ALL) -> None:
         raise InputError(f"batch size {batch_size}: expected 1 or more; use a positive --batch-size")
     if not range(batch_size)[rows]:
         raise InputError(
-            f"rows {rows.start}:{rows.stop} select nothing of a batch of {batch_size}, expected some of it"
+            f"rows {rows.start}:{rows.stop} select nothing of a batch of {batch_size}; give rows within it"
         )
 
 
@@ -100,7 +100,9 @@ def count(records: Mapping[str, np.ndarray]) -> int:
     """The number of examples. Raises InputError for no examples, and for columns of different lengths."""
     lengths = {name: len(column) for name, column in records.items()}
     if len(set(lengths.values())) > 1:
-        raise InputError(f"columns of different lengths {lengths}, expected one row per example in each")
+        raise InputError(
+            f"columns of different lengths {lengths}, expected one row per example in each; select the same rows"
+        )
     if not sum(lengths.values()):
         raise InputError("no records, expected at least one example; choose a split that is not empty")
     return next(iter(lengths.values()))

@@ -31,15 +31,17 @@ def load(
 ) -> Columns:
     """A split of a prepared TFDS set as read-only columns [N, ...], in TFDS's order.
 
-    Images are uint8 [N, H, W, C] (see `records._pixels` for 16 bits, palettes and transparency), class labels int32
-    [N], text bytes of the longest one's width, none of which may end in a NUL; other tensors keep their dtype. A column
-    whose examples differ in length is padded with zeros to [N, L, ...] and has a companion `<column>/length`, int32
-    [N]. Nested features are called `outer/inner`. `split` is TFDS's: `train`, `train[:90%]`, `train+test`.
-    `digits` is always there; other sets are looked for in `data_dir` (see `source.data_folder`).
+    Images are uint8 [N, H, W, C], decoded as TensorFlow decodes them; of 16-bit images the upper 8 bits are kept. Class
+    labels are int32 [N]. Text is a bytes array (dtype S, width of the longest); text ending in NUL raises InputError.
+    Other tensors keep their dtype. A column whose examples differ in length is padded with zeros to [N, L, ...] and has
+    a companion `<column>/length`, int32 [N]. Nested features are called `outer/inner`.
 
-    The first call decodes and writes below the cache folder (see `files.cache_folder`), later ones map the files.
-    Raises InputError for a set, split or file that is missing or damaged, examples that are not what the features
-    declare or make no column, and columns of more than `budget` bytes, for which there is `streamed`.
+    `split` is TFDS's: `train`, `train[:90%]`, `train+test`. The set `digits` needs no preparation; other sets are
+    looked for in `data_dir` (see `source.data_folder`). The first call decodes the split and writes it to the cache
+    folder (see `files.cache_folder`); later ones map the files.
+
+    Raises InputError for a set, split or file that is missing or damaged, for examples that do not match their declared
+    features, or that cannot be stacked, and for columns of more than `budget` bytes, for which there is `streamed`.
     """
     found = find(name, data_dir, cache_dir)
     split = "".join(split.split())

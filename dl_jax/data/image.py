@@ -1,4 +1,4 @@
-"""Images as they come from a set: checks, and enlarging without inventing pixels."""
+"""Loads, checks and enlarges the images of a data set."""
 
 from collections.abc import Collection, Mapping
 
@@ -9,9 +9,10 @@ from dl_jax.data.columns import load
 
 
 def grey_images(name: str, split: str, *, size: int = 28, classes: int = 10) -> dict[str, np.ndarray]:
-    """{"image": uint8 [N, size, size, 1], "label": int [N]} of a set of grey images of `size` or 8x8 pixels.
+    """Loads grey images of size x size, or 8x8, which are enlarged; labels are int [N].
 
-    8x8 images, the bundled digits, are enlarged. Raises InputError for another kind of set.
+    Returns {"image": uint8 [N, size, size, 1], "label"}. The bundled digits are 8x8. Raises InputError for other shapes
+    or dtypes, and for labels outside 0 .. classes - 1.
     """
     records = load(name, split)
     check_images(records, name, sizes=(8, size))
@@ -20,10 +21,10 @@ def grey_images(name: str, split: str, *, size: int = 28, classes: int = 10) -> 
 
 
 def enlarge(images: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [N, H, W, C] to [N, size, size, C]: the largest whole-number repeat that fits, centred on zeros.
+    """Scales by the largest integer factor that fits (nearest neighbour) and centres on zeros.
 
-    8x8 becomes 24x24 within 28x28; images of that size already are returned as they are. Raises InputError for images
-    larger than `size`.
+    Takes uint8 [N, H, W, C] and returns [N, size, size, C]. 8x8 becomes 24x24 within 28x28; images of that size already
+    are returned as they are. Raises InputError for images larger than `size`.
     """
     n, height, width, channels = images.shape
     factor = size // max(height, width)
@@ -63,6 +64,6 @@ def check_labels(records: Mapping[str, np.ndarray], name: str, classes: int) -> 
     wrong = np.flatnonzero((label < 0) | (label >= classes))
     if wrong.size:
         raise InputError(
-            f"label {label[wrong[0]]} of example {wrong[0]} of data set {name} ({wrong.size} such): expected 0 to "
-            f"{classes - 1}; leave out the examples without a label, or set the number of classes"
+            f"label {label[wrong[0]]} of example {wrong[0]} of data set {name} ({wrong.size} invalid labels): expected "
+            f"0 to {classes - 1}; leave out the examples without a label, or set the number of classes"
         )

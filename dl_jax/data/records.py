@@ -205,11 +205,11 @@ def _numbers(name: str, field: Any, spec: Feature) -> np.ndarray:
 
 
 def _pixels(encoded: bytes, channels: int) -> np.ndarray:  # -> uint8 [H, W, channels]
-    """An image, as TensorFlow decodes it to uint8 with these channels.
+    """Decodes an image to uint8 as TensorFlow does.
 
-    Of 16 bits the upper 8 count. A palette becomes its colours, CMYK becomes RGB, and colour becomes luminance where
-    one channel is declared. Transparency is dropped where no channel is declared for it; where one is, an image without
-    it is opaque. Raises ValueError for pixels of more than 16 bits, or floating ones: their range is unknown.
+    16-bit samples are shifted right by 8, palettes and CMYK become RGB, and RGB becomes grey for one channel. Alpha is
+    dropped unless the feature has an alpha channel; a missing alpha is 255. Raises ValueError for samples of more than
+    16 bits and for floats, because their range is unknown.
     """
     import PIL.Image
 
@@ -226,7 +226,10 @@ def _pixels(encoded: bytes, channels: int) -> np.ndarray:  # -> uint8 [H, W, cha
 
 
 def _decode_images(feature: Any) -> None:
-    """Has TFDS decode the uint8 images within `feature` by `_pixels`: its own way takes a pixel's lower 8 bits."""
+    """Makes TFDS decode the uint8 images in `feature` by `_pixels`.
+
+    Without TensorFlow, TFDS keeps the lower 8 bits of 16-bit samples.
+    """
     import tensorflow_datasets as tfds
 
     if isinstance(feature, tfds.features.FeaturesDict):
@@ -239,7 +242,7 @@ def _decode_images(feature: Any) -> None:
 
 
 def _channels(feature: Any) -> int | None:
-    """Of a feature of uint8 images; None for another."""
+    """The number of channels of a feature of uint8 images; None for another feature."""
     import tensorflow_datasets as tfds
 
     if not isinstance(feature, tfds.features.Image) or feature.np_dtype != np.uint8:

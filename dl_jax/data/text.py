@@ -1,7 +1,7 @@
 """A text as ids, and its windows for truncated back-propagation.
 
-An id is a byte: the vocabulary is the same for every text, no character is unknown, and what a text does not use costs
-nothing once its logits have sunk. In ASCII texts, as these are, a byte is a character.
+An id is a byte, so the vocabulary is the same for every text and no character is unknown. Bytes that do not occur cost
+almost nothing once the model predicts them with low probability. In ASCII text a byte is a character.
 """
 
 import sysconfig
@@ -38,7 +38,7 @@ def load(name: str, split: str) -> np.ndarray:
     """A split as ids uint8 [N]: of `standard_library`, or the column `text` of a TFDS set, its records line by line.
 
     `standard_library` is the source text of the running Python's own top-level modules, in the order of their names up
-    to `SIZE` bytes: eight tenths to learn from, then one for validation and one for testing. It is always there, and
+    to `SIZE` bytes: eight tenths to learn from, then one for validation and one for testing. It needs no download, and
     differs from one Python to the next. Raises InputError as `data.load` does, where there is no such column, and where
     this Python has no such split or no source text.
     """
@@ -49,7 +49,7 @@ def load(name: str, split: str) -> np.ndarray:
         found = ", ".join(f"{column} ({values.dtype} {values.shape})" for column, values in records.items())
         raise InputError(
             f"data set {name} has the columns {found}, expected bytes in column 'text', one text a record; "
-            f"choose another --dataset, {STANDARD_LIBRARY} is always there"
+            f"choose another --dataset, such as {STANDARD_LIBRARY}"
         )
     return np.frombuffer(b"\n".join(records["text"].tolist()), np.uint8)
 
@@ -76,13 +76,13 @@ def _standard_library(split: str) -> np.ndarray:
 
 
 def windows(ids: np.ndarray, batch_size: int, length: int, seeds: int | Sequence[int]) -> Stream:
-    """Windows of a text of ids [N] without end: batches {"token", "target": int32 [B, T], "first": bool [B]}.
+    """An endless stream of windows of a text of ids [N]: {"token", "target": int32 [B, T], "first": bool [B]}.
 
-    The text is cut into B = `batch_size` stretches, one to a row, and a stretch into windows of T = `length` characters
-    that follow each other step by step; `target` is the character after each token. Row b starts at the window of its
-    stretch that (seed, b) draws and comes back to the beginning after the last, so that every pass shows every window
-    once. `first` says which rows do not continue what they showed in the step before: there, a carried state starts
-    anew. A stretch that T does not divide leaves out its end, fewer than T characters. With S seeds, [S, B, ...].
+    The text is split into B = `batch_size` contiguous segments, one per row, and each segment into windows of T =
+    `length` characters; `target` is the character after each token. Row b starts at a window drawn from the seed and b,
+    reads on, and wraps around, so that every pass shows every window once. `first` is True where a row does not
+    continue its previous window, so a carried state must be reset. Characters after a segment's last full window are
+    not used. With S seeds the columns are [S, B, ...].
 
     Raises InputError for a text of fewer than B T + 1 characters, a length or batch size below 1 or a negative seed.
     """
@@ -90,15 +90,15 @@ def windows(ids: np.ndarray, batch_size: int, length: int, seeds: int | Sequence
     _check_length(length)
     if not isinstance(seeds, int):
         return per_seed([windows(ids, batch_size, length, seed) for seed in seeds])
-    stretch = (len(ids) - 1) // batch_size
-    count = stretch // length  # windows in a stretch
+    segment = (len(ids) - 1) // batch_size
+    count = segment // length  # windows in a segment
     if count < 1:
         raise InputError(
             f"a text of {len(ids)} characters is too short for {batch_size} rows of {length}, expected at least "
             f"{batch_size * length + 1}: use a longer text, or a smaller --batch-size or --length"
         )
     starts = order(count, seeds)(0, batch_size)  # [B]
-    begins = np.arange(batch_size) * stretch  # [B]
+    begins = np.arange(batch_size) * segment  # [B]
 
     def read(step: int, rows: slice) -> Columns:
         window = (starts[rows] + step) % count  # [B]

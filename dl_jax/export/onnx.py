@@ -37,19 +37,19 @@ def export(
     *,
     tolerance: float = 1e-5,
 ) -> float:
-    """Writes `apply(variables, *inputs)` for any batch size to the ONNX file `path`, if it computes the same.
+    """Writes `apply(variables, *inputs)` for any batch size to the ONNX file `path`, and returns how far it differs.
 
-    The file is opened in ONNX Runtime and compared with `apply` at the highest precision (`difference`).
+    Writes the file only if ONNX Runtime's output matches that of `apply` at the highest precision (`difference`).
 
     Args:
-      apply: pure and traceable with a batch of unknown size: `x.shape[0]`, not `len(x)`. Gives one array, or a tuple of
-        them.
-      variables: become constants of the file.
-      inputs: examples [B, ...], not all alike.
-      path: is replaced if it exists.
-      tolerance: the largest difference allowed.
+      apply: a pure function that returns one array or a tuple of them. It is traced with a batch of unknown size, so it
+        has to use `x.shape[0]`, not `len(x)`.
+      variables: the first argument of `apply`. They become constants of the file.
+      inputs: example arrays [B, ...] with different values, one for each further argument of `apply`.
+      path: the file to write. It is replaced if it exists.
+      tolerance: largest allowed absolute difference, relative where outputs exceed 1.
 
-    It returns the difference. The first export of a process takes some seconds more, because jax2onnx is slow to
+    The first export of a process takes some seconds more, because jax2onnx is slow to
     import. Raises InputError where the difference exceeds `tolerance`, in which case nothing is written, where the
     examples do not share a batch axis, where packages are missing, and where the file cannot be written.
     """
@@ -99,7 +99,7 @@ def quantized(
     Args:
       path: a model as `export` writes it.
       batches: calibration data, the inputs of one call each; some hundred training examples in all.
-      out: is replaced if it exists; may be `path`.
+      out: the file to write. It is replaced if it exists, and may be `path`.
 
     Raises InputError where there are no batches, they do not fit the model or are not finite, where `path` is not an
     ONNX model, where a package is missing, where fewer than half of the weights became int8 (nothing is written then),
@@ -158,7 +158,7 @@ def quantized(
 
 
 def _count(model: Any, types: Collection[int]) -> int:
-    """How many numbers of these of ONNX's types a model holds."""
+    """The number of elements in a model's initialisers and constants of these types."""
     nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
     tensors = [*model.graph.initializer, *_constants(nodes)]
     return sum(math.prod(tensor.dims) for tensor in tensors if tensor.data_type in types)

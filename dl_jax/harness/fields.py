@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Between:
-    """A number from `low` to `high`; with `open_low` or `open_high` that end itself is left out."""
+    """A number from `low` to `high`; with `open_low` or `open_high` the bound itself is excluded."""
 
     low: float = -float("inf")
     high: float = float("inf")
@@ -44,7 +44,7 @@ class Between:
 
 @dataclasses.dataclass(frozen=True)
 class Length:
-    """A tuple of at least `fewest` items; with `distinct`, no two equal."""
+    """A tuple of at least `fewest` items; if `distinct`, items must differ."""
 
     fewest: int = 1
     distinct: bool = False
@@ -56,12 +56,12 @@ class Length:
         return "each value once" if self.distinct and len(set(value)) < len(value) else ""
 
 
-Positive = Annotated[Number, Between(low=0, open_low=True)]
-NonNegative = Annotated[Number, Between(low=0)]
-Probability = Annotated[float, Between(0, 1, open_high=True)]  # at 1, dropout would drop everything
-Fraction = Annotated[float, Between(0, 1, open_low=True)]  # 0 would leave nothing
+Positive = Annotated[Number, Between(low=0, open_low=True)]  # in (0, inf]
+NonNegative = Annotated[Number, Between(low=0)]  # in [0, inf]
+Probability = Annotated[float, Between(0, 1, open_high=True)]  # in [0, 1): at 1, dropout would drop everything
+Fraction = Annotated[float, Between(0, 1, open_low=True)]  # in (0, 1]: 0 would leave nothing
 Some = Annotated[tuple[T, ...], Length()]  # one value or more
-Distinct = Annotated[tuple[T, ...], Length(distinct=True)]
+Distinct = Annotated[tuple[T, ...], Length(distinct=True)]  # one value or more, all different
 
 
 def check(config: Any) -> None:
@@ -70,7 +70,7 @@ def check(config: Any) -> None:
         value = getattr(config, name)
         for found, expected in _problems(value, hint):
             shown = f"{value!r}" if found is value else f"{value!r}, which holds {found!r}"
-            raise InputError(f"--{name.replace('_', '-')} is {shown}, expected {expected}")
+            raise InputError(f"--{name.replace('_', '-')} is {shown}, expected {expected}; change it")
 
 
 def _problems(value: Any, hint: Any) -> Iterator[tuple[Any, str]]:

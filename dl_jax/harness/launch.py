@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -51,6 +51,7 @@ class Experiment(NamedTuple):
 
 
 BAD_INPUT, CLAIM_MISSED = 2, 3  # exit statuses
+PRESET = tyro.conf.arg(help="Configuration that gives the flags below their defaults.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,27 +59,27 @@ class Common:
     """The flags that every experiment has."""
 
     workdir: str | None = None
-    """Folder (or gs:// address) that keeps the run; the same command again resumes it."""
+    """Folder or gs:// address for checkpoints and results. Repeating the command resumes the run."""
     data_dir: str | None = None
     """Folder of prepared TFDS sets [default: $TFDS_DATA_DIR, then TFDS's own]."""
     cache_dir: str | None = None
     """Folder for decoded data and compiled programs [default: $DL_JAX_CACHE_DIR, then $XDG_CACHE_HOME/dl_jax]."""
     seeds: int = 5
-    """How many seeds to run."""
+    """Number of seeds."""
     seed: int = 0
-    """The first seed."""
+    """First seed; the run uses seed, seed + 1, ..."""
     checkpoint_every: int = 1000
-    """Steps between checkpoints."""
+    """Steps between checkpoints (needs --workdir)."""
     on_nan: Literal["stop", "skip"] = "stop"
-    """At a NaN or infinite metric: stop, or leave that step out."""
+    """At a NaN or infinite metric: stop, or (skip) discard the update of that step and go on; 10 in a row: stop."""
     coordinator: str | None = None
     """Address host:port of process 0, for runs of several processes [default: $JAX_COORDINATOR_ADDRESS]."""
     processes: int | None = None
-    """How many processes there are [default: $JAX_NUM_PROCESSES]."""
+    """Number of processes [default: $JAX_NUM_PROCESSES]."""
     process_id: int | None = None
-    """Which of them this is [default: $JAX_PROCESS_ID]."""
+    """Index of this process, from 0 [default: $JAX_PROCESS_ID]."""
     cluster: bool = False
-    """Ask the cluster (TPU pod, SLURM, Open MPI, Kubernetes) for the three above."""
+    """Read --coordinator, --processes and --process-id from the cluster (TPU pod, SLURM, Open MPI, Kubernetes)."""
     debug: bool = False
     """Show the traceback of bad input."""
 
@@ -86,8 +87,10 @@ class Common:
 def launch(main: Main, presets: Mapping[str, Any], claims: Sequence[Claim]) -> None:
     """Parses the command line, calls `main(config, run)`, prints the table of results, writes result.json and exits.
 
-    The exit status is 0 after success, 1 after a crash, 2 for bad input, 3 where a claim that applies to this run was
-    missed, and 143 where the run was asked to end (SIGTERM) and has saved its state.
+    The exit status is 0 after success, 1 after a crash, 2 for bad input and for a NaN or infinity that ends the
+    training (NonFiniteError), and 3 where a claim that applies to this run was missed. It is 143 where SIGTERM, or with
+    one process Ctrl-C, has asked the run to end; with --workdir its state is saved first. One process without --workdir
+    catches neither signal.
     """
     print_anything()
     preset, config, common = parse(sys.argv[1:], presets, inspect.getdoc(inspect.getmodule(main)) or "")
@@ -120,7 +123,7 @@ def set_folders(common: Common) -> None:
 
 
 def leave(status: int, distributed: bool) -> None:
-    """Ends the process. If a process of several fails, it ends at once, as the others would wait for it in vain."""
+    """Ends the process. If a process of several fails, it ends at once, because the others would block."""
     if distributed and status in (1, BAD_INPUT):
         sys.stderr.flush()
         os._exit(status)
@@ -136,7 +139,7 @@ def parse(arguments: Sequence[str], presets: Mapping[str, Any], description: str
     Arguments = dataclasses.make_dataclass(
         "Arguments",
         [
-            ("preset", Literal[tuple(presets)], dataclasses.field(default=name)),  # type: ignore[valid-type]
+            ("preset", Annotated[Literal[tuple(presets)], PRESET], dataclasses.field(default=name)),  # type: ignore[valid-type]
             ("common", tyro.conf.OmitArgPrefixes[Common], dataclasses.field(default=Common())),
             ("config", tyro.conf.OmitArgPrefixes[type(default)], dataclasses.field(default=default)),
         ],
@@ -144,13 +147,16 @@ def parse(arguments: Sequence[str], presets: Mapping[str, Any], description: str
     )
     parsed: Any = tyro.cli(Arguments, args=list(arguments), description=description)
     if parsed.preset != name:
-        print("error: --preset is given twice, expected once", file=sys.stderr)
+        print("error: --preset is given twice, expected once; remove one", file=sys.stderr)
         raise SystemExit(BAD_INPUT)
     return parsed.preset, parsed.config, parsed.common
 
 
 def preset_of(arguments: Sequence[str], presets: Mapping[str, Any]) -> str:
-    """The preset gives the other flags their defaults, so it is looked up before they are parsed."""
+    """The preset named in the arguments, else 'quick'.
+
+    It gives the other flags their defaults, so it is looked up before they are parsed.
+    """
     given = [b for a, b in itertools.pairwise([*arguments, ""]) if a == "--preset"]
     given += [a.removeprefix("--preset=") for a in arguments if a.startswith("--preset=")]
     return given[-1] if given and given[-1] in presets else "quick"
@@ -160,7 +166,7 @@ def run_experiment(experiment: Experiment, preset: str, config: Any, common: Com
     """Runs `main`, records what it measured, and returns the exit status."""
     for flag, value in {"--seeds": common.seeds, "--checkpoint-every": common.checkpoint_every}.items():
         if value < 1:
-            raise InputError(f"{flag} {value}, expected 1 or more")
+            raise InputError(f"{flag} {value}, expected 1 or more; give a positive number")
     script = experiment.script
     code = git_state(script.parent)
     fields = dataclasses.asdict(config)

@@ -40,7 +40,7 @@ class Preempted(SystemExit):
 
 
 def never(step: int) -> bool:
-    """Whether to end at `step`: no."""
+    """The default of `Settings.preempted`: never ends the run."""
     return False
 
 
@@ -52,7 +52,7 @@ class Settings:
     skip_nonfinite: bool = False
     checkpoint_every: int = 1000  # steps
     batch_size: int | None = None  # examples in a step
-    preempted: Callable[[int], bool] = never  # is called after each step, and says the same on all processes
+    preempted: Callable[[int], bool] = never  # after each step: whether to end, the same on all processes
 
     def __post_init__(self) -> None:
         """Raises InputError where there is no seed, a seed occurs twice, or one is outside [0, 2^32).
@@ -64,7 +64,7 @@ class Settings:
         if wrong:
             raise InputError(f"seed {wrong[0]!r}, expected 0 to {MOST_SEEDS - 1}; use a --seed in that range")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise InputError(f"seeds {self.seeds}, expected one or more, each once")
+            raise InputError(f"seeds {self.seeds}, expected one or more, each once; give different numbers")
 
 
 class Run(Recorder):
@@ -82,12 +82,13 @@ class Run(Recorder):
         self._lines: JsonLines | None = None
         self._progress: Progress | None = None
         self._reported: list[tuple[int, Mapping[str, Any]]] = []
-        self._step = -1  # the last one heard of; -1 before the fit
+        self._step = -1  # the last step reported to this run; -1 before the fit
         self._saved: int | None = None
         self._ending = False
 
     @property
     def seeds(self) -> tuple[int, ...]:
+        """The seeds of the run; results have one value for each, in this order."""
         return self.settings.seeds
 
     def keys(self, n: int) -> tuple[jax.Array, ...]:
@@ -103,6 +104,7 @@ class Run(Recorder):
         return self._children[name]
 
     def start(self, tree: Tree, steps: int, best: Best | None) -> Tree:
+        """Restores the newest checkpoint in the run's folder, if there is one. Implements `Recorder.start`."""
         if self._step >= 0:
             raise RuntimeError(f"run {self.name!r} already holds a fit; give each fit a child: run / 'name'")
         if self.directory:
@@ -121,6 +123,10 @@ class Run(Recorder):
         return tree
 
     def stepped(self, step: int) -> bool:
+        """Shows the progress, and returns whether a checkpoint is due. Implements `Recorder.stepped`.
+
+        Raises Preempted where the run has been asked to end and has no folder to save to.
+        """
         before, self._step = self._step, step
         if self._progress:
             self._progress.update(step)
@@ -133,6 +139,10 @@ class Run(Recorder):
         return self._ending or step // every > before // every
 
     def save(self, step: int, tree: Tree, measured: Measurements) -> None:
+        """Writes a checkpoint if the run has a folder. Implements `Recorder.save`.
+
+        Raises Preempted, after the checkpoint is complete, where the run has been asked to end.
+        """
         if not self._checkpoints:
             return
         if self._lines:
@@ -147,6 +157,7 @@ class Run(Recorder):
             raise Preempted
 
     def report(self, step: int, metrics: Measurements) -> None:
+        """Adds the metrics to the progress bar, metrics.jsonl and TensorBoard. Implements `Recorder.report`."""
         self._reported.append((step, metrics))
         if self._progress:
             self._progress.update(step, metrics)
@@ -156,6 +167,7 @@ class Run(Recorder):
             self._board.scalars(step, metrics)
 
     def finish(self, step: int, tree: Tree) -> None:
+        """Saves the last state and waits until it is written. Implements `Recorder.finish`."""
         if self._checkpoints:
             if self._saved != step:
                 self.save(step, tree, {})
@@ -174,12 +186,14 @@ class Run(Recorder):
         found = [(step, metrics[name]) for step, metrics in self._reported if name in metrics]
         if not found:
             known = {key for _, metrics in self._reported for key in metrics}
-            expected = f"one of {', '.join(sorted(known))}{nearest(name, known)}" if known else "a step before that"
-            raise InputError(f"run {self.name!r} has no history of {name!r}, expected {expected}")
+            expected = f"expected one of {', '.join(sorted(known))}{nearest(name, known)}"
+            reason = expected if known else "as nothing has been reported yet; call history after fit"
+            raise InputError(f"run {self.name!r} has no history of {name!r}, {reason}")
         values = np.array([value for _, value in found], np.float64)  # JSON's null becomes NaN
         return np.array([step for step, _ in found]), np.where(np.isfinite(values), values, np.nan)
 
     def last_saved(self) -> str:
+        """A phrase that says where the newest checkpoint is. Implements `Recorder.last_saved`."""
         if self._saved is None:
             return "nothing was saved"
         return f"the last good checkpoint is step {self._saved} in {self.directory}/checkpoints"

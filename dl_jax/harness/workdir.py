@@ -17,7 +17,7 @@ from etils import epath
 from dl_jax.core.errors import InputError
 from dl_jax.core.files import absolute, write_whole
 
-DEEPEST = 3  # levels of child runs: cell / seed and one more
+DEEPEST = 3  # maximum nesting of child runs: cell / seed and one more
 
 
 @contextlib.contextmanager
@@ -71,7 +71,7 @@ def earlier_attempts(file: epath.Path) -> list[dict[str, Any]]:
     found = read_json(file)
     if isinstance(found, list) and all(map(_is_attempt, found)):
         return found
-    words = f"{file} is damaged: which commits worked here is unknown, so the result will not count as clean"
+    words = f"{file} is damaged: the commits of earlier attempts are unknown, so the result will not count as clean"
     warnings.warn(words, stacklevel=2)
     return [{"commit": None, "clean": False, "seconds": None}]
 
@@ -130,7 +130,10 @@ def locked(directory: epath.Path, workdir: str) -> Iterator[None]:
 
 
 def claim_directory(directory: epath.Path, identity: dict, script: Path) -> None:
-    """Writes config.json. Raises InputError where the folder holds a run with another config, preset or seeds."""
+    """Writes config.json and copies the experiment's file.
+
+    Raises InputError where the folder holds a run with another config, preset or seeds.
+    """
     config = directory / "config.json"
     wanted = json.loads(json.dumps(identity))
     if has_begun(directory):
@@ -140,7 +143,7 @@ def claim_directory(directory: epath.Path, identity: dict, script: Path) -> None
                 f"--workdir {directory} holds another run: {'; '.join(differing)}; use those values, or another folder"
             )
         return
-    (directory / "attempts.json").unlink(missing_ok=True)  # of a run that ended before its first fit
+    (directory / "attempts.json").unlink(missing_ok=True)  # left by a run that ended before its first fit
     (directory / script.name).write_bytes(script.read_bytes())
     write_json(config, wanted)
 
@@ -161,14 +164,14 @@ def read_config(config: epath.Path) -> dict[str, Any]:
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """A phrase for each field that differs, such as "batch_size is 128 there, 64 here"."""
+    """A phrase for each field that differs, such as "batch_size is 128 in the folder, 64 in this command"."""
     lines = []
     for key in sorted({*found, *wanted}):
         there, here = found.get(key, "not set"), wanted.get(key, "not set")
         if isinstance(there, Mapping) and isinstance(here, Mapping):
             lines += differences(there, here)
         elif there != here:
-            lines.append(f"{key} is {there} there, {here} here")
+            lines.append(f"{key} is {there} in the folder, {here} in this command")
     return lines
 
 

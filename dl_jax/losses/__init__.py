@@ -1,9 +1,9 @@
 """Losses: per-example ones, and functions from loss to loss.
 
-A per-example loss is computed in float32 or better, whatever the dtype of the network's output, and is not averaged:
-the caller takes the mean, or masks it first. A `Loss` is `(variables, batch, key) -> (scalar, (collections, metrics))`
-and every function from loss to loss returns one, so they nest in any order. `latent` has what latent-variable models
-need.
+A per-example loss is computed in float32 or wider, whatever the dtype of the network's output, and is not averaged; the
+caller masks and averages. A `Loss` is `(variables, batch, key) -> (scalar, (collections, metrics))` and every function
+from loss to loss returns one, so they nest in any order. `latent` contains the ELBO, importance-weighted bounds and
+densities.
 """
 
 from dl_jax.core.step import Loss

@@ -34,10 +34,10 @@ def with_batch(loss: Loss, f: Callable[[Array, Batch], Batch]) -> Loss:
 
 
 def label_smoothing(loss: Loss, classes: int, smoothing: float) -> Loss:
-    """`loss` sees batch["label"] as probabilities [B, ..., C], by `smooth_labels`, instead of integers [B, ...].
+    """Replaces integer labels [B, ...] by smoothed probabilities [B, ..., C] before `loss`.
 
-    `loss` then calls `soft_cross_entropy`, as `classify.loss` does; the true label is still
-    `batch["label"].argmax(-1)`.
+    `loss` must accept probabilities, as `classify.loss` does; the true label is then `batch["label"].argmax(-1)`.
+    Raises InputError, when traced, as `smooth_labels` does.
     """
     return with_batch(loss, lambda key, batch: {**batch, "label": smooth_labels(batch["label"], classes, smoothing)})
 
@@ -45,9 +45,9 @@ def label_smoothing(loss: Loss, classes: int, smoothing: float) -> Loss:
 def weighted_sum(terms: Mapping[str, tuple[float, Loss]]) -> Loss:
     """Σ weight · loss over `{name: (weight, loss)}`.
 
-    Metrics hold each term's own value under its name, before weighting, and its metrics under "name/metric". Each term
-    gets its own key, and sees the collections that the terms before it returned, so that none of two updates of the
-    same batch statistics is lost. Raises InputError where there is no term.
+    The metrics contain the unweighted value of each term under `name`, and the term's metrics under `name/metric`.
+    Terms run in order; each has its own key and sees the collections updated by earlier terms, so that no update of
+    batch statistics is lost. Raises InputError where there is no term.
     """
     if not terms:
         raise InputError("weighted_sum: no terms, expected {name: (weight, loss)}; give at least one")
@@ -75,8 +75,8 @@ def l2(loss: Loss, weight: float, where: Where = is_kernel) -> Loss:
 def l1(loss: Loss, weight: float, where: Where = is_kernel) -> Loss:
     """loss + weight · Σ |w| over the chosen parameters; the gradient at 0 is 0.
 
-    Weights come near zero, not to it: exact zeros need `optim.proximal_elastic_net`. Raises InputError for a negative
-    weight.
+    Weights become small but not exactly zero; exact zeros need `optim.proximal_elastic_net`. Raises InputError for a
+    negative weight.
     """
     return elastic_net(loss, weight, 0, where)
 
@@ -104,7 +104,10 @@ def elastic_net(loss: Loss, l1: float, l2: float, where: Where = is_kernel) -> L
 
 
 def require_penalties(name: str, l1: float, l2: float) -> None:
-    """Raises InputError, in the name of the function `name`, for a negative penalty: it has no minimum."""
+    """Raises InputError, in the name of the function `name`, for a negative penalty.
+
+    With one the loss would be unbounded below.
+    """
     for kind, weight in {"l1": l1, "l2": l2}.items():
         if not weight >= 0:
             raise InputError(f"{name}: {kind} weight is {weight}, expected 0 or more; use 0 for none")

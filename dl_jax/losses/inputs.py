@@ -8,9 +8,10 @@ from dl_jax.core.step import Array
 
 
 def class_numbers(labels: Array, classes: int) -> Array:  # int [...] of any size -> int32 [...], int64 for 8 bytes
-    """Labels in a type that holds `classes`, where a uint8 or int8 would wrap; those outside [0, classes) as `classes`.
+    """Labels as int32 (int64 for 64-bit labels), with every label outside [0, classes) replaced by `classes`.
 
-    JAX would read -1 as the last class; what indexes with `classes` gives NaN, and no class is equal to it.
+    That index is out of range: a loss that gathers with it gives NaN, and it never equals a prediction. Without this,
+    JAX would read -1 as the last class, and a uint8 or int8 might not hold `classes`.
     """
     labels = jnp.asarray(labels)
     known = (labels >= 0) & (labels <= min(classes - 1, int(jnp.iinfo(labels.dtype).max)))

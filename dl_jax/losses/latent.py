@@ -1,7 +1,7 @@
-"""How likely data are under a model with latent variables: densities, bounds on log p(x), and an estimate of it.
+"""Densities, bounds on log p(x), and an estimate of it, for latent-variable models.
 
-A sample axis [k] stands in front of the batch: z is [k, B, L] and log p(x | z) is [k, B]. All numbers are in nats, and
-reckoned in float32 or better, whatever the type of the networks' outputs.
+A leading axis k indexes samples: z is [k, B, L] and log p(x | z) is [k, B]. Values are in nats, computed in float32 or
+wider, whatever the dtype of the networks' outputs.
 """
 
 from collections.abc import Callable
@@ -28,10 +28,10 @@ class LatentModel(NamedTuple):
 
 
 def bernoulli_log_prob(logits: Array, x: Array) -> Array:  # [..., B, D...], [B, D...] -> [..., B]
-    """Σ x log σ(l) + (1 − x) log(1 − σ(l)) over all axes of `x` but the first, in float32 or better.
+    """Σ x log σ(l) + (1 − x) log(1 − σ(l)) over all axes of `x` but the first, in float32 or wider.
 
-    `x` holds numbers in [0, 1], binary ones where the value is to be a log probability. Raises InputError for others;
-    inside a compiled function, where values are unknown, such an example gives NaN, never a plausible number.
+    For x in {0, 1} this is a log probability. Raises InputError for x outside [0, 1]; under jit such an example gives
+    NaN.
     """
     outer = logits.shape[: logits.ndim - x.ndim + 1]
     logits = at_least_float32(logits).reshape(*outer, -1)
@@ -73,7 +73,7 @@ def _posterior(model: LatentModel, x: Array) -> tuple[Array, Array]:
 
 
 def _log_weights(model: LatentModel, x: Array, posterior: tuple[Array, Array], key: Array, samples: Array) -> Array:
-    """Of the samples with these numbers, int [k]. A sample depends on its number alone, not on those beside it."""
+    """Log weights [k, B] of the samples with indices `samples`, int [k]. A sample depends only on its index."""
     mean, log_var = posterior
     noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), mean.shape, mean.dtype))(samples)
     z = mean + jnp.exp(log_var / 2) * noise  # [k, B, L]
@@ -82,9 +82,10 @@ def _log_weights(model: LatentModel, x: Array, posterior: tuple[Array, Array], k
 
 
 def elbo(model: LatentModel, x: Array, key: Array, k: int = 1) -> Array:  # x [B, ...] -> [B]
-    """The evidence lower bound E_q[log p(x | z)] − KL(q(z | x) ‖ p(z)), its first term the mean over k samples.
+    """The evidence lower bound E_q[log p(x | z)] − KL(q(z | x) ‖ p(z)); the first term is estimated with k samples.
 
-    Kingma & Welling 2014, equation 7. It has the expectation of the mean of `log_weights`, with less variance.
+    Kingma & Welling 2014, equation 7. Its expected value equals that of log_weights(...).mean(0); its variance is lower
+    because the KL term is analytic.
     """
     mean, log_var = _posterior(model, x)
     z = mean + jnp.exp(log_var / 2) * jax.random.normal(key, (k, *mean.shape), mean.dtype)
@@ -92,7 +93,10 @@ def elbo(model: LatentModel, x: Array, key: Array, k: int = 1) -> Array:  # x [B
 
 
 def importance_bound(model: LatentModel, x: Array, key: Array, k: int) -> Array:  # x [B, ...] -> [B]
-    """log 1/k Σ w_i, in expectation at most log p(x) and rising with k (Burda et al. 2016, equation 8)."""
+    """A lower bound on log p(x) in expectation, non-decreasing in k: log 1/k Σ w_i.
+
+    Burda et al. 2016, equation 8; log w_i are the `log_weights`.
+    """
     return log_mean_exp(log_weights(model, x, key, k))
 
 
@@ -107,7 +111,7 @@ def log_likelihood(model: LatentModel, x: Array, key: Array, samples: int, chunk
         )
     posterior = _posterior(model, x)
 
-    def log_sum(i: Array) -> Array:  # [B], of the chunk with this number
+    def log_sum(i: Array) -> Array:  # [B], of the chunk with this index
         return jax.nn.logsumexp(_log_weights(model, x, posterior, key, i * chunk + jnp.arange(chunk)), 0)
 
     chunks = jnp.arange(samples // chunk)

@@ -23,7 +23,9 @@ def huber(predictions: Array, targets: Array, delta: float = 1.0) -> Array:  # [
     Raises InputError where the shapes differ or delta is not positive.
     """
     if not delta > 0:
-        raise InputError(f"huber: delta is {delta}, expected a positive error size; use squared_error for none")
+        raise InputError(
+            f"huber: delta is {delta}, expected more than 0; for a purely quadratic loss use squared_error / 2"
+        )
     require_same_shape("huber", predictions, targets)
     return _mean_per_example(optax.huber_loss(at_least_float32(predictions), at_least_float32(targets), delta=delta))
 

@@ -54,7 +54,7 @@ class Config:
     max_norm: Positive[float] = 15**0.5  # largest norm of the incoming weights of each unit of the teacher
     jitter: NonNegative[int] = 2  # largest shift of the digits that the teacher is trained on; pixels
     temperature: Positive[float] = 20.0  # temperature of the soft targets
-    hard_weight: NonNegative[float] = 0.1  # weight of the cross-entropy with the labels; the soft targets have 1
+    hard_weight: NonNegative[float] = 0.1  # weight of the hard-label cross-entropy in the loss (soft-target loss: 1)
 
 
 PRESETS = {

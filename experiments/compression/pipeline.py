@@ -58,7 +58,7 @@ class Config:
     prune_every: Positive[int] = 100  # train steps between two prunings
     sparsity: Probability = 0.9  # fraction of each layer's weights that is pruned
     temperature: Positive[float] = 4.0  # temperature of the soft targets
-    hard_weight: NonNegative[float] = 0.5  # weight of the cross-entropy with the labels; the soft targets have 1
+    hard_weight: NonNegative[float] = 0.5  # weight of the hard-label cross-entropy in the loss (soft-target loss: 1)
     calibration: Positive[int] = 500  # training examples on which the ranges of the activations are calibrated
     rounds: Positive[int] = 200  # timed calls of each file, batch size and seed
 

@@ -43,7 +43,7 @@ class Config:
     train_split: str = "train"  # TFDS split to learn from
     test_split: str = "test"  # TFDS split to test on
     convolutional: bool = False  # prune Caffe's variant of LeNet-5 instead of LeNet-300-100
-    kept: Some[Fraction] = (0.08, 0.09, 0.26)  # fraction of each layer's weights that is kept
+    kept: Some[Fraction] = (0.08, 0.09, 0.26)  # fraction of weights kept in each layer, from input to output
     steps: Positive[int] = 18_750  # train steps of the dense network: 20 epochs of 60,000 digits
     rounds: Positive[int] = 4  # number of prunings, each followed by training of the remaining weights
     round_steps: Positive[int] = 7500  # train steps after each pruning: 8 epochs

@@ -231,7 +231,7 @@ def test_another_config_in_the_folder_names_the_field(call, tmp_path):
     call("--seeds", "1", "--workdir", str(tmp_path))
     status, _, err = call("--seeds", "1", "--workdir", str(tmp_path), "--learning-rate", "0.2")
     assert status == 2
-    assert "learning_rate is 0.1 there, 0.2 here" in one_line(err)
+    assert "learning_rate is 0.1 in the folder, 0.2 in this command" in one_line(err)
 
 
 def test_every_attempt_is_part_of_the_evidence(call, tmp_path):
@@ -256,14 +256,14 @@ def test_other_seeds_in_the_folder_are_refused(call, tmp_path):
     for other, here in (("--seeds=3", "[0, 1, 2]"), ("--seed=7", "[7]")):
         status, _, err = call(*flags, "--seeds", "1", other)
         assert status == 2
-        assert f"seeds is [0] there, {here} here" in one_line(err)
+        assert f"seeds is [0] in the folder, {here} in this command" in one_line(err)
     assert json.loads((tmp_path / "result.json").read_text())["measured"]["slope"]["n"] == 1
 
 
 def test_a_field_that_its_type_forbids_is_one_line_before_any_work(call, tmp_path):
     status, _, err = call("--learning-rate", "-0.1", "--workdir", str(tmp_path / "run"))
     assert status == 2
-    assert one_line(err) == "error: --learning-rate is -0.1, expected more than 0"
+    assert one_line(err) == "error: --learning-rate is -0.1, expected more than 0; change it"
     assert not (tmp_path / "run").exists()
 
 
@@ -295,7 +295,10 @@ def test_a_folder_of_before_seeds_were_part_of_a_run_is_refused_in_one_line(call
     (tmp_path / "config.json").write_text(json.dumps(config))
     status, _, err = call("--seeds", "1", "--workdir", str(tmp_path))
     assert status == 2
-    assert "holds another run: seeds is not set there, [0] here; use those values, or another folder" in one_line(err)
+    assert (
+        "holds another run: seeds is not set in the folder, [0] in this command; use those values, or another folder"
+        in one_line(err)
+    )
 
 
 def test_a_checkpoint_of_before_states_had_a_seed_axis_is_refused_in_one_line(tmp_path):
@@ -315,7 +318,7 @@ def test_another_experiment_in_the_folder_is_named(call, tmp_path):
     call("--seeds", "1", "--workdir", str(tmp_path))
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "experiment": "audio/whale"}))
-    assert "experiment is audio/whale there, test_launch here" in one_line(
+    assert "experiment is audio/whale in the folder, test_launch in this command" in one_line(
         call("--seeds", "1", "--workdir", str(tmp_path))[2]
     )
 
@@ -428,7 +431,7 @@ def test_no_flags_are_the_quick_preset_with_its_defaults():
 def test_two_presets_are_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         parse(["--preset=paper", "--preset", "quick"], PRESETS, "")
-    assert capsys.readouterr().err == "error: --preset is given twice, expected once\n"
+    assert capsys.readouterr().err == "error: --preset is given twice, expected once; remove one\n"
 
 
 def test_name_of_a_script():
@@ -438,9 +441,9 @@ def test_name_of_a_script():
 
 def test_differences_names_nested_fields_and_missing_ones():
     assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 3, "d": 2}}) == [
-        "b is 1 there, 3 here",
-        "c is 2 there, not set here",
-        "d is not set there, 2 here",
+        "b is 1 in the folder, 3 in this command",
+        "c is 2 in the folder, not set in this command",
+        "d is not set in the folder, 2 in this command",
     ]
 
 

@@ -88,7 +88,7 @@ def test_help(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert status == 0
     assert "--learning-rate" in out
-    assert "LeNet-5 reads MNIST" in out
+    assert "LeNet-5 reaches 0.95 %" in out
 
 
 @pytest.mark.data

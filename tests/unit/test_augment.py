@@ -488,7 +488,7 @@ def test_what_lies_in_the_images_coordinates_does_not_stay_behind(column):
     batch = {"image": random_images(*SHAPE), "mask": np.ones(16, np.float32), "label": np.arange(16)}
     whole = {**batch, name: np.zeros(shape, np.float32)}
     for augmentation in GEOMETRY:
-        with pytest.raises(InputError, match=f"column '{name}' .* lies in the coordinates of the image"):
+        with pytest.raises(InputError, match=f"column '{name}' .* has image coordinates"):
             jax.eval_shape(ALL[augmentation], KEY, whole)
         jax.eval_shape(ALL[augmentation], KEY, batch)
     for augmentation in set(ALL) - set(GEOMETRY):

@@ -67,7 +67,7 @@ def test_other_images_are_refused(records, message):
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        ([0, -1, -1], r"label -1 of example 1 of data set scans \(2 such\): expected 0 to 9"),
+        ([0, -1, -1], r"label -1 of example 1 of data set scans \(2 invalid labels\): expected 0 to 9"),
         ([0, 3, 10], r"label 10 of example 2"),
         ([0.0, 1.0, 2.0], "are float64 of shape"),
         ([[0], [1], [2]], r"int64 of shape \(3, 1\)"),

@@ -182,7 +182,9 @@ def test_columns_that_no_device_holds_are_named(column, kind):
     records = {"label": np.arange(2), "objects": {"name": column}}
     mesh = devices.data_mesh(batch_size=2)
     for place in (devices.place, devices.replicated):
-        with pytest.raises(InputError, match=f"^column 'objects/name' is {kind}, expected numbers.* leave the column"):
+        with pytest.raises(
+            InputError, match=f"^column 'objects/name' is {kind}, expected a numeric dtype.* leave the column"
+        ):
             place(records, mesh)
 
 

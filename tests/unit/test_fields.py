@@ -63,7 +63,7 @@ def test_what_is_allowed_passes(fields):
 def test_what_is_not_is_one_line_with_the_flag_and_the_value(fields, message):
     with pytest.raises(InputError) as raised:
         check(Config(**fields))
-    assert str(raised.value) == message
+    assert str(raised.value) == f"{message}; change it"
 
 
 def test_the_command_line_reads_the_plain_types():

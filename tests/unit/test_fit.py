@@ -202,7 +202,7 @@ def test_settings_of_a_partial_stay_as_they_are():
 
 @pytest.mark.parametrize("column", [np.array([b"a"]), np.array(["a"]), np.array([None]), np.zeros(1, "M8[s]")])
 def test_a_text_in_the_batch_of_a_plain_function_is_named(column):
-    with pytest.raises(InputError, match=r"^column 'note' is .*, expected numbers; encode it"):
+    with pytest.raises(InputError, match=r"^column 'note' is .*, expected a numeric dtype; encode it"):
         fit(STEP, start(), lambda i: {**rows(i), "note": column}, steps=1)
 
 
@@ -257,10 +257,14 @@ def test_a_scan_equals_single_steps_and_averages_metrics(stream):
 
 @pytest.mark.parametrize(
     ("begin", "steps", "every", "wrong"),
-    [(0, 15, 5, "steps is 15"), (0, 16, 6, "every is 6"), (2, 18, 8, "every is 8 and the fit begins at step 2")],
+    [
+        (0, 15, 5, "steps is 15"),
+        (0, 16, 6, "every is 6"),
+        (2, 18, 8, "every is 8, expected a multiple of 4, as must be the first step, 2"),
+    ],
 )
 def test_a_scan_wants_multiples(begin, steps, every, wrong):
-    with pytest.raises(InputError, match=f"{wrong}.* calls of 4 steps"):
+    with pytest.raises(InputError, match=f"{wrong}.* each call advances 4 steps"):
         fit(STEP, start()._replace(step=jnp.int32(begin)), rows, steps=steps, every=every, scan=4)
 
 

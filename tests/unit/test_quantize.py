@@ -194,9 +194,9 @@ def test_int4_is_two_to_a_byte_the_first_one_high():
 
 
 def test_values_and_bytes_that_do_not_fit():
-    with pytest.raises(InputError, match="values from -8 to 0, expected those of 4 bits"):
+    with pytest.raises(InputError, match="values from -8 to 0, expected those of `quantize` with 4 bits"):
         quantize.pack(np.array([-8, 0], np.int8), 4)
-    with pytest.raises(InputError, match="values from -1 to 0, expected those of 1 bits"):
+    with pytest.raises(InputError, match="values from -1 to 0, expected those of `quantize` with 1 bits"):
         quantize.pack(np.array([-1, 0], np.int8), 1)
     with pytest.raises(InputError, match=r"\(3,\) bytes for 7 values of 4 bits"):
         quantize.unpack(np.zeros(3, np.uint8), 4, (7,))
@@ -261,7 +261,7 @@ def test_a_model_that_was_compiled_before_is_not_taken_for_one_without_rounding(
     variables, apply = built(SMALL)
     compiled = jax.jit(apply)
     compiled(variables, IMAGE)
-    with pytest.raises(InputError, match="met no layer that has a kernel"):
+    with pytest.raises(InputError, match="found no layer that has a kernel"):
         with_inputs(compiled, lambda path, x: x)(variables, IMAGE)
 
 

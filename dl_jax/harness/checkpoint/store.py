@@ -17,7 +17,7 @@ import numpy as np
 
 from dl_jax.core.errors import InputError
 from dl_jax.core.fit import Best, require_mode
-from dl_jax.core.leaves import Spec, Tree, digest, named, nested, numbers, place, spec
+from dl_jax.core.leaves import Spec, Tree, digest, named, nested, place_like, spec, stored_values
 from dl_jax.harness.checkpoint import files
 
 
@@ -56,7 +56,7 @@ class Checkpoints:
         """
         self.wait()
         leaves = named(tree)
-        values = {path: numbers(leaf) for path, leaf in leaves.items()}
+        values = {path: stored_values(leaf) for path, leaf in leaves.items()}
         records = {path: [digest(values[path]), *map(_jsonable, spec(leaf))] for path, leaf in leaves.items()}
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
         meta = files.describe(step, records, finite, self._best)
@@ -91,7 +91,7 @@ class Checkpoints:
         if found is None:
             return None
         self._latest = found.meta
-        placed = [place(found.arrays[path], leaf) for path, leaf in leaves.items()]
+        placed = [place_like(found.arrays[path], leaf) for path, leaf in leaves.items()]
         return found.meta["step"], jax.tree.unflatten(jax.tree.structure(like), placed)
 
     def wait(self) -> None:
