@@ -24,9 +24,11 @@ from dl_jax.core.step import Array, Batch
 Augmentation = Callable[[Array, Batch], Batch]
 Interval = tuple[float, float]
 
-# Words in the names of columns that hold places in the image, as those of TFDS do: "objects/bbox", "gt_boxes".
-PLACES = {"bbox", "bboxes", "box", "boxes", "keypoint", "keypoints", "landmark", "landmarks", "polygon", "polygons"}
-MASKS = {"mask", "masks", "segmentation"}  # where the column has two axes or more beside the batch's
+# Words in the names of columns that hold places in the image, as those of TFDS do: "objects/bbox", "keypoints_2d".
+PLACES = re.compile(r"[a-z]*box(es)?|(coord(inate)?|corner|keypoint|landmark|point|polygon)s?|joints|xywh|xyxy|cxcywh")
+# Words in the names of those that hold a value for each pixel, if they have two axes or more beside the batch's.
+MAPS = re.compile(r"(depth|flow|heatmap|image|label|mask|segmentation)s?|disparity|normals|saliency")
+TOKENS = {"attention", "attn", "causal", "padding"}  # with these words a mask is one of tokens
 REC601 = (0.299, 0.587, 0.114)  # luminance of red, green and blue
 
 
@@ -302,23 +304,30 @@ def _on_images(transform: Callable[[Array, Array], Array]) -> Augmentation:
 def _moving(transform: Callable[[Array, Array], Array]) -> Augmentation:
     """`_on_images` for a change of geometry, which would leave what lies in the image's coordinates behind.
 
-    Raises InputError for such a column: one of `PLACES` is a word of its name, or one of `MASKS` and it has two axes
-    beside the batch's, or axes 1 and 2 are the image's height and width, as of a mask, a depth map or a second image.
+    Raises InputError for such a column. Its name decides (`_lies_in_the_image`), because no shape does: 8 x 8 features
+    are not a map of an 8 x 8 image, and a depth map may have half the image's size.
     """
 
     def augment(key: Array, batch: Batch) -> Batch:
         size = batch["image"].shape[1:3]
         for path, leaf in jax.tree_util.tree_leaves_with_path({**batch, "image": None}):
             name, shape = jax.tree_util.keystr(path, simple=True, separator="/"), jnp.shape(leaf)
-            words = set(re.split(r"[^a-z]+", name.lower()))
-            if words & PLACES or (words & MASKS and len(shape) > 2) or (len(shape) > 2 and shape[1:3] == size):
+            if _lies_in_the_image(name, len(shape)):
                 raise InputError(
                     f"column {name!r} {shape} lies in the coordinates of the image {size}, which this augmentation "
-                    "moves, expected none such; leave it out of the batch, or move both in an augmentation of your own"
+                    "moves, expected none such; leave it out of the batch, move both in an augmentation of your own, "
+                    "or rename it if it holds something else"
                 )
         return _on_images(transform)(key, batch)
 
     return augment
+
+
+def _lies_in_the_image(name: str, axes: int) -> bool:
+    """Whether a column of this name holds places in the image, or a value for each pixel, the batch's axis included."""
+    words = {word.lower() for word in re.findall(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+", name)}
+    maps = words - {"mask", "masks"} if words & TOKENS else words
+    return any(map(PLACES.fullmatch, words)) or (axes > 2 and any(map(MAPS.fullmatch, maps)))
 
 
 def _colour(interval: Interval, adjust: Callable[[Array, Array], Array]) -> Augmentation:
