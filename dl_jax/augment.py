@@ -26,9 +26,11 @@ from dl_jax.core.step import Array, Batch
 Augmentation = Callable[[Array, Batch], Batch]
 Interval = tuple[float, float]
 
-# Words in the names of columns with image coordinates, as in TFDS: "objects/bbox", "gt_boxes".
-PLACES = {"bbox", "bboxes", "box", "boxes", "keypoint", "keypoints", "landmark", "landmarks", "polygon", "polygons"}
-MASKS = {"mask", "masks", "segmentation"}  # where the column has two axes or more beside the batch's
+# Words in the names of columns with image coordinates, as in TFDS: "objects/bbox", "keypoints_2d".
+PLACES = re.compile(r"[a-z]*box(es)?|(coord(inate)?|corner|keypoint|landmark|point|polygon)s?|joints|xywh|xyxy|cxcywh")
+# Words in the names of columns with a value for each pixel, where they have two axes or more beside the batch's.
+MAPS = re.compile(r"(depth|flow|heatmap|image|label|mask|segmentation)s?|disparity|normals|saliency")
+TOKENS = {"attention", "attn", "causal", "padding"}  # a mask with one of these words in its name is one of tokens
 REC601 = (0.299, 0.587, 0.114)  # luminance of red, green and blue
 
 
@@ -306,24 +308,30 @@ def _on_images(transform: Callable[[Array, Array], Array]) -> Augmentation:
 def _geometric(transform: Callable[[Array, Array], Array]) -> Augmentation:
     """The augmentation for a geometric transform (key, images) -> images, which changes no other column.
 
-    Raises InputError for a column (a) whose name contains a word of PLACES, (b) whose name contains a word of MASKS and
-    that has two or more axes beside the batch's, or (c) whose axes 1 and 2 equal the image's height and width, as of a
-    depth map or a second image.
+    Raises InputError for a column (a) whose name contains a word of PLACES, or (b) whose name contains a word of MAPS
+    and that has two or more axes beside the batch's. Shapes do not decide: 8x8 features are no map of an 8x8 image, and
+    a depth map may have half the image's size.
     """
 
     def augment(key: Array, batch: Batch) -> Batch:
         size = batch["image"].shape[1:3]
         for path, leaf in jax.tree_util.tree_leaves_with_path({**batch, "image": None}):
             name, shape = jax.tree_util.keystr(path, simple=True, separator="/"), jnp.shape(leaf)
-            words = set(re.split(r"[^a-z]+", name.lower()))
-            if words & PLACES or (words & MASKS and len(shape) > 2) or (len(shape) > 2 and shape[1:3] == size):
+            if _lies_in_the_image(name, len(shape)):
                 raise InputError(
                     f"column {name!r} of shape {shape} has image coordinates, which this geometric augmentation does "
-                    "not transform; remove the column or transform both"
+                    "not transform; remove the column, transform both, or rename it if it holds something else"
                 )
         return _on_images(transform)(key, batch)
 
     return augment
+
+
+def _lies_in_the_image(name: str, axes: int) -> bool:
+    """Whether a column of this name holds places in the image, or a value for each pixel, the batch's axis included."""
+    words = {word.lower() for word in re.findall(r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+", name)}
+    maps = words - {"mask", "masks"} if words & TOKENS else words
+    return any(map(PLACES.fullmatch, words)) or (axes > 2 and any(map(MAPS.fullmatch, maps)))
 
 
 def _colour(interval: Interval, adjust: Callable[[Array, Array], Array]) -> Augmentation:

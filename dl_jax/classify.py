@@ -5,13 +5,15 @@ have the columns `image`, uint8, or float32 in [0, 1] after augmentation, and `l
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dl_jax import losses, metrics
+from dl_jax.core.errors import InputError
 from dl_jax.core.step import Array, Batch, Loss, Tree
 
 Evaluation = Callable[[Tree, Batch, Array], dict[str, tuple[Array, Array]]]
@@ -30,14 +32,50 @@ def unit(key: Array, batch: Batch) -> Batch:
 def in_training(apply: Callable[..., Any], variables: Tree, batch: Batch, key: Array) -> tuple[Array, Tree]:
     """Logits [B, classes] of a batch in training, and the collections that `apply` changed, such as batch statistics.
 
-    All collections except `params` are mutable if `apply` accepts `mutable`. Otherwise, or if there are none, the
-    second result is {}.
+    All collections except `params` are mutable if `apply` accepts `mutable`. Collections that are new or whose arrays
+    changed in number, shape or type, such as values that a network sows, are left out, because a compiled step cannot
+    carry them. Raises InputError where the network changes a collection and `apply` does not pass `mutable` on.
     """
     settings: dict[str, Any] = {"train": True, "rngs": {"dropout": key}}
-    others = [name for name in variables if name != "params"]
-    if not others or not _takes_mutable(apply):
-        return apply(variables, to_unit(batch["image"]), **settings), {}
-    return apply(variables, to_unit(batch["image"]), **settings, mutable=others)
+    others = _Names(name for name in variables if name != "params")
+    if others and _takes_mutable(apply):
+        settings["mutable"] = others
+    try:
+        found = apply(variables, to_unit(batch["image"]), **settings)
+    except Exception as e:
+        if type(e).__name__ != "ModifyScopeVariableError":  # Flax's; this file works without Flax
+            raise
+        raise InputError(
+            f"`apply` lets the network change none of its collections {', '.join(others)}, expected `mutable` to reach "
+            "the module: let `apply` take **kwargs and pass them on to the module"
+        ) from e
+    match found:
+        case tuple((logits, Mapping() as new)):
+            return logits, {name: _like(variables[name], new[name]) for name in others if _fits(variables, new, name)}
+        case logits:
+            return logits, {}
+
+
+@jax.tree_util.register_static
+class _Names(tuple[str, ...]):
+    """Names of collections, which a jitted `apply` takes whether or not it calls `mutable` static."""
+
+    __slots__ = ()
+
+
+def _fits(variables: Tree, new: Mapping[str, Tree], name: str) -> bool:
+    """Whether the collection still holds arrays of the same names, shapes and types, so that a step can carry it."""
+    return name in new and _arrays(new[name]) == _arrays(variables[name])
+
+
+def _arrays(tree: Tree) -> list[tuple[Any, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(path, jnp.shape(leaf), jnp.result_type(leaf)) for path, leaf in leaves]
+
+
+def _like(before: Tree, after: Tree) -> Tree:
+    """`after` in the containers of `before`: Flax answers a FrozenDict with a dict."""
+    return jax.tree.unflatten(jax.tree.structure(before), jax.tree.leaves(after))
 
 
 def _takes_mutable(apply: Callable[..., Any]) -> bool:

@@ -12,6 +12,7 @@ In a recurrent layer both kernels are quantised, and so is the layer's input; th
 """
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -145,43 +146,61 @@ def calibrate(apply: Callable[[Tree, Batch], Any], variables: Tree, batches: Ite
     """{path of a layer with a kernel: the range of its inputs over `batches`}; goes into variables["ranges"].
 
     `apply(variables, batch)` runs the model. For a stack of seeds: jax.vmap(lambda v: calibrate(apply, v, batches)).
-    Raises InputError for no batches, for inputs that are NaN or infinite, and as `inspect.with_inputs` does. Under jit
-    the check is impossible: a non-finite range is returned, and `rounded` then gives NaN.
+    Raises InputError for no batches, for a batch of no rows, for inputs that are NaN or infinite, and as
+    `inspect.with_inputs` does. Under jit the check is impossible: a non-finite range is returned, and `rounded` then
+    gives NaN.
     """
-    seen = jax.jit(lambda variables, batch: {path: _range(xs) for path, xs in inputs(apply)(variables, batch).items()})
-    ranges: dict[str, Range] | None = None
-    for batch in batches:
+
+    @jax.jit
+    def seen(variables: Tree, batch: Batch) -> OrderedDict[str, Range]:  # the layers in the order in which they run
+        return OrderedDict((path, _range(xs)) for path, xs in inputs(apply)(variables, batch).items())
+
+    ranges: OrderedDict[str, Range] | None = None
+    for i, batch in enumerate(batches):
+        _require_rows(i, batch)
         found = seen(variables, batch)
-        ranges = {path: _union(ranges[path], found[path]) for path in found} if ranges else found
+        ranges = OrderedDict((path, _union(ranges[path], found[path])) for path in found) if ranges else found
     if ranges is None:
         raise InputError("calibrate: no batches, expected at least one; give some of the training set")
-    return _finite(ranges)
+    return dict(_finite(ranges))
 
 
-def _finite(ranges: dict[str, Range]) -> dict[str, Range]:
-    """`ranges`, of one seed or [S]. Raises InputError where one is not finite."""
+def _require_rows(i: int, batch: Batch) -> None:
+    for shape in map(jnp.shape, jax.tree.leaves(batch)):
+        if 0 in shape:
+            raise InputError(f"calibrate: batch {i} has an array {shape}, expected 1 row or more; leave the batch out")
+
+
+def _finite(ranges: OrderedDict[str, Range]) -> OrderedDict[str, Range]:
+    """`ranges`, of one seed or [S]. Raises InputError, with all layers in question, where one is not finite."""
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(ranges)):
         return _finite_stack(ranges)
-    for path, (low, high) in ranges.items():
-        wrong = np.flatnonzero(~(np.isfinite(low) & np.isfinite(high)))
-        if wrong.size:
-            ends = f"{np.ravel(low)[wrong[0]]} to {np.ravel(high)[wrong[0]]}"
-            seed = f" of seed {wrong[0]}" if np.ndim(low) else ""
-            raise InputError(
-                f"calibrate: the inputs of layer {path!r}{seed} range from {ends}, expected finite numbers; look for "
-                "NaN in the batches and for divergence in the parameters"
-            )
+    if wrong := [line for path, each in ranges.items() if (line := _not_finite(path, each))]:
+        raise InputError(
+            f"calibrate: the inputs of {', then of '.join(wrong)}, expected finite numbers; look for NaN in the "
+            "batches and for divergence in the parameters"
+        )
     return ranges
 
 
+def _not_finite(path: str, bounds: Range) -> str:
+    """The layer, its first seed whose range is not finite, and that range; "" where all are."""
+    low, high = map(np.ravel, bounds)
+    wrong = np.flatnonzero(~(np.isfinite(low) & np.isfinite(high)))
+    if not wrong.size:
+        return ""
+    seed = f" of seed {wrong[0]}" if np.ndim(bounds.low) else ""
+    return f"layer {path!r}{seed} range from {low[wrong[0]]} to {high[wrong[0]]}"
+
+
 @jax.custom_batching.custom_vmap
-def _finite_stack(ranges: dict[str, Range]) -> dict[str, Range]:
+def _finite_stack(ranges: OrderedDict[str, Range]) -> OrderedDict[str, Range]:
     """Under `jax.vmap` a seed's own ranges are unknown, but those of the whole stack are not."""
     return ranges
 
 
 @_finite_stack.def_vmap
-def _finite_seeds(seeds: int, mapped: Any, ranges: dict[str, Range]) -> tuple[Any, Any]:
+def _finite_seeds(seeds: int, mapped: Any, ranges: OrderedDict[str, Range]) -> tuple[Any, Any]:
     return _finite(ranges), mapped[0]
 
 

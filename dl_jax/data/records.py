@@ -174,8 +174,8 @@ def _parser(feature: Any, spec: Feature) -> Callable[[str, Any], np.ndarray] | N
 
     if type(feature) is tfds.features.Text:
         return lambda name, field: _texts(name, _one(name, field))
-    if channels := _channels(feature):
-        return lambda name, field: _pixels(_one(name, field), channels)
+    if decode := _image_decoder(feature):
+        return lambda name, field: decode(_one(name, field))
     plain = type(feature) in (tfds.features.ClassLabel, tfds.features.Scalar, tfds.features.Tensor)
     stored = np.dtype(feature.get_serialized_info().np_dtype) if plain else np.dtype(object)
     if stored.kind in "biuf" and stored != np.uint64 and None not in spec.shape:  # uint64 is stored as int64
@@ -204,8 +204,8 @@ def _numbers(name: str, field: Any, spec: Feature) -> np.ndarray:
     return array.reshape(shape)
 
 
-def _pixels(encoded: bytes, channels: int) -> np.ndarray:  # -> uint8 [H, W, channels]
-    """Decodes an image to uint8 as TensorFlow does.
+def _pixels(encoded: bytes, channels: int | None) -> np.ndarray:  # -> uint8 [H, W, channels]
+    """Decodes an image to uint8 as TensorFlow does, with these channels, or with its own for None.
 
     16-bit samples are shifted right by 8, palettes and CMYK become RGB, and RGB becomes grey for one channel. Alpha is
     dropped unless the feature has an alpha channel; a missing alpha is 255. Raises ValueError for samples of more than
@@ -213,20 +213,45 @@ def _pixels(encoded: bytes, channels: int) -> np.ndarray:  # -> uint8 [H, W, cha
     """
     import PIL.Image
 
-    mode = _MODES[channels]
     with PIL.Image.open(io.BytesIO(encoded)) as image:
-        if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        if _is_wide(image):
             pixels = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         elif image.mode in ("I", "F"):
             raise ValueError(f"an image of Pillow's mode {image.mode}, 32 bits a pixel, expected 8 or 16")
-        else:  # by way of RGBA, as Pillow warns of a palette's transparency otherwise
-            pixels = image.convert("RGBA") if image.mode == "P" else image
+        elif image.mode == "P":  # by way of RGBA, as Pillow warns of a palette's transparency otherwise
+            pixels = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        else:
+            pixels = image
+        mode = _MODES[channels] if channels else _own_mode(pixels.mode)
         array = np.asarray(pixels if pixels.mode == mode else pixels.convert(mode))
-    return array.reshape(*array.shape[:2], channels)
+    return array.reshape(*array.shape[:2], -1)
+
+
+def _own_mode(mode: str) -> str:
+    """That of `_MODES` which has the channels of an image of this mode."""
+    return "L" if mode == "1" else mode if mode in _MODES.values() else "RGB"
+
+
+def _is_wide(image: Any) -> bool:
+    """Whether an image of Pillow's is a grey one of 16 bits."""
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+
+
+def _wide_pixels(encoded: bytes) -> np.ndarray:  # -> uint16 [H, W, 1]
+    """A grey image of 16 bits as it is. Raises ValueError for another: Pillow reads 8 bits of each channel of it."""
+    import PIL.Image
+
+    with PIL.Image.open(io.BytesIO(encoded)) as image:
+        if not _is_wide(image):
+            raise ValueError(
+                f"an image of Pillow's mode {image.mode} in a feature of uint16, expected grey of 16 bits; declare "
+                "uint8, or a Tensor of uint16"
+            )
+        return np.asarray(image).astype(np.uint16)[..., None]
 
 
 def _decode_images(feature: Any) -> None:
-    """Makes TFDS decode the uint8 images in `feature` by `_pixels`.
+    """Makes TFDS decode the images in `feature` by our decoders.
 
     Without TensorFlow, TFDS keeps the lower 8 bits of 16-bit samples.
     """
@@ -237,15 +262,20 @@ def _decode_images(feature: Any) -> None:
             _decode_images(each)
     elif isinstance(feature, tfds.features.Sequence | tfds.features.Dataset):
         _decode_images(feature.feature)
-    elif channels := _channels(feature):
-        feature.decode_example_np = functools.partial(_pixels, channels=channels)
+    elif decode := _image_decoder(feature):
+        feature.decode_example_np = decode
 
 
-def _channels(feature: Any) -> int | None:
-    """The number of channels of a feature of uint8 images; None for another feature."""
+def _image_decoder(feature: Any) -> Callable[[bytes], np.ndarray] | None:
+    """The decoder of a feature of images; None for other features, and for images of floats or of 16-bit colour."""
     import tensorflow_datasets as tfds
 
-    if not isinstance(feature, tfds.features.Image) or feature.np_dtype != np.uint8:
+    if not isinstance(feature, tfds.features.Image):
         return None
     shape: Any = feature.shape
-    return shape[-1] if shape[-1] in _MODES else None
+    channels = shape[-1]
+    if feature.np_dtype == np.uint16 and channels in (None, 1):
+        return _wide_pixels
+    if feature.np_dtype == np.uint8 and channels in (None, *_MODES):
+        return functools.partial(_pixels, channels=channels)
+    return None

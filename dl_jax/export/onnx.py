@@ -102,8 +102,8 @@ def quantized(
       out: the file to write. It is replaced if it exists, and may be `path`.
 
     Raises InputError where there are no batches, they do not fit the model or are not finite, where `path` is not an
-    ONNX model, where a package is missing, where fewer than half of the weights became int8 (nothing is written then),
-    and where `out` cannot be written.
+    ONNX model, where a package is missing, where fewer than half of the weights of convolutions and dense layers became
+    int8 (nothing is written then), and where `out` cannot be written.
     """
     _, expected = _opened(path)
     feeds = [_named(expected, batch) for batch in batches]
@@ -119,6 +119,7 @@ def quantized(
             )
     try:
         import onnx
+        import onnx.inliner
         from onnxruntime import quantization
         from onnxruntime.quantization.shape_inference import quant_pre_process
     except ImportError as e:
@@ -146,7 +147,8 @@ def quantized(
         data = small.read_bytes()
     _session(data)  # what does not open is not written
     kinds, int8 = onnx.TensorProto, [onnx.TensorProto.INT8]
-    weights = _count(source, [kinds.FLOAT, kinds.FLOAT16, kinds.BFLOAT16, kinds.DOUBLE])
+    floats = [kinds.FLOAT, kinds.FLOAT16, kinds.BFLOAT16, kinds.DOUBLE]
+    weights = sum(_weights(onnx.inliner.inline_local_functions(source).graph, floats, {}).values())
     integers = _count(onnx.load_from_string(data), int8) - _count(source, int8)
     if not integers or 2 * integers < weights:
         raise InputError(
@@ -155,6 +157,32 @@ def quantized(
             "file, or round the weights of other layers by compress.quantize"
         )
     write(out, data)
+
+
+PRODUCTS = ("Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul")
+MOVES = ("Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")  # what a weight may pass on its way there
+
+
+def _weights(graph: Any, types: Collection[int], outside: Mapping[str, Any]) -> dict[str, int]:
+    """How many numbers each tensor of these of ONNX's types holds that a product takes, in loops too, by name.
+
+    A table that is looked up or added is no weight. `outside` are the tensors that the graph around this one knows.
+    """
+    tensors = {**outside, **{tensor.name: (tensor.name, tensor) for tensor in graph.initializer}}
+    found: dict[str, int] = {}
+    for node in graph.node:
+        if node.op_type == "Constant":
+            tensors |= {name: (name, attribute.t) for name in node.output for attribute in node.attribute}
+        if node.op_type in MOVES and node.input[0] in tensors:
+            tensors[node.output[0]] = tensors[node.input[0]]
+        if node.op_type in PRODUCTS:
+            known = (tensors[name] for name in node.input[:2] if name in tensors)
+            found |= {name: math.prod(tensor.dims) for name, tensor in known if tensor.data_type in types}
+        for body in (attribute.g for attribute in node.attribute if attribute.HasField("g")):  # of a loop or branch
+            pairs = zip(body.input, node.input, strict=False)  # a branch has no inputs
+            given = {inner.name: tensors[name] for inner, name in pairs if name in tensors}
+            found |= _weights(body, types, {**tensors, **given})
+    return found
 
 
 def _count(model: Any, types: Collection[int]) -> int:

@@ -46,22 +46,32 @@ def weighted_sum(terms: Mapping[str, tuple[float, Loss]]) -> Loss:
     """Σ weight · loss over `{name: (weight, loss)}`.
 
     The metrics contain the unweighted value of each term under `name`, and the term's metrics under `name/metric`.
-    Terms run in order; each has its own key and sees the collections updated by earlier terms, so that no update of
-    batch statistics is lost. Raises InputError where there is no term.
+    Each term has its own key and sees the collections as they were before the step. If several terms return a
+    collection, its floating-point leaves are averaged, so that running statistics move once per step; other leaves,
+    such as counters, are those of the last term. Raises InputError where there is no term.
     """
     if not terms:
         raise InputError("weighted_sum: no terms, expected {name: (weight, loss)}; give at least one")
 
     def total(variables: Tree, batch: Batch, key: Array) -> tuple[Array, tuple[Tree, Metrics]]:
-        values, collections, metrics = [], {}, {}
+        values, returned, metrics = [], {}, {}
         for key_term, (name, (weight, loss)) in zip(jax.random.split(key, len(terms)), terms.items(), strict=True):
-            value, (new, inner) = loss({**variables, **collections}, batch, key_term)
+            value, (new, inner) = loss(variables, batch, key_term)
             values.append(weight * at_least_float32(value))
-            collections = {**collections, **new}
+            for collection, tree in new.items():
+                returned.setdefault(collection, []).append(tree)
             metrics |= {name: value, **{f"{name}/{k}": v for k, v in inner.items()}}
+        collections = {collection: jax.tree.map(_averaged, *trees) for collection, trees in returned.items()}
         return sum(values[1:], values[0]), (collections, metrics)
 
     return total
+
+
+def _averaged(*leaves: Array) -> Array:
+    """The mean of floating-point leaves; of others the last."""
+    if len(leaves) == 1 or not jnp.issubdtype(jnp.result_type(*leaves), jnp.inexact):
+        return leaves[-1]
+    return sum(leaves[1:], leaves[0]) / len(leaves)
 
 
 def l2(loss: Loss, weight: float, where: Where = is_kernel) -> Loss:

@@ -477,8 +477,22 @@ GEOMETRY = ("flip", "pad_and_crop", "affine", "rotate", "scale", "translate", "s
         ("Polygon", (16, 7, 2)),
         ("mask", (16, 6, 5)),  # of another size than the image's
         ("segmentation_mask", (16, 12, 10, 1)),
-        ("depth", (16, 12, 10)),  # by its shape
+        ("depth", (16, 12, 10)),
         ("image_right", (16, 12, 10, 3)),
+        ("boundingBox", (16, 4)),
+        ("GTBoxes", (16, 3, 4)),
+        ("BBox", (16, 4)),
+        ("gtboxes", (16, 3, 4)),
+        ("bbox2d", (16, 4)),
+        ("xywh", (16, 4)),
+        ("points", (16, 9, 2)),
+        ("corners", (16, 4, 2)),
+        ("joints", (16, 9, 2)),
+        ("coordinates", (16, 2)),
+        ("depthMap", (16, 4, 4)),  # half as large as the image
+        ("optical_flow", (16, 12, 10, 2)),
+        ("heatmaps", (16, 6, 5, 9)),
+        ("label_map", (16, 12, 10)),
     ],
     ids=lambda column: column[0],
 )
@@ -493,6 +507,35 @@ def test_what_lies_in_the_images_coordinates_does_not_stay_behind(column):
         jax.eval_shape(ALL[augmentation], KEY, batch)
     for augmentation in set(ALL) - set(GEOMETRY):
         assert jax.eval_shape(ALL[augmentation], KEY, whole).keys() == whole.keys()
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        ("attention_mask", (16, 10, 10)),
+        ("attentionMask", (16, 1, 12, 10)),
+        ("causal_mask", (16, 10, 10)),
+        ("teacher", (16, 12, 10)),  # features with the image's height and width
+        ("teacher_features", (16, 12, 10, 8)),
+        ("label", (16, 10)),
+        ("image_id", (16,)),
+        ("depth", (16,)),
+        ("boxing", (16,)),
+        ("viewpoint", (16,)),
+    ],
+    ids=lambda column: column[0],
+)
+def test_what_lies_elsewhere_passes(column):
+    name, shape = column
+    batch = {"image": random_images(*SHAPE), name: np.zeros(shape, np.float32)}
+    assert jax.eval_shape(ALL["flip"], KEY, batch)[name].shape == shape
+
+
+def test_the_refusal_of_a_column_says_how_to_go_on():
+    batch = {"image": random_images(*SHAPE), "points": np.zeros(16, np.float32)}
+    with pytest.raises(InputError, match=r"leave it out of the batch, move both .* or rename it if") as error:
+        augment.flip()(KEY, batch)
+    assert "\n" not in str(error.value)
 
 
 def test_columns_within_others_are_seen_too():

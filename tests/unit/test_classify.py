@@ -1,5 +1,6 @@
 """The loss and the test metrics of classifiers, and trees of several seeds."""
 
+import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -130,6 +131,90 @@ def test_a_pure_function_needs_no_argument_mutable(rest):
     assert not classify._takes_mutable(rounded)
     assert classify._takes_mutable(quantize.with_activations(Normed().apply, 8))
     assert classify._takes_mutable(lambda variables, *args, **settings: None)
+
+
+def test_two_terms_move_the_running_statistics_once():
+    """0.9 · before + 0.1 · those of the batch, as one term does, though both terms run the network."""
+    model, tx = Normed(), optax.sgd(0.1)
+    variables = model.init(jax.random.key(0), classify.to_unit(IMAGE), train=False)
+    terms = {"hard": (0.5, classify.loss(model.apply)), "soft": (0.5, followed(2.0)(model.apply))}
+    before = init_state(jax.random.key(1), variables, tx)
+    state, _ = jax.jit(make_step(losses.weighted_sum(terms), tx))(before, BATCH)
+    alone, _ = jax.jit(make_step(classify.loss(model.apply), tx))(before, BATCH)
+    found = state.extra["batch_stats"]["BatchNorm_0"]
+    x = IMAGE.reshape(6, 4) / 255.0
+    np.testing.assert_allclose(found["mean"], 0.1 * x.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(found["var"], 0.9 + 0.1 * x.var(0), rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), state.extra, alone.extra)
+
+
+@pytest.mark.parametrize("static", ["train", ("train", "mutable")], ids=["train", "mutable"])
+def test_a_jitted_apply_keeps_the_running_statistics(static):
+    model = Normed()
+    variables = model.init(jax.random.key(0), classify.to_unit(IMAGE), train=False)
+    jitted = jax.jit(model.apply, static_argnames=static)
+    found, plain = (classify.loss(f)(variables, BATCH, jax.random.key(0)) for f in (jitted, model.apply))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, plain)
+    mean = found[1][0]["batch_stats"]["BatchNorm_0"]["mean"]
+    np.testing.assert_allclose(mean, 0.1 * IMAGE.reshape(6, 4).mean(0) / 255, rtol=1e-5)
+
+
+class Sowing(nn.Module):
+    """BatchNorm, and two collections that hold more or others each time."""
+
+    @nn.compact
+    def __call__(self, image, *, train: bool):
+        x = nn.BatchNorm(use_running_average=not train)(image.reshape(len(image), -1))
+        self.sow("losses", "size", jnp.abs(x).mean())
+        last = self.variable("kept", "last", lambda: jnp.zeros(()))
+        if train:
+            last.value = x
+        return nn.Dense(3)(x)
+
+
+@pytest.mark.parametrize("wrap", [dict, flax.core.freeze], ids=["dict", "FrozenDict"])
+def test_collections_that_change_their_form_are_left_out(wrap):
+    """So a step returns a state like the one that it takes, and several steps make a scan."""
+    model, tx = Sowing(), optax.sgd(0.1)
+    variables = model.init(jax.random.key(0), classify.to_unit(IMAGE), train=False)
+    variables = {name: wrap(tree) for name, tree in variables.items()}
+    assert set(variables) == {"params", "batch_stats", "losses", "kept"}
+    step, state = make_step(classify.loss(model.apply), tx), init_state(jax.random.key(1), variables, tx)
+    after, _ = jax.lax.scan(lambda state, _: step(state, BATCH), state, length=2)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    unchanged = {name: after.extra[name] for name in ("losses", "kept")}
+    jax.tree.map(np.testing.assert_array_equal, unchanged, {name: variables[name] for name in unchanged})
+    mean = after.extra["batch_stats"]["BatchNorm_0"]["mean"]
+    np.testing.assert_allclose(mean, (1 - 0.99**2) * IMAGE.reshape(6, 4).mean(0) / 255, rtol=1e-4)
+
+
+@pytest.mark.parametrize("n", [2, 6])
+def test_a_function_that_ignores_its_settings_gives_logits_alone(n):
+    """Two rows of logits are no pair of logits and collections."""
+    ignoring = lambda variables, image, **settings: apply(variables, image, True, {})
+    batch = {name: column[:n] for name, column in BATCH.items()}
+    given = {**VARIABLES, "batch_stats": {"x": np.zeros(2)}}
+    found, (collections, _) = classify.loss(ignoring)(given, batch, jax.random.key(0))
+    np.testing.assert_allclose(found, losses.cross_entropy(LOGITS[:n], batch["label"]).mean(), rtol=1e-6)
+    assert collections == {}
+
+
+@pytest.mark.parametrize("loss", [classify.loss, followed()], ids=["classify", "distill"])
+def test_an_apply_that_keeps_mutable_to_itself_is_refused(loss):
+    model = Normed()
+    variables = model.init(jax.random.key(0), classify.to_unit(IMAGE), train=False)
+    fixed = lambda variables, image, train, rngs: model.apply(variables, image, train=train, rngs=rngs)
+    with pytest.raises(
+        InputError, match=r"none of its collections batch_stats, .* let `apply` take \*\*kwargs"
+    ) as error:
+        loss(fixed)(variables, BATCH, jax.random.key(0))
+    assert "\n" not in str(error.value)
+
+    def broken(variables, image, train, rngs):
+        raise KeyError("of its own")
+
+    with pytest.raises(KeyError, match="of its own"):
+        loss(broken)(variables, BATCH, jax.random.key(0))
 
 
 def test_labels_may_be_probabilities():

@@ -165,6 +165,53 @@ def test_pixels_of_32_bits_are_refused(prepared, image):
     assert f"an image of Pillow's mode {image.mode}, 32 bits a pixel, expected 8 or 16" in line
 
 
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "within"])
+@pytest.mark.parametrize(
+    "stored",
+    [encoded(PIL.Image.fromarray(RAMP)), tiff(RAMP, "I;16"), tiff(RAMP.astype(">u2"), "I;16B"), png16(RAMP[..., None])],
+    ids=["PNG", "I;16", "I;16B", "PNG by hand"],
+)
+@pytest.mark.parametrize("channels", [1, None])
+def test_all_16_bits_of_a_feature_that_declares_them(prepared, stored, channels, beside):
+    image = features.Image(shape=(3, 4, channels), dtype=np.uint16)
+    more = {"more": {"frames": features.Sequence(image)}} if beside else {}
+    records = loaded(
+        prepared({"image": image, **more}, [{"image": stored, **({"more": {"frames": [stored]}} if beside else {})}])
+    )
+    for found in (records["image"][0], *(records["more/frames"][0] if beside else ())):
+        assert found.dtype == np.uint16
+        np.testing.assert_array_equal(found, RAMP[..., None])
+
+
+@pytest.mark.parametrize(("stored", "mode"), [(RGB, "RGB"), (RGB[..., 0], "L")], ids=["colour", "8 bits"])
+def test_other_images_are_no_grey_of_16_bits(prepared, stored, mode):
+    example = {"image": encoded(PIL.Image.fromarray(stored))}
+    line = refusal(prepared({"image": features.Image(shape=(3, 4, None), dtype=np.uint16)}, [example]))
+    assert f"an image of Pillow's mode {mode} in a feature of uint16, expected grey of 16 bits; declare uint8" in line
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [
+        pytest.param(encoded(PIL.Image.fromarray(RAMP)), RAMP >> 8, id="grey of 16 bits"),
+        pytest.param(encoded(PIL.Image.fromarray(RGB[..., 0])), RGB[..., 0], id="grey"),
+        pytest.param(encoded(PIL.Image.fromarray(RAMP > 9999)), 255 * (RAMP > 9999), id="one bit"),
+        pytest.param(
+            encoded(PIL.Image.fromarray(np.dstack([RGB[..., 0], CLEAR]))), np.dstack([RGB[..., 0], CLEAR]), id="LA"
+        ),
+        pytest.param(encoded(PIL.Image.fromarray(RGB)), RGB, id="RGB"),
+        pytest.param(encoded(PIL.Image.fromarray(np.dstack([RGB, CLEAR]))), np.dstack([RGB, CLEAR]), id="RGBA"),
+        pytest.param(png16(WIDE), WIDE >> 8, id="colour of 16 bits with alpha"),
+        pytest.param(with_palette(), COLOURS, id="palette"),
+        pytest.param(with_palette(bytes([0, 128, 255, 255])), np.dstack([COLOURS, CLEAR]), id="clear palette"),
+    ],
+)
+def test_an_image_has_its_own_channels_where_none_are_declared(prepared, stored, expected):
+    records = loaded(prepared({"image": features.Image(shape=(None, None, None))}, [{"image": stored}]))
+    assert records["image"].dtype == np.uint8
+    np.testing.assert_array_equal(records["image"][0], expected.reshape(3, 4, -1))
+
+
 GREY = encoded(PIL.Image.fromarray(np.zeros((9, 8), np.uint8)))
 
 

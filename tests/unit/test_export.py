@@ -443,6 +443,29 @@ def test_a_network_that_stays_in_float_is_not_called_quantised(name, exported, t
     assert not int8.exists()
 
 
+class Looking(nn.Module):
+    """A dense layer on a row of a table, which is much larger, beside a table that is added."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        x = nn.Embed(5000, 8)(tokens) + self.param("offset", nn.initializers.ones, (1, 8))
+        return nn.Dense(8)(nn.relu(nn.Dense(8)(x)))
+
+
+def test_a_table_that_is_looked_up_does_not_count_as_a_weight(tmp_path):
+    import onnx as format
+
+    tokens = np.random.default_rng(0).integers(0, 5000, 32).astype(np.int32)
+    variables = Looking().init(jax.random.key(0), tokens)
+    floats, int8 = tmp_path / "model.onnx", tmp_path / "int8.onnx"
+    onnx.export(Looking().apply, variables, [tokens], floats)
+    onnx.quantized(floats, [(tokens,)], int8)
+    before, after = (onnx.load(file)(tokens) for file in (floats, int8))
+    assert np.abs(before - after).max() < 0.05 * np.abs(before).max()
+    kinds = {t.data_type for t in format.load(int8).graph.initializer if list(t.dims) == [8, 8]}
+    assert kinds == {format.TensorProto.INT8}
+
+
 @pytest.mark.parametrize("wrong", [np.nan, np.inf])
 def test_calibration_data_that_is_not_finite(wrong, ort, tmp_path):
     batches = [(np.ones((2, 4), np.float32),), (np.array([[0, 1, wrong, 0]], np.float32),)]

@@ -268,7 +268,20 @@ def test_weighted_sum():
     )
     assert set(metrics) == {"line", "triple", "again", "line/noise", "again/noise"}
     assert metrics["line/noise"] != metrics["again/noise"]  # each term has its own key
-    assert collections["count"]["n"] == 3.0  # both counting terms counted: 1 + 1 + 1
+    assert collections["count"]["n"] == 2.0  # both counting terms counted from 1, and their mean is taken
+
+
+def test_weighted_sum_takes_means_of_real_leaves_and_the_last_of_others():
+    def term(real, whole, **others):
+        return 1.0, lambda variables, batch, key: (
+            jnp.float32(1),
+            ({"a": {"real": real, "whole": whole}, **others}, {}),
+        )
+
+    terms = {"x": term(jnp.float32(1), jnp.int32(3)), "y": term(jnp.float32(4), jnp.int32(7), b={"only": 5.0})}
+    _, (collections, _) = losses.weighted_sum(terms)({}, {}, KEY)
+    assert collections == {"a": {"real": 2.5, "whole": 7}, "b": {"only": 5.0}}
+    assert collections["a"]["whole"].dtype == jnp.int32
 
 
 def test_label_smoothing_gives_the_loss_probabilities():

@@ -301,6 +301,34 @@ def test_inputs_that_are_not_finite_have_no_range(wrong):
             calibrate(apply, variables, [IMAGE, images, IMAGE])
 
 
+class Pair(nn.Module):
+    """Two layers that run in the reverse order of their names."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2, name="decoder")(nn.Dense(3, name="encoder")(x))
+
+
+def test_layers_that_are_not_finite_are_named_in_the_order_in_which_they_run():
+    x = np.ones((2, 4), np.float32)
+    variables = Pair().init(jax.random.key(0), x)
+    assert type(calibrate(Pair().apply, variables, [x])) is dict
+    message = (
+        "the inputs of layer 'encoder' range from nan to nan, then of layer 'decoder'{} range from nan to nan, exp"
+    )
+    with pytest.raises(InputError, match=message.format("")):
+        calibrate(Pair().apply, variables, [x, np.nan * x])
+    stacked = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), variables)
+    with pytest.raises(InputError, match=message.format(" of seed 0")):
+        jax.vmap(lambda variables: calibrate(Pair().apply, variables, [np.nan * x]))(stacked)
+
+
+def test_a_batch_without_rows_has_no_range():
+    variables, apply = built(SMALL)
+    with pytest.raises(InputError, match=r"calibrate: batch 1 has an array \(0, .*\), expected 1 row or more; leave"):
+        calibrate(apply, variables, [IMAGE, IMAGE[:0]])
+
+
 def test_a_seed_that_has_diverged_is_named():
     """Under vmap each seed's values are unknown, and those of all are not."""
     variables, apply = built(SMALL)

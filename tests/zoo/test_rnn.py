@@ -364,6 +364,11 @@ def test_a_dense_layer_called_input_is_no_lstm():
             rnn.with_forget_bias({"params": params}, 1.0)
 
 
+def test_variables_without_arrays_have_no_forget_gate():
+    with pytest.raises(InputError, match="with_forget_bias: the variables hold no arrays, expected input/bias"):
+        rnn.with_forget_bias({}, 1.0)
+
+
 def test_of_a_network_with_an_lstm_nothing_else_is_changed():
     tokens = np.zeros((3, 4), np.int32)
     before = drawn(SequenceClassifier(7, classes=3, embedding=4, hidden=5), tokens, train=False)

@@ -295,9 +295,9 @@ def with_forget_bias(variables: Any, bias: float) -> Any:
     layers = {path.removesuffix("input/bias") for path in shapes if f"/{path}".endswith("/input/bias")}
     lstms = {layer for layer in layers if _is_lstm(shapes.get(f"{layer}kernel"), f"{layer}bias" in shapes)}
     if not lstms:
+        found = f"none of {', '.join([*shapes][:6])} is of an LSTM layer" if shapes else "the variables hold no arrays"
         raise InputError(
-            f"with_forget_bias: none of {', '.join([*shapes][:6])} is of an LSTM layer, expected {LSTM_LAYER}; give it "
-            "the variables of a network of LSTM cells"
+            f"with_forget_bias: {found}, expected {LSTM_LAYER}; give it the variables of a network of LSTM cells"
         )
 
     def change(path: jax.tree_util.KeyPath, leaf: Array) -> Array:
