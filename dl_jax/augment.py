@@ -314,7 +314,6 @@ def _geometric(transform: Callable[[Array, Array], Array]) -> Augmentation:
     """
 
     def augment(key: Array, batch: Batch) -> Batch:
-        size = batch["image"].shape[1:3]
         for path, leaf in jax.tree_util.tree_leaves_with_path({**batch, "image": None}):
             name, shape = jax.tree_util.keystr(path, simple=True, separator="/"), jnp.shape(leaf)
             if _lies_in_the_image(name, len(shape)):
