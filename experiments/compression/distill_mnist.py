@@ -60,7 +60,7 @@ class Config:
 PRESETS = {
     "paper": Config(),
     "quick": Config(dataset="digits", teacher_hidden=(400, 400), student_hidden=(100, 100), teacher_epochs=60,
-                    student_epochs=60, batch_size=50),
+                    student_epochs=60, batch_size=50, learning_rate=0.05),
     "smoke": Config(dataset="digits", train_split="train[:120]", test_split="test[:60]", teacher_hidden=(16,),
                     student_hidden=(8,), teacher_epochs=1, student_epochs=1, batch_size=16),
 }  # fmt: skip
