@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from dl_jax.core.errors import InputError
+from dl_jax.core.leaves import leaf_name
 from dl_jax.core.step import Array, Batch
 
 Augmentation = Callable[[Array, Batch], Batch]
@@ -315,7 +316,7 @@ def _geometric(transform: Callable[[Array, Array], Array]) -> Augmentation:
 
     def augment(key: Array, batch: Batch) -> Batch:
         for path, leaf in jax.tree_util.tree_leaves_with_path({**batch, "image": None}):
-            name, shape = jax.tree_util.keystr(path, simple=True, separator="/"), jnp.shape(leaf)
+            name, shape = leaf_name(path), jnp.shape(leaf)
             if _lies_in_the_image(name, len(shape)):
                 raise InputError(
                     f"column {name!r} of shape {shape} has image coordinates, which this geometric augmentation does "

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from dl_jax.core.errors import InputError
+from dl_jax.core.leaves import at_least_float32
 from dl_jax.core.step import Array, Tree
-from dl_jax.losses.inputs import at_least_float32
 
 TINY = float(jnp.finfo(jnp.float32).tiny)  # compiled code rounds smaller numbers to 0
 Choose = Callable[[Array, Array], Array]  # (key, logits [B, V]) -> tokens int32 [B]

@@ -80,8 +80,3 @@ def inputs(function: Function) -> Callable[..., dict[str, list[jax.Array]]]:
         return found
 
     return collect
-
-
-def examples() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
-    """Returns {}: this file has no models (required by the zoo tests)."""
-    return {}

@@ -11,8 +11,9 @@ import numpy as np
 
 from dl_jax import losses
 from dl_jax.core.errors import InputError
+from dl_jax.core.leaves import at_least_float32
 from dl_jax.core.step import Array
-from dl_jax.losses.inputs import at_least_float32, class_numbers
+from dl_jax.losses.inputs import class_numbers
 
 
 def masked(values: Array, mask: Array) -> tuple[Array, Array]:  # [B, ...], [B] or [B, ...] -> [], []

@@ -8,11 +8,10 @@ import numpy as np
 import optax
 
 from dl_jax.core.errors import InputError, nearest, require_positive
-from dl_jax.core.fit import Measurements, StopRule
-from dl_jax.core.leaves import Where, chosen, is_kernel
+from dl_jax.core.leaves import Where, at_least_float32, chosen, is_kernel
+from dl_jax.core.recorder import Measurements, StopRule
 from dl_jax.core.step import Array, Tree
 from dl_jax.losses import require_penalties
-from dl_jax.losses.inputs import at_least_float32
 
 
 def warmup_cosine(peak: float, steps: int, warmup: float = 0.05, final: float = 0.0) -> optax.Schedule:
@@ -32,6 +31,17 @@ def warmup_cosine(peak: float, steps: int, warmup: float = 0.05, final: float = 
         raise InputError(f"warmup_cosine: warmup is {warmup}, expected a fraction of the run in [0, 1); 0.05 is usual")
     w = min(round(warmup * steps), steps - 1)
     return optax.warmup_cosine_decay_schedule(peak / (w + 1), peak, w, steps, final)
+
+
+def clipped_sgd(
+    peak: float, steps: int, momentum: float, clip: float, warmup: float = 0.05
+) -> optax.GradientTransformation:
+    """SGD with momentum for a run of `steps` at the rates of `warmup_cosine`, after clipping the gradient's norm.
+
+    `clip` is the largest Euclidean norm of the whole gradient. Raises InputError as `warmup_cosine` does.
+    """
+    sgd = optax.sgd(warmup_cosine(peak, steps, warmup), momentum)
+    return optax.chain(optax.clip_by_global_norm(clip), sgd)
 
 
 def frozen(tx: optax.GradientTransformation, where: Where) -> optax.GradientTransformation:

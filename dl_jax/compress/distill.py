@@ -8,8 +8,8 @@ import numpy as np
 
 from dl_jax import classify, losses
 from dl_jax.core.errors import InputError
+from dl_jax.core.leaves import at_least_float32
 from dl_jax.core.step import Array, Batch, Loss, Tree
-from dl_jax.losses.inputs import at_least_float32
 
 
 def soft(student_logits: Array, teacher_logits: Array, temperature: float) -> Array:  # [B, ..., C] twice -> [B, ...]
@@ -62,7 +62,7 @@ def matched_bias(logits: np.ndarray, group: np.ndarray, frequency: float) -> flo
 
 def margins(logits: np.ndarray, group: np.ndarray) -> np.ndarray:  # [N, C], bool [C] -> [N]
     """Largest logit outside `group` minus largest inside, [N]: with a larger bias the example moves into the group."""
-    logits = _wide(logits)
+    logits = at_least_float32(logits)
     return logits[:, ~group].max(1) - logits[:, group].max(1)
 
 
@@ -71,18 +71,13 @@ def fewest_errors(logits: np.ndarray, group: np.ndarray, labels: np.ndarray) -> 
 
     The bias is tuned on the examples that are scored; use it only to compare with papers that did the same.
     """
-    logits = _wide(logits)
+    logits = at_least_float32(logits)
     best = lambda classes: np.where(classes, logits, -np.inf).argmax(1) == labels  # [N], right if the group wins or not
     right_inside, right_outside = best(group), best(~group)
     led = margins(logits, group)
     order = led.argsort()  # a rising bias moves example after example into the group, equal margins together
     gained = np.cumsum(right_inside[order].astype(int) - right_outside[order])[np.diff(led[order], append=np.inf) > 0]
     return int(len(labels) - right_outside.sum() - max(0, gained.max()))
-
-
-def _wide(logits: np.ndarray) -> np.ndarray:
-    """In float32 or better: a difference of float16 logits may be infinite."""
-    return logits.astype(np.result_type(logits.dtype, np.float32))
 
 
 def _require_temperature(name: str, temperature: float) -> None:

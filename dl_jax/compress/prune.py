@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from dl_jax.core.errors import InputError
-from dl_jax.core.leaves import Where, chosen, is_kernel
+from dl_jax.core.leaves import Where, chosen, is_kernel, leaf_name
 from dl_jax.core.step import Array, Tree
 
 LAST = 2**31 - 1  # the largest step: optimisers count in int32
@@ -37,7 +37,7 @@ def smallest(params: Tree, sparsity: Sparsity, where: Where = is_kernel) -> Tree
         if not yes:
             return leaf
         share = sparsity(path, leaf) if callable(sparsity) else sparsity
-        _require_sparsity(f"smallest: sparsity of {_name(path)}", share)
+        _require_sparsity(f"smallest: sparsity of {leaf_name(path)}", share)
         return jnp.where(_largest(jnp.abs(leaf), round(share * leaf.size)), leaf, 0)
 
     return jax.tree_util.tree_map_with_path(prune, params, chosen(params, where))
@@ -61,7 +61,7 @@ def rounds(params: Tree, kept: Sequence[float]) -> Callable[[float], Sparsity]:
         if not 0 <= 1 - share < 1:
             raise InputError(f"rounds: kept has {share}, expected fractions in (0, 1]; 0.1 keeps every tenth weight")
     shares = dict(zip(names, kept, strict=True))
-    return lambda progress: lambda path, leaf: 1 - shares[_name(path)] ** progress
+    return lambda progress: lambda path, leaf: 1 - shares[leaf_name(path)] ** progress
 
 
 def nonzeros(params: Tree, where: Where = is_kernel) -> dict[str, Array]:
@@ -215,11 +215,7 @@ def _refreshed_seeds(seeds: int, mapped: Any, *arguments: Any) -> tuple[Tree, Tr
 def _layers(params: Tree, where: Where) -> dict[str, Any]:
     """The chosen parameters by path."""
     leaves = zip(jax.tree.leaves_with_path(params), jax.tree.leaves(chosen(params, where)), strict=True)
-    return {_name(path): leaf for (path, leaf), yes in leaves if yes}
-
-
-def _name(path: jax.tree_util.KeyPath) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    return {leaf_name(path): leaf for (path, leaf), yes in leaves if yes}
 
 
 def _required(name: str, params: Tree | None) -> Tree:

@@ -22,10 +22,9 @@ import numpy as np
 from jax.core import Tracer
 
 from dl_jax.core.errors import InputError
-from dl_jax.core.leaves import Where, chosen, is_kernel
+from dl_jax.core.leaves import Where, at_least_float32, chosen, is_kernel
 from dl_jax.core.step import Array, Batch, Tree
 from dl_jax.inspect import inputs, with_inputs
-from dl_jax.losses.inputs import at_least_float32
 
 RANGES = "ranges"  # the collection in which variables carry them
 

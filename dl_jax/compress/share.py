@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dl_jax.core.errors import InputError
-from dl_jax.core.leaves import Where, chosen, is_kernel
+from dl_jax.core.leaves import Where, at_least_float32, chosen, is_kernel
 from dl_jax.core.step import Array, Tree
-from dl_jax.losses.inputs import at_least_float32
 
 ROUNDS = 1000  # largest number of iterations of k-means; a layer takes some dozens
 
@@ -88,5 +87,5 @@ def _clusters(weights: np.ndarray, values: np.ndarray) -> np.ndarray:  # [...], 
 
 def _borders(values: np.ndarray) -> np.ndarray:  # ascending [k] -> [k - 1]
     """The points halfway between neighbouring values, in float32 or better."""
-    values = values.astype(np.result_type(values.dtype, np.float32))
+    values = at_least_float32(values)
     return (values[:-1] + values[1:]) / 2

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dl_jax.core.errors import InputError
+from dl_jax.core.leaves import leaf_name
 from dl_jax.core.step import Tree
 
 AXIS = "data"
@@ -100,7 +101,7 @@ def numeric(tree: Tree) -> Tree:
         return tree
     path, leaf = next(each for each in jax.tree_util.tree_leaves_with_path(tree) if not _is_numeric(each[1]))
     raise InputError(
-        f"column {jax.tree_util.keystr(path, simple=True, separator='/')!r} is {np.asarray(leaf).dtype.name}, expected "
+        f"column {leaf_name(path)!r} is {np.asarray(leaf).dtype.name}, expected "
         "a numeric dtype; encode it as integers, such as ids, or leave the column out"
     )
 

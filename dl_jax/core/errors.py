@@ -28,6 +28,11 @@ def require_probability(numbers: Mapping[str, float]) -> None:
             raise InputError(f"{name} is {value}, expected a probability of at least 0 and less than 1; use 0 for none")
 
 
+def one_line(text: object) -> str:
+    """`text`, such as an exception's message, with every run of white space as one blank."""
+    return " ".join(str(text).split())
+
+
 def print_anything() -> None:
     """Makes stdout print a question mark for a character that its encoding lacks, instead of raising."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):

@@ -9,7 +9,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dl_jax.core.devices import data_mesh, place, process_rows, replicated
-from dl_jax.core.fit import IN_FLIGHT, Measurements
+from dl_jax.core.fit import IN_FLIGHT
+from dl_jax.core.recorder import Measurements
 from dl_jax.core.step import Array, Batch, Tree
 from dl_jax.core.stream import count, epoch
 

@@ -129,8 +129,21 @@ def _contrast(stored: Spec | None, model: Spec | None) -> str:
     return f"checkpoint {stored.dtype} {stored.shape}, model {model.dtype} {model.shape}"
 
 
-def at_least_float32(x: jax.Array) -> jax.Array:
-    """`x` in float32, or in its own type if that is wider: sums in 16 bits and of small integers lose digits."""
+def leaf_name(path: jax.tree_util.KeyPath) -> str:
+    """A path for messages, such as "Dense_0/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def is_real(leaf: Leaf) -> bool:
+    """Whether a leaf holds floating-point (or complex) numbers, rather than counters, flags or keys."""
+    return jnp.issubdtype(jax.typeof(leaf).dtype, jnp.inexact)
+
+
+def at_least_float32(x: Any) -> Any:
+    """An array, JAX's or NumPy's, in float32, or in its own type if that is wider.
+
+    Sums in 16 bits and of small integers lose digits, and differences of 16-bit numbers may be infinite.
+    """
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -146,7 +159,7 @@ def chosen(params: Tree, where: Where) -> Tree:
     """
     mask = jax.tree_util.tree_map_with_path(lambda path, leaf: bool(where(path, leaf)), params)
     if not any(jax.tree.leaves(mask)):
-        paths = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in jax.tree.leaves_with_path(params)]
+        paths = [leaf_name(path) for path, _ in jax.tree.leaves_with_path(params)]
         raise InputError(
             f"`where` chooses none of the {len(paths)} parameters ({', '.join([*paths[:4], '...'][: len(paths)])}), "
             "expected at least one; give a predicate (path, leaf) -> bool that fits these names"

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from dl_jax.core.errors import InputError
-from dl_jax.core.leaves import at_least_float32
+from dl_jax.core.leaves import at_least_float32, is_real
 
 Tree = Any
 Array = jax.Array
@@ -156,26 +156,22 @@ def _accumulated(gradient, k: int):
         part = lambda i, rows: gradient(params, extra, rows, jax.random.fold_in(key, i))
         (value, (new, metrics)), grads = first = part(0, jax.tree.map(lambda x: x[0], parts))
         wide = jax.tree.map(at_least_float32, (value, metrics, grads))
-        wide_new = jax.tree.map(lambda x: at_least_float32(x) if _is_real(x) else x, new)
+        wide_new = jax.tree.map(lambda x: at_least_float32(x) if is_real(x) else x, new)
 
         def add(total, i_rows):
             # Counters and keys among the collections are the last part's.
-            plus = lambda so_far, x: so_far + x.astype(so_far.dtype) if _is_real(so_far) else x
+            plus = lambda so_far, x: so_far + x.astype(so_far.dtype) if is_real(so_far) else x
             return jax.tree.map(plus, total, part(*i_rows)), None
 
         total = ((wide[0], (wide_new, wide[1])), wide[2])
         rest = (jnp.arange(1, k), jax.tree.map(lambda x: x[1:], parts))
         ((value, (new, metrics)), grads), _ = jax.lax.scan(add, total, rest)
-        mean = lambda total, like: (total / k).astype(like.dtype) if _is_real(like) else total
+        mean = lambda total, like: (total / k).astype(like.dtype) if is_real(like) else total
         (_, (like_new, _)), like_grads = first
         metrics = {name: m if isinstance(m, tuple) else m / k for name, m in metrics.items()}
         return (value / k, (jax.tree.map(mean, new, like_new), metrics)), jax.tree.map(mean, grads, like_grads)
 
     return accumulate
-
-
-def _is_real(x: Array) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
 def per_seed(step: Step, one_by_one: bool = False) -> Step:

@@ -9,7 +9,7 @@ import numpy as np
 
 from dl_jax.core.errors import InputError
 from dl_jax.core.files import locked
-from dl_jax.data.source import Prepared, cache_entry, find, one_line, split_sizes
+from dl_jax.data.source import Prepared, brief, cache_entry, find, split_sizes
 
 
 class Feature(NamedTuple):
@@ -119,11 +119,11 @@ def open_builder(found: Prepared) -> Any:
         return tfds.builder_from_directory(found.folder)
     except ImportError as e:
         raise InputError(
-            f"data set {found.name} has a feature that TFDS reads only with TensorFlow ({one_line(e)}), expected "
+            f"data set {found.name} has a feature that TFDS reads only with TensorFlow ({brief(e)}), expected "
             "features such as Image, ClassLabel, Text or Tensor: store audio or video as a Tensor"
         ) from e
     except Exception as e:  # TFDS raises many kinds of exceptions for a description that it cannot read
         raise InputError(
             f"the description of data set {found.name} in {found.folder} is damaged ({type(e).__name__}: "
-            f"{one_line(e)}): copy dataset_info.json and features.json again, or delete the folder and prepare it again"
+            f"{brief(e)}): copy dataset_info.json and features.json again, or delete the folder and prepare it again"
         ) from e

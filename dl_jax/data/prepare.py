@@ -7,7 +7,7 @@ from pathlib import Path
 from dl_jax.core.errors import InputError, nearest
 from dl_jax.core.files import locked
 from dl_jax.data.digits import NAME
-from dl_jax.data.source import Prepared, data_folder, find, lookup, one_line, split_sizes, tfds_names
+from dl_jax.data.source import Prepared, brief, data_folder, find, lookup, split_sizes, tfds_names
 
 
 def prepare(name: str, data_dir: str | None = None) -> Prepared:
@@ -56,4 +56,4 @@ def _reason(name: str, root: Path, e: Exception) -> str:
         )
     if unknown:
         return f"data set {name} is unknown to TFDS, expected one of its names{nearest(name, tfds_names())}"
-    return f"TFDS could not prepare {name} in {root} ({type(e).__name__}: {one_line(e)}): fix this, then try again"
+    return f"TFDS could not prepare {name} in {root} ({type(e).__name__}: {brief(e)}): fix this, then try again"

@@ -10,7 +10,7 @@ import numpy as np
 
 from dl_jax.core.errors import InputError, nearest
 from dl_jax.data.describe import Feature, columns, flat, open_builder
-from dl_jax.data.source import Prepared, one_line
+from dl_jax.data.source import Prepared, brief
 
 Example = dict[str, np.ndarray]
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's, by number of channels
@@ -58,7 +58,7 @@ class Records:
         except Exception as e:  # Pillow, NumPy, protobuf and TFDS raise a dozen kinds
             raise InputError(
                 f"example {i} of {self.name} {self.split!r} cannot be decoded to its declared features "
-                f"({type(e).__name__}: {one_line(e)}) from {self._file(i)}: prepare the set again, or leave this "
+                f"({type(e).__name__}: {brief(e)}) from {self._file(i)}: prepare the set again, or leave this "
                 "example out"
             ) from e
 

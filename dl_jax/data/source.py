@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from dl_jax.core.errors import InputError, nearest
+from dl_jax.core.errors import InputError, nearest, one_line
 from dl_jax.core.files import absolute, cache_folder
 from dl_jax.data import digits
 
@@ -94,7 +94,7 @@ def split_sizes(found: Prepared) -> dict[str, int]:
         file_format = description.get("fileFormat", "tfrecord")
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise InputError(
-            f"{file} is missing or damaged ({type(e).__name__}: {one_line(e)}), expected TFDS's description of "
+            f"{file} is missing or damaged ({type(e).__name__}: {brief(e)}), expected TFDS's description of "
             f"{found.name}: copy it again, or delete its folder and prepare the set again"
         ) from e
     if file_format != "array_record":
@@ -142,9 +142,9 @@ def _command(name: str) -> str:
     return f"python -m dl_jax.data prepare {name}"
 
 
-def one_line(e: BaseException) -> str:
+def brief(e: BaseException) -> str:
     """The message of an exception on one line of at most 200 characters, to quote within another message."""
-    return " ".join(str(e).split())[:200]
+    return one_line(e)[:200]
 
 
 def _subfolders(folder: Path) -> list[Path]:

@@ -19,7 +19,7 @@ import tyro
 from etils import epath
 
 from dl_jax.core.errors import InputError, print_anything
-from dl_jax.core.fit import NonFiniteError
+from dl_jax.core.recorder import NonFiniteError
 from dl_jax.harness.fields import check
 from dl_jax.harness.machine import (
     cache_programs,

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 import dl_jax
-from dl_jax.core.errors import InputError
+from dl_jax.core.errors import InputError, one_line
 from dl_jax.core.files import cache_folder
 
 
@@ -82,7 +82,7 @@ def initialize(coordinator: str | None, processes: int | None, process_id: int |
     try:
         jax.distributed.initialize(coordinator, processes, process_id, **options)
     except ValueError as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise InputError(
             f"cannot join a run of several processes ({reason}); give --coordinator, --processes and --process-id"
         ) from error

@@ -18,7 +18,7 @@ from etils import epath
 
 from dl_jax.core.errors import InputError, nearest
 from dl_jax.core.files import write_whole
-from dl_jax.core.fit import Best, Measurements, Recorder
+from dl_jax.core.recorder import Best, Measurements, Recorder
 from dl_jax.core.step import Tree
 from dl_jax.harness.checkpoint.store import Checkpoints
 from dl_jax.harness.report.figures import figure_png, sheet_png

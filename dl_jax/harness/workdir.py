@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from dl_jax.core.errors import InputError
+from dl_jax.core.errors import InputError, one_line
 from dl_jax.core.files import absolute, write_whole
 
 DEEPEST = 3  # maximum nesting of child runs: cell / seed and one more
@@ -108,7 +108,7 @@ def require_writable(directory: epath.Path, workdir: str) -> None:
     except ImportError as error:
         raise InputError(f"--workdir {workdir} needs a package ({error}); pip install gcsfs for gs://") from error
     except Exception as error:  # a bucket's client has errors of its own
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise InputError(f"--workdir {workdir} cannot be written ({reason}); choose a folder of yours") from error
 
 

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import optax
 
 from dl_jax.core.errors import InputError
+from dl_jax.core.leaves import at_least_float32
 from dl_jax.core.step import Array
-from dl_jax.losses.inputs import at_least_float32, class_numbers, require_same_shape
+from dl_jax.losses.inputs import class_numbers, require_same_shape
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:  # [B, ..., C], int [B, ...] -> [B, ...]

@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from dl_jax.core.errors import InputError
-from dl_jax.core.leaves import Where, chosen, is_kernel
+from dl_jax.core.leaves import Where, at_least_float32, chosen, is_kernel, is_real
 from dl_jax.core.step import Array, Batch, Loss, Metrics, Tree
 from dl_jax.losses.classification import smooth_labels
-from dl_jax.losses.inputs import at_least_float32
 
 
 def with_params(loss: Loss, f: Callable[[Tree], Tree]) -> Loss:
@@ -67,11 +66,9 @@ def weighted_sum(terms: Mapping[str, tuple[float, Loss]]) -> Loss:
     return total
 
 
-def _averaged(*leaves: Array) -> Array:
+def _averaged(first: Array, *rest: Array) -> Array:
     """The mean of floating-point leaves; of others the last."""
-    if len(leaves) == 1 or not jnp.issubdtype(jnp.result_type(*leaves), jnp.inexact):
-        return leaves[-1]
-    return sum(leaves[1:], leaves[0]) / len(leaves)
+    return sum(rest, first) / (1 + len(rest)) if rest and is_real(first) else (first, *rest)[-1]
 
 
 def l2(loss: Loss, weight: float, where: Where = is_kernel) -> Loss:

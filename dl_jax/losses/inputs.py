@@ -3,7 +3,6 @@
 import jax.numpy as jnp
 
 from dl_jax.core.errors import InputError
-from dl_jax.core.leaves import at_least_float32 as at_least_float32
 from dl_jax.core.step import Array
 
 

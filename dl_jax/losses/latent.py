@@ -13,8 +13,8 @@ import numpy as np
 from jax.core import Tracer
 
 from dl_jax.core.errors import InputError
+from dl_jax.core.leaves import at_least_float32
 from dl_jax.core.step import Array
-from dl_jax.losses.inputs import at_least_float32
 
 LOG_2PI = float(np.log(2 * np.pi))
 ACTIVE = 1e-2  # the variance over the data from which a latent unit's posterior mean counts as active

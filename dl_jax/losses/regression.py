@@ -3,8 +3,9 @@
 import optax
 
 from dl_jax.core.errors import InputError
+from dl_jax.core.leaves import at_least_float32
 from dl_jax.core.step import Array
-from dl_jax.losses.inputs import at_least_float32, require_same_shape
+from dl_jax.losses.inputs import require_same_shape
 
 
 def squared_error(predictions: Array, targets: Array) -> Array:  # [B, ...], [B, ...] -> [B]

@@ -86,8 +86,8 @@ CLAIMS = (
           "counted."),
     ratio("ratio/lenet5", locator="Table 1, LeNet-5 compressed", claimed=39, tolerance=4, note=OTHER),
     error("test_error/lenet5", locator="Table 1, LeNet-5 compressed", claimed=0.74, tolerance=0.17, note=OTHER),
-    on_digits("ratio/file", at_least=38, unit="x", note="nothing compressed: 1"),
-    on_digits("test_error/decoded", at_most=8, unit="%", note="logistic regression: 10.0 %"),
+    on_digits("ratio/file", at_least=38, unit="x", note="nothing compressed: 1; missed"),
+    on_digits("test_error/decoded", at_most=8, unit="%", note="logistic regression: 10.0 %; missed"),
 )  # fmt: skip
 KEEPS = ("lenet300_seed*.dlj",)  # files in the run's folder
 
@@ -104,8 +104,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     test_of = evaluator(classify.evaluation(model.apply), test, cfg.batch_size, key_test)
 
     def training(loss: Loss, rate: float, steps: int, *last: optax.GradientTransformation):
-        sgd = optax.sgd(optim.warmup_cosine(rate, steps), cfg.momentum)
-        tx = optax.chain(optax.clip_by_global_norm(cfg.clip), sgd, *last)
+        tx = optax.chain(optim.clipped_sgd(rate, steps, cfg.momentum, cfg.clip), *last)
         step = per_seed(make_step(loss, tx))
 
         def learn(name: str, variables: Tree, begin: int) -> Tree:

@@ -119,8 +119,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     def trained(name: str, model: MLP, loss: Loss, sets: Sequence[Columns], epochs: int, *last) -> Tree:
         """Trains `model` on the set of each seed, with the transforms `last` after SGD. Returns variables [S, ...]."""
         steps = epochs * len(sets[0]["label"]) // cfg.batch_size
-        sgd = optax.sgd(optim.warmup_cosine(cfg.learning_rate, steps), cfg.momentum)
-        tx = optax.chain(optax.clip_by_global_norm(cfg.clip), sgd, *last)
+        tx = optax.chain(optim.clipped_sgd(cfg.learning_rate, steps, cfg.momentum, cfg.clip), *last)
         states = start(model, tx, *keys_of(model, run.seeds), jnp.zeros((1, 28, 28, 1)))
         pairs = zip(sets, run.seeds, strict=True)
         stream = data.per_seed([data.shuffled(records, cfg.batch_size, seed) for records, seed in pairs])

@@ -30,8 +30,9 @@ from dl_jax import classify, data
 from dl_jax.compress import prune
 from dl_jax.core.errors import InputError
 from dl_jax.core.evaluate import evaluator
-from dl_jax.core.fit import Measurements, Watch, fit
+from dl_jax.core.fit import Watch, fit
 from dl_jax.core.leaves import is_kernel
+from dl_jax.core.recorder import Measurements
 from dl_jax.core.step import Tree, init_states, make_step, per_seed
 from dl_jax.harness import Claim, NonNegative, Positive, Probability, Run, launch, on_digits
 from dl_jax.models.vision.lenet import LeNet300

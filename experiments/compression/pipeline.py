@@ -80,7 +80,7 @@ CLAIMS = (
           tolerance=0.2, unit="points", given={"dataset": "mnist"},
           note="The network is pruned and quantised; the margin is ours."),
     on_digits("error/int8", at_most=6.3, unit="%", note="logistic regression: 10.0 %; missed"),
-    on_digits("times_smaller/encoded", at_least=24.9, unit="x", note="nothing compressed: 1"),
+    on_digits("times_smaller/encoded", at_least=24.9, unit="x", note="nothing compressed: 1; missed"),
 )  # fmt: skip
 KEEPS = ("table.md", "files/seed*/*")  # files in the run's folder
 TEACHER, PRUNED, INT8 = "teacher", "pruned", "int8"
@@ -109,11 +109,9 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
 
     hard, soft = classify.loss(model.apply), distill.loss(model.apply, cfg.temperature)
     taught_loss = losses.weighted_sum({"soft": (1.0, soft), "hard": (cfg.hard_weight, hard)})
-    clip = optax.clip_by_global_norm(cfg.clip)
-    teacher_tx = optax.chain(clip, optax.sgd(optim.warmup_cosine(cfg.learning_rate, cfg.steps), cfg.momentum))
+    teacher_tx = optim.clipped_sgd(cfg.learning_rate, cfg.steps, cfg.momentum, cfg.clip)
     pruned_tx = optax.chain(
-        clip,
-        optax.sgd(optim.warmup_cosine(cfg.prune_rate, cfg.prune_steps), cfg.momentum),
+        optim.clipped_sgd(cfg.prune_rate, cfg.prune_steps, cfg.momentum, cfg.clip),
         prune.magnitude(prune.cubic(cfg.sparsity, 0, cfg.prune_steps // 2), cfg.prune_every),
     )
 

@@ -102,8 +102,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     test_of = evaluator(classify.evaluation(model.apply), test, cfg.batch_size, key_test)
 
     def training(decay: float, rate: float, steps: int, *last: optax.GradientTransformation):
-        sgd = optax.sgd(optim.warmup_cosine(rate, steps), cfg.momentum)
-        tx = optax.chain(optax.clip_by_global_norm(cfg.clip), sgd, *last)
+        tx = optax.chain(optim.clipped_sgd(rate, steps, cfg.momentum, cfg.clip), *last)
         step = per_seed(make_step(losses.l2(classify.loss(model.apply), decay), tx))
 
         def learn(name: str, variables: Tree, begin: int) -> Tree:

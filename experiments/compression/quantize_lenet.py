@@ -28,7 +28,6 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from dl_jax import classify, data, losses, optim
 from dl_jax.compress import quantize
@@ -105,8 +104,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
 
     def learn(name: str, loss: Loss, variables: Tree, rate: float, begin: int, steps: int) -> Tree:
         """Trains `variables` [S, ...] on the batches from step `begin` on. Returns the variables [S, ...]."""
-        sgd = optax.sgd(optim.warmup_cosine(rate, steps), cfg.momentum)
-        tx = optax.chain(optax.clip_by_global_norm(cfg.clip), sgd)
+        tx = optim.clipped_sgd(rate, steps, cfg.momentum, cfg.clip)
         step, states = per_seed(make_step(loss, tx)), init_states(key, variables, tx)
         return fit(step, states, stream.later(begin), steps=steps, run=run / name).variables
 

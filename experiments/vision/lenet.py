@@ -22,7 +22,6 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from dl_jax import augment, classify, data, losses, metrics, optim
 from dl_jax.core.evaluate import evaluator
@@ -107,8 +106,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     watch = Watch(cfg.watch_every, lambda variables: {"test_error": 100 * test_of(variables)["error"]})
     stream, found = data.shuffled(train, cfg.batch_size, run.seeds), {}
     for cell, (steps, see) in cells.items():
-        rate = optim.warmup_cosine(cfg.learning_rate, steps, cfg.warmup)
-        tx = optax.chain(optax.clip_by_global_norm(cfg.clip), optax.sgd(rate, cfg.momentum))
+        tx = optim.clipped_sgd(cfg.learning_rate, steps, cfg.momentum, cfg.clip, cfg.warmup)
         step = per_seed(make_step(losses.with_batch(loss, see), tx, cfg.microbatches), one_by_one=True)
         states = start(model, tx, key_init, key, jnp.zeros((1, 28, 28, 1)))
         states = fit(step, states, stream, steps=steps, run=run / cell, watch=watch)

@@ -24,7 +24,20 @@ SHELVES = {
 }
 COMMANDS = {"dl_jax.results": "harness"}  # short names for `python -m`, and the room that each opens
 # `dl_jax.core.<name>` may import the names before its own.
-CORE = ("errors", "files", "stream", "leaves", "step", "seeds", "devices", "pmap", "fit", "evaluate")
+CORE = (
+    "errors",
+    "files",
+    "stream",
+    "leaves",
+    "step",
+    "seeds",
+    "devices",
+    "pmap",
+    "recorder",
+    "program",
+    "fit",
+    "evaluate",
+)
 ON_JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex", "qwix", "jax2onnx"}
 SLOW = {
     "orbax",

@@ -22,7 +22,7 @@ from dl_jax.models.vision.mlp import MLP
 FILES = [
     module.name
     for module in pkgutil.walk_packages(models.__path__, "dl_jax.models.")
-    if not module.ispkg and module.name != "dl_jax.models.ops"
+    if not module.ispkg and module.name.count(".") == 3  # what lies directly in models/ are operations
 ]
 EXAMPLES = {
     f"{file.removeprefix('dl_jax.models.')}.{name}": example

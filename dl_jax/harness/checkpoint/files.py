@@ -20,8 +20,8 @@ from etils import epath
 
 from dl_jax.core.errors import InputError
 from dl_jax.core.files import absolute as absolute_path
-from dl_jax.core.fit import Best
 from dl_jax.core.leaves import Spec, Tree, differences, digest
+from dl_jax.core.recorder import Best
 
 Meta = dict[str, Any]
 

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 
 from dl_jax.core.errors import InputError
-from dl_jax.core.fit import Best, require_mode
 from dl_jax.core.leaves import Spec, Tree, digest, named, nested, place_like, spec, stored_values
+from dl_jax.core.recorder import Best, require_mode
 from dl_jax.harness.checkpoint import files
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dl_jax.core.errors import InputError, nearest
+from dl_jax.core.errors import InputError, nearest, one_line
 from dl_jax.harness.results.claims import Claim, Verdict, quantity
 from dl_jax.harness.results.record import Result, claim_of, measured_values, read
 
@@ -106,7 +106,7 @@ def _entry(file: Path, name: str) -> Entry:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as e:
-        problem = " ".join(f"{type(e).__name__}: {e}".split())
+        problem = one_line(f"{type(e).__name__}: {e}")
         raise InputError(f"{file}: {problem}; an experiment must import without an error, and run nothing") from None
     finally:
         del sys.modules[module_name]

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from dl_jax.core.errors import one_line
 from dl_jax.harness.results.answers import Answer
 from dl_jax.harness.results.claims import MISSED, Claim, Verdict, cells_won, gain, interval, level, summary
 from dl_jax.harness.results.record import claimed_cells, level_cell
@@ -157,7 +158,7 @@ def _row(answer: Answer, top: int) -> str:
     ink = colour if missed else "#222222"
     name = label(claim)
     parts = [
-        f"<g>\n<title>{escape(_line(f'{name}: {word}'))}</title>",
+        f"<g>\n<title>{escape(one_line(f'{name}: {word}'))}</title>",
         *([f'<rect x="0" y="{top}" width="{WIDTH}" height="{ROW}" fill="#fdecec"/>'] if missed else []),
         f'<rect class="accepted" x="{start:.1f}" y="{top}" width="{end - start:.1f}" height="{ROW}" fill="#dcebe4"/>',
         _text(LEFT - 18, y + 4, name, LEFT - 24, f'text-anchor="end" fill="{ink}"'),
@@ -187,10 +188,6 @@ def _x(units: float) -> float:
 
 def _text(x: float, y: float, text: str, width: float, attributes: str) -> str:
     """Text on one line, squeezed where it could be wider than `width`."""
-    line = _line(text)
+    line = one_line(text)
     squeezed = f' textLength="{width:.0f}" lengthAdjust="spacingAndGlyphs"' if LETTER * len(line) > width else ""
     return f'<text x="{x:.1f}" y="{y:.1f}" {attributes}{squeezed}>{escape(line)}</text>'
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path, PurePath
 from urllib.parse import quote
 
-from dl_jax.core.errors import InputError
+from dl_jax.core.errors import InputError, one_line
 from dl_jax.harness.results.answers import Answer, Entry, Section, changed_fields, sections
 from dl_jax.harness.results.chart import chart, label
 from dl_jax.harness.results.claims import MISSED, VERDICTS, Claim
@@ -116,7 +116,7 @@ def _experiment(entry: Entry) -> str:
 
 def _section(section: Section) -> str:
     entry, results = section.entry, section.results
-    commands = [_line(result["command"]) for result in results.values()] or [f"python {entry.path.as_posix()}"]
+    commands = [one_line(result["command"]) for result in results.values()] or [f"python {entry.path.as_posix()}"]
     parts = [f"## {entry.name}\n\nClaim: {_escape(entry.title)} ([file]({_link(entry.path)}))\n"]
     parts.append("```sh\n" + "".join(f"{command}\n" for command in commands) + "```\n")
     if section.answers:
@@ -249,14 +249,10 @@ def _link(path: str | PurePath) -> str:
     return quote(Path(os.path.relpath(path, PAGE.parent)).as_posix())
 
 
-def _line(text: str) -> str:
-    return " ".join(text.split())
-
-
 def _escape(text: str) -> str:
     """`text` as Markdown that shows it as it is, on one line and within a cell; "_" within a word needs no escape."""
     special = r"[\\`*\[\]|~$]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])"
-    return re.sub(special, r"\\\g<0>", _line(text))
+    return re.sub(special, r"\\\g<0>", one_line(text))
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Row]) -> str:

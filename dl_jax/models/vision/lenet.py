@@ -15,8 +15,9 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from dl_jax.core.errors import InputError
+from dl_jax.core.leaves import at_least_float32
 from dl_jax.losses import require_labels
-from dl_jax.losses.inputs import at_least_float32, class_numbers
+from dl_jax.losses.inputs import class_numbers
 from dl_jax.models import ops
 from dl_jax.models.vision.mlp import MLP
 
