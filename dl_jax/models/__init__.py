@@ -1,7 +1,7 @@
 """The model zoo: Flax Linen modules, one architecture per file.
 
 A classifier is called as `module.apply(variables, image, train=False)` with image [B, H, W, C], intensities in [0, 1],
-and returns float32 logits [B, classes]. Parameters are float32; `dtype` is the type of the computation. Files in
-folders end with `examples()`, which returns small instances with a batch of inputs each; tests/zoo/test_models.py tests
-them.
+and returns float32 logits [B, classes]. Parameters are float32; `dtype` is the type of the computation. Every file in
+a subfolder ends with `examples()`, which returns small instances with a batch of inputs each;
+tests/zoo/test_models.py tests them.
 """
