@@ -14,6 +14,14 @@ class InputError(Exception):
     """
 
 
+class Unavailable(Exception):
+    """Something could not be read or written after several attempts, or nothing went on; it may be better later.
+
+    The message is one line with what was tried and why it failed. `launch` prints it and exits with status 75
+    (EX_TEMPFAIL of sysexits.h), so that a supervisor may give the same command again.
+    """
+
+
 def require_positive(numbers: Mapping[str, float]) -> None:
     """Raises InputError unless all of `numbers`, {name of the setting: value}, are above 0."""
     for name, value in numbers.items():

@@ -1,8 +1,10 @@
-"""Paths, the cache folder, locks between processes, and files that are written completely or not at all."""
+"""Paths, the cache folder, locks between processes, files written completely or not at all, and JSON with a digest."""
 
 import contextlib
+import json
 import os
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,24 @@ def write_whole(file: Any, data: bytes) -> None:
     new = file.with_name(f"{file.name}.new")
     new.write_bytes(data)
     new.replace(file)
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """`content`, which JSON can represent, with a digest of itself as `crc32`."""
+    return {**content, "crc32": zlib.crc32(json.dumps(content, sort_keys=True).encode())}
+
+
+def unsealed(data: bytes) -> dict[str, Any]:
+    """What was `sealed`, from its JSON, without the digest. Raises ValueError where it is damaged."""
+    try:
+        found = json.loads(data)
+        content = {key: value for key, value in found.items() if key != "crc32"}
+        agrees = found == sealed(content)
+    except Exception as error:  # damage takes any form
+        raise ValueError(f"it is no JSON object ({type(error).__name__})") from error
+    if not agrees:
+        raise ValueError("it does not match its digest")
+    return content
 
 
 @contextlib.contextmanager

@@ -425,7 +425,7 @@ def test_a_metric_that_was_changed_on_disk_is_not_believed(tmp_path):
     write(tmp_path, 3, 7)
     path = tmp_path / "7" / "meta" / "metadata"
     path.write_text(json.dumps({**json.loads(path.read_text()), "metrics": {"score": 9.0}}))
-    with pytest.warns(UserWarning, match=rf"{tmp_path}/7: its meta does not match its digest"):
+    with pytest.warns(UserWarning, match=rf"{tmp_path}/7: its meta cannot be read, it does not match its digest"):
         assert load(str(tmp_path))[0] == 3
 
 

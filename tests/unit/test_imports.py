@@ -27,6 +27,7 @@ COMMANDS = {"dl_jax.results": "harness"}  # short names for `python -m`, and the
 CORE = (
     "errors",
     "files",
+    "inputs",
     "stream",
     "leaves",
     "step",

@@ -9,9 +9,7 @@ metadata. Orbax writes the arrays, but TensorStore, the layer below it, reads th
 restore leaves the reads of the others running, and each of them prints a traceback.
 """
 
-import json
 import logging
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +18,7 @@ from etils import epath
 
 from dl_jax.core.errors import InputError
 from dl_jax.core.files import absolute as absolute_path
+from dl_jax.core.files import sealed, unsealed
 from dl_jax.core.leaves import Spec, Tree, differences, digest
 from dl_jax.core.recorder import Best
 
@@ -143,11 +142,6 @@ def covers(meta: Meta, other: Meta) -> bool:
     return same and known and other["metrics"].items() <= meta["metrics"].items()
 
 
-def sealed(meta: Meta) -> Meta:
-    """The metadata with their own digest."""
-    return {**meta, "crc32": zlib.crc32(json.dumps(meta, sort_keys=True).encode())}
-
-
 def newest_valid(
     root: epath.Path, name: str, candidates: Iterable[int], model: Mapping[str, Spec] | None
 ) -> tuple[Valid | None, dict[int, str]]:
@@ -169,13 +163,9 @@ def newest_valid(
 def read_meta(root: epath.Path, step: int) -> Meta:
     """The metadata of a step, without their digest. Raises Damaged where they are not valid."""
     try:
-        found = json.loads((root / str(step) / "meta" / "metadata").read_bytes())
-        meta = {key: value for key, value in found.items() if key != "crc32"}
-        agrees = found == sealed(meta)
+        meta = unsealed((root / str(step) / "meta" / "metadata").read_bytes())
     except Exception as error:  # damage takes any form
         raise Damaged(f"its meta cannot be read, {reason(error)}") from error
-    if not agrees:
-        raise Damaged("its meta does not match its digest")
     if meta["step"] != step:
         raise Damaged(f"it holds step {meta['step']}")
     return meta
