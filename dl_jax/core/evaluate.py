@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dl_jax.core import events
 from dl_jax.core.devices import data_mesh, place, process_rows, replicated
 from dl_jax.core.fit import IN_FLIGHT
 from dl_jax.core.recorder import Measurements
@@ -40,6 +41,7 @@ def evaluator(
         one = lambda given: metrics(given[0], batch, jax.random.fold_in(given[1], i))
         return jax.lax.map(one, (variables, keys))
 
+    @events.phase("evaluation")
     def evaluate(variables: Tree) -> Measurements:
         total: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         mesh = data_mesh(batch_size=batch_size)
@@ -56,6 +58,7 @@ def evaluator(
     return evaluate
 
 
+@events.phase("evaluation")
 def collect(
     predict: Callable[[Tree, Batch], Tree], variables: Tree, records: Mapping[str, np.ndarray], batch_size: int
 ) -> Tree:
@@ -97,7 +100,13 @@ def _two_in_flight(calls: Iterator[Any]) -> Iterator[Any]:
     pending: collections.deque[Any] = collections.deque()
     for call in calls:
         if len(pending) == IN_FLIGHT:
-            yield jax.device_get(pending.popleft())
+            yield _fetched(pending.popleft())
         pending.append(call)
     while pending:
-        yield jax.device_get(pending.popleft())
+        yield _fetched(pending.popleft())
+
+
+def _fetched(call: Any) -> Any:
+    result = jax.device_get(call)
+    events.progress()
+    return result

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dl_jax.core import events
 from dl_jax.core.errors import InputError
 from dl_jax.core.leaves import is_real
 from dl_jax.core.program import Batches, mesh_for, on_devices, program
@@ -17,6 +18,7 @@ from dl_jax.core.recorder import (
     NonFiniteError,
     Recorder,
     Row,
+    Snapshot,
     StopRule,
     Watch,
     Window,
@@ -30,6 +32,7 @@ from dl_jax.core.stream import Stream
 IN_FLIGHT = 2  # calls under way at a time: without a bound, simulated devices hung, and a NaN is noticed late
 
 
+@events.phase("steps")
 def fit(
     step: Step,
     state: State,
@@ -79,14 +82,15 @@ def fit(
     mesh = mesh_for(stream)
     state, batches = on_devices(state, stream, mesh, scan, carried)
     compiled = program(step, stream, mesh, scan)
-    saved = run.start({"state": state, "stop": stop.init() if stop else {}}, steps, watch.best if watch else None)
-    if saved["state"] is not state and not _same_keys(saved["state"], state):  # the batches are those of other seeds
+    given = Snapshot(state, stop.init() if stop else {}, {})
+    saved = run.start(given, steps, watch.best if watch else None)
+    if saved is not given and not _same_keys(saved.state, state):  # the batches are those of other seeds
         raise InputError(
             "the checkpoint to resume from has other random keys than this run; give the --seed and --seeds that it "
             "was begun with, or another --workdir"
         )
-    state, rule = _copied(saved["state"]), saved["stop"]  # a copy: donation deletes the buffers of its input
-    i, stride, window = _count(state), 0, Window()
+    state, rule = _copied(saved.state), saved.stop  # a copy: donation deletes the buffers of its input
+    i, stride, window = _count(state), 0, Window(saved.window)
     pending: collections.deque[tuple[int, Row, np.ndarray]] = collections.deque()
 
     def stopped() -> np.ndarray:
@@ -95,6 +99,12 @@ def fit(
     def settle(most: int) -> None:
         while len(pending) > most:
             window.add(*pending.popleft(), run)
+            events.progress()
+
+    def report() -> None:
+        run.report(i, window.means(stride, run.skip_nonfinite))
+        events.waited(window.waited)
+        window.reset()
 
     while i < steps and not stopped().all():
         asked = time.perf_counter()
@@ -108,26 +118,26 @@ def fit(
         measured = {}
         if i % every == 0 or i == steps:
             settle(0)
-            run.report(i, window.means(stride, run.skip_nonfinite))
-            window.reset()
+            report()
         if watch and (i % watch.every == 0 or i == steps):
             settle(0)
             began = time.perf_counter()
-            measured = watch.measure(state.variables)
+            with events.phase("evaluation"):
+                measured = watch.measure(state.variables)
             require_best(watch.best, measured)
             window.elsewhere += time.perf_counter() - began
             run.report(i, {f"watch/{name}": value for name, value in measured.items()})
             rule = stop.update(rule, measured, i) if stop else rule
+            if stopped().all() and window.calls:  # the fit ends between two reports
+                report()
         due = run.stepped(i)
         if due or (watch and watch.best and measured):
             settle(0)
             _require_finite(state, i, run)
-            run.save(i, {"state": state, "stop": rule}, measured)
+            run.save(i, Snapshot(state, rule, window.content()), measured)
     settle(0)
-    if window.rows:  # a stop rule ended the fit between two reports
-        run.report(i, window.means(stride, run.skip_nonfinite))
     _require_finite(state, i, run)
-    run.finish(i, {"state": state, "stop": rule})
+    run.finish(i, Snapshot(state, rule, window.content()))
     return state
 
 

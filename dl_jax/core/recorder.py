@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -44,14 +44,22 @@ class StopRule(NamedTuple):
     update: Callable[[Any, Measurements, int], Any]
 
 
+class Snapshot(NamedTuple):
+    """What a checkpoint of a fit holds."""
+
+    state: Tree  # a State
+    stop: Tree  # the state of the StopRule; {} without one
+    window: Mapping[str, Any]  # the metrics since the last report, as `Window.content` gives them
+
+
 class Recorder:
     """The interface between `fit` and whatever records a run. This base class records nothing."""
 
     skip_nonfinite: bool = False  # undo a step with a metric that is not finite, instead of ending the run
 
-    def start(self, tree: Tree, steps: int, best: Best | None) -> Tree:
-        """Returns the tree to begin with: `tree`, or the restored checkpoint of an earlier attempt at the same fit."""
-        return tree
+    def start(self, snapshot: Snapshot, steps: int, best: Best | None) -> Snapshot:
+        """Returns what to begin with: `snapshot`, or the restored checkpoint of an earlier attempt at the same fit."""
+        return snapshot
 
     def stepped(self, step: int) -> bool:
         """Is called after each call of the program, and returns whether to save now."""
@@ -60,10 +68,10 @@ class Recorder:
     def report(self, step: int, metrics: Measurements) -> None:
         """Records the means of the metrics since the last report, or the measurements of `Watch`."""
 
-    def save(self, step: int, tree: Tree, measured: Measurements) -> None:
-        """Saves `tree` as the checkpoint of `step`; `measured` are the measurements of `Watch` at it, or {}."""
+    def save(self, step: int, snapshot: Snapshot, measured: Measurements) -> None:
+        """Saves `snapshot` as the checkpoint of `step`; `measured` are the measurements of `Watch` at it, or {}."""
 
-    def finish(self, step: int, tree: Tree) -> None:
+    def finish(self, step: int, snapshot: Snapshot) -> None:
         """Is called once, when the fit is complete."""
 
     def last_saved(self) -> str:
@@ -117,23 +125,40 @@ def row_of(metrics: Any) -> Row:
 
 
 class Window:
-    """The metrics since the last report. Their means are taken in float64 and leave out steps that are not finite."""
+    """The metrics since the last report. Their means are taken in float64 and leave out steps that are not finite.
 
-    def __init__(self) -> None:
-        self.names: tuple[str, ...] = ()
-        self.pairs: tuple[int, ...] = ()
-        self.lost_in_a_row: Any = 0  # steps, [] or [S]
+    `content` is what it holds, for JSON, so that a run that resumes reports the same means as one that went on; the
+    times since the last report are not part of it.
+    """
+
+    def __init__(self, content: Mapping[str, Any] = {}) -> None:
         self.reset()
+        self.lost_in_a_row: Any = np.asarray(content.get("lost_in_a_row", 0))  # calls, [] or [S]
+        if content:
+            self.names, self.pairs, self.calls = tuple(content["names"]), tuple(content["pairs"]), content["calls"]
+            self.totals, self.whole = (np.asarray(content[name], np.float64) for name in ("totals", "whole"))
 
     def reset(self) -> None:
-        self.rows: list[np.ndarray] = []  # each [M + P] or [M + P, S]
+        self.names: tuple[str, ...] = ()
+        self.pairs: tuple[int, ...] = ()
+        self.calls, self.calls_here = 0, 0  # in this window, and those of them that this process has made
+        self.totals: np.ndarray = np.zeros(())  # [M + P] or [M + P, S], over the calls that are finite
+        self.whole: np.ndarray = np.zeros(())  # calls that are finite, [] or [S]
         self.began, self.waited, self.elsewhere = time.perf_counter(), 0.0, 0.0  # seconds
+
+    def content(self) -> dict[str, Any]:
+        arrays = {name: getattr(self, name).tolist() for name in ("totals", "whole", "lost_in_a_row")}
+        return {"names": list(self.names), "pairs": list(self.pairs), "calls": self.calls, **arrays}
 
     def add(self, step: int, row: Row, stopped: np.ndarray, run: Recorder) -> None:
         """Waits for the metrics of a call and adds them. Raises NonFiniteError where they end the run."""
         values: np.ndarray = np.asarray(row.values, np.float64)
+        if (self.names, self.pairs) != (row.names, row.pairs):  # the first call, or of a step that was renamed since
+            self.calls, self.totals, self.whole = 0, np.zeros(()), np.zeros(())
         self.names, self.pairs = row.names, row.pairs
-        self.rows.append(values)
+        whole = np.isfinite(values).all(0)
+        self.totals, self.whole = self.totals + np.where(whole, values, 0), self.whole + whole
+        self.calls, self.calls_here = self.calls + 1, self.calls_here + 1
         lost = ~(np.isfinite(values) | stopped)
         self.lost_in_a_row = np.where(lost.any(0), self.lost_in_a_row + 1, 0)
         too_many = self.lost_in_a_row.max() >= MAX_NONFINITE_IN_A_ROW
@@ -148,15 +173,13 @@ class Window:
 
     def means(self, stride: int, skip: bool) -> Measurements:
         """{name: mean}, NaN where no step was finite. A pair is left out where its weights sum to 0 in every seed."""
-        rows, m = np.stack(self.rows), len(self.names)  # [n, M + P] or [n, M + P, S]
-        whole = np.asarray(np.isfinite(rows).all(1, keepdims=True))  # [n, 1] or [n, 1, S]
-        totals = np.where(whole, rows, 0).sum(0)  # [M + P] or [M + P, S]
-        weights = np.array(np.broadcast_to(whole.sum(0), totals[:m].shape), np.float64)
-        weights[list(self.pairs)] = totals[m:]
-        means = np.divide(totals[:m], weights, out=np.full(weights.shape, np.nan), where=weights != 0)
+        m = len(self.names)
+        weights = np.array(np.broadcast_to(self.whole, self.totals[:m].shape), np.float64)
+        weights[list(self.pairs)] = self.totals[m:]
+        means = np.divide(self.totals[:m], weights, out=np.full(weights.shape, np.nan), where=weights != 0)
         empty = {self.names[i] for i in self.pairs if not weights[i].any()}
         seconds = time.perf_counter() - self.began - self.elsewhere
-        rates = {"steps_per_second": stride * len(rows) / seconds, "data_wait": self.waited / seconds}
-        skipped = {"skipped": stride * (~whole[:, 0]).sum(0)} if skip else {}
+        rates = {"steps_per_second": stride * self.calls_here / seconds, "data_wait": self.waited / seconds}
+        skipped = {"skipped": (stride * (self.calls - self.whole)).astype(int)} if skip else {}
         named = {name: mean for name, mean in zip(self.names, means, strict=True) if name not in empty}
         return {**named, **{k: np.asarray(v) for k, v in (rates | skipped).items()}}

@@ -6,9 +6,9 @@ import inspect
 import itertools
 import os
 import shlex
-import signal
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -18,10 +18,14 @@ import numpy as np
 import tyro
 from etils import epath
 
-from dl_jax.core.errors import InputError, print_anything
+from dl_jax.core.errors import InputError, Unavailable, lasting_output, one_line
+from dl_jax.core.inputs import recorded
 from dl_jax.core.recorder import NonFiniteError
+from dl_jax.harness.alive import Alive, end_all
+from dl_jax.harness.clock import Clock, goodput, memory
 from dl_jax.harness.fields import check
 from dl_jax.harness.machine import (
+    UNAVAILABLE,
     cache_programs,
     device,
     git_state,
@@ -29,10 +33,12 @@ from dl_jax.harness.machine import (
     keep_freed_memory,
     versions,
 )
+from dl_jax.harness.peers import Peers
+from dl_jax.harness.profile import Profile
 from dl_jax.harness.report.terminal import print_table
 from dl_jax.harness.report.writers import TensorBoard
 from dl_jax.harness.results.claims import MISSED, Claim, judge, summary
-from dl_jax.harness.run import PREEMPTED, Preempted, Run, Settings, never
+from dl_jax.harness.run import PREEMPTED, Preempted, Run, Settings, alone
 from dl_jax.harness.workdir import attempt, read_json, work_directory, write_json
 
 Main = Callable[[Any, Run], Mapping[str, np.ndarray]]
@@ -72,12 +78,22 @@ class Common:
     """Steps between checkpoints (needs --workdir)."""
     on_nan: Literal["stop", "skip"] = "stop"
     """At a NaN or infinite metric: stop, or (skip) discard the update of that step and go on; 10 in a row: stop."""
+    restart: bool = False
+    """Begin at step 0 in a folder that holds a run; what is there is moved to a subfolder before-restart."""
+    grace: float = 30.0
+    """Seconds after SIGTERM or Ctrl-C within which the run saves and ends."""
+    deadline: float | None = None
+    """Seconds without a step after which the run is taken to hang and ends [default: 300, or 50 steps if longer]."""
+    profile: str | None = None
+    """Steps FIRST..LAST of which to write a trace, in the first fit that comes to them (needs --workdir)."""
     coordinator: str | None = None
     """Address host:port of process 0, for runs of several processes [default: $JAX_COORDINATOR_ADDRESS]."""
     processes: int | None = None
     """Number of processes [default: $JAX_NUM_PROCESSES]."""
     process_id: int | None = None
     """Index of this process, from 0 [default: $JAX_PROCESS_ID]."""
+    join_within: float = 300.0
+    """Seconds to wait at the start until all processes have come."""
     cluster: bool = False
     """Read --coordinator, --processes and --process-id from the cluster (TPU pod, SLURM, Open MPI, Kubernetes)."""
     debug: bool = False
@@ -88,31 +104,54 @@ def launch(main: Main, presets: Mapping[str, Any], claims: Sequence[Claim]) -> N
     """Parses the command line, calls `main(config, run)`, prints the table of results, writes result.json and exits.
 
     The exit status is 0 after success, 1 after a crash, 2 for bad input and for a NaN or infinity that ends the
-    training (NonFiniteError), and 3 where a claim that applies to this run was missed. It is 143 where SIGTERM, or with
-    one process Ctrl-C, has asked the run to end; with --workdir its state is saved first. One process without --workdir
-    catches neither signal.
+    training (NonFiniteError), and 3 where a claim that applies to this run was missed. It is 75 where the same command
+    may succeed later: a file could not be read, nothing went on, or another process has gone. It is 143 where SIGTERM
+    or Ctrl-C has asked the run to end; with --workdir its state is saved first. One process without --workdir catches
+    neither signal.
     """
-    print_anything()
-    preset, config, common = parse(sys.argv[1:], presets, inspect.getdoc(inspect.getmodule(main)) or "")
-    distributed = False
-    try:
-        check(config)
-        keep_freed_memory()
-        set_folders(common)
-        distributed = join_processes(common)
-        cache_programs()
-        status = run_experiment(Experiment(main, presets, claims), preset, config, common, distributed)
-    except (InputError, NonFiniteError) as error:
-        if common.debug:
+    with lasting_output():
+        preset, config, common = parse(sys.argv[1:], presets, inspect.getdoc(inspect.getmodule(main)) or "")
+        peers, orderly, why = None, True, ""
+        try:
+            check(config)
+            check_common(common)
+            keep_freed_memory()
+            set_folders(common)
+            peers = Peers() if join_processes(common) else None
+            cache_programs()
+            signals = bool(common.workdir or peers)
+            with Alive(grace=common.grace, deadline=common.deadline, peers=peers, signals=signals) as alive:
+                status = run_experiment(Experiment(main, presets, claims), preset, config, common, alive, peers)
+        except (InputError, NonFiniteError, Unavailable) as error:
+            if common.debug:
+                traceback.print_exc()
+            print(f"error: {error}", file=sys.stderr)
+            status, orderly, why = UNAVAILABLE if isinstance(error, Unavailable) else BAD_INPUT, False, str(error)
+        except Preempted as end:
+            status, orderly = PREEMPTED, end.together
+        except Exception as error:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        status = BAD_INPUT
-    except Preempted:
-        status = PREEMPTED
-    except Exception:
-        traceback.print_exc()
-        status = 1
-    leave(status, distributed)
+            status, orderly, why = 1, False, one_line(f"{type(error).__name__}: {error}")
+        leave(status, peers, orderly, why)
+
+
+def check_common(common: Common) -> None:
+    """Raises InputError where a flag that every experiment has is out of its range."""
+    wanted = {"--seeds": common.seeds, "--checkpoint-every": common.checkpoint_every, "--processes": common.processes}
+    for flag, value in wanted.items():
+        if value is not None and value < 1:
+            raise InputError(f"{flag} {value}, expected 1 or more; give a positive number")
+    for flag, seconds in {
+        "--grace": common.grace,
+        "--deadline": common.deadline,
+        "--join-within": common.join_within,
+    }.items():
+        if seconds is not None and not 0 < seconds < 1e9:
+            raise InputError(f"{flag} {seconds:g}, expected more than 0 seconds; give a positive number")
+    if not common.workdir:
+        for flag, given in {"--restart": common.restart, "--profile": common.profile}.items():
+            if given:
+                raise InputError(f"{flag} is given without --workdir, expected both; name the folder of the run")
 
 
 def set_folders(common: Common) -> None:
@@ -122,12 +161,14 @@ def set_folders(common: Common) -> None:
             os.environ[variable] = folder
 
 
-def leave(status: int, distributed: bool) -> None:
-    """Ends the process. If a process of several fails, it ends at once, because the others would block."""
-    if distributed and status in (1, BAD_INPUT):
-        sys.stderr.flush()
+def leave(status: int, peers: Peers | None, orderly: bool, why: str) -> None:
+    """Ends the process. A process of several that ends alone tells the others why, which would wait for it."""
+    if peers and not orderly:
+        end_all(peers, status, why)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
         os._exit(status)
-    if distributed:
+    if peers:
         jax.distributed.shutdown()
     sys.exit(status)
 
@@ -162,25 +203,40 @@ def preset_of(arguments: Sequence[str], presets: Mapping[str, Any]) -> str:
     return given[-1] if given and given[-1] in presets else "quick"
 
 
-def run_experiment(experiment: Experiment, preset: str, config: Any, common: Common, distributed: bool) -> int:
+def run_experiment(
+    experiment: Experiment, preset: str, config: Any, common: Common, alive: Alive, peers: Peers | None
+) -> int:
     """Runs `main`, records what it measured, and returns the exit status."""
-    for flag, value in {"--seeds": common.seeds, "--checkpoint-every": common.checkpoint_every}.items():
-        if value < 1:
-            raise InputError(f"{flag} {value}, expected 1 or more; give a positive number")
-    script = experiment.script
-    code = git_state(script.parent)
-    fields = dataclasses.asdict(config)
-    settings = Settings(
-        seeds=tuple(range(common.seed, common.seed + common.seeds)),
-        skip_nonfinite=common.on_nan == "skip",
-        checkpoint_every=common.checkpoint_every,
-        batch_size=fields.get("batch_size"),
-        preempted=preemption(distributed) if common.workdir or distributed else never,
-    )
-    identity = {"experiment": name_of(script), "preset": preset, "config": fields, "seeds": list(settings.seeds)}
-    with work_directory(common.workdir, identity, script, distributed) as directory, attempt(directory, code) as so_far:
+    script, distributed = experiment.script, peers is not None
+    code, fields = git_state(script.parent), dataclasses.asdict(config)
+    seeds = tuple(range(common.seed, common.seed + common.seeds))
+    identity = {"experiment": name_of(script), "preset": preset, "config": fields, "seeds": list(seeds)}
+    same = {**identity, **code, "versions": versions(), "flags": {flag: getattr(common, flag) for flag in AGREED}}
+    if peers:
+        peers.agree({**same, "--workdir": "given" if common.workdir else "not given"})
+    with (
+        Clock() as clock,
+        recorded() as read,
+        work_directory(common.workdir, identity, script, distributed, common.restart) as directory,
+        attempt(directory, code, clock.spent) as so_far,
+    ):
+        settings = Settings(
+            seeds=seeds,
+            skip_nonfinite=common.on_nan == "skip",
+            checkpoint_every=common.checkpoint_every,
+            batch_size=fields.get("batch_size"),
+            preempted=alive.preempted,
+            identity=identity,
+            read=read,
+            agree=peers.agree if peers else alone,
+            usage=lambda: {"goodput": goodput(clock.spent()), **{f"memory/{k}": v for k, v in memory().items()}},
+            saved=so_far,
+            profile=Profile(common.profile, directory) if common.profile and directory else None,
+        )
         with contextlib.closing(Run(directory, settings)) as run:
             found = experiment.main(config, run)
+        if settings.profile:
+            settings.profile.end()
         measured = {name: np.asarray(values, float).ravel().tolist() for name, values in found.items()}
         attempts = so_far()
         ran = described(preset, config, experiment.presets[preset], experiment.claims)
@@ -191,18 +247,26 @@ def run_experiment(experiment: Experiment, preset: str, config: Any, common: Com
             "commit": code["commit"],
             "clean": all(each["clean"] for each in attempts),
             "dataset": fields.get("dataset"),
+            "data": dict(read),
             "measured": {name: summary(values) for name, values in measured.items()},
             "claims": judge(experiment.claims, measured, preset=ran, config=fields),
             "device": device(),
             "versions": versions(),
             "wall_seconds": round(sum(each["seconds"] or 0 for each in attempts), 1),
+            "goodput": round(goodput(total(attempts)), 3),
+            "memory": memory(),
             "attempts": attempts,
         }
         if jax.process_index() == 0:
+            print_table(record)
             if directory:
                 keep(record, directory)
-            print_table(record)
     return CLAIM_MISSED if any(claim["verdict"] in MISSED for claim in record["claims"]) else 0
+
+
+def total(attempts: Sequence[Mapping[str, Any]]) -> Counter[str]:
+    """The seconds of all attempts by what they were spent on."""
+    return sum((Counter(each.get("spent", {})) for each in attempts), Counter())
 
 
 def keep(record: Mapping[str, Any], directory: epath.Path) -> None:
@@ -233,8 +297,12 @@ def name_of(script: Path) -> str:
     return "/".join(parts[parts.index("experiments") + 1 :] if "experiments" in parts else parts[-1:])
 
 
-WITH_VALUE = ("--workdir", "--data-dir", "--cache-dir", "--coordinator", "--processes", "--process-id")
-ALONE = ("--cluster", "--no-cluster", "--debug", "--no-debug")
+AGREED = ("checkpoint_every", "on_nan", "restart", "profile")  # flags that change what the processes do together
+WITH_VALUE = (
+    *("--workdir", "--data-dir", "--cache-dir", "--coordinator", "--processes", "--process-id"),
+    *("--join-within", "--grace", "--deadline", "--profile"),
+)
+ALONE = ("--cluster", "--no-cluster", "--debug", "--no-debug", "--restart", "--no-restart")
 
 
 def command(experiment: str, arguments: Sequence[str]) -> str:
@@ -248,42 +316,21 @@ def command(experiment: str, arguments: Sequence[str]) -> str:
     return shlex.join(["python", f"experiments/{experiment}.py", *kept])
 
 
-def preemption(distributed: bool) -> Callable[[int], bool]:
-    """A function from the step to whether SIGTERM, or with one process Ctrl-C, has asked the run to end.
-
-    It gives the same answer on every process.
-    """
-    if distributed:  # JAX has its own handler there and agrees on a step
-        from jax.experimental import multihost_utils
-
-        calls = itertools.count()  # over all fits, as the number must not start again at 0
-        return lambda step: multihost_utils.reached_preemption_sync_point(next(calls))
-    told: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        told.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second signal ends the process at once
-
-    signal.signal(signal.SIGTERM, note)
-    signal.signal(signal.SIGINT, note)
-    return lambda step: bool(told)
-
-
 def join_processes(common: Common) -> bool:
     """Starts jax.distributed if flags or environment variables ask for it, and returns whether they do."""
     coordinator = common.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
-    processes = common.processes or environment_int("JAX_NUM_PROCESSES")
+    processes = common.processes if common.processes is not None else environment_int("JAX_NUM_PROCESSES")
     process_id = common.process_id if common.process_id is not None else environment_int("JAX_PROCESS_ID")
     given = {"--coordinator": coordinator, "--processes": processes, "--process-id": process_id}
     missing = [flag for flag, value in given.items() if value is None]
     if common.cluster:
-        initialize(None, None, None)
+        initialize(None, None, None, common.join_within)
         return True
     if len(missing) == len(given) or processes == 1:
         return False
     if missing:
         raise InputError(f"a run of several processes needs {', '.join(given)}; missing: {', '.join(missing)}")
-    initialize(coordinator, processes, process_id)
+    initialize(coordinator, processes, process_id, common.join_within)
     return True
 
 

@@ -2,10 +2,12 @@
 
 import ctypes
 import importlib.metadata
+import math
 import os
 import platform
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ import jax
 import dl_jax
 from dl_jax.core.errors import InputError, one_line
 from dl_jax.core.files import cache_folder
+
+HEARTBEAT = 25  # seconds without one, after which JAX takes a process for dead
+UNAVAILABLE = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed later
 
 
 def cache_programs() -> None:
@@ -71,18 +76,32 @@ def versions() -> dict[str, str]:
     return {**ours, **{name: importlib.metadata.version(name) for name in packages}}
 
 
-def initialize(coordinator: str | None, processes: int | None, process_id: int | None) -> None:
-    """Joins the other processes of a distributed run.
+def initialize(coordinator: str | None, processes: int | None, process_id: int | None, seconds: float = 300) -> None:
+    """Joins the other processes of a distributed run, for which it waits that many seconds.
 
-    If all three arguments are None, they are asked of the cluster (TPU pod, SLURM, Open MPI, Kubernetes). When a
-    process dies, the others end within 45 seconds; with JAX's defaults this takes minutes. Raises InputError where no
-    cluster is found, or the arguments are not valid.
+    If the first three arguments are None, they are asked of the cluster (TPU pod, SLURM, Open MPI, Kubernetes). When a
+    process dies, the others end within 45 seconds; with JAX's defaults this takes minutes. Where a process does not
+    come, this one ends with status 75. Raises InputError where no cluster is found, or the arguments are not valid.
     """
-    options: dict[str, Any] = {"heartbeat_timeout_seconds": 30, "shutdown_timeout_seconds": 30}
+    jax.config.update("jax_enable_preemption_service", False)  # its handler of SIGTERM would take the place of ours
+    options: dict[str, Any] = {"heartbeat_timeout_seconds": HEARTBEAT, "shutdown_timeout_seconds": 30}
+    bound = threading.Timer(seconds, _give_up, (seconds,))  # JAX would end the process with a dump of its stack
+    bound.daemon = True
+    bound.start()
     try:
-        jax.distributed.initialize(coordinator, processes, process_id, **options)
+        jax.distributed.initialize(
+            coordinator, processes, process_id, initialization_timeout=math.ceil(seconds) + 60, **options
+        )
     except ValueError as error:
         reason = one_line(error)
         raise InputError(
             f"cannot join a run of several processes ({reason}); give --coordinator, --processes and --process-id"
         ) from error
+    finally:
+        bound.cancel()
+
+
+def _give_up(seconds: float) -> None:
+    words = f"not all processes of this run came within --join-within {seconds:g} s; start all of them, or give more"
+    os.write(2, f"error: {words}\n".encode())
+    os._exit(UNAVAILABLE)

@@ -16,11 +16,12 @@ import jax
 import numpy as np
 from etils import epath
 
+from dl_jax.core import events
 from dl_jax.core.errors import InputError, nearest
 from dl_jax.core.files import write_whole
-from dl_jax.core.recorder import Best, Measurements, Recorder
-from dl_jax.core.step import Tree
+from dl_jax.core.recorder import Best, Measurements, Recorder, Snapshot
 from dl_jax.harness.checkpoint.store import Checkpoints
+from dl_jax.harness.profile import Profile
 from dl_jax.harness.report.figures import figure_png, sheet_png
 from dl_jax.harness.report.terminal import Progress
 from dl_jax.harness.report.writers import JsonLines, TensorBoard, read_lines
@@ -33,15 +34,28 @@ PREEMPTED = 143  # 128 + SIGTERM, so that a supervisor restarts the run
 
 
 class Preempted(SystemExit):
-    """The run was asked to end by a signal, and its state has been saved."""
+    """The run was asked to end by a signal. Its state has been saved, or it was not in a fit.
 
-    def __init__(self) -> None:
+    `together` is whether all processes end so, at the same step.
+    """
+
+    def __init__(self, together: bool = False) -> None:
         super().__init__(PREEMPTED)
+        self.together = together
 
 
 def never(step: int) -> bool:
     """The default of `Settings.preempted`: never ends the run."""
     return False
+
+
+def alone(facts: Mapping[str, Any]) -> None:
+    """The default of `Settings.agree`: there is no other process."""
+
+
+def unknown() -> dict[str, float]:
+    """The default of `Settings.usage`: nothing is known."""
+    return {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +67,12 @@ class Settings:
     checkpoint_every: int = 1000  # steps
     batch_size: int | None = None  # examples in a step
     preempted: Callable[[int], bool] = never  # after each step: whether to end, the same on all processes
+    identity: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the run: see `harness.identity`
+    read: Mapping[str, str] = dataclasses.field(default_factory=dict)  # data sets read so far: see `core.inputs`
+    agree: Callable[[Mapping[str, Any]], None] = alone  # raises InputError where processes give other facts
+    usage: Callable[[], dict[str, float]] = unknown  # goodput and memory, shown in TensorBoard
+    saved: Callable[[], None] = unknown  # is called when a checkpoint is due
+    profile: Profile | None = None
 
     def __post_init__(self) -> None:
         """Raises InputError where there is no seed, a seed occurs twice, or one is outside [0, 2^32).
@@ -103,15 +123,30 @@ class Run(Recorder):
             self._children[name] = Run(directory, self.settings, f"{self.name}/{name}".lstrip("/"))
         return self._children[name]
 
-    def start(self, tree: Tree, steps: int, best: Best | None) -> Tree:
-        """Restores the newest checkpoint in the run's folder, if there is one. Implements `Recorder.start`."""
+    def owner(self) -> dict[str, Any]:
+        """Whose the run's checkpoints are, in types that JSON preserves."""
+        return json.loads(json.dumps({**self.settings.identity, "run": self.name, "data": dict(self.settings.read)}))
+
+    def start(self, snapshot: Snapshot, steps: int, best: Best | None) -> Snapshot:
+        """Restores the newest checkpoint in the run's folder, if there is one. Implements `Recorder.start`.
+
+        Raises InputError where the processes of the run differ in what they are to do or in the data that they read.
+        """
         if self._step >= 0:
             raise RuntimeError(f"run {self.name!r} already holds a fit; give each fit a child: run / 'name'")
+        self.settings.agree({**self.owner(), "steps of the fit": steps})
         if self.directory:
-            self._checkpoints = Checkpoints(str(self.directory / "checkpoints"), best=best)
-            restored = self._checkpoints.restore(tree)
-            self._saved, tree = restored or (None, tree)
+            agree = None if self.settings.agree is alone else self._agree_on_state
+            folder = str(self.directory / "checkpoints")
+            with events.phase("restore"):
+                self._checkpoints = Checkpoints(folder, best=best, owner=self.owner, agree=agree)
+                restored = self._checkpoints.restore({"state": snapshot.state, "stop": snapshot.stop})
+            if restored:
+                self._saved, tree, note = restored
+                snapshot = Snapshot(tree["state"], tree["stop"], note or {})
         self._step = self._saved or 0
+        if self.settings.profile:
+            self.settings.profile.stepped(self._step)
         if self.directory:
             earlier = read_lines(self.directory / "metrics.jsonl", self._step)
             self._reported = [(record["step"], record) for record in earlier]
@@ -120,7 +155,10 @@ class Run(Recorder):
             if self.directory:
                 self._lines = JsonLines(self.directory / "metrics.jsonl", self._step)
                 self._board = TensorBoard(self.directory, self._step, self.seeds)
-        return tree
+        return snapshot
+
+    def _agree_on_state(self, digests: Mapping[str, Any]) -> None:
+        self.settings.agree({f"state of run {self.name!r} at step {self._step}": digests})
 
     def stepped(self, step: int) -> bool:
         """Shows the progress, and returns whether a checkpoint is due. Implements `Recorder.stepped`.
@@ -128,17 +166,19 @@ class Run(Recorder):
         Raises Preempted where the run has been asked to end and has no folder to save to.
         """
         before, self._step = self._step, step
+        if self.settings.profile:
+            self.settings.profile.stepped(step)
         if self._progress:
             self._progress.update(step)
         self._ending = self.settings.preempted(step)
         if not self._checkpoints:
             if self._ending:
-                raise Preempted
+                raise Preempted(together=True)
             return False
         every = self.settings.checkpoint_every
         return self._ending or step // every > before // every
 
-    def save(self, step: int, tree: Tree, measured: Measurements) -> None:
+    def save(self, step: int, snapshot: Snapshot, measured: Measurements) -> None:
         """Writes a checkpoint if the run has a folder. Implements `Recorder.save`.
 
         Raises Preempted, after the checkpoint is complete, where the run has been asked to end.
@@ -150,11 +190,15 @@ class Run(Recorder):
         if self._board:
             self._board.flush()
         scalars = {name: np.asarray(value).item() for name, value in measured.items() if np.size(value) == 1}
-        self._checkpoints.save(step, tree, scalars)
-        self._saved = step
+        tree = {"state": snapshot.state, "stop": snapshot.stop}
+        with events.phase("save"):
+            self._checkpoints.save(step, tree, scalars, note=snapshot.window)
+            self._saved = step
+            self.settings.saved()
+            if self._ending:
+                self._checkpoints.wait()
         if self._ending:
-            self._checkpoints.wait()
-            raise Preempted
+            raise Preempted(together=True)
 
     def report(self, step: int, metrics: Measurements) -> None:
         """Adds the metrics to the progress bar, metrics.jsonl and TensorBoard. Implements `Recorder.report`."""
@@ -164,14 +208,22 @@ class Run(Recorder):
         if self._lines:
             self._lines.write(step, metrics)
         if self._board:
-            self._board.scalars(step, metrics)
+            self._board.scalars(step, {**metrics, **self.settings.usage()})
 
-    def finish(self, step: int, tree: Tree) -> None:
-        """Saves the last state and waits until it is written. Implements `Recorder.finish`."""
+    def finish(self, step: int, snapshot: Snapshot) -> None:
+        """Saves the last state and waits until it is written. Implements `Recorder.finish`.
+
+        Raises Preempted where the run was asked to end meanwhile.
+        """
+        if self.settings.profile:
+            self.settings.profile.close()
         if self._checkpoints:
             if self._saved != step:
-                self.save(step, tree, {})
-            self._checkpoints.wait()
+                self.save(step, snapshot, {})
+            with events.phase("save"):
+                self._checkpoints.wait()
+        if self.settings.preempted(step):
+            raise Preempted(together=True)
         if self._progress:
             self._progress.close()
             self._progress = None

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,13 +15,23 @@ from etils import epath
 
 from dl_jax.core.errors import InputError, one_line
 from dl_jax.core.files import absolute, write_whole
+from dl_jax.harness.checkpoint.files import free, metas
+from dl_jax.harness.identity import FIELDS, Identity, differences, is_identity
 
 DEEPEST = 3  # maximum nesting of child runs: cell / seed and one more
+FITS = ("metrics.jsonl", "checkpoints/*/meta")  # what a fit leaves
+BOOKKEEPING = ("config.json", "attempts.json", "result.json")
+BEFORE = "before-restart"
 
 
 @contextlib.contextmanager
-def work_directory(workdir: str | None, identity: dict, script: Path, distributed: bool) -> Iterator[epath.Path | None]:
-    """A context that holds the folder of this run, so that no other run uses it. Raises InputError where it cannot."""
+def work_directory(
+    workdir: str | None, identity: Identity, script: Path, distributed: bool, restart: bool
+) -> Iterator[epath.Path | None]:
+    """A context that holds the folder of this run, so that no other run uses it. Raises InputError where it cannot.
+
+    With `restart`, what was in the folder is set aside in it.
+    """
     if workdir is None:
         yield None
         return
@@ -35,33 +44,37 @@ def work_directory(workdir: str | None, identity: dict, script: Path, distribute
         if distributed:
             require_shared(directory)
         if jax.process_index() == 0:
+            if restart:
+                set_aside(directory)
             claim_directory(directory, identity, script)
         yield directory
 
 
 @contextlib.contextmanager
-def attempt(directory: epath.Path | None, code: Mapping[str, Any]) -> Iterator[Callable[[], list[dict[str, Any]]]]:
-    """Records in attempts.json the commit that runs in this folder and, at the end, for how many seconds it ran.
+def attempt(
+    directory: epath.Path | None, code: Mapping[str, Any], spent: Callable[[], Mapping[str, float]]
+) -> Iterator[Callable[[], list[dict[str, Any]]]]:
+    """Records in attempts.json the commit that runs in this folder and the seconds that were `spent`, by on what.
 
-    Yields a function that returns all attempts so far, with this one last. `seconds` is None for a killed attempt.
+    Yields a function that writes and returns all attempts so far, with this one last. It is called when a checkpoint
+    is saved, so that a killed attempt has the seconds until its last one.
     """
-    began = time.perf_counter()
     file = directory / "attempts.json" if directory and jax.process_index() == 0 else None
     earlier = earlier_attempts(file) if file else []
 
-    def so_far(seconds: float | None) -> list[dict[str, Any]]:
-        return [*earlier, {**code, "seconds": seconds}]
+    def so_far() -> list[dict[str, Any]]:
+        found = {name: round(seconds, 1) for name, seconds in spent().items()}
+        attempts = [*earlier, {**code, "seconds": found["all"], "spent": found}]
+        if file:
+            with spared(str(file)):
+                write_json(file, attempts)
+        return attempts
 
-    def now() -> list[dict[str, Any]]:
-        return so_far(round(time.perf_counter() - began, 1))
-
+    so_far()
     try:
-        if file:
-            write_json(file, so_far(None))
-        yield now
+        yield so_far
     finally:
-        if file:
-            write_json(file, now())
+        so_far()
 
 
 def earlier_attempts(file: epath.Path) -> list[dict[str, Any]]:
@@ -129,50 +142,84 @@ def locked(directory: epath.Path, workdir: str) -> Iterator[None]:
         lock.release()
 
 
-def claim_directory(directory: epath.Path, identity: dict, script: Path) -> None:
+def claim_directory(directory: epath.Path, identity: Identity, script: Path) -> None:
     """Writes config.json and copies the experiment's file.
 
-    Raises InputError where the folder holds a run with another config, preset or seeds.
+    Raises InputError where the folder holds a run with another config, preset or seeds, or files of the same names
+    that are not of a run.
     """
-    config = directory / "config.json"
-    wanted = json.loads(json.dumps(identity))
-    if has_begun(directory):
-        differing = differences(read_config(config), wanted)
+    config, wanted = directory / "config.json", json.loads(json.dumps(identity))
+    begun, found = has_begun(directory), known_identity(directory)
+    if found is None and (config.exists() or begun):
+        raise InputError(
+            f"{config} is missing, damaged or not of a run, expected the identity of the run in this folder; restore "
+            "it, use another folder, or --restart to set aside what is there"
+        )
+    if begun and found:
+        differing = differences(found, wanted, "in the folder")
         if differing:
             raise InputError(
-                f"--workdir {directory} holds another run: {'; '.join(differing)}; use those values, or another folder"
+                f"--workdir {directory} holds another run: {'; '.join(differing)}; use those values, another folder, "
+                "or --restart to set aside what is there"
             )
-        return
-    (directory / "attempts.json").unlink(missing_ok=True)  # left by a run that ended before its first fit
-    (directory / script.name).write_bytes(script.read_bytes())
-    write_json(config, wanted)
+    if found is None:
+        taken = [name for name in (*BOOKKEEPING, script.name) if (directory / name).exists()]
+        if taken:
+            raise InputError(
+                f"--workdir {directory} holds a file {taken[0]} that is not of a run; choose a folder that is empty"
+            )
+    if not begun:
+        (directory / "attempts.json").unlink(missing_ok=True)  # left by a run that ended before its first fit
+        write_whole(directory / script.name, script.read_bytes())
+    if found != wanted or read_json(config) != wanted:
+        write_json(config, wanted)
 
 
-def has_begun(directory: epath.Path) -> bool:
-    """Whether the folder holds the record of a fit. If not, another run may use it, as nothing is lost."""
-    return any(any(directory.glob("*/" * depth + "metrics.jsonl")) for depth in range(DEEPEST + 1))
+def set_aside(directory: epath.Path) -> None:
+    """Moves all that is in the folder to a new subfolder `before-restart`, `before-restart-2`, and so on.
 
+    Raises InputError where it cannot.
+    """
 
-def read_config(config: epath.Path) -> dict[str, Any]:
-    """The content of config.json. Raises InputError where it cannot be read."""
+    def move(place: epath.Path) -> None:
+        old = [path for path in directory.iterdir() if path.name != ".lock" and not path.name.startswith(BEFORE)]
+        if old:
+            place.mkdir()
+        for path in old:
+            path.rename(place / path.name)
+
     try:
-        return json.loads(config.read_bytes())
-    except (OSError, ValueError) as error:
+        free(directory / BEFORE, move)
+    except OSError as error:
         raise InputError(
-            f"{config} is missing or damaged ({error}), expected the run's config; restore it or use another folder"
+            f"{directory} cannot be set aside ({error.strerror or error}); choose another folder"
         ) from error
 
 
-def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """A phrase for each field that differs, such as "batch_size is 128 in the folder, 64 in this command"."""
-    lines = []
-    for key in sorted({*found, *wanted}):
-        there, here = found.get(key, "not set"), wanted.get(key, "not set")
-        if isinstance(there, Mapping) and isinstance(here, Mapping):
-            lines += differences(there, here)
-        elif there != here:
-            lines.append(f"{key} is {there} in the folder, {here} in this command")
-    return lines
+def has_begun(directory: epath.Path) -> bool:
+    """Whether the folder holds the record of a fit or a result. If not, another run may use it, as nothing is lost."""
+    patterns = ["result.json", *("*/" * depth + each for depth in range(DEEPEST + 1) for each in FITS)]
+    return any(
+        not path.relative_to(directory).parts[0].startswith(BEFORE)
+        for each in patterns
+        for path in directory.glob(each)
+    )
+
+
+def known_identity(directory: epath.Path) -> dict[str, Any] | None:
+    """The identity of the run in the folder, from config.json; where this is damaged, from a checkpoint's metadata."""
+    config = read_json(directory / "config.json")
+    if is_identity(config):
+        return config
+    if config is not None:  # of another program
+        return None
+    roots = [root for depth in range(DEEPEST + 1) for root in directory.glob("*/" * depth + "checkpoints")]
+    roots = [root for root in roots if not root.relative_to(directory).parts[0].startswith(BEFORE)]
+    owners = (meta["owner"] for root in roots for meta in metas(root).values() if is_identity(meta.get("owner")))
+    owner = next(owners, None)
+    if owner:
+        warnings.warn(f"{directory}/config.json is missing or damaged, rebuilt from a checkpoint", stacklevel=2)
+    return owner and {name: owner[name] for name in FIELDS}
 
 
 def require_shared(directory: epath.Path) -> None:

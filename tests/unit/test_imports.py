@@ -28,6 +28,7 @@ CORE = (
     "errors",
     "files",
     "inputs",
+    "events",
     "stream",
     "leaves",
     "step",

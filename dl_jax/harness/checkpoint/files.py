@@ -1,31 +1,46 @@
 """The files of checkpoints: functions that list, verify, read, rename and remove them.
 
     <step>/state/           the leaves as plain nested dicts, in Orbax's format; typed PRNG keys as their key data
-    <step>/meta/metadata    JSON {schema, step, metrics, best, leaves: {path: [crc32, shape, dtype]}, crc32}
+    <step>/meta/metadata    JSON {schema, step, metrics, best, owner, note,
+                            leaves: {path: [crc32, shape, dtype]}, crc32}
     damaged-<step>/         a checkpoint that a restore skipped, and after which a newer one was saved
 
 We keep digests because Orbax restores arrays with flipped bits without an error; the last `crc32` is the digest of the
 metadata. Orbax writes the arrays, but TensorStore, the layer below it, reads them: if one leaf is damaged, Orbax's
 restore leaves the reads of the others running, and each of them prints a traceback.
+
+A checkpoint is damaged where a part is missing, cannot be parsed or does not match its digest. A part that cannot be
+read (no permission, an I/O error, too many open files, a bucket that does not answer) says nothing about it: reading is
+tried again, and then given up without a change to any file.
 """
 
+import contextlib
+import itertools
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from etils import epath
 
-from dl_jax.core.errors import InputError
+from dl_jax.core.errors import InputError, Unavailable
 from dl_jax.core.files import absolute as absolute_path
 from dl_jax.core.files import sealed, unsealed
-from dl_jax.core.leaves import Spec, Tree, differences, digest
+from dl_jax.core.leaves import Spec, Tree, digest
+from dl_jax.core.leaves import differences as leaf_differences
 from dl_jax.core.recorder import Best
+from dl_jax.harness.identity import Identity, differences, read_by_both
 
 Meta = dict[str, Any]
+T = TypeVar("T")
 
 SCHEMA = 1
 SHOWN = 4  # differing leaves in a message
+PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds between attempts to read
+MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+# TensorStore's codes for what would not become better by waiting; other errors are checked by reading the files.
+PASSING = ("UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "ABORTED", "UNAUTHENTICATED")
 
 
 class Valid(NamedTuple):
@@ -37,6 +52,10 @@ class Valid(NamedTuple):
 
 class Damaged(Exception):
     """A checkpoint is damaged. The message says which part."""
+
+
+class Unreadable(Exception):
+    """A part of a checkpoint cannot be read at the moment. The message gives the system's reason."""
 
 
 def orbax_writer() -> Any:
@@ -81,7 +100,7 @@ def tidy(root: epath.Path) -> None:
 
 
 def prune(root: epath.Path, keep: int, best: Best | None) -> None:
-    """Removes all steps but the newest `keep` and the best."""
+    """Removes all but the newest `keep` and the best step. Raises Unreadable where it cannot tell which is the best."""
     present = steps(root)
     kept = {*present[:keep], best_of(metas(root), best)}
     for step in present:
@@ -90,21 +109,28 @@ def prune(root: epath.Path, keep: int, best: Best | None) -> None:
 
 
 def set_aside(root: epath.Path, step: int, label: str) -> None:
-    """Renames a step to `<label>-<step>`, in place of an older one of that name."""
-    aside = root / f"{label}-{step}"
-    if aside.exists():
-        aside.rmtree()
-    (root / str(step)).rename(aside)
+    """Renames a step to `<label>-<step>`, or where there is one already, to `<label>-<step>-2` and so on."""
+    free(root / f"{label}-{step}", lambda place: (root / str(step)).rename(place))
+
+
+def free(place: epath.Path, use: Callable[[epath.Path], T]) -> T:
+    """Calls `use` with the first of `place`, `place-2`, `place-3` ... that does not exist."""
+    names = (place, *(place.with_name(f"{place.name}-{i}") for i in itertools.count(2)))
+    return use(next(name for name in names if not name.exists()))
 
 
 def steps(root: epath.Path) -> list[int]:
-    """The steps of the complete checkpoints, newest first."""
-    done = (path for path in _entries(root) if path.name.isdecimal() and path.is_dir() and not _is_unfinished(path))
-    return sorted((int(path.name) for path in done), reverse=True)
+    """The steps of the complete checkpoints, newest first. Raises Unreadable where they cannot be listed."""
+    named = [path for path in _entries(root) if path.name.isdecimal()]
+    try:
+        done = [int(path.name) for path in named if path.is_dir() and not _is_unfinished(path)]
+    except Exception as error:
+        raise Unreadable(reason(error)) from error
+    return sorted(done, reverse=True)
 
 
 def metas(root: epath.Path) -> dict[int, Meta]:
-    """The metadata of each step whose metadata are valid."""
+    """The metadata of each step whose metadata are valid. Raises Unreadable."""
     found = {}
     for step in steps(root):
         try:
@@ -124,13 +150,17 @@ def best_of(candidates: Mapping[int, Meta], criterion: Sequence[str] | None) -> 
     return max(scores, key=lambda step: (scores[step], step), default=None)
 
 
-def describe(step: int, leaves: Mapping[str, list], metrics: Mapping[str, float], best: Best | None) -> Meta:
+def describe(
+    step: int, leaves: Mapping[str, list], metrics: Mapping[str, float], best: Best | None, owner: Any, note: Any
+) -> Meta:
     """The metadata of a checkpoint, in types that JSON preserves."""
     return {
         "schema": SCHEMA,
         "step": step,
         "metrics": dict(metrics),
         "best": best and list(best),
+        "owner": owner,
+        "note": note,
         "leaves": dict(leaves),
     }
 
@@ -143,32 +173,67 @@ def covers(meta: Meta, other: Meta) -> bool:
 
 
 def newest_valid(
-    root: epath.Path, name: str, candidates: Iterable[int], model: Mapping[str, Spec] | None
+    root: epath.Path,
+    name: str,
+    candidates: Iterable[int],
+    model: Mapping[str, Spec] | None,
+    owner: Identity | None = None,
 ) -> tuple[Valid | None, dict[int, str]]:
     """The first valid checkpoint of `candidates`, and {step: reason} of the damaged ones before it.
 
-    Raises InputError, before any array is read, where its leaves are not those of `model`, if a model is given.
+    Raises InputError, before any array is read, where its leaves are not those of `model`, if a model is given, and
+    where it belongs to another run than `owner`, if an owner is given; Unavailable where it cannot be read.
     """
     damage: dict[int, str] = {}
     for step in candidates:
-        try:
+
+        def valid(step: int = step) -> Valid:
             meta = read_meta(root, step)
-            _check(meta, model, f"{name}/{step}")
-            return Valid(meta, _read_arrays(root, meta)), damage
+            _check(meta, model, owner, f"{name}/{step}")
+            return Valid(meta, _read_arrays(root, meta))
+
+        try:
+            return patiently(f"checkpoint {name}/{step}", valid), damage
         except Damaged as error:
             damage[step] = str(error)
     return None, damage
 
 
+def patiently(what: str, read: Callable[[], T]) -> T:
+    """The result of `read`, which is tried several times where it raises Unreadable; then it is Unavailable."""
+    for pause in (*PAUSES, None):
+        try:
+            return read()
+        except Unreadable as error:
+            if pause is None:
+                raise Unavailable(
+                    f"{what} cannot be read ({error}), tried {len(PAUSES) + 1} times in {sum(PAUSES):g} s; nothing was "
+                    "changed: give the same command again when it can be read"
+                ) from error
+            time.sleep(pause)
+    raise AssertionError
+
+
 def read_meta(root: epath.Path, step: int) -> Meta:
-    """The metadata of a step, without their digest. Raises Damaged where they are not valid."""
+    """The metadata of a step, without their digest. Raises Damaged where they are not valid, and Unreadable."""
+    data = _read(root / str(step) / "meta" / "metadata")
     try:
-        meta = unsealed((root / str(step) / "meta" / "metadata").read_bytes())
-    except Exception as error:  # damage takes any form
-        raise Damaged(f"its meta cannot be read, {reason(error)}") from error
-    if meta["step"] != step:
-        raise Damaged(f"it holds step {meta['step']}")
+        meta = unsealed(data)
+    except ValueError as error:
+        raise Damaged(f"its metadata are damaged, {error}") from error
+    if meta.get("step") != step:
+        raise Damaged(f"it holds step {meta.get('step')}")
     return meta
+
+
+def _read(file: epath.Path) -> bytes:
+    """The content of a file. Raises Damaged where it is missing, and Unreadable where it cannot be read."""
+    try:
+        return file.read_bytes()
+    except MISSING as error:
+        raise Damaged(f"{file.name} is missing") from error
+    except Exception as error:  # a bucket's client has errors of its own
+        raise Unreadable(reason(error)) from error
 
 
 def reason(error: Exception) -> str:
@@ -179,14 +244,23 @@ def reason(error: Exception) -> str:
     return (isinstance(error, OSError) and error.strerror) or " ".join(words)[:160] or type(error).__name__
 
 
-def _check(meta: Meta, model: Mapping[str, Spec] | None, name: str) -> None:
+def _check(meta: Meta, model: Mapping[str, Spec] | None, owner: Identity | None, name: str) -> None:
     if meta["schema"] != SCHEMA:
         raise InputError(
             f"checkpoint {name} has schema {meta['schema']}, and this dl_jax reads {SCHEMA}; use the one that wrote it"
         )
+    known = owner and meta.get("owner")
+    foreign = differences(*read_by_both(known, owner), "in the checkpoint") if known and owner else []
+    if foreign:
+        raise InputError(
+            f"checkpoint {name} belongs to another run: {'; '.join(foreign[:SHOWN])}; use another --workdir, or "
+            "--restart to set aside what is there"
+        )
     if model is None:
         return
-    found = differences({path: Spec(tuple(shape), dtype) for path, (_, shape, dtype) in meta["leaves"].items()}, model)
+    found = leaf_differences(
+        {path: Spec(tuple(shape), dtype) for path, (_, shape, dtype) in meta["leaves"].items()}, model
+    )
     if found:
         shown = "; ".join([*found[:SHOWN], *(["..."] if len(found) > SHOWN else [])])
         raise InputError(
@@ -206,6 +280,7 @@ def _read_arrays(root: epath.Path, meta: Meta) -> dict[str, np.ndarray]:
         reads = {path: store.result().read() for path, store in stores.items()}
         found = {path: read.result() for path, read in reads.items()}
     except Exception as error:  # damage takes any form
+        _require_readable(state, error)
         raise Damaged(f"its arrays cannot be read, {reason(error)}") from error
     arrays = {}
     for path, (crc, shape, dtype) in meta["leaves"].items():
@@ -214,6 +289,18 @@ def _read_arrays(root: epath.Path, meta: Meta) -> dict[str, np.ndarray]:
         if array.shape != tuple(shape) or array.dtype != stored or crc not in (None, digest(array)):
             raise Damaged(f"{path} does not match its digest")
     return arrays
+
+
+def _require_readable(folder: epath.Path, error: Exception) -> None:
+    """Raises Unreadable unless all files in a folder can be read, so that `error` tells of their content."""
+    if isinstance(error, MemoryError) or str(error).startswith(PASSING):
+        raise Unreadable(reason(error)) from error
+    for path in _entries(folder):
+        if path.is_dir():
+            _require_readable(path, error)
+        else:
+            with contextlib.suppress(Damaged):
+                _read(path)
 
 
 def _location(state: epath.Path, path: str) -> dict[str, Any]:
@@ -229,6 +316,8 @@ def _entries(root: epath.Path) -> list[epath.Path]:
         return list(root.iterdir())
     except (FileNotFoundError, NotADirectoryError):  # object storage has no empty directories
         return []
+    except Exception as error:
+        raise Unreadable(reason(error)) from error
 
 
 def _undo(replaced: epath.Path, place: epath.Path) -> None:

@@ -8,17 +8,18 @@ open a folder with a damaged metrics file. `files` describes the files on disk.
 import contextlib
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
 
-from dl_jax.core.errors import InputError
+from dl_jax.core.errors import InputError, Unavailable
 from dl_jax.core.leaves import Spec, Tree, digest, named, nested, place_like, spec, stored_values
 from dl_jax.core.recorder import Best, require_mode
 from dl_jax.harness.checkpoint import files
+from dl_jax.harness.identity import Identity
 
 
 class Checkpoints:
@@ -26,12 +27,25 @@ class Checkpoints:
 
     The newest `keep` checkpoints are kept, and the best one by `best`, a metric's name and "min" or "max". With several
     processes, all of them have to call every method; process 0 decides which checkpoint is restored.
+
+    `owner` says whose checkpoints these are. It is saved with them, and those of another owner are refused. `agree` is
+    called at each save with {path: CRC-32} of the leaves that each process holds as a whole, and raises where those of
+    another process differ.
     """
 
-    def __init__(self, directory: str, *, keep: int = 2, best: Best | None = None):
+    def __init__(
+        self,
+        directory: str,
+        *,
+        keep: int = 2,
+        best: Best | None = None,
+        owner: Callable[[], Identity] | None = None,
+        agree: Callable[[Mapping[str, Any]], None] | None = None,
+    ):
         """Creates the directory and removes what a killed writer left. Raises InputError where it cannot be written."""
         require_mode(best)
         self._name, self._root, self._keep, self._best = directory, files.absolute(directory), keep, best
+        self._owner, self._agree = owner, agree
         self._writer: Any = None  # made by the first save: importing Orbax takes a second
         self._finisher = ThreadPoolExecutor(1)
         self._unfinished: Future[None] | None = None  # the save under way
@@ -40,14 +54,17 @@ class Checkpoints:
         if jax.process_index() == 0:
             try:
                 files.prepare(self._root)
+            except files.Unreadable as error:
+                raise Unavailable(f"{directory} cannot be read ({error}); give the same command again later") from error
             except Exception as error:
                 raise InputError(
                     f"{directory} cannot be written ({files.reason(error)}); choose another --workdir"
                 ) from error
 
-    def save(self, step: int, tree: Tree, metrics: Mapping[str, float] = {}) -> None:
+    def save(self, step: int, tree: Tree, metrics: Mapping[str, float] = {}, note: Any = None) -> None:
         """Starts to write the arrays of `tree`, which may be donated or overwritten as soon as this returns.
 
+        `note` is what JSON can represent, and is restored with the tree.
         If `step` is the step that this writer saved or restored last, it is replaced, unless nothing would change.
         Metrics that are not finite are left out, so they cannot make a checkpoint the best one.
 
@@ -58,29 +75,33 @@ class Checkpoints:
         leaves = named(tree)
         values = {path: stored_values(leaf) for path, leaf in leaves.items()}
         records = {path: [digest(values[path]), *map(_jsonable, spec(leaf))] for path, leaf in leaves.items()}
+        if self._agree:
+            self._agree({path: crc for path, (crc, *_) in records.items() if crc is not None})
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
-        meta = files.describe(step, records, finite, self._best)
+        meta = files.describe(step, records, finite, self._best, self._owner and self._owner(), note)
         if self._latest is not None and files.covers(self._latest, meta):
             return
         if jax.process_index() == 0:
+            self._root.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
             self._make_room(step)
         self._writer = self._writer or files.orbax_writer()
         # Orbax takes neither an empty array nor a tree without arrays.
         filled = {path: array for path, array in values.items() if array.size} or {"nothing": np.zeros(1)}
         try:
             self._writer.save(self._root / str(step), args=files.orbax_parts(nested(filled, decoded=False), meta))
-        except OSError as error:
+        except Exception as error:
             raise self._failure(step, error) from error
         self._latest = meta
         self._unfinished = self._finisher.submit(self._finish, step)
 
-    def restore(self, like: Tree) -> tuple[int, Tree] | None:
-        """The step of the newest valid checkpoint and its tree; None if there is no valid checkpoint.
+    def restore(self, like: Tree) -> tuple[int, Tree, Any] | None:
+        """The step of the newest valid checkpoint, its tree and its note; None if there is no checkpoint.
 
         `like` is a tree of arrays or `jax.ShapeDtypeStruct`s; each leaf is placed on the same devices as in `like`, and
         NumPy leaves stay NumPy. Damaged checkpoints are skipped with a warning, and the next save renames them to
-        `damaged-<step>`. Raises InputError where the newest valid checkpoint has other leaves than `like`, or was
-        written by a newer dl_jax.
+        `damaged-<step>`. Raises InputError where all of them are damaged, and where the newest valid one has other
+        leaves than `like`, belongs to another owner or was written by a newer dl_jax; Unavailable where one cannot be
+        read.
         """
         self.wait()
         leaves = named(like)
@@ -88,11 +109,16 @@ class Checkpoints:
         found = self._newest(model) if jax.process_count() == 1 else self._agreed(model)
         for step, why in self._damaged.items():
             warnings.warn(f"skipped the damaged checkpoint {self._name}/{step}: {why}", stacklevel=2)
+        if found is None and self._damaged:
+            raise InputError(
+                f"all {len(self._damaged)} checkpoints in {self._name} are damaged, expected a valid one to resume "
+                "from; bring one back from a copy, or give --restart to set them aside and begin at step 0"
+            )
         if found is None:
             return None
         self._latest = found.meta
         placed = [place_like(found.arrays[path], leaf) for path, leaf in leaves.items()]
-        return found.meta["step"], jax.tree.unflatten(jax.tree.structure(like), placed)
+        return found.meta["step"], jax.tree.unflatten(jax.tree.structure(like), placed), found.meta.get("note")
 
     def wait(self) -> None:
         """Waits until the current save is on disk and older checkpoints are removed.
@@ -119,11 +145,19 @@ class Checkpoints:
         except Exception as error:  # TensorStore has no type of its own for, say, a full disk
             raise self._failure(step, error) from error
         if jax.process_index() == 0:
-            files.tidy(self._root)
-            files.prune(self._root, self._keep, self._best)
+            try:
+                files.tidy(self._root)
+                files.prune(self._root, self._keep, self._best)
+            except (OSError, files.Unreadable) as error:  # the checkpoint itself is written
+                words = f"older checkpoints in {self._name} were not removed ({files.reason(error)}); the run goes on"
+                warnings.warn(words, stacklevel=2)
+
+    def _steps(self) -> list[int]:
+        return files.patiently(self._name, lambda: files.steps(self._root))
 
     def _newest(self, model: Mapping[str, Spec]) -> files.Valid | None:
-        found, self._damaged = files.newest_valid(self._root, self._name, files.steps(self._root), model)
+        owner = self._owner and self._owner()
+        found, self._damaged = files.newest_valid(self._root, self._name, self._steps(), model, owner)
         return found
 
     def _agreed(self, model: Mapping[str, Spec]) -> files.Valid | None:
@@ -136,10 +170,13 @@ class Checkpoints:
                 found = self._newest(model)
             except InputError as error:
                 refusal = error
-        choice = -2 if refusal else -1 if found is None else found.meta["step"]
+        nothing = -3 if self._damaged else -1
+        choice = -2 if refusal else nothing if found is None else found.meta["step"]
         choice = int(multihost_utils.broadcast_one_to_all(np.int32(choice)))
         if choice == -2:
             raise refusal or InputError(f"process 0 refuses the checkpoints in {self._name}; its message says why")
+        if choice == -3 and jax.process_index():
+            raise InputError(f"all checkpoints in {self._name} are damaged; the message of process 0 says more")
         if choice < 0 or jax.process_index() == 0:
             return found
         found, damage = files.newest_valid(self._root, self._name, [choice], model)
@@ -152,10 +189,10 @@ class Checkpoints:
 
     def _make_room(self, step: int) -> None:
         """Renames damaged checkpoints, and an older save of `step`. Raises InputError where a newer one exists."""
-        for damaged in self._damaged.keys() & {*files.steps(self._root)}:  # but for what somebody removed by hand
+        for damaged in self._damaged.keys() & {*self._steps()}:  # but for what somebody removed by hand
             files.set_aside(self._root, damaged, "damaged")
         self._damaged = {}
-        newest = max(files.steps(self._root), default=-1)
+        newest = max(self._steps(), default=-1)
         if newest == step and self._latest is not None and self._latest["step"] == step:
             files.set_aside(self._root, step, "replaced")
         elif newest >= step:
@@ -183,7 +220,7 @@ def load(directory: str, step: int | None = None) -> tuple[int, Tree]:
     left out. Raises InputError where there is no such checkpoint, or none is valid.
     """
     root = files.absolute(directory)
-    steps = files.steps(root)
+    steps = files.patiently(directory, lambda: files.steps(root))
     if step is not None and step not in steps:
         raise InputError(f"{directory} has no checkpoint {step}; it has {steps or 'none at all'}")
     found, damage = files.newest_valid(root, directory, steps if step is None else [step], None)
@@ -200,7 +237,8 @@ def best_step(directory: str) -> int | None:
 
     Of equally good ones it is the newest. None if there is no criterion, or no checkpoint has a finite value of it.
     """
-    metas = files.metas(files.absolute(directory))
+    root = files.absolute(directory)
+    metas = files.patiently(directory, lambda: files.metas(root))
     return files.best_of(metas, metas[max(metas)]["best"]) if metas else None
 
 

@@ -1,0 +1,224 @@
+"""Ends a process that should end and does not by itself: after a signal, after a hang, and after the end of another.
+
+A thread listens, because Python's signal handlers do not run while the main thread compiles or waits:
+
+- SIGTERM and SIGINT ask the run to end. A fit saves after the step under way, at the same step on all processes, and
+  what is not in a fit ends at once. What has not ended within the grace period is ended, with what was saved before.
+- A fit or an evaluation that makes no step within the deadline hangs, and is ended.
+- When another process of the run has failed or was ended, this one could only wait for it, and ends too.
+"""
+
+import contextlib
+import faulthandler
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import jax.monitoring
+
+from dl_jax.core import events
+from dl_jax.core.errors import InputError, Unavailable
+from dl_jax.harness import guardian
+from dl_jax.harness.machine import UNAVAILABLE
+from dl_jax.harness.peers import Peers
+from dl_jax.harness.run import PREEMPTED, Preempted
+
+TICK = 0.5  # seconds
+SHORTEST = 300.0  # seconds, of a deadline that is not given
+STEPS = 50  # a deadline that is not given is at least so many of the longest step
+FIRST = 30.0  # seconds more until the first step of a fit or batch of an evaluation, for tracing
+SLOWEST = 3600.0  # seconds, for one compilation, save or restore, and for waiting for other processes
+SILENCE = 30.0  # seconds after which a process of several that cannot run its threads is killed
+LOWERED, COMPILED = (
+    f"/jax/core/compile/{name}_duration" for name in ("jaxpr_to_mlir_module", "backend_compile")
+)  # JAX's events at the beginning and at the end of a compilation
+
+
+class Alive:
+    """A context in which this process ends within bounded time. It is entered on the main thread.
+
+    `grace` and `deadline` are in seconds; without a deadline it follows from the time of a step. With `signals` SIGTERM
+    and SIGINT are caught.
+    """
+
+    def __init__(self, *, grace: float, deadline: float | None, peers: Peers | None, signals: bool) -> None:
+        self._grace, self._deadline, self._peers, self._signals = grace, deadline, peers, signals
+        self._phases: list[str] = []
+        self._advanced: list[bool] = []  # for each phase under way: whether it has made a step
+        self._compiling = False
+        self._longest = 0.0  # seconds between two steps
+        self._since = time.monotonic()  # of the last event
+        self._idle = 0.0  # seconds without an event, as the thread counts them
+        self._calls, self._stop_at, self._lock = 0, None, threading.Lock()
+        self._over = threading.Event()
+
+    def __enter__(self) -> "Alive":
+        jax.monitoring.register_event_listener(self._event)
+        jax.monitoring.register_event_duration_secs_listener(self._duration)
+        self._pipe = os.pipe()
+        for end in self._pipe:
+            os.set_blocking(end, False)
+        if self._signals:
+            self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+            self._handlers = {n: signal.signal(n, self._asked) for n in (signal.SIGTERM, signal.SIGINT)}
+        self._guardian = _guardian() if self._peers else None
+        self._thread = threading.Thread(target=self._watch, name="dl_jax-alive", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        if self._signals:
+            signal.set_wakeup_fd(self._wakeup)
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+        self._thread.join()
+        if self._guardian:
+            assert self._guardian.stdin
+            with contextlib.suppress(OSError):
+                self._guardian.stdin.close()
+            self._guardian.wait()
+        for end in self._pipe:
+            os.close(end)
+        jax.monitoring.unregister_event_listener(self._event)
+        jax.monitoring.unregister_event_duration_listener(self._duration)
+
+    def preempted(self, step: int) -> bool:
+        """Whether to save and end after this step; the same on every process. It is called after each step."""
+        with self._lock:
+            self._calls += 1
+            return self._stop_at is not None and self._calls >= self._stop_at
+
+    def _asked(self, number: int, frame: Any) -> None:
+        """The handler of a signal: runs on the main thread, between two instructions of Python."""
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        if "steps" not in self._phases:
+            raise Preempted  # nothing to save
+        if not self._peers:
+            self._stop_at = 0
+
+    def _event(self, event: str, *, phase: str = "", **rest: Any) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        if event == events.BEGIN:
+            self._phases.append(phase)
+            self._advanced.append(False)
+        elif event == events.END:
+            self._phases.pop()
+            self._advanced.pop()
+        elif event == events.PROGRESS and self._phases:
+            self._step()
+        self._heard()
+
+    def _duration(self, event: str, seconds: float, **rest: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._heard()
+            self._compiling = event == LOWERED
+
+    def _heard(self) -> None:
+        self._since, self._idle, self._compiling = time.monotonic(), 0.0, False
+
+    def _step(self) -> None:
+        seconds = time.monotonic() - self._since
+        if self._advanced[-1]:
+            self._longest = max(self._longest, seconds)
+            if self._deadline is not None and seconds > self._deadline:
+                what = "batch of an evaluation" if self._phases[-1] == "evaluation" else "step"
+                raise InputError(
+                    f"--deadline {self._deadline:g} is shorter than a {what}, which took {seconds:.2g} s; give several "
+                    "times that, or leave the flag out"
+                )
+        self._advanced[-1] = True
+
+    def _limit(self) -> float:
+        """How long the main thread may do what it does without an event, in seconds."""
+        phases, advanced = self._phases[-1:], self._advanced[-1:]
+        if not phases:
+            return float("inf")
+        if self._compiling or phases[0] not in ("steps", "evaluation"):
+            return SLOWEST
+        deadline = max(SHORTEST, STEPS * self._longest) if self._deadline is None else self._deadline
+        return deadline if advanced == [True] else deadline + FIRST
+
+    def _watch(self) -> None:
+        """The thread. It counts ticks instead of reading a clock, so that a suspended process may go on."""
+        before, asked = time.monotonic(), None  # seconds since the process was asked to end
+        while not self._over.is_set():
+            ready = select.select([self._pipe[0]], [], [], TICK)[0]
+            now = time.monotonic()
+            tick, before = min(now - before, 2 * TICK), now
+            self._idle += tick
+            asked = None if asked is None else asked + tick
+            told = set(os.read(self._pipe[0], 4096)) if ready else set()
+            if told & {signal.SIGTERM, signal.SIGINT} and asked is None:
+                asked = 0.0
+                if self._peers:
+                    self._peers.ask_to_end()
+            self._beat()
+            if self._peers and self._hear(self._peers) and asked is None:
+                asked = 0.0
+            if asked is not None and asked >= max(self._grace - 2 * TICK, self._grace / 2):
+                self._end(PREEMPTED, f"asked to end, and no step ended within --grace {self._grace:g} s")
+            if self._idle > self._limit():
+                faulthandler.dump_traceback(2)
+                self._end(
+                    UNAVAILABLE,
+                    f"nothing went on for {self._idle:.0f} s in {self._phases[-1] if self._phases else 'no phase'}, which "
+                    f"is beyond the deadline; the process ends, and the same command resumes from what was saved",
+                )
+
+    def _hear(self, peers: Peers) -> bool:
+        """Whether a process was asked to end; then agrees with the others on the step. Ends after the end of another."""
+        try:
+            asked, end = peers.news()
+        except RuntimeError:
+            if self._over.wait(TICK):
+                return False
+            self._leave(UNAVAILABLE, "process 0 has ended or cannot be reached")
+        if end:
+            if end.status == UNAVAILABLE:
+                faulthandler.dump_traceback(2)  # the process that hangs may be this one
+            self._leave(end.status, f"process {end.process} has ended: {end.why or 'it was asked to'}")
+        if asked and self._stop_at is None:
+            with self._lock:  # no step is counted meanwhile
+                try:
+                    calls = peers.exchange("asked", str(self._calls), self._grace)
+                except Unavailable as error:
+                    self._end(PREEMPTED, str(error))
+                self._stop_at = 1 + max(map(int, calls))
+        return asked
+
+    def _beat(self) -> None:
+        if self._guardian:
+            assert self._guardian.stdin
+            with contextlib.suppress(OSError):
+                os.write(self._guardian.stdin.fileno(), b".")
+
+    def _end(self, status: int, why: str) -> None:
+        """Ends the process, and tells the others."""
+        end_all(self._peers, status, why)
+        self._leave(status, why)
+
+    def _leave(self, status: int, why: str) -> None:
+        with contextlib.suppress(OSError):
+            os.write(2, f"error: {why}\n".encode())
+        os._exit(status)
+
+
+def end_all(peers: Peers | None, status: int, why: str) -> None:
+    """Tells the other processes that this one ends. Process 0, which they hear it from, waits until they have."""
+    if peers:
+        with contextlib.suppress(RuntimeError):
+            peers.tell_end(status, why)
+            time.sleep(4 * TICK if peers.process == 0 else 0)
+
+
+def _guardian() -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-I", "-S", str(Path(guardian.__file__)), str(SILENCE)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
