@@ -1,14 +1,19 @@
 """Paths, the cache folder, locks between processes, files written completely or not at all, and JSON with a digest."""
 
 import contextlib
+import errno
 import json
 import os
+import secrets
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dl_jax.core.errors import InputError
+from dl_jax.core.errors import InputError, reason, warn_once
+
+UNSUPPORTED = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+HELD = (errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK)
 
 
 def cache_folder(cache_dir: str | None = None) -> Path:
@@ -26,11 +31,46 @@ def absolute(path: str | os.PathLike[str]) -> str:
     return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
+def failures(path: str | os.PathLike[str]) -> type[Exception]:
+    """What a failed access to `path` raises: OSError, but for an address any exception, as each client has its own."""
+    return Exception if "://" in os.fspath(path) else OSError
+
+
 def write_whole(file: Any, data: bytes) -> None:
-    """Writes `data` to the file at a `pathlib` or `epath` path. A kill leaves the old file or the new one."""
-    new = file.with_name(f"{file.name}.new")
-    new.write_bytes(data)
-    new.replace(file)
+    """Writes `data` to the file at a `pathlib` or `epath` path, whose folder is created if it is missing.
+
+    A kill, a loss of power or a failure leaves the old file or the new one. Threads and processes may write the same
+    file at the same time; one of them is the last.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = file.with_name(f"{file.name}.{secrets.token_hex(4)}.new")
+    local = "://" not in os.fspath(file)
+    try:
+        with new.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            if local:
+                _sync(stream.fileno())
+        new.replace(file)
+    except BaseException:
+        with contextlib.suppress(failures(file)):
+            new.unlink(missing_ok=True)
+        raise
+    if local:
+        folder = os.open(file.parent, os.O_RDONLY)
+        try:
+            _sync(folder)
+        finally:
+            os.close(folder)
+
+
+def _sync(descriptor: int) -> None:
+    """Waits until the file is on the disk, if the file system can tell."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,14 +97,37 @@ def locked(file: Path) -> Iterator[None]:
 
     Raises InputError where the body cannot write to the disk.
     """
-    import filelock
-
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(file):
+        without = "another process may do the same work at the same time; the run goes on without the lock"
+        with lock(file, f"{file.parent} cannot be locked", without, wait=True):
             yield
     except OSError as e:
         raise InputError(
-            f"cannot write in {file.parent} ({e.strerror or e}): expected a folder with free space that you may write "
-            "to; name another with --cache-dir, or --data-dir when preparing"
+            f"cannot write in {file.parent} ({reason(e)}): expected a folder with free space that you may write to; "
+            "name another with --cache-dir, or --data-dir when preparing"
         ) from e
+
+
+@contextlib.contextmanager
+def lock(file: str | os.PathLike[str], what: str, without: str, *, wait: bool) -> Iterator[None]:
+    """A context that holds the lock `file`, which the system releases when the process ends, also if it is killed.
+
+    Where another process holds it, it waits, or raises BlockingIOError if `wait` is False. A file system that has no
+    locks gives a warning, `what` (the reason): `without`, and the body runs without the lock.
+    """
+    import fcntl
+
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in HELD:
+                raise BlockingIOError(error.errno, "another process holds the lock") from error
+            if error.errno not in UNSUPPORTED:
+                raise
+            warn_once(what, error, without)
+        yield
+    finally:
+        os.close(descriptor)

@@ -167,14 +167,15 @@ class Alive:
                 self._end(PREEMPTED, f"asked to end, and no step ended within --grace {self._grace:g} s")
             if self._idle > self._limit():
                 faulthandler.dump_traceback(2)
+                what = (self._phases or ["nothing"])[-1]
                 self._end(
                     UNAVAILABLE,
-                    f"nothing went on for {self._idle:.0f} s in {self._phases[-1] if self._phases else 'no phase'}, which "
-                    f"is beyond the deadline; the process ends, and the same command resumes from what was saved",
+                    f"nothing went on in {what} for {self._idle:.0f} s, the deadline; the process ends, and the same "
+                    "command resumes from what was saved",
                 )
 
     def _hear(self, peers: Peers) -> bool:
-        """Whether a process was asked to end; then agrees with the others on the step. Ends after the end of another."""
+        """Whether a process was asked to end; then agrees with the others on a step. Ends after the end of another."""
         try:
             asked, end = peers.news()
         except RuntimeError:

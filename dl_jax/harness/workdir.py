@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import filelock
 import jax
 import numpy as np
 from etils import epath
 
-from dl_jax.core.errors import InputError, one_line
-from dl_jax.core.files import absolute, write_whole
+from dl_jax.core.errors import InputError, one_line, reason, spared
+from dl_jax.core.files import absolute, lock, write_whole
 from dl_jax.harness.checkpoint.files import free, metas
 from dl_jax.harness.identity import FIELDS, Identity, differences, is_identity
 
@@ -66,7 +65,7 @@ def attempt(
         found = {name: round(seconds, 1) for name, seconds in spent().items()}
         attempts = [*earlier, {**code, "seconds": found["all"], "spent": found}]
         if file:
-            with spared(str(file)):
+            with spared(f"{file} cannot be written", "the record of this attempt is lost", Exception):
                 write_json(file, attempts)
         return attempts
 
@@ -78,10 +77,14 @@ def attempt(
 
 
 def earlier_attempts(file: epath.Path) -> list[dict[str, Any]]:
-    """The attempts in attempts.json. A damaged file counts as one attempt of an unknown commit, which is not clean."""
-    if not file.exists():
-        return []
-    found = read_json(file)
+    """The attempts in attempts.json.
+
+    A file that is damaged or cannot be read counts as one attempt of an unknown commit, which is not clean.
+    """
+    try:
+        found = json.loads(file.read_bytes()) if file.exists() else []
+    except Exception:  # a bucket's client has errors of its own
+        found = None
     if isinstance(found, list) and all(map(_is_attempt, found)):
         return found
     words = f"{file} is damaged: the commits of earlier attempts are unknown, so the result will not count as clean"
@@ -100,10 +103,10 @@ def _is_attempt(found: Any) -> bool:
 
 
 def read_json(file: epath.Path) -> Any:
-    """The content of a JSON file; None where it cannot be read."""
+    """The content of a JSON file; None where it is missing or damaged, or cannot be read."""
     try:
         return json.loads(file.read_bytes())
-    except (OSError, ValueError):
+    except Exception:  # a bucket's client has errors of its own
         return None
 
 
@@ -129,17 +132,20 @@ def require_writable(directory: epath.Path, workdir: str) -> None:
 def locked(directory: epath.Path, workdir: str) -> Iterator[None]:
     """A context that holds the folder's lock, which the system releases when the process ends.
 
-    Raises InputError where another process holds it.
+    Raises InputError where another process holds it, or the file of the lock cannot be opened.
     """
-    lock = filelock.FileLock(directory / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise InputError(f"--workdir {workdir} is in use by another process; wait for it, or choose another") from error
-    try:
+    what = f"--workdir {workdir} cannot be locked"
+    with contextlib.ExitStack() as held:
+        try:
+            alone = "make sure that no other run uses it; the run goes on"
+            held.enter_context(lock(directory / ".lock", what, alone, wait=False))
+        except BlockingIOError as error:
+            raise InputError(
+                f"--workdir {workdir} is in use by another process; wait for it, or choose another"
+            ) from error
+        except OSError as error:
+            raise InputError(f"{what} ({reason(error)}); choose a folder of yours") from error
         yield
-    finally:
-        lock.release()
 
 
 def claim_directory(directory: epath.Path, identity: Identity, script: Path) -> None:
@@ -191,9 +197,7 @@ def set_aside(directory: epath.Path) -> None:
     try:
         free(directory / BEFORE, move)
     except OSError as error:
-        raise InputError(
-            f"{directory} cannot be set aside ({error.strerror or error}); choose another folder"
-        ) from error
+        raise InputError(f"{directory} cannot be set aside ({reason(error)}); choose another folder") from error
 
 
 def has_begun(directory: epath.Path) -> bool:
@@ -214,8 +218,13 @@ def known_identity(directory: epath.Path) -> dict[str, Any] | None:
     if config is not None:  # of another program
         return None
     roots = [root for depth in range(DEEPEST + 1) for root in directory.glob("*/" * depth + "checkpoints")]
-    roots = [root for root in roots if not root.relative_to(directory).parts[0].startswith(BEFORE)]
-    owners = (meta["owner"] for root in roots for meta in metas(root).values() if is_identity(meta.get("owner")))
+    owners = (
+        meta["owner"]
+        for root in roots
+        if not _is_set_aside(directory, root)
+        for meta in metas(root).values()
+        if is_identity(meta.get("owner"))
+    )
     owner = next(owners, None)
     if owner:
         warnings.warn(f"{directory}/config.json is missing or damaged, rebuilt from a checkpoint", stacklevel=2)

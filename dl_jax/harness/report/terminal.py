@@ -1,6 +1,7 @@
 """The progress bar and the final table of a run, on a terminal and as plain text in a file."""
 
 import atexit
+import contextlib
 import io
 import math
 import sys
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
+from dl_jax.core.errors import spared
 from dl_jax.harness.results.claims import VERDICTS
 from dl_jax.harness.results.record import Result, Row, table_rows
 
@@ -32,6 +34,7 @@ class Progress:
 
     `update` may be called after every step; it redraws only when that is due. The speed is that of the last seconds and
     leaves out the time before the first update, in which the step is compiled. Close a bar before making the next one.
+    Nothing is raised where `file`, by default stderr, is closed or cannot be written.
     """
 
     def __init__(
@@ -40,7 +43,10 @@ class Progress:
         self._label, self._total, self._examples = label, total, examples_per_step
         self._step, self._values = start, {}
         self._file = sys.stderr if file is None else file
-        self._bar = _bar(label, start, total, self._file) if self._file.isatty() else None
+        self._bar: progress.Progress | None = None
+        with self._spared():
+            if self._file and self._file.isatty():
+                self._bar = _bar(label, start, total, self._file)
         self._every = REDRAW_EVERY if self._bar else LINE_EVERY
         self._due = -math.inf
         self._marks: deque[tuple[float, int]] = deque(maxlen=MARKS if self._bar else 2)  # (time, step) of drawings
@@ -58,16 +64,24 @@ class Progress:
             self._due = self._now + self._every
             self._marks.append((self._now, step))
             self._first = self._first or self._marks[0]
-            self._draw(*self._marks[0], ends=False)
+            with self._spared():
+                self._draw(*self._marks[0], ends=False)
 
     def close(self) -> None:
         """Draws the last state with the mean speed of the fit. A second call does nothing."""
         if self._first:
-            self._draw(*self._first, ends=True)
+            with self._spared():
+                self._draw(*self._first, ends=True)
             self._first = None
         if self._bar:
-            self._bar.stop()
+            with self._spared():
+                self._bar.stop()
             atexit.unregister(self.close)
+
+    def _spared(self) -> contextlib.AbstractContextManager[None]:
+        """A context for drawing, which a closed file (ValueError) or a failed write ends."""
+        what = f"the progress of {self._label!r} cannot be shown"
+        return spared(what, "it stays unseen", (OSError, ValueError))
 
     def _draw(self, since: float, since_step: int, ends: bool) -> None:
         parts = self._parts(self._now - since, self._step - since_step, ends)
@@ -78,7 +92,7 @@ class Progress:
                     parts.pop(name, None)
             text = SEPARATOR.join(parts.values())
             self._bar.update(self._bar.task_ids[0], completed=self._step, text=text, refresh=True)
-        else:
+        elif self._file:
             print(f"{self._label} {SEPARATOR.join(parts.values())}".lstrip(), file=self._file, flush=True)
 
     def _parts(self, seconds: float, steps: int, ends: bool) -> dict[str, str]:
@@ -110,7 +124,7 @@ def _bar(label: str, start: int, total: int, file: TextIO) -> "progress.Progress
         console=Console(file=file),
         auto_refresh=False,  # no thread: it is drawn by `update`
         expand=True,
-        redirect_stdout=sys.stdout.isatty(),  # what is printed meanwhile goes above the bar
+        redirect_stdout=bool(sys.stdout and sys.stdout.isatty()),  # what is printed meanwhile goes above the bar
     )
     bar.add_task(label, total=total, completed=start, text="starting")
     bar.start()
