@@ -176,13 +176,10 @@ class _LastingFile(io.FileIO):
             yield
         except OSError as error:
             if not self.failed and self._other is not None:
-                told = (
-                    f"{self.name} cannot be written ({reason(error)}): what is printed there is lost; the run goes on"
-                )
+                lost = "what is printed there is lost; the run goes on"
+                told = f"warning: {self.name} cannot be written ({reason(error)}): {lost}\n"
                 with contextlib.suppress(OSError):
-                    os.write(
-                        self._other, f"warning: {told}\n".encode()
-                    )  # past the buffers, which another thread may hold
+                    os.write(self._other, told.encode())  # past the stream, which another thread may be using
             self.failed = True
 
 

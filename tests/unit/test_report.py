@@ -1,9 +1,11 @@
 """Sinks: JSON lines, TensorBoard, images, the progress bar and the final table."""
 
+import errno
 import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 from etils.epath import testing as epath_testing
 
 from dl_jax.core.errors import InputError
@@ -43,6 +46,13 @@ def bucket(tmp_path):
     moved = lambda original, path, **keywords: original(local(path), **keywords)
     with epath_testing.mock_epath(open=opened, exists=moved, makedirs=moved, mkdir=moved):
         yield tmp_path / "bucket"
+
+
+def raising(code: int, words: str):
+    def fail(*arguments):
+        raise OSError(code, words)
+
+    return fail
 
 
 def records(path) -> list[dict]:
@@ -128,6 +138,104 @@ def test_lines_in_a_bucket_are_uploaded_whole(bucket, monkeypatch):
     assert [r["loss"] for r in records(there)] == [1.0, 3.0]
 
 
+@pytest.mark.parametrize("what", ["file", "folder", "torn", "emptied", "replaced"])
+def test_the_next_line_mends_the_file(tmp_path, what):
+    path = tmp_path / "run" / "metrics.jsonl"
+    sink = JsonLines(path, 0)
+    sink.write(1, {"loss": 1.0})
+    match what:
+        case "file":
+            path.unlink()
+        case "folder":
+            shutil.rmtree(path.parent)
+        case "torn" | "emptied":
+            path.write_bytes(path.read_bytes()[:9] if what == "torn" else b"")
+        case "replaced":
+            path.write_text("something longer than the line that was there, by whoever it was, and by mistake\n")
+    sink.write(2, {"loss": 2.0})
+    assert [r["step"] for r in records(path)] == [1, 2]
+    sink.close()
+    assert os.listdir(path.parent) == ["metrics.jsonl"]
+
+
+class Short(io.FileIO):
+    """A file on a disk that has room for 9 more bytes."""
+
+    def write(self, data, /) -> int:
+        return super().write(data[:9])
+
+
+def test_lines_of_a_time_without_room_are_written_later(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonLines(path, 0)
+    sink.write(1, {"loss": 1.0})
+    opened, fsync = Path.open, os.fsync
+    short = lambda file, mode, **keywords: Short(file, mode) if mode == "ab" else opened(file, mode, **keywords)
+    monkeypatch.setattr(Path, "open", short)
+    monkeypatch.setattr(os, "fsync", raising(errno.ENOSPC, "No space left on device"))
+
+    def write() -> None:
+        sink.write(2, {})
+        sink.write(3, {})
+        sink.close()
+
+    words = r"metrics\.jsonl cannot be written \(No space left on device\): its lines are in memory.*; the run goes on"
+    with pytest.warns(UserWarning, match=words) as warned:
+        write()
+    assert len(warned) == 1
+    assert path.read_bytes().endswith(b'\n{"step": ')
+    monkeypatch.setattr(os, "fsync", fsync)
+    sink.write(4, {})
+    assert [r["step"] for r in records(path)] == [1, 2, 3, 4]
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "unreadable"])
+def test_lines_that_cannot_be_read_are_set_aside(tmp_path, monkeypatch, kind):
+    path = tmp_path / "metrics.jsonl"
+    if kind == "folder":
+        path.mkdir()
+    else:
+        path.write_text('{"step": 1}\n')
+        monkeypatch.setattr(type(epath.Path(path)), "read_bytes", raising(errno.EIO, "Input/output error"))
+
+    def begin() -> JsonLines:
+        assert report.read_lines(path, 1) == []
+        return JsonLines(path, 1)
+
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl cannot be read .*; the run goes on") as warned:
+        sink = begin()
+    assert len(warned) == 1
+    sink.write(2, {})
+    sink.close()
+    assert [r["step"] for r in records(path)] == [2]
+    assert (tmp_path / "metrics.jsonl.unreadable").exists()
+
+
+def test_a_bucket_that_is_away_ends_no_run(bucket, monkeypatch):
+    monkeypatch.setattr(report, "SYNC_EVERY", 0.0)
+    lines, board = JsonLines("gs://bucket/away/metrics.jsonl", 0), TensorBoard("gs://bucket/away", 0)
+
+    def away(target, content):
+        raise RuntimeError("503 from the\nbucket")
+
+    def write() -> None:
+        for step in (1, 2):
+            lines.write(step, {"loss": 1.0})
+            board.scalars(step, {"loss": 1.0})
+
+    upload = report._upload
+    monkeypatch.setattr(report, "_upload", away)
+    with pytest.warns(UserWarning, match=r"\(503 from the bucket\)") as warned:
+        write()
+    assert len(warned) == 2
+    monkeypatch.setattr(report, "_upload", upload)
+    lines.close()
+    board.close()
+    assert [r["step"] for r in records(bucket / "away" / "metrics.jsonl")] == [1, 2]
+    assert list((bucket / "away").glob("events*"))
+
+
 # --- TensorBoard -------------------------------------------------------------------------------------------------
 
 
@@ -200,6 +308,64 @@ def test_events_in_a_bucket(bucket, accumulated):
     sink.scalars(2, {"loss": 2.0})
     sink.close()
     assert points(accumulated(bucket / "run"), "loss") == [(1, 1.0), (2, 2.0)]
+
+
+class Full:
+    """tensorboardX's record writer on a full disk. `fails` is the method that notices."""
+
+    def __init__(self, fails: str) -> None:
+        self.fails = fails
+
+    def write(self, data: bytes) -> None:
+        self.act("write")
+
+    def flush(self) -> None:
+        self.act("flush")
+
+    def close(self) -> None:
+        self.act("close")
+
+    def act(self, name: str) -> None:
+        if name == self.fails:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("fails", ["write", "flush", "close"])
+def test_events_that_cannot_be_written_end_no_run(tmp_path, monkeypatch, fails):
+    monkeypatch.setattr("tensorboardX.record_writer.RecordWriter", lambda path: Path(path).touch() or Full(fails))
+
+    def write() -> None:
+        sink = TensorBoard(tmp_path, 0)
+        for _ in range(2):
+            sink.scalars(1, {"loss": 1.0})
+            sink.flush()
+        sink.close()
+        sink.close()
+
+    words = r"TensorBoard's events in .* cannot be written \(No space left on device\): .*; the run goes on"
+    with pytest.warns(UserWarning, match=words) as warned:
+        write()
+    assert len(warned) == 1
+
+
+def test_a_folder_that_cannot_be_made_gets_no_events(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="cannot be written"):
+        sink = TensorBoard(tmp_path / "file", 0)
+    sink.hparams({"a": 1}, {"loss": 1.0})
+    sink.close()
+
+
+def test_after_a_folder_is_deleted_the_curves_go_on_in_a_new_one(tmp_path, accumulated):
+    folder = tmp_path / "run"
+    sink = TensorBoard(folder, 0)
+    sink.scalars(1, {"loss": 1.0})
+    shutil.rmtree(folder)
+    with pytest.warns(UserWarning, match="was deleted: its events are lost; the run goes on in a new file"):
+        sink.flush()
+    sink.scalars(2, {"loss": 2.0})
+    sink.close()
+    assert points(accumulated(folder), "loss") == [(2, 2.0)]
 
 
 # --- images ----------------------------------------------------------------------------------------------------
@@ -325,6 +491,52 @@ def test_a_narrow_terminal_leaves_out_the_least_telling(clock, monkeypatch, colu
     assert shown in out.getvalue()
     assert left_out not in out.getvalue()
     assert "left" in out.getvalue()
+
+
+class Gone(Terminal):
+    """A terminal that is closed after a while."""
+
+    gone = False
+
+    def write(self, text: str) -> int:
+        if self.gone:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().write(text)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_that_is_gone_ends_no_run(clock, monkeypatch, terminal):
+    monkeypatch.setattr(Gone, "isatty", lambda self: terminal)
+    out = Gone()
+    bar = Progress(f"gone {terminal}", 0, 1000, file=out)
+    bar.update(1)
+    out.gone = True
+
+    def go_on() -> None:
+        for step in (2, 3):
+            clock.now += 60
+            bar.update(step)
+        bar.close()
+
+    with pytest.warns(UserWarning, match=r"cannot be shown \(Input/output error\)") as warned:
+        go_on()
+    assert len(warned) == 1
+
+
+def test_without_stderr_or_with_a_closed_one_nothing_is_shown(monkeypatch, capsys):
+    def show(label: str) -> None:
+        bar = Progress(label, 0, 10)
+        bar.update(1)
+        bar.close()
+
+    monkeypatch.setattr(sys, "stderr", None)
+    show("no stderr")
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr(sys, "stderr", closed)
+    with pytest.warns(UserWarning, match="cannot be shown"):
+        show("closed stderr")
+    assert capsys.readouterr().out == ""
 
 
 # --- the final table ---------------------------------------------------------------------------------------------

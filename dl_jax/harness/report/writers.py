@@ -37,6 +37,12 @@ def _due(since: float) -> bool:
     return time.monotonic() - since >= SYNC_EVERY
 
 
+def _upload(target: epath.Path, content: bytes) -> None:
+    """Writes an object of a bucket, which others see whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(content)
+
+
 class JsonLines:
     """One JSON object a line: {"step": 100, "time": seconds since 1970, "loss": 0.3, "error": [0.1, 0.2], ...}.
 
@@ -68,7 +74,7 @@ class JsonLines:
         lost = "its lines are in memory, and lost if no later write succeeds"
         with spared(f"{self._path} cannot be written", lost, failures(self._path)):
             if "://" in os.fspath(self._path):
-                self._path.write_bytes(bytes(self._lines))
+                _upload(self._path, bytes(self._lines))
             else:
                 _extend(Path(self._path), bytes(self._lines), self._written)
             self._written = len(self._lines)
@@ -202,15 +208,14 @@ class TensorBoard:
         with self._stopping():
             if not self._file.exists():
                 self._writer.close()
-                warnings.warn(
-                    f"{self._file} was deleted: its events are lost; the run goes on in a new file", stacklevel=2
-                )
+                lost = "its events are lost; the run goes on in a new file"
+                warnings.warn(f"{self._file} was deleted: {lost}", stacklevel=2)
                 self._open()
             self._writer.flush()
         if self._writer and self._folder:
             target = self._directory / self._file.name
             with spared(f"{target} cannot be uploaded", "its events are lost if no later upload succeeds", Exception):
-                target.write_bytes(self._file.read_bytes())
+                _upload(target, self._file.read_bytes())
 
     def close(self) -> None:
         self.flush()
