@@ -183,12 +183,6 @@ class _LastingFile(io.FileIO):
             self.failed = True
 
 
-def print_anything() -> None:
-    """Makes stdout print a question mark for a character that its encoding lacks, instead of raising."""
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
-        sys.stdout.reconfigure(errors="replace")
-
-
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for a message, "; did you mean ...?", with the known names nearest to `name`; "" if none is near."""
     close = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5)

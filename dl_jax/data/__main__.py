@@ -4,7 +4,7 @@ import sys
 
 import tyro
 
-from dl_jax.core.errors import InputError, print_anything
+from dl_jax.core.errors import InputError, lasting_output
 from dl_jax.data.prepare import prepare
 from dl_jax.data.source import Prepared, data_folder, prepared, split_sizes
 
@@ -40,13 +40,14 @@ def _summary(found: Prepared) -> str:
 
 
 def main() -> int:
-    print_anything()
-    try:
-        tyro.extras.subcommand_cli_from_dict({"prepare": prepare_set, "list": list_sets}, prog="python -m dl_jax.data")
-    except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+    with lasting_output():
+        try:
+            commands = {"prepare": prepare_set, "list": list_sets}
+            tyro.extras.subcommand_cli_from_dict(commands, prog="python -m dl_jax.data")
+        except InputError as e:
+            print(f"error: {e}", file=sys.stderr)
+            return 2
+        return 0
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax.monitoring
 
@@ -103,11 +103,11 @@ class Alive:
         if not self._peers:
             self._stop_at = 0
 
-    def _event(self, event: str, *, phase: str = "", **rest: Any) -> None:
+    def _event(self, event: str, **details: Any) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
         if event == events.BEGIN:
-            self._phases.append(phase)
+            self._phases.append(details["phase"])
             self._advanced.append(False)
         elif event == events.END:
             self._phases.pop()
@@ -116,7 +116,7 @@ class Alive:
             self._step()
         self._heard()
 
-    def _duration(self, event: str, seconds: float, **rest: Any) -> None:
+    def _duration(self, event: str, duration_secs: float, **details: Any) -> None:
         if threading.current_thread() is threading.main_thread():
             self._heard()
             self._compiling = event == LOWERED
@@ -201,12 +201,12 @@ class Alive:
             with contextlib.suppress(OSError):
                 os.write(self._guardian.stdin.fileno(), b".")
 
-    def _end(self, status: int, why: str) -> None:
+    def _end(self, status: int, why: str) -> NoReturn:
         """Ends the process, and tells the others."""
         end_all(self._peers, status, why)
         self._leave(status, why)
 
-    def _leave(self, status: int, why: str) -> None:
+    def _leave(self, status: int, why: str) -> NoReturn:
         with contextlib.suppress(OSError):
             os.write(2, f"error: {why}\n".encode())
         os._exit(status)

@@ -4,7 +4,8 @@ import resource
 import sys
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ class Clock:
     """
 
     def __enter__(self) -> "Clock":
-        self._spent: Counter[str] = Counter()
+        self._spent: defaultdict[str, float] = defaultdict(float)
         self._phases = ["other"]
         self._began = self._since = time.perf_counter()
         self._compiled: list[tuple[float, float]] = []  # (begin, seconds) of compilations that no later one contains
@@ -47,27 +48,27 @@ class Clock:
         self._spent[self._phases[-1]] += now - self._since
         self._since = now
 
-    def _event(self, event: str, *, phase: str = "", **rest: Any) -> None:
+    def _event(self, event: str, **details: Any) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
         if event == events.BEGIN:
             self._charge()
-            self._phases.append(phase)
+            self._phases.append(details["phase"])
         elif event == events.END:
             self._charge()
             self._phases.pop()
 
-    def _duration(self, event: str, seconds: float, **rest: Any) -> None:
+    def _duration(self, event: str, duration_secs: float, **details: Any) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
         if event == events.WAITED:
-            self._move("waiting", seconds)
+            self._move("waiting", duration_secs)
         elif event in COMPILING:  # a function is traced within the tracing of another
-            begin, inner = time.perf_counter() - seconds, 0.0
+            begin, inner = time.perf_counter() - duration_secs, 0.0
             while self._compiled and self._compiled[-1][0] >= begin:
                 inner += self._compiled.pop()[1]
-            self._compiled.append((begin, seconds))
-            self._move("compile", seconds - inner)
+            self._compiled.append((begin, duration_secs))
+            self._move("compile", duration_secs - inner)
 
     def _move(self, name: str, seconds: float) -> None:
         """Charges seconds of the phase under way to `name` instead."""
@@ -75,7 +76,7 @@ class Clock:
         self._spent[self._phases[-1]] -= seconds
 
 
-def goodput(spent: dict[str, float]) -> float:
+def goodput(spent: Mapping[str, float]) -> float:
     """The share of the time that was spent in steps, 0 to 1."""
     return spent.get("steps", 0.0) / spent["all"] if spent.get("all") else 0.0
 

@@ -5,12 +5,12 @@ from typing import Any
 
 Identity = Mapping[str, Any]  # nested, of what JSON can represent
 
-FIELDS = {"experiment", "preset", "config", "seeds"}  # of every run
+FIELDS = ("experiment", "preset", "config", "seeds")  # of a run in its folder; a checkpoint's has more
 
 
 def is_identity(content: Any) -> bool:
     """Whether `content`, from a JSON file, is that of a run."""
-    return isinstance(content, dict) and content.keys() >= FIELDS
+    return isinstance(content, dict) and content.keys() >= {"experiment", "preset", "config"}
 
 
 def differences(found: Identity, wanted: Identity, there: str, here: str = "in this command") -> list[str]:

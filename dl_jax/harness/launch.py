@@ -8,7 +8,6 @@ import os
 import shlex
 import sys
 import traceback
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -18,7 +17,8 @@ import numpy as np
 import tyro
 from etils import epath
 
-from dl_jax.core.errors import InputError, Unavailable, lasting_output, one_line
+from dl_jax.core.errors import InputError, Unavailable, lasting_output, one_line, spared
+from dl_jax.core.files import failures
 from dl_jax.core.inputs import recorded
 from dl_jax.core.recorder import NonFiniteError
 from dl_jax.harness.alive import Alive, end_all
@@ -264,9 +264,10 @@ def run_experiment(
     return CLAIM_MISSED if any(claim["verdict"] in MISSED for claim in record["claims"]) else 0
 
 
-def total(attempts: Sequence[Mapping[str, Any]]) -> Counter[str]:
+def total(attempts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The seconds of all attempts by what they were spent on."""
-    return sum((Counter(each.get("spent", {})) for each in attempts), Counter())
+    names = {name for each in attempts for name in each.get("spent", {})}
+    return {name: sum(each.get("spent", {}).get(name, 0.0) for each in attempts) for name in sorted(names)}
 
 
 def keep(record: Mapping[str, Any], directory: epath.Path) -> None:
@@ -279,7 +280,8 @@ def keep(record: Mapping[str, Any], directory: epath.Path) -> None:
     before = read_json(result)  # None where it is damaged: it is then written anew
     if isinstance(before, dict) and before.get("measured") == record["measured"]:
         return
-    write_json(result, record)
+    with spared(f"{result} cannot be written", "the record of this run is lost", failures(result)):
+        write_json(result, record)
     with contextlib.closing(TensorBoard(directory, 0)) as board:
         board.hparams(record["config"], {name: stats["mean"] for name, stats in record["measured"].items()})
 

@@ -17,8 +17,8 @@ import numpy as np
 from etils import epath
 
 from dl_jax.core import events
-from dl_jax.core.errors import InputError, nearest
-from dl_jax.core.files import write_whole
+from dl_jax.core.errors import InputError, nearest, spared
+from dl_jax.core.files import failures, write_whole
 from dl_jax.core.recorder import Best, Measurements, Recorder, Snapshot
 from dl_jax.harness.checkpoint.store import Checkpoints
 from dl_jax.harness.profile import Profile
@@ -71,7 +71,7 @@ class Settings:
     read: Mapping[str, str] = dataclasses.field(default_factory=dict)  # data sets read so far: see `core.inputs`
     agree: Callable[[Mapping[str, Any]], None] = alone  # raises InputError where processes give other facts
     usage: Callable[[], dict[str, float]] = unknown  # goodput and memory, shown in TensorBoard
-    saved: Callable[[], None] = unknown  # is called when a checkpoint is due
+    saved: Callable[[], Any] = unknown  # is called at each checkpoint
     profile: Profile | None = None
 
     def __post_init__(self) -> None:
@@ -273,8 +273,9 @@ class Run(Recorder):
         """
         if self._keeps:
             assert self.directory
-            self.directory.mkdir(parents=True, exist_ok=True)
-            write_whole(self.directory / name, _file_content(name, content))
+            file, data = self.directory / name, _file_content(name, content)
+            with spared(f"{file} cannot be written", "it is lost", failures(file)):
+                write_whole(file, data)
 
     @property
     def _keeps(self) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 
 from dl_jax.core.errors import InputError, one_line, reason, spared
-from dl_jax.core.files import absolute, lock, write_whole
+from dl_jax.core.files import absolute, failures, lock, write_whole
 from dl_jax.harness.checkpoint.files import free, metas
 from dl_jax.harness.identity import FIELDS, Identity, differences, is_identity
 
@@ -65,7 +65,7 @@ def attempt(
         found = {name: round(seconds, 1) for name, seconds in spent().items()}
         attempts = [*earlier, {**code, "seconds": found["all"], "spent": found}]
         if file:
-            with spared(f"{file} cannot be written", "the record of this attempt is lost", Exception):
+            with spared(f"{file} cannot be written", "the next attempt will not know of this one", failures(file)):
                 write_json(file, attempts)
         return attempts
 
@@ -120,7 +120,7 @@ def require_writable(directory: epath.Path, workdir: str) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / ".writable").write_text("")
-        (directory / ".writable").unlink()
+        (directory / ".writable").unlink(missing_ok=True)
     except ImportError as error:
         raise InputError(f"--workdir {workdir} needs a package ({error}); pip install gcsfs for gs://") from error
     except Exception as error:  # a bucket's client has errors of its own
@@ -175,10 +175,14 @@ def claim_directory(directory: epath.Path, identity: Identity, script: Path) -> 
                 f"--workdir {directory} holds a file {taken[0]} that is not of a run; choose a folder that is empty"
             )
     if not begun:
-        (directory / "attempts.json").unlink(missing_ok=True)  # left by a run that ended before its first fit
-        write_whole(directory / script.name, script.read_bytes())
-    if found != wanted or read_json(config) != wanted:
-        write_json(config, wanted)
+        with spared(f"{directory} is not as a run leaves it", "what could not be written", failures(directory)):
+            (directory / "attempts.json").unlink(missing_ok=True)  # left by a run that ended before its first fit
+            write_whole(directory / script.name, script.read_bytes())
+    if read_json(config) != wanted:
+        try:
+            write_json(config, wanted)
+        except failures(config) as error:
+            raise InputError(f"{config} cannot be written ({reason(error)}); choose another folder") from error
 
 
 def set_aside(directory: epath.Path) -> None:
@@ -203,11 +207,12 @@ def set_aside(directory: epath.Path) -> None:
 def has_begun(directory: epath.Path) -> bool:
     """Whether the folder holds the record of a fit or a result. If not, another run may use it, as nothing is lost."""
     patterns = ["result.json", *("*/" * depth + each for depth in range(DEEPEST + 1) for each in FITS)]
-    return any(
-        not path.relative_to(directory).parts[0].startswith(BEFORE)
-        for each in patterns
-        for path in directory.glob(each)
-    )
+    found = (path for each in patterns for path in directory.glob(each))
+    return any(not _is_set_aside(directory, path) for path in found)
+
+
+def _is_set_aside(directory: epath.Path, path: epath.Path) -> bool:
+    return path.relative_to(directory).parts[0].startswith(BEFORE)
 
 
 def known_identity(directory: epath.Path) -> dict[str, Any] | None:
@@ -228,7 +233,7 @@ def known_identity(directory: epath.Path) -> dict[str, Any] | None:
     owner = next(owners, None)
     if owner:
         warnings.warn(f"{directory}/config.json is missing or damaged, rebuilt from a checkpoint", stacklevel=2)
-    return owner and {name: owner[name] for name in FIELDS}
+    return owner and {name: owner[name] for name in FIELDS if name in owner}
 
 
 def require_shared(directory: epath.Path) -> None:

@@ -2,9 +2,9 @@
 
 import contextlib
 import dataclasses
-import io
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -23,10 +23,10 @@ from dl_jax.core.step import init_state, make_step
 from dl_jax.data.source import data_folder
 from dl_jax.harness.checkpoint import store as checkpoint
 from dl_jax.harness.fields import Positive
+from dl_jax.harness.identity import differences
 from dl_jax.harness.launch import command, launch, name_of, parse
 from dl_jax.harness.results.claims import Claim
 from dl_jax.harness.run import Run, Settings
-from dl_jax.harness.workdir import differences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,9 @@ CLAIMS = (
 )
 
 
+ELSEWHERE = {"poison": -1, "width": 0}  # what changes a run and is not in its config, such as another commit
+
+
 def loss(variables, batch, key):
     return ((variables["params"]["w"].sum() * batch["x"] - batch["y"]) ** 2).mean(), ({}, {})
 
@@ -61,8 +64,8 @@ def main(cfg: Config, run: Run):
     step = make_step(loss, tx)
     slopes = []
     for seed in run.seeds:
-        state = init_state(jax.random.key(seed), {"params": {"w": jnp.zeros(cfg.width)}}, tx)
-        batches = lambda i: {"x": x, "y": np.where(i == cfg.poison, np.nan, 3 * x).astype(np.float32)}
+        state = init_state(jax.random.key(seed), {"params": {"w": jnp.zeros(cfg.width + ELSEWHERE["width"])}}, tx)
+        batches = lambda i: {"x": x, "y": np.where(i in (cfg.poison, ELSEWHERE["poison"]), np.nan, 3 * x).astype("f4")}
         state = fit(step, state, batches, steps=cfg.steps, run=run / f"seed{seed}", every=4)
         slopes.append(state.params["w"].sum())
     return {"slope": np.array(slopes)}
@@ -110,8 +113,8 @@ def test_a_run_ends_with_the_table_and_the_result(call, tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_an_output_that_lacks_a_character_ends_no_run(monkeypatch, encoding):
-    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+def test_an_output_that_lacks_a_character_ends_no_run(monkeypatch, tmp_path, encoding):
+    out = (tmp_path / "out").open("w", encoding=encoding)
     monkeypatch.setattr(sys, "argv", ["experiment.py", "--preset", "paper", "--seeds", "1"])
     monkeypatch.setattr(sys, "stdout", out)
 
@@ -119,11 +122,10 @@ def test_an_output_that_lacks_a_character_ends_no_run(monkeypatch, encoding):
         print("\N{GREEK SMALL LETTER OMEGA} \N{REPLACEMENT CHARACTER}")
         return main(cfg, run)
 
-    with pytest.raises(SystemExit) as ended:
+    with out, pytest.raises(SystemExit) as ended:
         launch(prints, PRESETS, CLAIMS)
     assert ended.value.code == 0
-    out.flush()
-    table = out.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+    table = (tmp_path / "out").read_text(encoding=encoding)
     assert table.startswith("? ?\n")
     assert f"measured {'?' if encoding == 'ascii' else '±'} std" in table
 
@@ -234,12 +236,13 @@ def test_another_config_in_the_folder_names_the_field(call, tmp_path):
     assert "learning_rate is 0.1 in the folder, 0.2 in this command" in one_line(err)
 
 
-def test_every_attempt_is_part_of_the_evidence(call, tmp_path):
+def test_every_attempt_is_part_of_the_evidence(call, tmp_path, monkeypatch):
     flags = ("--preset", "paper", "--seeds", "1", "--workdir", str(tmp_path), "--checkpoint-every", "4")
     assert call(*flags, "--hidden-bug")[0] == 1  # before its first fit: it leaves nothing
-    assert call(*flags, "--poison", "6")[0] == 2
+    with monkeypatch.context() as patched:
+        patched.setitem(ELSEWHERE, "poison", 6)
+        assert call(*flags)[0] == 2
     (first,) = json.loads((tmp_path / "attempts.json").read_text())
-    (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace('"poison": 6', '"poison": -1'))
     killed = {"commit": "0" * 40, "clean": False, "seconds": None}
     (tmp_path / "attempts.json").write_text(json.dumps([first, killed]))
     assert call(*flags)[0] == 0
@@ -280,12 +283,75 @@ def test_a_run_that_never_began_gives_its_folder_free(call, tmp_path):
     assert call("--seeds", "1", "--workdir", str(tmp_path))[0] == 0
 
 
-def test_a_torn_config_is_one_line(call, tmp_path):
+@pytest.mark.parametrize("torn", ["", '{"experiment": ', None])
+def test_a_torn_config_is_rebuilt_from_a_checkpoint(call, tmp_path, torn):
+    flags = ("--seeds", "1", "--workdir", str(tmp_path))
+    call(*flags)
+    config = tmp_path / "config.json"
+    whole = config.read_text()
+    config.unlink()
+    if torn is not None:
+        config.write_text(torn)
+    with pytest.warns(UserWarning, match=r"config.json is missing or damaged, rebuilt from a checkpoint"):
+        assert call(*flags, "--learning-rate", "0.2")[0] == 2  # another run's all the same
+    with pytest.warns(UserWarning, match=r"config.json is missing or damaged, rebuilt from a checkpoint"):
+        assert call(*flags)[0] == 0
+    assert config.read_text() == whole
+
+
+def test_a_torn_config_without_a_checkpoint_is_one_line(call, tmp_path):
     call("--seeds", "1", "--workdir", str(tmp_path))
     (tmp_path / "config.json").write_text('{"experiment": ')
+    shutil.rmtree(tmp_path / "seed0" / "checkpoints")
     status, _, err = call("--seeds", "1", "--workdir", str(tmp_path))
     assert status == 2
-    assert "config.json is missing or damaged" in one_line(err)
+    assert "config.json is missing, damaged or not of a run" in one_line(err)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", '{"my": "settings"}'),
+        ("config.json", "[1, 2]"),
+        ("config.json", "half a {"),
+        ("result.json", "{}"),
+        ("attempts.json", "[]"),
+        ("test_launch.py", "print('mine')"),
+    ],
+)
+def test_a_file_that_is_not_of_a_run_is_not_taken_over(call, tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    status, _, err = call("--seeds", "1", "--workdir", str(tmp_path))
+    assert status == 2
+    assert name in one_line(err)
+    assert [path.name for path in tmp_path.iterdir() if path.is_file() and path.name != ".lock"] == [name]
+    assert (tmp_path / name).read_text() == content
+
+
+def test_checkpoints_of_another_child_are_refused(call, tmp_path):
+    flags = ("--seeds", "2", "--workdir", str(tmp_path))
+    assert call(*flags)[0] == 0
+    shutil.rmtree(tmp_path / "seed1")
+    shutil.copytree(tmp_path / "seed0", tmp_path / "seed1")
+    status, _, err = call(*flags)
+    assert status == 2
+    assert "belongs to another run: run is seed0 in the checkpoint, seed1 in this command" in one_line(err)
+
+
+def test_restart_sets_aside_what_is_there_and_keeps_it(call, tmp_path):
+    flags = ("--seeds", "1", "--workdir", str(tmp_path))
+    for learning_rate in ("0.1", "0.05", "0.02"):
+        assert call(*flags, "--learning-rate", learning_rate)[0] in (0, 3) or learning_rate != "0.1"
+        if learning_rate != "0.1":
+            assert call(*flags, "--learning-rate", learning_rate, "--restart")[0] == 0
+    rates = [
+        json.loads((tmp_path / folder / "config.json").read_text())["config"]["learning_rate"]
+        for folder in ("before-restart", "before-restart-2", ".")
+    ]
+    assert rates == [0.1, 0.05, 0.02]
+    assert (tmp_path / "before-restart/seed0/checkpoints").is_dir()
+    (attempt,) = json.loads((tmp_path / "attempts.json").read_text())
+    assert attempt["seconds"] > 0
 
 
 def test_a_folder_of_before_seeds_were_part_of_a_run_is_refused_in_one_line(call, tmp_path):
@@ -296,7 +362,7 @@ def test_a_folder_of_before_seeds_were_part_of_a_run_is_refused_in_one_line(call
     status, _, err = call("--seeds", "1", "--workdir", str(tmp_path))
     assert status == 2
     assert (
-        "holds another run: seeds is not set in the folder, [0] in this command; use those values, or another folder"
+        "holds another run: seeds is not set in the folder, [0] in this command; use those values, another folder"
         in one_line(err)
     )
 
@@ -323,12 +389,10 @@ def test_another_experiment_in_the_folder_is_named(call, tmp_path):
     )
 
 
-def test_a_checkpoint_of_another_architecture_names_the_leaf(call, tmp_path):
+def test_a_checkpoint_of_another_architecture_names_the_leaf(call, tmp_path, monkeypatch):
     call("--seeds", "1", "--workdir", str(tmp_path))
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["config"]["width"] = 3
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    status, _, err = call("--seeds", "1", "--workdir", str(tmp_path), "--width", "3")
+    monkeypatch.setitem(ELSEWHERE, "width", 2)
+    status, _, err = call("--seeds", "1", "--workdir", str(tmp_path))
     assert status == 2
     assert "state/params/w: checkpoint (1,), model (3,)" in one_line(err)
 
@@ -347,9 +411,10 @@ def test_a_bucket_that_cannot_be_reached(call):
 
 
 def test_a_folder_in_use(call, tmp_path):
-    import filelock
+    import fcntl
 
-    with filelock.FileLock(tmp_path / ".lock"):
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         status, _, err = call("--seeds", "1", "--workdir", str(tmp_path))
     assert status == 2
     assert "is in use by another process" in one_line(err)
@@ -359,6 +424,13 @@ def test_a_folder_in_use(call, tmp_path):
     ("flags", "expected"),
     [
         (("--seeds", "0"), "--seeds 0, expected 1 or more"),
+        (("--processes", "0"), "--processes 0, expected 1 or more"),
+        (("--grace", "0"), "--grace 0, expected more than 0 seconds"),
+        (("--grace", "nan"), "--grace nan, expected more than 0 seconds"),
+        (("--deadline", "-1"), "--deadline -1, expected more than 0 seconds"),
+        (("--join-within", "0"), "--join-within 0, expected more than 0 seconds"),
+        (("--restart",), "--restart is given without --workdir"),
+        (("--profile", "1..2"), "--profile is given without --workdir"),
         (("--seed", "-1"), "seed -1, expected 0 to 4294967295"),
         (("--seed", "4294967295", "--seeds", "2"), "seed 4294967296, expected 0 to 4294967295"),
         (("--seed", "9223372036854775808"), "seed 9223372036854775808, expected 0 to 4294967295"),
@@ -440,7 +512,7 @@ def test_name_of_a_script():
 
 
 def test_differences_names_nested_fields_and_missing_ones():
-    assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 3, "d": 2}}) == [
+    assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 3, "d": 2}}, "in the folder") == [
         "b is 1 in the folder, 3 in this command",
         "c is 2 in the folder, not set in this command",
         "d is not set in the folder, 2 in this command",

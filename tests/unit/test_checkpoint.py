@@ -90,7 +90,7 @@ def test_a_state_comes_back_bit_for_bit(tmp_path):
     assert Checkpoints(str(tmp_path / "new" / "checkpoints")).restore(state(0)) is None
     write(tmp_path, 3, 7)
     with opened(tmp_path) as checkpoints:
-        step, found = checkpoints.restore(state(0))
+        step, found, _ = checkpoints.restore(state(0))
         assert step == 7
         same(found, state(7))
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(0))
@@ -111,7 +111,7 @@ EMPTY = np.zeros((0, 3), np.float32)
 def test_a_tree_without_a_filled_leaf_is_saved_and_restored(tmp_path, tree, plain):
     with opened(tmp_path) as checkpoints:
         checkpoints.save(1, tree)
-        step, found = checkpoints.restore(tree)
+        step, found, _ = checkpoints.restore(tree)
     assert step == 1
     same(found, tree)
     same(load(str(tmp_path))[1], plain)
@@ -149,7 +149,7 @@ def test_any_tree_of_arrays_comes_back(tmp_path_factory, drawn, seed):
     like = jax.tree.map(lambda x: jnp.zeros_like(x) if isinstance(x, jax.Array) else np.zeros_like(x), tree)
     with opened(tmp_path_factory.mktemp("tree")) as checkpoints:
         checkpoints.save(seed, tree)
-        step, found = checkpoints.restore(like)
+        step, found, _ = checkpoints.restore(like)
     assert step == seed
     same(found, jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), tree))
 
@@ -159,7 +159,7 @@ def test_typed_keys_keep_their_implementation(tmp_path, implementation):
     tree = {"one": jax.random.key(5, impl=implementation), "many": jax.random.split(jax.random.key(6), (2, 3))}
     with opened(tmp_path) as checkpoints:
         checkpoints.save(1, tree)
-        _, found = checkpoints.restore(jax.eval_shape(lambda: tree))
+        _, found, _ = checkpoints.restore(jax.eval_shape(lambda: tree))
         same(found, tree)
         assert jax.random.key_impl(found["one"]) == implementation
         other = {**tree, "one": jax.random.key(5, impl="unsafe_rbg")}
@@ -229,7 +229,7 @@ def test_a_state_of_eight_devices_is_restored_on_two_and_on_one(tmp_path):
         checkpoints.save(1, tree(8, 1))
         for count in (2, 1, 4):
             like = tree(count, 0)
-            _, found = checkpoints.restore(like)
+            _, found, _ = checkpoints.restore(like)
             same(found, tree(count, 1))
             assert all(found[name].sharding == like[name].sharding for name in ("rows", "columns", "keys"))
 
@@ -238,7 +238,7 @@ def test_restored_leaves_are_as_free_to_move_as_the_model_s(tmp_path):
     free, bound = jnp.ones(3), jax.device_put(jnp.ones(3), jax.devices()[5])
     with opened(tmp_path) as checkpoints:
         checkpoints.save(1, {"free": free, "bound": bound})
-        _, found = checkpoints.restore({"free": free, "bound": bound})
+        _, found, _ = checkpoints.restore({"free": free, "bound": bound})
     assert not found["free"].committed
     assert found["bound"].committed
     assert found["bound"].devices() == {jax.devices()[5]}
@@ -383,7 +383,7 @@ def check_damage(directory: Path, portion: slice) -> None:
         path.unlink() if data is None else path.write_bytes(data)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            step, found = Checkpoints(str(directory)).restore(state(0))
+            step, found, _ = Checkpoints(str(directory)).restore(state(0))
             loaded_step, loaded = load(str(directory))
         path.write_bytes(original)
         case = f"{path.relative_to(directory)} {name}"
@@ -425,7 +425,7 @@ def test_a_metric_that_was_changed_on_disk_is_not_believed(tmp_path):
     write(tmp_path, 3, 7)
     path = tmp_path / "7" / "meta" / "metadata"
     path.write_text(json.dumps({**json.loads(path.read_text()), "metrics": {"score": 9.0}}))
-    with pytest.warns(UserWarning, match=rf"{tmp_path}/7: its meta cannot be read, it does not match its digest"):
+    with pytest.warns(UserWarning, match=rf"{tmp_path}/7: its metadata are damaged, it does not match its digest"):
         assert load(str(tmp_path))[0] == 3
 
 
@@ -435,7 +435,7 @@ def test_a_step_that_is_empty_or_another_s_copy_is_skipped(tmp_path):
     shutil.copytree(tmp_path / "3", tmp_path / "8")
     with opened(tmp_path) as checkpoints:
         with pytest.warns(UserWarning, match="skipped the damaged checkpoint") as caught:
-            step, found = checkpoints.restore(state(0))
+            step, found, _ = checkpoints.restore(state(0))
         assert step == 3
         same(found, state(3))
     assert [str(w.message).split(":")[0] for w in caught] == [
@@ -457,21 +457,138 @@ def test_a_run_that_fell_back_saves_over_what_was_damaged(tmp_path):
         checkpoints.save(20, state(21))
         checkpoints.wait()
         assert on_disk(tmp_path) == ["10", "20", "damaged-20", "damaged-30"]
-        step, found = checkpoints.restore(state(0))
+        step, found, _ = checkpoints.restore(state(0))
         assert step == 20
         same(found, state(21))
         checkpoints.save(30, state(30))
     assert load(str(tmp_path))[0] == 30
 
 
-def test_when_all_are_damaged_there_is_none_and_nothing_is_deleted(tmp_path):
-    write(tmp_path, 10)
-    (tmp_path / "10" / "meta" / "metadata").unlink()
+def test_when_all_are_damaged_no_run_begins_beside_them_and_nothing_is_renamed(tmp_path):
+    write(tmp_path, 10, 20)
+    for step in ("10", "20"):
+        (tmp_path / step / "meta" / "metadata").unlink()
+    with (
+        opened(tmp_path) as checkpoints,
+        pytest.warns(UserWarning, match="0: metadata is missing"),
+        pytest.raises(InputError, match=r"all 2 checkpoints in .* are damaged.* or give --restart"),
+    ):
+        checkpoints.restore(state(0))
+    assert on_disk(tmp_path) == ["10", "20"]
+
+
+def test_what_is_set_aside_is_never_overwritten(tmp_path):
+    for _ in range(3):
+        write(tmp_path, 10, 20)
+        (tmp_path / "20" / "meta" / "metadata").write_text("torn")
+        with opened(tmp_path) as checkpoints:
+            with pytest.warns(UserWarning, match="20: its metadata are damaged"):
+                checkpoints.restore(state(0))
+            checkpoints.save(30, state(30))
+        for step in ("10", "30"):
+            shutil.rmtree(tmp_path / step)
+    assert on_disk(tmp_path) == ["damaged-20", "damaged-20-2", "damaged-20-3"]
+
+
+# --------------------------------------------------------------------------------------------------------- unreadable
+
+
+@pytest.fixture
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(files, "PAUSES", (0.01, 0.01))
+
+
+def unreadable(path: Path) -> None:
+    """Puts in place of a file one that every reader is refused with EIO, also one of another language."""
+    path.rename(path.with_name(f"{path.name}.aside"))
+    path.symlink_to("/proc/self/mem")  # nothing is mapped at its beginning
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("part", ["meta/metadata", "state/manifest.ocdbt", "state/d"])
+def test_a_part_that_cannot_be_read_is_no_damage(tmp_path, no_pauses, part):
+    write(tmp_path, 10, 20)
+    place = tmp_path / "20" / part
+    unreadable(next(place.iterdir()) if place.is_dir() else place)
+    before = on_disk(tmp_path)
+    with (
+        opened(tmp_path) as checkpoints,
+        pytest.raises(Unavailable, match=r"20 cannot be read \(Input/output error\), tried 3 times"),
+    ):
+        checkpoints.restore(state(0))
+    assert on_disk(tmp_path) == before == ["10", "20"]
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(24, "Too many open files")])
+def test_a_part_that_can_be_read_later_is_restored(tmp_path, no_pauses, monkeypatch, error):
+    write(tmp_path, 10, 20)
+    refusals, read_bytes = [error, error], type(epath.Path(tmp_path)).read_bytes
+
+    def refused_twice(path):
+        if refusals and path.name == "metadata":
+            raise refusals.pop()
+        return read_bytes(path)
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "read_bytes", refused_twice)
     with opened(tmp_path) as checkpoints:
-        with pytest.warns(UserWarning, match="10: its meta cannot be read, No such file or directory"):
-            assert checkpoints.restore(state(0)) is None
-        checkpoints.save(1, state(1))
-    assert on_disk(tmp_path) == ["1", "damaged-10"]
+        assert checkpoints.restore(state(0))[0] == 20
+
+
+@pytest.mark.parametrize("code", ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED"])
+def test_a_bucket_that_does_not_answer_is_no_damage(tmp_path, no_pauses, monkeypatch, code):
+    write(tmp_path, 10)
+
+    def away(*given, **options):
+        raise ValueError(f"{code}: Error reading the bucket")
+
+    monkeypatch.setattr(tensorstore, "open", away)
+    with opened(tmp_path) as checkpoints, pytest.raises(Unavailable, match=rf"10 cannot be read \({code}"):
+        checkpoints.restore(state(0))
+    assert on_disk(tmp_path) == ["10"]
+
+
+def test_a_folder_that_cannot_be_listed_is_not_empty(tmp_path, no_pauses, monkeypatch):
+    write(tmp_path, 10)
+    with opened(tmp_path) as checkpoints:
+
+        def refuse(path):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(type(epath.Path(tmp_path)), "iterdir", refuse)
+        with pytest.raises(Unavailable, match="Permission denied"):
+            checkpoints.restore(state(0))
+
+
+# ---------------------------------------------------------------------------------------------------------- ownership
+
+
+def test_a_checkpoint_knows_its_owner_and_its_note(tmp_path):
+    mine = {"experiment": "a", "config": {"rate": 0.1}, "run": "teacher", "data": {"mnist train": "3.0.1 17"}}
+    with contextlib.closing(Checkpoints(str(tmp_path), owner=lambda: mine)) as checkpoints:
+        checkpoints.save(1, state(1), note={"totals": [0.1, 1 / 3]})
+    later = {**mine, "data": {**mine["data"], "mnist test": "3.0.1 4"}}  # of a set that is read later
+    with contextlib.closing(Checkpoints(str(tmp_path), owner=lambda: later)) as checkpoints:
+        assert checkpoints.restore(state(0))[2] == {"totals": [0.1, 1 / 3]}
+    for other, words in (
+        ({**mine, "run": "student"}, "run is teacher in the checkpoint, student in this command"),
+        ({**mine, "config": {"rate": 0.2}}, "rate is 0.1 in the checkpoint, 0.2 in this command"),
+        ({**mine, "data": {"mnist train": "2.0.0 17"}}, "mnist train is 3.0.1 17 in the checkpoint, 2.0.0 17 in this"),
+    ):
+        with (
+            contextlib.closing(Checkpoints(str(tmp_path), owner=lambda other=other: other)) as checkpoints,
+            pytest.raises(InputError, match=words),
+        ):
+            checkpoints.restore(state(0))
+
+
+def test_each_save_compares_the_digests_of_the_leaves(tmp_path):
+    seen = []
+    with contextlib.closing(Checkpoints(str(tmp_path), agree=seen.append)) as checkpoints:
+        checkpoints.save(1, {"x": jnp.ones(2)})
+        checkpoints.save(2, {"x": jnp.ones(2)})
+        checkpoints.save(3, {"x": jnp.zeros(2)})
+    assert seen[0] == seen[1] != seen[2]
+    assert seen[0].keys() == {"x"}
 
 
 # ------------------------------------------------------------------------------------------------ kills, full disks
@@ -648,7 +765,7 @@ def test_saving_and_restoring_say_nothing(tmp_path, capfd, caplog):
 def test_the_checkpoint_of_release_1_is_restored(tmp_path):
     shutil.copytree(GOLDEN, tmp_path / "golden")
     with opened(tmp_path / "golden") as checkpoints:
-        step, found = checkpoints.restore(jax.tree.map(jnp.zeros_like, golden()))
+        step, found, _ = checkpoints.restore(jax.tree.map(jnp.zeros_like, golden()))
     assert step == 3
     same(found, golden())
     assert best_step(str(GOLDEN)) == 3

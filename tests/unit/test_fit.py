@@ -73,7 +73,7 @@ class Log(Recorder):
         return step in self.save_at
 
     def save(self, step, tree, measured):
-        self.saves.append((step, jax.device_get(plain(tree["state"])), measured))
+        self.saves.append((step, jax.device_get(plain(tree.state)), measured))
 
 
 def test_golden_step():

@@ -95,11 +95,11 @@ def test_a_fit_of_other_seeds_is_not_gone_on_with(tmp_path, stopped):
 def test_history_keeps_the_seeds_apart_and_calls_nan_what_was_not_finite(tmp_path):
     for _ in range(2):
         run = Run(epath.Path(tmp_path))
-        tree = {"w": np.zeros(2)}
-        run.start(tree, 2, None)
+        snapshot = Snapshot({"w": np.zeros(2)}, {}, {})
+        run.start(snapshot, 2, None)
         if run.last_saved() == "nothing was saved":
             run.report(1, {"error": np.array([0.5, np.inf])})
-            run.save(2, tree, {})
+            run.save(2, snapshot, {})
         run.close()
         steps, errors = run.history("error")
         assert steps.tolist() == [1]

@@ -115,7 +115,7 @@ def set_aside(root: epath.Path, step: int, label: str) -> None:
 
 def free(place: epath.Path, use: Callable[[epath.Path], T]) -> T:
     """Calls `use` with the first of `place`, `place-2`, `place-3` ... that does not exist."""
-    names = (place, *(place.with_name(f"{place.name}-{i}") for i in itertools.count(2)))
+    names = (place if i == 1 else place.with_name(f"{place.name}-{i}") for i in itertools.count(1))
     return use(next(name for name in names if not name.exists()))
 
 
