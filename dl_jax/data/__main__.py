@@ -4,7 +4,7 @@ import sys
 
 import tyro
 
-from dl_jax.core.errors import InputError, print_anything
+from dl_jax.core.errors import InputError, Unavailable, print_anything
 from dl_jax.data.prepare import prepare
 from dl_jax.data.source import Prepared, data_folder, prepared, split_sizes
 
@@ -46,6 +46,9 @@ def main() -> int:
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except Unavailable as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 75
     return 0
 
 
