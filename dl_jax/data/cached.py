@@ -5,6 +5,7 @@ ends the program, with the file left as it is.
 """
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -31,11 +32,11 @@ class DamagedError(ValueError):
     """Raised for a file that is not what was written."""
 
 
-def cached(place: Path, read: Callable[[], T | None], make: Callable[[], None]) -> T:
+def get(place: Path, read: Callable[[], T | None], make: Callable[[], None]) -> T:
     """What `read()` gives of the file or folder `place`, which `make()` writes first if it is missing or damaged.
 
-    It is missing where `read` returns None, and damaged where it raises DamagedError, of which a warning tells. One
-    process makes it while others wait. Raises InputError where it cannot be written, and Unavailable as `attempted`.
+    It is missing where `read` returns None, and damaged where `read` raises DamagedError; a warning tells of damage. One
+    process makes it while others wait. Raises InputError where it cannot be written, and what `read` and `make` raise.
     """
     with contextlib.suppress(DamagedError):
         if (found := read()) is not None:
@@ -88,7 +89,7 @@ def require_whole(folder: Path, expected: Digests) -> None:
     """Raises DamagedError unless the files in `folder` have the digests that they had."""
     for name, digest in expected.items():
         file = folder / name
-        if attempted(lambda file=file: _digest(file), file) != digest:
+        if attempted(functools.partial(_digest, file), file) != digest:
             raise DamagedError(f"{name} does not match its digest")
 
 

@@ -50,7 +50,7 @@ def load(
     """
     found, split = find(name, data_dir, cache_dir), normal_split(split)
     place = cache_entry(found, cache_dir) / _folder_name(split)
-    read = cached.cached(place, lambda: _read(place), lambda: _write(_decode(found, split, budget), place))
+    read = cached.get(place, lambda: _read(place), lambda: _write(_decode(found, split, budget), place))
     size = sum(column.nbytes for column in read.columns.values())
     if size > budget:
         raise InputError(_too_large(found, split, size, budget))
@@ -105,9 +105,7 @@ def _file_name(column: str) -> str:
 
 def _digest(columns: Columns) -> str:
     """A digest of the names, types, shapes and numbers of `columns`, which are contiguous."""
-    parts = [
-        (name, column.dtype.str, column.shape, zlib.crc32(column.data)) for name, column in sorted(columns.items())
-    ]
+    parts = [(name, each.dtype.str, each.shape, zlib.crc32(each.data)) for name, each in sorted(columns.items())]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

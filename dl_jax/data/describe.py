@@ -51,7 +51,7 @@ def info(name: str, data_dir: str | None = None, cache_dir: str | None = None) -
     found = find(name, data_dir, cache_dir)
     file = cache_entry(found, cache_dir) / "info.json"
     make = lambda: cached.write_sealed(file, dataclasses.asdict(_describe(found)))
-    return _info_from_json(cached.cached(file, lambda: cached.read_sealed(file), make))
+    return _info_from_json(cached.get(file, lambda: cached.read_sealed(file), make))
 
 
 def _info_from_json(fields: dict[str, Any]) -> Info:

@@ -32,7 +32,7 @@ def scans() -> tuple[np.ndarray, np.ndarray]:
 def prepared(cache: Path) -> Path:
     """The folder of the prepared set below the folder `cache`. Prepares a missing or damaged set, in about a second."""
     folder = cache / "tfds" / NAME / VERSION
-    return cached.cached(folder.parent, lambda: _read(folder), lambda: _make(folder))
+    return cached.get(folder.parent, lambda: _read(folder), lambda: _make(folder))
 
 
 def _read(folder: Path) -> Path | None:

@@ -142,7 +142,8 @@ READS = [(cached, "open"), (Path, "read_bytes"), (np, "load"), (Path, "exists")]
 @pytest.mark.parametrize(("owner", "name"), READS)
 def test_a_failure_to_read_is_no_damage(monkeypatch, cache, owner, name, code):
     whole = load(cache)
-    found = {file: file.read_bytes() for file in cache.rglob("*") if file.is_file()}
+    contents = lambda: {file: file.read_bytes() for file in cache.rglob("*") if file.is_file()}
+    found = contents()
     function, pauses = getattr(owner, name, open), []
     monkeypatch.setattr(time, "sleep", pauses.append)
     with monkeypatch.context() as broken:
@@ -153,7 +154,8 @@ def test_a_failure_to_read_is_no_damage(monkeypatch, cache, owner, name, code):
             load(cache)
     assert "\n" not in str(error.value)
     assert pauses == [0.1, 0.2]
-    assert found == {file: file.read_bytes() for file in cache.rglob("*") if file.is_file()}
+    assert all(found[file] == content for file, content in contents().items())
+    assert found.keys() == contents().keys()
     monkeypatch.setattr(owner, name, failing(function, code, 2), raising=False)
     assert equal(load(cache), whole)
     assert pauses == [0.1, 0.2] * 2

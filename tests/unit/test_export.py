@@ -391,7 +391,7 @@ def test_every_damage_of_an_onnx_file_is_noticed(small, ort, tmp_path):
             assert re.search(r"is damaged: its checksum does not match|is not an ONNX model", found)
             assert "\n" not in found
         else:
-            assert data[begin:] == whole[begin:]
+            assert data.endswith(whole[begin:])
             np.testing.assert_array_equal(found, expected)
     with pytest.raises(InputError, match="is damaged: its checksum"):
         onnx.quantized(file, [small.inputs], tmp_path / "int8.onnx")
