@@ -35,7 +35,7 @@ class DamagedError(ValueError):
 def get(place: Path, read: Callable[[], T | None], make: Callable[[], None]) -> T:
     """What `read()` gives of the file or folder `place`, which `make()` writes first if it is missing or damaged.
 
-    It is missing where `read` returns None, and damaged where `read` raises DamagedError; a warning tells of damage. One
+    It is missing where `read` returns None, and damaged where `read` raises DamagedError, of which a warning tells. One
     process makes it while others wait. Raises InputError where it cannot be written, and what `read` and `make` raise.
     """
     with contextlib.suppress(DamagedError):
@@ -76,8 +76,12 @@ def attempted(read: Callable[[], T], file: Path, attempts: int = _ATTEMPTS, paus
 
 
 def exists(file: Path) -> bool:
-    """Whether the file or folder is there. Raises Unavailable as `attempted`."""
-    return attempted(file.exists, file)
+    """Whether the file or folder is there. Raises Unavailable as `attempted`, where `Path.exists` may say no."""
+    try:
+        attempted(file.stat, file)
+    except DamagedError:
+        return False
+    return True
 
 
 def digests(folder: Path) -> Digests:

@@ -135,7 +135,7 @@ def failing(function: Callable[..., Any], code: int, times: int) -> Callable[...
     return call
 
 
-READS = [(cached, "open"), (Path, "read_bytes"), (np, "load"), (Path, "exists")]
+READS = [(cached, "open"), (Path, "read_bytes"), (np, "load"), (Path, "stat")]
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.EMFILE, errno.ENOMEM])
