@@ -68,8 +68,8 @@ def attempted(read: Callable[[], T], file: Path, attempts: int = _ATTEMPTS, paus
     except OSError as e:
         if attempts == 1:
             raise Unavailable(
-                f"cannot read {file} in {_ATTEMPTS} attempts ({e.strerror or e}), expected a cache that can be read: "
-                "give the command again later, or name another folder with --cache-dir"
+                f"cannot read {file} in {_ATTEMPTS} attempts ({e.strerror or e}), expected a file that can be read: "
+                "give the command again later, or name another folder with --cache-dir or --data-dir"
             ) from e
     time.sleep(pause)
     return attempted(read, file, attempts - 1, 2 * pause)

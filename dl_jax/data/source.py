@@ -15,6 +15,7 @@ from typing import NamedTuple
 from dl_jax.core.errors import InputError, nearest, one_line
 from dl_jax.core.files import absolute, cache_folder
 from dl_jax.data import digits
+from dl_jax.data.cached import attempted
 
 FORM = re.compile(r"(?P<set>\w+)(?:/(?P<config>[^/:]+))?(?::(?P<version>[\d.]+))?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -132,14 +133,15 @@ def prepared(data_dir: str | None = None) -> list[Prepared]:
 def split_sizes(found: Prepared) -> dict[str, int]:
     """The number of examples in each split, from the description in the folder of the set.
 
-    Raises InputError where the description is damaged, and for a set that is not in array_record format.
+    Raises InputError where the description is damaged, and for a set that is not in array_record format. Raises
+    Unavailable where it cannot be read at present.
     """
     file = found.folder / "dataset_info.json"
     try:
-        description = json.loads(file.read_bytes())
+        description = json.loads(attempted(file.read_bytes, file))
         sizes = {split["name"]: sum(map(int, split["shardLengths"])) for split in description["splits"]}
         file_format = description.get("fileFormat", "tfrecord")
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError) as e:
         raise InputError(
             f"{file} is missing or damaged ({type(e).__name__}: {brief(e)}), expected TFDS's description of "
             f"{found.name}: copy it again, or delete its folder and prepare the set again"

@@ -149,7 +149,7 @@ def test_a_failure_to_read_is_no_damage(monkeypatch, cache, owner, name, code):
     with monkeypatch.context() as broken:
         broken.setattr(owner, name, failing(function, code, 10**9), raising=False)
         with pytest.raises(
-            Unavailable, match=r"^cannot read /.* in 3 attempts \(.*\), expected .* --cache-dir$"
+            Unavailable, match=r"^cannot read /.* in 3 attempts \(.*\), expected .* --cache-dir or --data-dir$"
         ) as error:
             load(cache)
     assert "\n" not in str(error.value)
@@ -167,6 +167,14 @@ def test_a_description_that_cannot_be_read_is_no_damage(monkeypatch, cache):
     monkeypatch.setattr(Path, "read_bytes", failing(Path.read_bytes, errno.EIO, 10**9))
     with pytest.raises(Unavailable):
         data.info("digits", cache_dir=str(cache))
+
+
+def test_a_set_that_cannot_be_read_is_no_damage(monkeypatch, tmp_path):
+    root = tiny(tmp_path / "tfds", [1, 2])
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(Path, "read_bytes", failing(Path.read_bytes, errno.EIO, 10**9))
+    with pytest.raises(Unavailable, match=r"dataset_info\.json in 3 attempts"):
+        data.load("tiny", "train", root, str(tmp_path / "cache"))
 
 
 # What was read
