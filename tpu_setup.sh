@@ -208,8 +208,24 @@ install() { # [COMMIT]
   say "$commit is installed on all workers of $name"
 }
 
+# stays_inside PATH: whether no .. on the path leads out of its first folder.
+stays_inside() {
+  local rest=${1#*/}/ depth=0
+  while [[ -n $rest ]]; do
+    case ${rest%%/*} in
+      "" | .) ;;
+      ..) depth=$((depth - 1)) ;;
+      *) depth=$((depth + 1)) ;;
+    esac
+    ((depth >= 0)) || return 1
+    rest=${rest#*/}
+  done
+}
+
 run() { # experiments/FILE.py [FLAG]...
-  [[ ${1:-} == experiments/*.py ]] || die "run needs an experiment's file first, not '${1:-}': run experiments/vision/lenet.py ..."
+  if [[ ${1:-} != experiments/*.py ]] || ! stays_inside "$1"; then
+    die "run needs an experiment's file first, not '${1:-}': run experiments/vision/lenet.py ..."
+  fi
   on_all "$(remote_run "$@")"
 }
 

@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TextIO
 
+BAD_INPUT, UNAVAILABLE = 2, 75  # exit statuses after InputError and Unavailable; 75 is EX_TEMPFAIL of sysexits.h
+
 _warned: set[str] = set()  # what `warn_once` has said
 
 
@@ -24,8 +26,8 @@ class InputError(Exception):
 class Unavailable(Exception):
     """Something could not be read or written after several attempts, or nothing went on; it may be better later.
 
-    The message is one line with what was tried and why it failed. `launch` prints it and exits with status 75
-    (EX_TEMPFAIL of sysexits.h), so that a supervisor may give the same command again.
+    The message is one line with what was tried and why it failed. `launch` prints it and exits with status
+    75, so that a supervisor may give the same command again.
     """
 
 

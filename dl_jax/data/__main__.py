@@ -4,7 +4,7 @@ import sys
 
 import tyro
 
-from dl_jax.core.errors import InputError, lasting_output
+from dl_jax.core.errors import BAD_INPUT, UNAVAILABLE, InputError, Unavailable, lasting_output
 from dl_jax.data.prepare import prepare
 from dl_jax.data.source import Prepared, data_folder, prepared, split_sizes
 
@@ -44,9 +44,9 @@ def main() -> int:
         try:
             commands = {"prepare": prepare_set, "list": list_sets}
             tyro.extras.subcommand_cli_from_dict(commands, prog="python -m dl_jax.data")
-        except InputError as e:
+        except (InputError, Unavailable) as e:
             print(f"error: {e}", file=sys.stderr)
-            return 2
+            return UNAVAILABLE if isinstance(e, Unavailable) else BAD_INPUT
         return 0
 
 

@@ -2,26 +2,29 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote
 
 import numpy as np
 
 from dl_jax.core.errors import InputError
-from dl_jax.core.files import locked
+from dl_jax.core.inputs import note
 from dl_jax.core.stream import Columns
+from dl_jax.data import cached
 from dl_jax.data.describe import Feature
 from dl_jax.data.records import Example, Records, stack
-from dl_jax.data.source import Prepared, cache_entry, find
+from dl_jax.data.source import Prepared, cache_entry, find, normal_split
 
 BUDGET = 2 * 10**9  # bytes
+_LISTING = "columns.json"
 _CHUNK = 256  # examples decoded at a time
 _PATIENCE = 2.0  # seconds without a progress bar
 
@@ -38,29 +41,26 @@ def load(
 
     `split` is TFDS's: `train`, `train[:90%]`, `train+test`. The set `digits` needs no preparation; other sets are
     looked for in `data_dir` (see `source.data_folder`). The first call decodes the split and writes it to the cache
-    folder (see `files.cache_folder`); later ones map the files.
+    folder (see `files.cache_folder`); later ones check the files against their digests and map them. A damaged cache
+    is decoded anew, with a warning. The set's version and a digest of the columns are noted (see `inputs.note`).
 
     Raises InputError for a set, split or file that is missing or damaged, for examples that do not match their declared
     features, or that cannot be stacked, and for columns of more than `budget` bytes, for which there is `streamed`.
+    Raises Unavailable where the cache cannot be read at present.
     """
-    found = find(name, data_dir, cache_dir)
-    split = "".join(split.split())
+    found, split = find(name, data_dir, cache_dir), normal_split(split)
     place = cache_entry(found, cache_dir) / _folder_name(split)
-    columns = _read(place)
-    if columns is None:
-        with locked(place.with_suffix(".lock")):
-            columns = _read(place)  # another process may have been first
-            if columns is None:
-                _write(_decode(found, split, budget), place)
-                columns = _read(place)
-    if columns is None:
-        raise InputError(
-            f"the cache in {place} cannot be read back, expected what was just written: delete that folder"
-        )
-    size = sum(column.nbytes for column in columns.values())
+    read = cached.get(place, lambda: _read(place), lambda: _write(_decode(found, split, budget), place))
+    size = sum(column.nbytes for column in read.columns.values())
     if size > budget:
         raise InputError(_too_large(found, split, size, budget))
-    return columns
+    note(f"{found.name} {split}", f"{found.version} {read.digest}")
+    return read.columns
+
+
+class _Read(NamedTuple):
+    columns: Columns
+    digest: str  # of what the columns hold, the same on every machine
 
 
 def _folder_name(split: str) -> str:
@@ -68,13 +68,19 @@ def _folder_name(split: str) -> str:
     return f"{readable}-{hashlib.sha256(split.encode()).hexdigest()[:8]}"
 
 
-def _read(place: Path) -> Columns | None:
-    """The columns in a cache folder; None unless all are there and whole."""
-    try:
-        names = json.loads((place / "columns.json").read_bytes())
-        return {name: np.asarray(np.load(place / _file_name(name), mmap_mode="r")) for name in names}
-    except (OSError, ValueError):
+def _read(place: Path) -> _Read | None:
+    """What is in a cache folder, or None if there is none. Raises DamagedError unless it is what was written."""
+    if not cached.exists(place):
         return None
+    listing = cached.read_sealed(place / _LISTING)
+    if listing is None:
+        raise cached.DamagedError(f"{_LISTING} is missing")
+    cached.require_whole(place, listing["files"])
+    return _Read({name: _mapped(place / _file_name(name)) for name in listing["columns"]}, listing["digest"])
+
+
+def _mapped(file: Path) -> np.ndarray:
+    return np.asarray(cached.attempted(lambda: np.load(file, mmap_mode="r"), file))
 
 
 def _write(columns: Columns, place: Path) -> None:
@@ -84,12 +90,10 @@ def _write(columns: Columns, place: Path) -> None:
     partial = Path(tempfile.mkdtemp(suffix=".tmp", prefix=f"{place.name}.", dir=place.parent))
     try:
         for name, column in columns.items():
-            with open(partial / _file_name(name), "wb") as file:
-                np.save(file, column, allow_pickle=False)
-                file.flush()
-                os.fsync(file.fileno())
-        (partial / "columns.json").write_text(json.dumps(list(columns)))
-        shutil.rmtree(place, ignore_errors=True)  # a damaged one
+            cached.write_array(partial / _file_name(name), column)
+        listing = {"columns": list(columns), "digest": _digest(columns), "files": cached.digests(partial)}
+        cached.write_sealed(partial / _LISTING, listing)
+        cached.remove(place)  # a damaged one
         partial.rename(place)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -97,6 +101,12 @@ def _write(columns: Columns, place: Path) -> None:
 
 def _file_name(column: str) -> str:
     return quote(column, safe="") + ".npy"
+
+
+def _digest(columns: Columns) -> str:
+    """A digest of the names, types, shapes and numbers of `columns`, which are contiguous."""
+    parts = [(name, each.dtype.str, each.shape, zlib.crc32(each.data)) for name, each in sorted(columns.items())]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def _decode(found: Prepared, split: str, budget: int) -> Columns:

@@ -1,14 +1,15 @@
 """Describes a prepared set: its splits, and the columns that `load` returns for its features."""
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dl_jax.core.errors import InputError
-from dl_jax.core.files import locked
+from dl_jax.data import cached
 from dl_jax.data.source import Prepared, brief, cache_entry, find, split_sizes
 
 
@@ -43,18 +44,14 @@ class Info:
 
 
 def info(name: str, data_dir: str | None = None, cache_dir: str | None = None) -> Info:
-    """The contents of the prepared set `name`. Raises InputError if the set is not prepared or is damaged."""
+    """The contents of the prepared set `name`, which are described once and kept in the cache folder.
+
+    Raises InputError if the set is not prepared or is damaged, and Unavailable if the cache cannot be read at present.
+    """
     found = find(name, data_dir, cache_dir)
     file = cache_entry(found, cache_dir) / "info.json"
-    try:
-        return _info_from_json(json.loads(file.read_bytes()))
-    except (OSError, ValueError, KeyError, TypeError):  # the cache has no description, or a damaged one
-        described = _describe(found)
-    with locked(file.with_suffix(".lock")):
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(dataclasses.asdict(described)))
-        partial.replace(file)
-    return described
+    make = lambda: cached.write_sealed(file, dataclasses.asdict(_describe(found)))
+    return _info_from_json(cached.get(file, lambda: cached.read_sealed(file), make))
 
 
 def _info_from_json(fields: dict[str, Any]) -> Info:
@@ -111,12 +108,19 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def open_builder(found: Prepared) -> Any:
-    """The TFDS builder of a prepared set. Raises InputError where its description is damaged or needs TensorFlow."""
+    """The TFDS builder of a prepared set.
+
+    Raises InputError where its description is damaged, needs TensorFlow, or names a class of features that is not
+    TFDS's own, because TFDS would import the module of that class.
+    """
     split_sizes(found)
     import tensorflow_datasets as tfds
 
     try:
-        return tfds.builder_from_directory(found.folder)
+        named = _classes(json.loads((found.folder / "features.json").read_text("utf-8")))
+        foreign = [name for name in named if not name.startswith("tensorflow_datasets.")]
+        if not foreign:
+            return tfds.builder_from_directory(found.folder)
     except ImportError as e:
         raise InputError(
             f"data set {found.name} has a feature that TFDS reads only with TensorFlow ({brief(e)}), expected "
@@ -127,3 +131,23 @@ def open_builder(found: Prepared) -> Any:
             f"the description of data set {found.name} in {found.folder} is damaged ({type(e).__name__}: "
             f"{brief(e)}): copy dataset_info.json and features.json again, or delete the folder and prepare it again"
         ) from e
+    raise InputError(
+        f"data set {found.name} has a feature of class {foreign[0][:80]!r} in {found.folder / 'features.json'}, "
+        "expected TFDS's own, as reading another runs its module: prepare the set with Image, ClassLabel, Text, Tensor "
+        "and the like"
+    )
+
+
+def _classes(tree: Any) -> Iterator[str]:
+    """The names of all classes that TFDS imports for a features.json, of nested features and JSON within JSON too."""
+    if isinstance(tree, str) and tree.lstrip().startswith("{"):
+        with contextlib.suppress(ValueError):  # a text about the set
+            yield from _classes(json.loads(tree))
+    if isinstance(tree, list):
+        for each in tree:
+            yield from _classes(each)
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            if key in ("pythonClassName", "python_class_name", "type") and isinstance(value, str):
+                yield value
+            yield from _classes(value)

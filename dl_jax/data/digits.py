@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dl_jax.core.files import locked
+from dl_jax.data import cached
 
 NAME, VERSION, TEST = "digits", "1.0.0", 360
 
@@ -30,13 +30,29 @@ def scans() -> tuple[np.ndarray, np.ndarray]:
 
 
 def prepared(cache: Path) -> Path:
-    """The folder of the prepared set below the folder `cache`. Prepares a missing set, in about a second."""
+    """The folder of the prepared set below the folder `cache`. Prepares a missing or damaged set, in about a second."""
     folder = cache / "tfds" / NAME / VERSION
-    if not folder.is_dir():
-        with locked(folder.parent.with_suffix(".lock")):
-            if not folder.is_dir():  # unless another process has prepared it meanwhile
-                _prepare(cache / "tfds")
+    return cached.get(folder.parent, lambda: _read(folder), lambda: _make(folder))
+
+
+def _read(folder: Path) -> Path | None:
+    """`folder`, or None if it is not prepared. Raises DamagedError unless its files are what was written."""
+    listing = cached.read_sealed(_listing(folder))
+    if listing is None:
+        return None
+    cached.require_whole(folder, listing["files"])
     return folder
+
+
+def _make(folder: Path) -> None:
+    cached.remove(folder)
+    _prepare(folder.parents[1])
+    cached.write_sealed(_listing(folder), {"files": cached.digests(folder)})
+
+
+def _listing(folder: Path) -> Path:
+    """The file of the digests, beside the set's folder, as all files within belong to TFDS."""
+    return folder.parent.with_suffix(".json")
 
 
 def _prepare(root: Path) -> None:

@@ -7,18 +7,23 @@ from pathlib import Path
 from dl_jax.core.errors import InputError, nearest
 from dl_jax.core.files import locked
 from dl_jax.data.digits import NAME
-from dl_jax.data.source import Prepared, brief, data_folder, find, lookup, split_sizes, tfds_names
+from dl_jax.data.source import FORM, Prepared, brief, data_folder, find, lookup, require_name, split_sizes, tfds_names
 
 
 def prepare(name: str, data_dir: str | None = None) -> Prepared:
     """Downloads and prepares the TFDS set `name` in `data_dir`, unless it is already prepared, and returns where it is.
 
     Several processes may call it at once: one prepares the set while the others wait. Raises InputError where TFDS
-    cannot prepare the set: for an unknown name, for a set that needs TensorFlow where this is not installed, and where
-    the network or the disk fails.
+    cannot prepare the set: for a malformed or unknown name, for a set that needs TensorFlow where this is not
+    installed, and where the network or the disk fails.
     """
+    require_name(name)
     if name == NAME:
         return find(name)
+    if not FORM.fullmatch(name):
+        raise InputError(
+            f"data set {name!r}, expected a name such as mnist, glue/sst2 or mnist:3.0.1{nearest(name, tfds_names())}"
+        )
     root = data_folder(data_dir)
     lock_name = re.sub(r"\W", "_", name)
     with locked(root / f".{lock_name}.lock"):

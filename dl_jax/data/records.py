@@ -1,16 +1,19 @@
 """Reads and decodes single examples of a prepared set, without TensorFlow."""
 
 import functools
+import hashlib
 import io
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dl_jax.core.errors import InputError, nearest
 from dl_jax.data.describe import Feature, columns, flat, open_builder
-from dl_jax.data.source import Prepared, brief
+from dl_jax.data.source import Prepared, brief, normal_split
 
 Example = dict[str, np.ndarray]
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's, by number of channels
@@ -23,13 +26,28 @@ class Records:
         """Raises InputError for a split that is malformed, unknown or empty, and for a missing record file."""
         import tensorflow_datasets as tfds
 
+        split = normal_split(split)
         builder = open_builder(found)
-        self.name, self.split = found.name, split
+        self.found, self.name, self.split = found, found.name, split
         self.features: dict[str, Feature] = columns(builder.info.features)
         self._decode = _decoder(builder.info.features, self.features)
         self._files = _record_files(builder.info, found, split)
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
         self._source = builder.as_data_source(split, deserialize_method=raw)
+
+    @property
+    def fingerprint(self) -> str:
+        """The set's version, and a digest of what its files say of the split: the same wherever they are copied.
+
+        Of the description only the splits count. Another preparation of the same records may differ in the rest of it,
+        such as the module of the builder or the text that describes the set.
+        """
+        splits, features = (
+            json.loads((self.found.folder / name).read_bytes()) for name in ("dataset_info.json", "features.json")
+        )
+        sizes = [(Path(file).name, Path(file).stat().st_size) for file, _ in self._files]
+        content = json.dumps([splits["splits"], features, sizes], sort_keys=True)
+        return f"{self.found.version} {hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
     def __len__(self) -> int:
         return len(self._source)
@@ -77,20 +95,19 @@ class Records:
 
 
 def _record_files(info: Any, found: Prepared, split: str) -> list[tuple[str, int]]:
-    """The record files of a split, each with the number of examples taken from it."""
+    """The paths of the record files of a split, each with the number of examples taken from it."""
     try:
         instructions = info.splits[split].file_instructions
     except (ValueError, KeyError, NotImplementedError) as e:
         raise InputError(_bad_split(found.name, split, list(info.splits), e)) from e
-    files = [(str(i.filename), i.take) for i in instructions]
+    files = [(str(found.folder / i.filename), i.take) for i in instructions]
     if not files or any(take < 1 for _, take in files):
         sizes = ", ".join(f"{name} {s.num_examples}" for name, s in info.splits.items())
         raise InputError(f"split {split!r} of {found.name} is empty, expected some of its examples ({sizes}): widen it")
     for file, _ in files:
-        if not (found.folder / file).is_file():
+        if not Path(file).is_file():
             raise InputError(
-                f"record file {found.folder / file} is missing: copy it here, or delete the folder and prepare "
-                f"{found.name} again"
+                f"record file {file} is missing: copy it here, or delete the folder and prepare {found.name} again"
             )
     return files
 

@@ -15,10 +15,12 @@ from typing import NamedTuple
 from dl_jax.core.errors import InputError, nearest, one_line
 from dl_jax.core.files import absolute, cache_folder
 from dl_jax.data import digits
+from dl_jax.data.cached import attempted
 
-_NAME = re.compile(r"(?P<set>\w+)(?:/(?P<config>[^/:]+))?(?::(?P<version>[\d.]+))?")
+FORM = re.compile(r"(?P<set>\w+)(?:/(?P<config>[^/:]+))?(?::(?P<version>[\d.]+))?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
-_LAYOUT = 2  # version of the cache; increase it when decoding changes
+_LAYOUT = 3  # version of the cache; increase it when decoding or what is kept changes
+_LONGEST_NAME, _LONGEST_SPLIT, _LONGEST_PATH = 200, 1000, 3000  # bytes; a file system takes 255 and 4096
 
 
 class Prepared(NamedTuple):
@@ -32,20 +34,66 @@ class Prepared(NamedTuple):
 def data_folder(data_dir: str | None = None) -> Path:
     """The folder of prepared sets: `data_dir`, else $TFDS_DATA_DIR, else ~/tensorflow_datasets.
 
-    Only `prepare` writes to it. Raises InputError for a URL.
+    Only `prepare` writes to it. Raises InputError for a URL, and for what cannot be the name of a folder.
     """
     folder = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     if "://" in folder:
         raise InputError(
             f"data folder {folder}: expected a local or mounted folder; copy the set here, or mount the bucket"
         )
+    _require_folder(folder, "--data-dir")
     return Path(absolute(folder))
+
+
+def _cache(cache_dir: str | None) -> Path:
+    _require_folder(cache_dir or "", "--cache-dir")  # with a NUL it has no absolute form
+    folder = cache_folder(cache_dir)
+    _require_folder(str(folder), "--cache-dir")
+    return folder
+
+
+def _require_folder(folder: str, flag: str) -> None:
+    parts = [len(os.fsencode(part)) for part in (folder, *folder.split("/"))]
+    if "\0" in folder or parts[0] > _LONGEST_PATH or max(parts[1:]) > 255:
+        raise InputError(
+            f"folder {_shown(folder)} of {len(folder)} characters, expected at most {_LONGEST_PATH}, 255 between two "
+            f"slashes, and no NUL; name another with {flag}"
+        )
+
+
+def require_name(name: str) -> None:
+    """Raises InputError unless `name` is short and printable, so that it fits into paths and messages of one line."""
+    if not _is_line(name, _LONGEST_NAME):
+        raise InputError(
+            f"data set {_shown(name)} of {len(name)} characters, expected at most {_LONGEST_NAME}, all printable: "
+            "`python -m dl_jax.data list` lists the prepared sets"
+        )
+
+
+def normal_split(split: str) -> str:
+    """`split` without white space. Raises InputError where it is very long or not printable."""
+    split = "".join(split.split())
+    if not _is_line(split, _LONGEST_SPLIT):
+        raise InputError(
+            f"split {_shown(split)} of {len(split)} characters, expected at most {_LONGEST_SPLIT}, all printable, such "
+            "as train[:90%]; load its parts one by one"
+        )
+    return split
+
+
+def _is_line(text: str, most: int) -> bool:
+    return text.isprintable() and len(text.encode()) <= most
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:40] + "...")
 
 
 def find(name: str, data_dir: str | None = None, cache_dir: str | None = None) -> Prepared:
     """The prepared set called `name`. Raises InputError, without network access, if there is none."""
+    require_name(name)
     if name == digits.NAME:
-        return Prepared(name, digits.VERSION, digits.prepared(cache_folder(cache_dir)))
+        return Prepared(name, digits.VERSION, digits.prepared(_cache(cache_dir)))
     root = data_folder(data_dir)
     found = lookup(name, root)
     if not found:
@@ -58,7 +106,7 @@ def lookup(name: str, root: Path) -> Prepared | None:
 
     Raises InputError for a name with several prepared configs, and for a version that is not prepared.
     """
-    parts = _NAME.fullmatch(name)
+    parts = FORM.fullmatch(name)
     if not parts:
         return None
     found = _versions_by_name(root / parts["set"])
@@ -85,14 +133,15 @@ def prepared(data_dir: str | None = None) -> list[Prepared]:
 def split_sizes(found: Prepared) -> dict[str, int]:
     """The number of examples in each split, from the description in the folder of the set.
 
-    Raises InputError where the description is damaged, and for a set that is not in array_record format.
+    Raises InputError where the description is damaged, and for a set that is not in array_record format. Raises
+    Unavailable where it cannot be read at present.
     """
     file = found.folder / "dataset_info.json"
     try:
-        description = json.loads(file.read_bytes())
+        description = json.loads(attempted(file.read_bytes, file))
         sizes = {split["name"]: sum(map(int, split["shardLengths"])) for split in description["splits"]}
         file_format = description.get("fileFormat", "tfrecord")
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError) as e:
         raise InputError(
             f"{file} is missing or damaged ({type(e).__name__}: {brief(e)}), expected TFDS's description of "
             f"{found.name}: copy it again, or delete its folder and prepare the set again"
@@ -109,7 +158,7 @@ def cache_entry(found: Prepared, cache_dir: str | None = None) -> Path:
     """The cache folder for data derived from the set. It changes with the name, size or time of any file of the set."""
     files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in os.scandir(found.folder) if f.is_file())
     fingerprint = hashlib.sha256(repr((_LAYOUT, files)).encode()).hexdigest()[:16]
-    return cache_folder(cache_dir) / "columns" / found.name / f"{found.version}-{fingerprint}"
+    return _cache(cache_dir) / "columns" / found.name / f"{found.version}-{fingerprint}"
 
 
 def tfds_names() -> set[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dl_jax.core.inputs import note
 from dl_jax.core.stream import Columns, Stream, check_batch
 from dl_jax.data.batches import generator, order, per_seed
 from dl_jax.data.records import Example, Records, stack
@@ -32,13 +33,15 @@ def streamed(
     A run can resume at any step, as the order has no state. `transform(rng, example)` is applied to each example before
     batching, for example a random crop, and must give all examples the same shapes; `rng` depends only on the seed and
     the example's position in the order. `threads` threads (default: one per core) decode a batch and the next two.
-    Raises InputError as `load` and `shuffled` do.
+    The set's version and a digest of its description and of its files' sizes are noted (see `inputs.note`). Raises
+    InputError as `load` and `shuffled` do.
     """
     check_batch(batch_size)
     if not isinstance(seeds, int):
         options: Any = {"data_dir": data_dir, "cache_dir": cache_dir, "transform": transform, "threads": threads}
         return per_seed([streamed(name, split, batch_size, seed, **options) for seed in seeds])
     seed, records = seeds, Records(find(name, data_dir, cache_dir), split)
+    note(f"{records.name} {records.split} as records", records.fingerprint)
     indices = order(len(records), seed)
 
     def decode(part: range) -> list[Example]:

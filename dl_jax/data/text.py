@@ -4,6 +4,7 @@ An id is a byte, so the vocabulary is the same for every text and no character i
 almost nothing once the model predicts them with low probability. In ASCII text a byte is a character.
 """
 
+import hashlib
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from dl_jax.core.errors import InputError, nearest
+from dl_jax.core.inputs import note
 from dl_jax.core.stream import Columns, Stream, check_batch
 from dl_jax.data.batches import order, per_seed
 from dl_jax.data.columns import load as load_columns
@@ -39,8 +41,8 @@ def load(name: str, split: str) -> np.ndarray:
 
     `standard_library` is the source text of the running Python's own top-level modules, in the order of their names up
     to `SIZE` bytes: eight tenths to learn from, then one for validation and one for testing. It needs no download, and
-    differs from one Python to the next. Raises InputError as `data.load` does, where there is no such column, and where
-    this Python has no such split or no source text.
+    differs from one Python to the next, so a digest of it is noted (see `inputs.note`). Raises InputError as
+    `data.load` does, where there is no such column, and where this Python has no such split or no source text.
     """
     if name == STANDARD_LIBRARY:
         return _standard_library(split)
@@ -72,7 +74,9 @@ def _standard_library(split: str) -> np.ndarray:
             size += len(sources[-1])
     ids = np.frombuffer(b"".join(sources)[:SIZE], np.uint8)
     start, stop = (len(ids) * tenth // 10 for tenth in _SPLITS[split])
-    return ids[start:stop]
+    ids = ids[start:stop]
+    note(f"{STANDARD_LIBRARY} {split}", hashlib.sha256(ids.data).hexdigest()[:16])
+    return ids
 
 
 def windows(ids: np.ndarray, batch_size: int, length: int, seeds: int | Sequence[int]) -> Stream:

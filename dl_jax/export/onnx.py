@@ -1,4 +1,9 @@
-"""ONNX files for ONNX Runtime: float, and quantised to int8. `pip install 'dl_jax[export]'`."""
+"""ONNX files for ONNX Runtime: float, and quantised to int8. `pip install 'dl_jax[export]'`.
+
+A file begins with an entry `dl_jax.crc32` of the model's metadata, the CRC-32 of the bytes after it, because ONNX
+Runtime does not detect a flipped bit in a weight. Files without such an entry, of older versions or other programs, are
+opened as they are.
+"""
 
 import contextlib
 import importlib.util
@@ -6,6 +11,7 @@ import logging
 import math
 import os
 import tempfile
+import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +33,7 @@ TYPES = {  # ONNX Runtime's name -> numpy's
     "tensor(uint8)": "uint8",
     "tensor(bool)": "bool",
 }
+KEY = b"dl_jax.crc32"
 
 
 def export(
@@ -65,7 +72,7 @@ def export(
     with jax.default_matmul_precision("highest"):
         error = difference(predict, function, inputs, shapes)
     require_same(error, tolerance, "ONNX Runtime", path)
-    write(path, data)
+    write(path, _entry(data) + data)
     return error
 
 
@@ -79,10 +86,10 @@ def require() -> None:
 def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
     """The function in the ONNX file `path`, on the CPU: NumPy arrays [B, ...] -> one array, or a tuple of them.
 
-    Raises InputError where the file cannot be read or is not an ONNX model, and where ONNX Runtime is missing. The
-    function raises it for inputs of other shapes or types.
+    Raises InputError where the file cannot be read, is damaged or is not an ONNX model, and where ONNX Runtime is
+    missing. The function raises it for inputs of other shapes or types.
     """
-    return _predictor(*_opened(path))
+    return _predictor(*_opened(path, _content(path)))
 
 
 def quantized(
@@ -101,11 +108,12 @@ def quantized(
       batches: calibration data, the inputs of one call each; some hundred training examples in all.
       out: the file to write. It is replaced if it exists, and may be `path`.
 
-    Raises InputError where there are no batches, they do not fit the model or are not finite, where `path` is not an
-    ONNX model, where a package is missing, where fewer than half of the weights of convolutions and dense layers became
-    int8 (nothing is written then), and where `out` cannot be written.
+    Raises InputError where there are no batches, they do not fit the model or are not finite, where `path` is damaged
+    or not an ONNX model, where a package is missing, where fewer than half of the weights of convolutions and dense
+    layers became int8 (nothing is written then), and where `out` cannot be written.
     """
-    _, expected = _opened(path)
+    content = _content(path)
+    _, expected = _opened(path, content)
     feeds = [_named(expected, batch) for batch in batches]
     if not feeds:
         raise InputError(
@@ -129,11 +137,12 @@ def quantized(
         def get_next(self) -> Any:
             return feeds.pop(0) if feeds else None
 
-    source = onnx.load(path)
+    source = onnx.load_from_string(content)
     with tempfile.TemporaryDirectory() as folder, _quiet():
-        prepared, small = Path(folder, "prepared.onnx"), Path(folder, "quantized.onnx")
+        floats, prepared, small = (Path(folder, f"{name}.onnx") for name in ("floats", "prepared", "quantized"))
+        floats.write_bytes(content)
         # Folds constants, and a bias into the product before it.
-        quant_pre_process(Path(path), prepared, skip_symbolic_shape=True)
+        quant_pre_process(floats, prepared, skip_symbolic_shape=True)
         quantization.quantize_static(
             _with_flat_biases(onnx.load(prepared)),
             small,
@@ -156,7 +165,7 @@ def quantized(
             "written; only convolutions and dense layers on [B, D], outside of loops, are quantised, so keep the float "
             "file, or round the weights of other layers by compress.quantize"
         )
-    write(out, data)
+    write(out, _entry(data) + data)
 
 
 PRODUCTS = ("Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul")
@@ -233,14 +242,38 @@ def _session(data: bytes) -> tuple[Any, dict[str, Input]]:
     return session, expected
 
 
-def _opened(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Input]]:
-    data = read(path)
+def _opened(path: str | os.PathLike[str], content: bytes) -> tuple[Any, dict[str, Input]]:
     try:
-        return _session(data)
+        return _session(content)
     except InputError:
         raise
     except Exception as e:
         raise InputError(f"{path} is not an ONNX model that ONNX Runtime can open; export the model again") from e
+
+
+def _content(path: str | os.PathLike[str]) -> bytes:
+    """The content of the file `path`, without the entry of its digest. Raises InputError where the two differ."""
+    data = read(path)
+    content = data[len(_entry(b"")) :]
+    if data == _entry(content) + content:
+        return content
+    if KEY in data:
+        raise InputError(f"{path} is damaged: its checksum does not match; copy it again or export the model again")
+    return data
+
+
+def _entry(content: bytes) -> bytes:
+    """A protobuf entry `metadata_props` of ONNX's ModelProto, field 14: `KEY` and the digest of `content`.
+
+    The fields of a protobuf message may stand in any order, so that a model is one with the entry before it.
+    """
+    pair = _field(1, KEY) + _field(2, f"{zlib.crc32(content):08x}".encode())
+    return _field(14, pair)
+
+
+def _field(number: int, content: bytes) -> bytes:
+    """A protobuf field of fewer than 128 bytes."""
+    return bytes([number << 3 | 2, len(content)]) + content
 
 
 def _predictor(session: Any, expected: Mapping[str, Input]) -> Callable[..., Any]:

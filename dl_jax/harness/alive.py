@@ -23,9 +23,8 @@ from typing import Any, NoReturn
 import jax.monitoring
 
 from dl_jax.core import events
-from dl_jax.core.errors import InputError, Unavailable
+from dl_jax.core.errors import UNAVAILABLE, InputError, Unavailable
 from dl_jax.harness import guardian
-from dl_jax.harness.machine import UNAVAILABLE
 from dl_jax.harness.peers import Peers
 from dl_jax.harness.run import PREEMPTED, Preempted
 

@@ -17,7 +17,7 @@ import numpy as np
 import tyro
 from etils import epath
 
-from dl_jax.core.errors import InputError, Unavailable, lasting_output, one_line, spared
+from dl_jax.core.errors import BAD_INPUT, UNAVAILABLE, InputError, Unavailable, lasting_output, one_line, spared
 from dl_jax.core.files import failures
 from dl_jax.core.inputs import recorded
 from dl_jax.core.recorder import NonFiniteError
@@ -25,7 +25,6 @@ from dl_jax.harness.alive import Alive, end_all
 from dl_jax.harness.clock import Clock, goodput, memory
 from dl_jax.harness.fields import check
 from dl_jax.harness.machine import (
-    UNAVAILABLE,
     cache_programs,
     device,
     git_state,
@@ -56,7 +55,7 @@ class Experiment(NamedTuple):
         return Path(inspect.getfile(self.main)).resolve()
 
 
-BAD_INPUT, CLAIM_MISSED = 2, 3  # exit statuses
+CLAIM_MISSED = 3  # an exit status
 PRESET = tyro.conf.arg(help="Configuration that gives the flags below their defaults.")
 
 

@@ -14,11 +14,10 @@ from typing import Any
 import jax
 
 import dl_jax
-from dl_jax.core.errors import InputError, one_line
+from dl_jax.core.errors import UNAVAILABLE, InputError, one_line
 from dl_jax.core.files import cache_folder
 
 HEARTBEAT = 25  # seconds without one, after which JAX takes a process for dead
-UNAVAILABLE = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed later
 
 
 def cache_programs() -> None:

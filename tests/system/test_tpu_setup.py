@@ -402,12 +402,37 @@ def test_run_before_install_says_so(cloud: Cloud) -> None:
     assert "nothing is installed" in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [[], ["lenet.py"], ["--seeds", "5"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["lenet.py"],
+        ["--seeds", "5"],
+        ["experiments/../../x.py"],
+        ["experiments/../x.py"],
+        ["experiments/vision/../../x.py"],
+        ["experiments//../x.py"],
+        ["experiments/./../../home/x.py", "--seeds", "5"],
+        ["experiments/../../experiments/x.py"],
+        ["../experiments/x.py"],
+        ["/experiments/x.py"],
+    ],
+)
 def test_run_wants_an_experiment(idle: Cloud, arguments: list[str]) -> None:
-    done = idle("run", *arguments)
-    assert done.returncode == 2
-    assert "run needs an experiment's file first" in done.stderr
+    for options in ([], ["--dry-run"]):
+        done = idle(*options, "run", *arguments)
+        assert done.returncode == 2
+        assert "run needs an experiment's file first" in done.stderr
+        assert done.stderr.count("\n") == 1
+        assert done.stdout == ""
     assert idle.calls == []
+
+
+@pytest.mark.parametrize("path", ["vision/lenet.py", "vision/../lenet.py", "./a/../b//../lenet.py", "..a/lenet.py"])
+def test_run_takes_any_path_within_experiments(idle: Cloud, path: str) -> None:
+    done = idle("--dry-run", "run", f"experiments/{path}")
+    assert done.returncode == 0, done.stderr
+    assert f"python experiments/{path} --cluster" in done.stdout
 
 
 def test_a_running_experiment_is_left_alone_until_it_is_stopped(cloud: Cloud) -> None:

@@ -1,15 +1,19 @@
 """Sets that are not there, or damaged: one line that names what is wrong and what to do."""
 
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tensorflow_datasets as tfds
 
 from dl_jax import data
 from dl_jax.core.errors import InputError
 from dl_jax.data import digits
+from dl_jax.data.__main__ import main
+from dl_jax.data.prepare import prepare
 from dl_jax.data.source import find, prepared, tfds_names
 
 
@@ -162,13 +166,119 @@ def test_a_damaged_description_is_named(root, content):
         data.info("scans")
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"pythonClassName": "os.system"}'])
+@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"pythonClassName": "tensorflow_datasets.os"}'])
 def test_damaged_features_are_named(root, content):
     file = root / "scans" / "1.10.0" / "features.json"
     file.unlink() if content is None else file.write_text(content)
     text = message("scans")
     assert text.startswith(f"the description of data set scans in {file.parent} is damaged")
     assert "features.json" in text
+
+
+LEGACY = {"type": "tensorflow_datasets.core.features.features_dict.FeaturesDict"}
+OURS = "tensorflow_datasets.core.features.features_dict.FeaturesDict"
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        {"pythonClassName": "intruder.X", "text": {}},
+        {"python_class_name": "intruder.X", "text": {}},
+        {"type": "intruder.X", "content": {}},
+        {"pythonClassName": OURS, "featuresDict": {"features": {"x": {"pythonClassName": "intruder.X", "text": {}}}}},
+        {"pythonClassName": OURS, "jsonFeature": {"json": '{"x": {"type": "intruder.X", "content": {}}}'}},
+        LEGACY | {"content": {"x": {"type": "intruder.X", "content": {}}}},
+        LEGACY
+        | {
+            "content": ' {"features": {"type": {"pythonClassName": "intruder.X", "text": {}}}}',
+            "proto_cls": "tensorflow_datasets.FeaturesDict",
+        },
+        {
+            "pythonClassName": "tensorflow_datasets.core.features.sequence_feature.Sequence",
+            "sequence": {"feature": {"pythonClassName": "intruder.X", "text": {}}, "length": "-1"},
+        },
+    ],
+)
+def test_features_of_other_modules_are_not_imported(root, tmp_path, monkeypatch, features):
+    (tmp_path / "intruder.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w').close()")
+    monkeypatch.syspath_prepend(tmp_path)
+    file = root / "scans" / "1.10.0" / "features.json"
+    file.write_text(json.dumps(features))
+    with pytest.raises((InputError, ValueError)):
+        tfds.builder_from_directory(file.parent)
+    assert (tmp_path / "mark").exists()  # TFDS imports it
+    (tmp_path / "mark").unlink()
+    sys.modules.pop("intruder")
+    expected = f"data set scans has a feature of class 'intruder.X' in {file}, expected TFDS's own"
+    assert message("scans").startswith(expected)
+    for read in (lambda: data.info("scans"), lambda: data.streamed("scans", "test", 4, 0)):
+        with pytest.raises(InputError, match="expected TFDS's own"):
+            read()
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_description_may_look_like_json(root):
+    file = root / "scans" / "1.10.0" / "features.json"
+    features = json.loads(file.read_text())
+    file.write_text(json.dumps(features | {"description": "{as TFDS wrote it}"}))
+    assert len(data.load("scans", "test")["label"]) == 360
+
+
+ODD = ["x" * 300, "x/" + "y" * 300, "a\0b", "a\nb", "\ud800", "é" * 150]
+
+
+@pytest.mark.parametrize("name", [*ODD, "", "..", "a/b/c", "/", "a" * 200])
+def test_odd_names_are_one_line(root, name):
+    for use in (
+        lambda: data.load(name, "test"),
+        lambda: data.info(name),
+        lambda: data.streamed(name, "test", 4, 0),
+        lambda: prepare(name, str(root)),
+    ):
+        with pytest.raises(InputError) as error:
+            use()
+        text = str(error.value)
+        assert text.startswith("data set ")
+        assert text.isprintable()
+        assert len(text) < 1000
+        if name in ODD:
+            assert f"of {len(name)} characters, expected at most 200, all printable" in text
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\nb", "a/b/c", ".."])
+def test_odd_names_are_one_line_of_the_command(root, name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dl_jax.data", "prepare", name])
+    assert main() == 2
+    assert capsys.readouterr().err.startswith("error: data set ")
+
+
+@pytest.mark.parametrize("split", ["train[" + "1" * 5000, "+".join(["train"] * 1000), "train\0"])
+def test_splits_that_are_very_long_or_not_printable(root, split):
+    assert f"of {len(split)} characters, expected at most 1000, all printable" in message("scans", split)
+    with pytest.raises(InputError, match="characters, expected at most 1000"):
+        data.streamed("scans", split, 4, 0)
+
+
+def test_a_split_may_have_white_space(root):
+    assert len(data.load("scans", "test[:2]\n + test[4:6] ")["label"]) == 4
+    (labels,) = (data.streamed("scans", "test[:2]\n + test[4:6] ", 4, 0)(0)["label"],)
+    assert len(labels) == 4
+
+
+@pytest.mark.parametrize("folder", ["/tmp/" + "x" * 300, "/x" * 2000, "a\0b", "~\0"])
+def test_folders_that_cannot_be(root, folder):
+    for use in (
+        lambda: data.load("scans", "test", data_dir=folder),
+        lambda: data.load("scans", "test", cache_dir=folder),
+        lambda: data.load("digits", "test", cache_dir=folder),
+        lambda: data.info("scans", cache_dir=folder),
+        lambda: prepare("scans", folder),
+        lambda: prepared(folder),
+    ):
+        with pytest.raises(
+            InputError, match=r"^folder '.* of \d+ characters, expected at most 3000, .* with --(data|cache)-dir$"
+        ):
+            use()
 
 
 def test_another_record_format_is_refused(root):

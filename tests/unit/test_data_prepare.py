@@ -9,8 +9,8 @@ import pytest
 import tensorflow_datasets as tfds
 
 from dl_jax import data
-from dl_jax.core.errors import InputError
-from dl_jax.data.__main__ import main
+from dl_jax.core.errors import InputError, Unavailable
+from dl_jax.data import __main__ as commands
 from dl_jax.data.prepare import prepare
 
 
@@ -60,7 +60,7 @@ def command(monkeypatch, capsys):
 
     def run(*args: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["dl_jax.data", *args])
-        return (main(), *capsys.readouterr())
+        return (commands.main(), *capsys.readouterr())
 
     return run
 
@@ -103,6 +103,14 @@ def test_the_commands(command, tmp_path, monkeypatch):
     assert command("prepare", "dl_jax_words", "--data-dir", here)[:2] == (0, "dl_jax_words 1.0.0: train 3\n")
     assert command("prepare", "digits")[:2] == (0, "digits 1.0.0: train 1437, test 360\n")
     assert Path(tmp_path, "cache", "dl_jax", "tfds", "digits", "1.0.0").is_dir()
+
+
+def test_what_may_be_better_later_exits_with_status_75(command, monkeypatch):
+    def fails(name, data_dir):
+        raise Unavailable("cannot read it in 3 attempts")
+
+    monkeypatch.setattr(commands, "prepare", fails)
+    assert command("prepare", "digits") == (75, "", "error: cannot read it in 3 attempts\n")
 
 
 def test_an_unknown_set_exits_with_status_2(tmp_path):

@@ -364,10 +364,73 @@ def test_the_tolerance_is_the_callers(small, tmp_path):
     assert difference == pytest.approx(0.1 / 200, rel=1e-3)  # relative to the largest output
 
 
+def prediction(file: Path, x: np.ndarray) -> np.ndarray | str:
+    """What the model in an ONNX file predicts, or the message where it is refused."""
+    try:
+        return onnx.load(file)(x)
+    except InputError as e:
+        return str(e)
+
+
+def test_every_damage_of_an_onnx_file_is_noticed(small, ort, tmp_path):
+    """ONNX Runtime opens most of these files. Damage to the name of the digest leaves the model as it is."""
+    whole, file = ort.read_bytes(), tmp_path / "damaged.onnx"
+    begin = whole.index(onnx.KEY) + len(onnx.KEY)
+    (x,) = small.batch(4)
+    expected, rng = onnx.load(ort)(x), np.random.default_rng(1)
+    damaged = [whole[:size] for size in (0, 5, begin, begin + 10, begin + 11, len(whole) // 2, len(whole) - 1)]
+    damaged += [whole + b"\0", whole + onnx._field(14, b"")]
+    for place in [*range(begin + 20), *rng.integers(begin, len(whole), 150).tolist()]:
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << int(rng.integers(8))
+        damaged.append(bytes(flipped))
+    for data in damaged:
+        file.write_bytes(data)
+        found = prediction(file, x)
+        if isinstance(found, str):
+            assert re.search(r"is damaged: its checksum does not match|is not an ONNX model", found)
+            assert "\n" not in found
+        else:
+            assert data.endswith(whole[begin:])
+            np.testing.assert_array_equal(found, expected)
+    with pytest.raises(InputError, match="is damaged: its checksum"):
+        onnx.quantized(file, [small.inputs], tmp_path / "int8.onnx")
+
+
+def test_the_digest_is_metadata_of_the_model(ort, exported, tmp_path):
+    import onnx as format
+
+    int8 = tmp_path / "int8.onnx"
+    case, floats, _ = exported("LeNet300")
+    onnx.quantized(floats, [case.inputs], int8)
+    for file in (ort, floats, int8):
+        model = format.load(file)
+        format.checker.check_model(model)
+        (digest,) = (each.value for each in model.metadata_props if each.key == "dl_jax.crc32")
+        entry = len(onnx._entry(b""))
+        assert digest == f"{zlib.crc32(file.read_bytes()[entry:]):08x}"
+        model.graph.name = "changed"
+        changed = tmp_path / "changed.onnx"
+        format.save(model, changed)
+        with pytest.raises(InputError, match="is damaged"):
+            onnx.load(changed)
+
+
+def test_a_model_of_another_program_is_opened_as_it_is(small, ort, tmp_path):
+    import onnx as format
+
+    model, file = format.load(ort), tmp_path / "model.onnx"
+    del model.metadata_props[:]
+    format.save(model, file)
+    (x,) = small.batch(4)
+    np.testing.assert_array_equal(onnx.load(file)(x), onnx.load(ort)(x))
+
+
 @pytest.mark.parametrize("data", [b"", b"not a model", None])
 def test_what_is_no_onnx_model(data, ort, tmp_path):
     file = tmp_path / "model.onnx"
-    file.write_bytes(ort.read_bytes()[:-20] if data is None else data)
+    content = b"not a model"
+    file.write_bytes(onnx._entry(content) + content if data is None else data)
     with pytest.raises(InputError, match="is not an ONNX model that ONNX Runtime can open"):
         onnx.load(file)
     with pytest.raises(InputError, match="is not an ONNX model that ONNX Runtime can open"):

@@ -13,6 +13,7 @@ from etils import epath
 
 from dl_jax.core.errors import InputError
 from dl_jax.core.fit import Watch, fit
+from dl_jax.core.recorder import Snapshot
 from dl_jax.core.step import State, init_state, make_step
 from dl_jax.harness.report.figures import confusion_figure
 from dl_jax.harness.run import Preempted, Run, Settings
