@@ -67,39 +67,40 @@ def loss(variables, batch, key):
     return losses.cross_entropy(logits, batch["label"]).mean(), ({}, {})
 
 
+def train(cfg: Config, run: Run, what: str, at: int) -> np.ndarray:
+    """The weights [S, 5, 3] after one fit, in which a fault strikes at step `at`."""
+    stream, tx = data.shuffled(RECORDS, cfg.batch_size, run.seeds), optax.adam(cfg.learning_rate)
+
+    def read(step: int, rows: slice) -> dict[str, np.ndarray]:
+        if step == at:
+            strike(what)
+        time.sleep(cfg.pause)
+        return stream.read(step, rows)
+
+    def measure(variables):
+        if what == "hang-evaluation":
+            time.sleep(FOREVER)
+        return {"norm": np.abs(variables["params"]["w"].addressable_data(0)).mean((1, 2))}
+
+    state = jax.vmap(lambda key: init_state(key, {"params": {"w": jnp.zeros((5, 3))}}, tx))(run.keys(1)[0])
+    state = fit(
+        per_seed(make_step(loss, tx)),
+        state,
+        dataclasses.replace(stream, read=read),
+        steps=cfg.steps,
+        run=run,
+        every=cfg.report_every,
+        watch=Watch(cfg.watch_every, measure),
+    )
+    return np.asarray(state.params["w"].addressable_data(0))
+
+
 def main(cfg: Config, run: Run) -> dict[str, np.ndarray]:
     what, process, at = fault()
     mine = process == jax.process_index()
     if what == "slow-data" and mine:
         time.sleep(FOREVER)
-    found = []
-    for name in ("a", "b"):
-        struck = mine and name == "b"
-
-        def read(step: int, rows: slice, struck: bool = struck) -> dict[str, np.ndarray]:
-            if struck and step == at:
-                strike(what)
-            time.sleep(cfg.pause)
-            return stream.read(step, rows)
-
-        def measure(variables, struck: bool = struck):
-            if struck and what in ("hang-evaluation", "slow-evaluation"):
-                time.sleep(FOREVER)
-            return {"norm": np.asarray(jnp.abs(variables["params"]["w"]).mean((1, 2)))}
-
-        stream = data.shuffled(RECORDS, cfg.batch_size, run.seeds)
-        tx = optax.adam(cfg.learning_rate)
-        state = jax.vmap(lambda key: init_state(key, {"params": {"w": jnp.zeros((5, 3))}}, tx))(run.keys(1)[0])
-        state = fit(
-            per_seed(make_step(loss, tx)),
-            state,
-            dataclasses.replace(stream, read=read),
-            steps=cfg.steps,
-            run=run / name,
-            every=cfg.report_every,
-            watch=Watch(cfg.watch_every, measure),
-        )
-        found.append(np.asarray(state.params["w"].addressable_data(0)))
+    found = [train(cfg, run / name, what if mine and name == "b" else "none", at) for name in "ab"]
     if what == "slow-end" and mine:
         time.sleep(FOREVER)
     return {f"sum/{name}": w.sum((1, 2)) for name, w in zip("ab", found, strict=True)}

@@ -238,8 +238,6 @@ def _read(file: epath.Path) -> bytes:
 
 def reason(error: Exception) -> str:
     """The message of an exception, shortened to one line."""
-    if "RESOURCE_EXHAUSTED" in str(error) or "No space left" in str(error):
-        return "disk full"
     words = str(error).split(" [tensorstore_spec")[0].split()
     return (isinstance(error, OSError) and error.strerror) or " ".join(words)[:160] or type(error).__name__
 

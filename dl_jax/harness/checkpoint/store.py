@@ -206,8 +206,9 @@ class Checkpoints:
         if jax.process_index() == 0:
             with contextlib.suppress(Exception):  # the next writer tries again
                 files.tidy(self._root)
+        full = "RESOURCE_EXHAUSTED" in str(error) or "No space left" in str(error)
         return InputError(
-            f"checkpoint {self._name}/{step} was not written ({files.reason(error)}); "
+            f"checkpoint {self._name}/{step} was not written ({'disk full' if full else files.reason(error)}); "
             "make room there or use another --workdir"
         )
 
