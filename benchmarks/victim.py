@@ -69,7 +69,8 @@ def loss(variables, batch, key):
 
 def train(cfg: Config, run: Run, what: str, at: int) -> np.ndarray:
     """The weights [S, 5, 3] after one fit, in which a fault strikes at step `at`."""
-    stream, tx = data.shuffled(RECORDS, cfg.batch_size, run.seeds), optax.adam(cfg.learning_rate)
+    stream = data.shuffled(RECORDS, cfg.batch_size, run.seeds)
+    tx = optax.adam(cfg.learning_rate * (2 if what == "diverge" else 1))
 
     def read(step: int, rows: slice) -> dict[str, np.ndarray]:
         if step == at:

@@ -162,7 +162,7 @@ class Alive:
             self._beat()
             if self._peers and self._hear(self._peers) and asked is None:
                 asked = 0.0
-            if asked is not None and asked >= max(self._grace - 2 * TICK, self._grace / 2):
+            if asked is not None and asked >= max(self._grace - 4 * TICK, self._grace / 2):
                 self._end(PREEMPTED, f"asked to end, and no step ended within --grace {self._grace:g} s")
             if self._idle > self._limit():
                 faulthandler.dump_traceback(2)
@@ -212,11 +212,11 @@ class Alive:
 
 
 def end_all(peers: Peers | None, status: int, why: str) -> None:
-    """Tells the other processes that this one ends. Process 0, which they hear it from, waits until they have."""
+    """Tells the other processes that this one ends. Process 0, from which they hear it, waits until they have."""
     if peers:
         with contextlib.suppress(RuntimeError):
             peers.tell_end(status, why)
-            time.sleep(4 * TICK if peers.process == 0 else 0)
+            time.sleep(2 * TICK if peers.process == 0 else 0)
 
 
 def _guardian() -> "subprocess.Popen[bytes]":

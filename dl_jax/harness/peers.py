@@ -5,6 +5,7 @@ interface to this store; its own functions for several processes, and Orbax's, u
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from dl_jax.core.errors import InputError, Unavailable, one_line
 
 LONGEST = 3600  # seconds that a process waits for the others at one place
 SHOWN = 3  # differing facts in a message
+_ROUNDS = itertools.count()  # of this process, as a name is used once
 
 
 class End(NamedTuple):
@@ -34,7 +36,6 @@ class Peers:
 
         self.process, self.count = jax.process_index(), jax.process_count()
         self._client: Any = distributed.global_state.client
-        self._rounds = 0
 
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Waits for all processes, and raises InputError on each of them unless they give the same `facts`.
@@ -43,10 +44,10 @@ class Peers:
         """
         words = json.dumps(facts, sort_keys=True)
         with events.phase("waiting"):
-            self._rounds += 1
-            digests = self.exchange(f"digest-{self._rounds}", hashlib.sha256(words.encode()).hexdigest())
+            number = next(_ROUNDS)
+            digests = self.exchange(f"digest-{number}", hashlib.sha256(words.encode()).hexdigest())
             if len(set(digests)) > 1:
-                found = [flat(json.loads(each)) for each in self.exchange(f"facts-{self._rounds}", words)]
+                found = [flat(json.loads(each)) for each in self.exchange(f"facts-{number}", words)]
                 raise InputError(
                     f"processes differ: {differing(found)}; give all of them the same command, code and data"
                 )

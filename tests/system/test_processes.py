@@ -91,7 +91,7 @@ def pair(failing, tmp_path_factory) -> Iterator[Pair]:
 
 def test_two_processes_equal_one_and_resume_as_one(pair, tmp_path):
     train = runpy.run_path(str(PROGRAM))["train"]
-    alone = train(tmp_path / "one", 12, False)  # on eight devices, where the two have four
+    alone = train(tmp_path / "one", 12, None)  # on eight devices, where the two have four
     for process in range(2):
         pair.wait_for(pair.folder / f"weights.{process}", 60)
         together = json.loads((pair.folder / f"weights.{process}").read_text())
@@ -99,8 +99,8 @@ def test_two_processes_equal_one_and_resume_as_one(pair, tmp_path):
     lines = [(f / "metrics.jsonl").read_text().splitlines() for f in (tmp_path / "one", pair.folder / "trained")]
     assert len(lines[0]) == len(lines[1]) == 3  # process 1 writes nothing
     # Two processes went on to step 12; one with another number of devices takes their checkpoint to step 16.
-    longer = train(pair.folder / "trained", 16, False)
-    whole = train(tmp_path / "whole", 16, False)
+    longer = train(pair.folder / "trained", 16, None)
+    whole = train(tmp_path / "whole", 16, None)
     np.testing.assert_allclose(longer, whole, atol=1e-6)
 
 
@@ -138,4 +138,5 @@ def test_a_process_that_fails_takes_the_other_down(failing):
     assert failed.status == 1
     assert "a bug in one process" in failed.stderr
     assert other.status != 0
-    assert other.at - failed.at < 60  # the 45 seconds promised, on a machine that does other things too
+    assert "process 1 has ended: a bug in one process" in other.stderr
+    assert other.at - failed.at < 20  # it hears of it within a second, on a machine that does other things too

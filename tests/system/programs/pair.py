@@ -30,8 +30,10 @@ from etils import epath
 from dl_jax import data, losses
 from dl_jax.core.fit import fit
 from dl_jax.core.step import init_state, make_step
-from dl_jax.harness.launch import leave, preemption
+from dl_jax.harness.alive import Alive
+from dl_jax.harness.launch import leave
 from dl_jax.harness.machine import initialize
+from dl_jax.harness.peers import Peers
 from dl_jax.harness.run import PREEMPTED, Preempted, Run, Settings
 
 ROOT = Path(__file__).parents[3]
@@ -46,14 +48,16 @@ def loss(variables, batch, key):
     return losses.cross_entropy(logits, batch["label"]).mean(), ({}, {})
 
 
-def train(folder: Path, steps: int, distributed: bool, before: Callable[[int], None] = lambda step: None) -> list:
+def train(folder: Path, steps: int, peers: Peers | None, before: Callable[[int], None] = lambda step: None) -> list:
     """The weights after `steps` on all devices; `before` is called with the number of each step."""
     tx = optax.adam(0.05)
     state = init_state(jax.random.key(0), {"params": {"w": jnp.zeros((5, 3))}}, tx)
     stream = data.shuffled(RECORDS, 16, seeds=3)
     told = dataclasses.replace(stream, read=lambda step, rows: (before(step), stream.read(step, rows))[1])
-    settings = Settings(checkpoint_every=5, preempted=preemption(True)) if distributed else Settings(checkpoint_every=5)
-    with contextlib.closing(Run(epath.Path(folder), settings)) as run:
+    with (
+        Alive(grace=30, deadline=None, peers=peers, signals=peers is not None) as alive,
+        contextlib.closing(Run(epath.Path(folder), Settings(checkpoint_every=5, preempted=alive.preempted))) as run,
+    ):
         state = fit(make_step(loss, tx), state, told, steps=steps, run=run, every=4)
     return np.asarray(state.params["w"].addressable_data(0)).tolist()
 
@@ -75,16 +79,17 @@ def experiment(name: str, folder: Path, address: str, process: int) -> None:
 
 def main(address: str, process: int, folder: Path, experiments: Sequence[str]) -> None:
     initialize(address, 2, process)
+    peers = Peers()
 
     def fail(step: int) -> None:
         if process == 1 and step == 3 and not experiments:
             raise RuntimeError("a bug in one process")
 
     try:
-        weights = train(folder / "trained", 12, True, fail)
+        weights = train(folder / "trained", 12, peers, fail)
     except RuntimeError as error:
         print(error, file=sys.stderr, flush=True)
-        leave(1, True)
+        leave(1, peers, False, str(error))
     (folder / f"weights.{process}").write_text(json.dumps(weights))
     joined, jax.distributed.initialize = jax.distributed.initialize, lambda *given, **options: None
     left, jax.distributed.shutdown = jax.distributed.shutdown, lambda: None
@@ -92,9 +97,9 @@ def main(address: str, process: int, folder: Path, experiments: Sequence[str]) -
         experiment(name, folder, address, process)
     jax.distributed.initialize, jax.distributed.shutdown = joined, left
     try:
-        train(folder / "told", 30_000, True, lambda step: time.sleep(0.01))
+        train(folder / "told", 30_000, peers, lambda step: time.sleep(0.01))
     except Preempted:
-        leave(PREEMPTED, True)
+        leave(PREEMPTED, peers, True, "")
 
 
 if __name__ == "__main__":
