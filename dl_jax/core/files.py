@@ -5,12 +5,18 @@ import errno
 import json
 import os
 import secrets
+import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from dl_jax.core.errors import InputError, reason, warn_once
+from dl_jax.core.errors import InputError, Unavailable, reason, warn_once
+
+T = TypeVar("T")
+
+MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds between attempts to read
 
 UNSUPPORTED = (errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 HELD = (errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK)
@@ -71,6 +77,26 @@ def _sync(descriptor: int) -> None:
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
+
+
+def patiently(read: Callable[[], T], what: str) -> T:
+    """What `read()` gives. Where it raises OSError it is tried again, with growing pauses, but for what is missing.
+
+    Raises Unavailable, in which `what` is named, where every attempt failed; and what is in `MISSING` at once.
+    """
+    for pause in (*PAUSES, None):
+        try:
+            return read()
+        except MISSING:
+            raise
+        except OSError as error:
+            if pause is None:
+                raise Unavailable(
+                    f"{what} cannot be read ({reason(error)}), tried {len(PAUSES) + 1} times in {sum(PAUSES):g} s; "
+                    "nothing was changed: give the same command again when it can be read"
+                ) from error
+            time.sleep(pause)
+    raise AssertionError
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import functools
 import json
 import os
 import shutil
-import time
 import warnings
 import zlib
 from collections.abc import Callable, Mapping
@@ -18,13 +17,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from dl_jax.core.errors import InputError, Unavailable
-from dl_jax.core.files import locked, sealed, unsealed
+from dl_jax.core.errors import InputError
+from dl_jax.core.files import MISSING, locked, patiently, sealed, unsealed, write_whole
 
 T = TypeVar("T")
 Digests = Mapping[str, list[int]]  # size and CRC-32 by the name of a file
 
-_ATTEMPTS, _PAUSE = 3, 0.1  # of a read; seconds before the second
 _BLOCK = 1 << 20  # bytes read at a time
 
 
@@ -56,23 +54,12 @@ def get(place: Path, read: Callable[[], T | None], make: Callable[[], None]) -> 
     return found
 
 
-def attempted(read: Callable[[], T], file: Path, attempts: int = _ATTEMPTS, pause: float = _PAUSE) -> T:
-    """What `read()` gives, which reads `file`. Raises DamagedError where there is no such file.
-
-    Raises Unavailable where the system fails to read it in all attempts, between which the `pause` in seconds doubles.
-    """
+def attempted(read: Callable[[], T], file: Path) -> T:
+    """What `read()` gives, which reads `file`. Raises DamagedError where there is no such file, and Unavailable."""
     try:
-        return read()
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
+        return patiently(read, str(file))
+    except MISSING as e:
         raise DamagedError(f"{file.name} is missing") from e
-    except OSError as e:
-        if attempts == 1:
-            raise Unavailable(
-                f"cannot read {file} in {_ATTEMPTS} attempts ({e.strerror or e}), expected a file that can be read: "
-                "give the command again later, or name another folder with --cache-dir or --data-dir"
-            ) from e
-    time.sleep(pause)
-    return attempted(read, file, attempts - 1, 2 * pause)
 
 
 def exists(file: Path) -> bool:
@@ -120,23 +107,15 @@ def read_sealed(file: Path) -> dict[str, Any] | None:
 
 def write_sealed(file: Path, content: Mapping[str, Any]) -> None:
     """Writes `content`, which JSON can represent, with its digest. Its name stands for the whole, on disk."""
-    new = file.with_name(f"{file.name}.new")
-    with open(new, "wb") as opened:
-        opened.write(json.dumps(sealed(content)).encode())
-        _sync(opened)
-    new.replace(file)
+    write_whole(file, json.dumps(sealed(content)).encode())
 
 
 def write_array(file: Path, array: np.ndarray) -> None:
     """Writes `array` as a .npy file, and waits until it is on disk."""
     with open(file, "wb") as opened:
         np.save(opened, array, allow_pickle=False)
-        _sync(opened)
-
-
-def _sync(opened: Any) -> None:
-    opened.flush()
-    os.fsync(opened.fileno())
+        opened.flush()
+        os.fsync(opened.fileno())
 
 
 def remove(path: Path) -> None:

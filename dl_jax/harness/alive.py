@@ -30,13 +30,11 @@ from dl_jax.harness.run import PREEMPTED, Preempted
 
 TICK = 0.5  # seconds
 SHORTEST = 300.0  # seconds, of a deadline that is not given
-STEPS = 50  # a deadline that is not given is at least so many of the longest step
-FIRST = 30.0  # seconds more until the first step of a fit or batch of an evaluation, for tracing
-SLOWEST = 3600.0  # seconds, for one compilation, save or restore, and for waiting for other processes
+STEPS = 50  # a deadline that is not given is at least so many of the longest step, or batch of an evaluation
+FIRST = 30.0  # seconds added to a given deadline until the first step or batch, for tracing
+SLOWEST = 3600.0  # seconds, for what has no step to compare it with: compiling, saving, waiting for processes
 SILENCE = 30.0  # seconds after which a process of several that cannot run its threads is killed
-LOWERED, COMPILED = (
-    f"/jax/core/compile/{name}_duration" for name in ("jaxpr_to_mlir_module", "backend_compile")
-)  # JAX's events at the beginning and at the end of a compilation
+LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"  # JAX's event, after which it compiles
 
 
 class Alive:
@@ -51,7 +49,7 @@ class Alive:
         self._phases: list[str] = []
         self._advanced: list[bool] = []  # for each phase under way: whether it has made a step
         self._compiling = False
-        self._longest = 0.0  # seconds between two steps
+        self._longest: dict[str, float] = {}  # seconds without an event that a step of a phase has taken, by phase
         self._since = time.monotonic()  # of the last event
         self._idle = 0.0  # seconds without an event, as the thread counts them
         self._calls, self._stop_at, self._lock = 0, None, threading.Lock()
@@ -108,11 +106,13 @@ class Alive:
         if event == events.BEGIN:
             self._phases.append(details["phase"])
             self._advanced.append(False)
-        elif event == events.END:
-            self._phases.pop()
-            self._advanced.pop()
         elif event == events.PROGRESS and self._phases:
             self._step()
+        elif event == events.END:
+            if self._phases[-1] == "evaluation":
+                self._took(time.monotonic() - self._since)  # it may have no batches
+            self._phases.pop()
+            self._advanced.pop()
         self._heard()
 
     def _duration(self, event: str, duration_secs: float, **details: Any) -> None:
@@ -126,7 +126,7 @@ class Alive:
     def _step(self) -> None:
         seconds = time.monotonic() - self._since
         if self._advanced[-1]:
-            self._longest = max(self._longest, seconds)
+            self._took(seconds)
             if self._deadline is not None and seconds > self._deadline:
                 what = "batch of an evaluation" if self._phases[-1] == "evaluation" else "step"
                 raise InputError(
@@ -135,6 +135,10 @@ class Alive:
                 )
         self._advanced[-1] = True
 
+    def _took(self, seconds: float) -> None:
+        phase = self._phases[-1]
+        self._longest[phase] = max(self._longest.get(phase, 0.0), seconds)
+
     def _limit(self) -> float:
         """How long the main thread may do what it does without an event, in seconds."""
         phases, advanced = self._phases[-1:], self._advanced[-1:]
@@ -142,8 +146,10 @@ class Alive:
             return float("inf")
         if self._compiling or phases[0] not in ("steps", "evaluation"):
             return SLOWEST
-        deadline = max(SHORTEST, STEPS * self._longest) if self._deadline is None else self._deadline
-        return deadline if advanced == [True] else deadline + FIRST
+        if self._deadline is not None:
+            return self._deadline if advanced == [True] else self._deadline + FIRST
+        longest = self._longest.get(phases[0])
+        return SLOWEST if longest is None else max(SHORTEST, STEPS * longest)
 
     def _watch(self) -> None:
         """The thread. It counts ticks instead of reading a clock, so that a suspended process may go on."""

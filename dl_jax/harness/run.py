@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_SEEDS = 2**32
+OWN = ("config.json", "attempts.json", "result.json", "metrics.jsonl", "checkpoints", "profile", ".lock")
 PREEMPTED = 143  # 128 + SIGTERM, so that a supervisor restarts the run
 
 
@@ -269,8 +270,11 @@ class Run(Recorder):
         """Writes the file `name` to the run's folder, for example a vocabulary that predictions will need.
 
         `content` is text, bytes, an array, which is written in NumPy's .npy format, or lists and dicts that JSON can
-        represent. The first process writes it, and only if the run has a folder. Raises InputError for other content.
+        represent. The first process writes it, and only if the run has a folder. Raises InputError for other content,
+        and for the name of a file of the run itself.
         """
+        if name in OWN:
+            raise InputError(f"cannot keep {name}, which is a file of the run itself; choose another name")
         if self._keeps:
             assert self.directory
             file, data = self.directory / name, _file_content(name, content)

@@ -30,6 +30,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from dl_jax.core import files as core_files
 from dl_jax.core.errors import InputError, Unavailable
 from dl_jax.harness.checkpoint import files as checkpoint_files
 from dl_jax.harness.checkpoint.store import Checkpoints, best_step, load
@@ -495,7 +496,7 @@ def test_what_is_set_aside_is_never_overwritten(tmp_path):
 
 @pytest.fixture
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(checkpoint_files, "PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(core_files, "PAUSES", (0.01, 0.01))
 
 
 def unreadable(path: Path) -> None:

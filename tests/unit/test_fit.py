@@ -1,6 +1,7 @@
 """The step, its combinators and the loop, on a linear regression whose every number is known."""
 
 import functools
+import json
 
 import flax.linen as nn
 import jax
@@ -15,6 +16,7 @@ from dl_jax import data, optim
 from dl_jax.core import fit as fit_module
 from dl_jax.core.errors import InputError
 from dl_jax.core.fit import NonFiniteError, Recorder, Watch, fit
+from dl_jax.core.recorder import Snapshot
 from dl_jax.core.step import State, holding, init_state, make_step, per_seed
 from dl_jax.core.stream import Stream
 
@@ -65,6 +67,7 @@ STEP = make_step(loss, ADAM)
 class Log(Recorder):
     def __init__(self, save_at=(), skip=False):
         self.reports, self.saves, self.save_at, self.skip_nonfinite = [], [], save_at, skip
+        self.snapshots, self.begin = {}, None
 
     def report(self, step, metrics):
         self.reports.append((step, metrics))
@@ -74,6 +77,10 @@ class Log(Recorder):
 
     def save(self, step, tree, measured):
         self.saves.append((step, jax.device_get(plain(tree.state)), measured))
+        self.snapshots[step] = jax.tree.map(jnp.copy, tree.state), tree.stop, json.loads(json.dumps(tree.window))
+
+    def start(self, snapshot, steps, best):
+        return self.begin or snapshot
 
 
 def test_golden_step():
@@ -589,3 +596,64 @@ def test_a_step_may_be_a_rollout():
     state = fit(rollout, state, lambda i: {}, steps=5, every=1, run=log)
     assert state.extra["height"] == 0  # 15 steps, three episodes
     assert [report.get("return") for _, report in log.reports] == [None, 5, None, 5, 5]  # ends at steps 5, 10 and 15
+
+
+PAIRS = per_seed(
+    make_step(
+        lambda variables, batch, key: (
+            loss(variables, batch, key)[0],
+            (
+                {},
+                {
+                    "bias": loss(variables, batch, key)[1][1]["bias"],
+                    "rare": (batch["y"][0], jnp.float32(batch["y"][0] > 0)),
+                },
+            ),
+        ),
+        ADAM,
+    )
+)
+
+
+def timeless(reports):
+    """The reports without what a clock has measured."""
+    return [
+        (step, {k: v for k, v in found.items() if k not in ("steps_per_second", "data_wait")})
+        for step, found in reports
+    ]
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("cut", [1, 4, 6, 7, 12])
+def test_a_resumed_fit_reports_the_means_of_one_that_went_on(cut, skip):
+    """Also of pairs of which one window has none, of seeds, and where some steps are not finite."""
+    states = jax.vmap(lambda key: start()._replace(key=key))(jax.random.split(jax.random.key(0), 2))
+    states = states._replace(extra={})
+
+    def batches(i):
+        batch = {name: np.stack([value, -value]) for name, value in rows(i).items()}
+        batch["y"] = np.where(skip and i in (2, 5), np.nan, batch["y"]).astype(np.float32)
+        return batch
+
+    whole, first, second = Log(skip=skip), Log((cut,), skip), Log(skip=skip)
+    settings = {"every": 7, "steps": 14, "watch": Watch(3, lambda variables: {"zero": np.zeros(2)})}
+    fit(PAIRS, states, batches, run=whole, **settings)
+    fit(PAIRS, states, batches, run=first, **settings)
+    second.begin = Snapshot(*first.snapshots[cut])
+    fit(PAIRS, states, batches, run=second, **settings)
+    kept = [(step, found) for step, found in first.reports if step <= cut]
+    for (step, found), (other, wanted) in zip(timeless(kept + second.reports), timeless(whole.reports), strict=True):
+        assert step == other
+        assert found.keys() == wanted.keys()
+        for name in wanted:
+            np.testing.assert_array_equal(found[name], wanted[name], err_msg=f"{name} at {step}")
+
+
+def test_steps_in_a_row_that_are_not_finite_are_counted_across_a_resume():
+    poison = lambda i: {**rows(i), "y": np.full(8, np.nan, np.float32)} if i >= 2 else rows(i)
+    first, second = Log((8,), skip=True), Log(skip=True)
+    with pytest.raises(NonFiniteError, match="at step 12 and 9 times in a row before"):
+        fit(STEP, start(), poison, steps=20, run=first)
+    second.begin = Snapshot(*first.snapshots[8])
+    with pytest.raises(NonFiniteError, match="at step 12 and 9 times in a row before"):
+        fit(STEP, start(), poison, steps=20, run=second)

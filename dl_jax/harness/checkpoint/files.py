@@ -17,16 +17,15 @@ tried again, and then given up without a change to any file.
 import contextlib
 import itertools
 import logging
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from etils import epath
 
-from dl_jax.core.errors import InputError, Unavailable
+from dl_jax.core.errors import InputError
+from dl_jax.core.files import MISSING, patiently, sealed, unsealed
 from dl_jax.core.files import absolute as absolute_path
-from dl_jax.core.files import sealed, unsealed
 from dl_jax.core.leaves import Spec, Tree, digest
 from dl_jax.core.leaves import differences as leaf_differences
 from dl_jax.core.recorder import Best
@@ -37,8 +36,6 @@ T = TypeVar("T")
 
 SCHEMA = 1
 SHOWN = 4  # differing leaves in a message
-PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds between attempts to read
-MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 # TensorStore's codes for what would not become better by waiting; other errors are checked by reading the files.
 PASSING = ("UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "ABORTED", "UNAUTHENTICATED")
 
@@ -54,7 +51,7 @@ class Damaged(Exception):
     """A checkpoint is damaged. The message says which part."""
 
 
-class Unreadable(Exception):
+class Unreadable(OSError):
     """A part of a checkpoint cannot be read at the moment. The message gives the system's reason."""
 
 
@@ -193,25 +190,10 @@ def newest_valid(
             return Valid(meta, _read_arrays(root, meta))
 
         try:
-            return patiently(f"checkpoint {name}/{step}", valid), damage
+            return patiently(valid, f"checkpoint {name}/{step}"), damage
         except Damaged as error:
             damage[step] = str(error)
     return None, damage
-
-
-def patiently(what: str, read: Callable[[], T]) -> T:
-    """The result of `read`, which is tried several times where it raises Unreadable; then it is Unavailable."""
-    for pause in (*PAUSES, None):
-        try:
-            return read()
-        except Unreadable as error:
-            if pause is None:
-                raise Unavailable(
-                    f"{what} cannot be read ({error}), tried {len(PAUSES) + 1} times in {sum(PAUSES):g} s; nothing was "
-                    "changed: give the same command again when it can be read"
-                ) from error
-            time.sleep(pause)
-    raise AssertionError
 
 
 def read_meta(root: epath.Path, step: int) -> Meta:

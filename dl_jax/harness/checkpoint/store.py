@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from dl_jax.core.errors import InputError, Unavailable
+from dl_jax.core.files import patiently
 from dl_jax.core.leaves import Spec, Tree, digest, named, nested, place_like, spec, stored_values
 from dl_jax.core.recorder import Best, require_mode
 from dl_jax.harness.checkpoint import files
@@ -148,12 +149,12 @@ class Checkpoints:
             try:
                 files.tidy(self._root)
                 files.prune(self._root, self._keep, self._best)
-            except (OSError, files.Unreadable) as error:  # the checkpoint itself is written
+            except OSError as error:  # the checkpoint itself is written
                 words = f"older checkpoints in {self._name} were not removed ({files.reason(error)}); the run goes on"
                 warnings.warn(words, stacklevel=2)
 
     def _steps(self) -> list[int]:
-        return files.patiently(self._name, lambda: files.steps(self._root))
+        return patiently(lambda: files.steps(self._root), self._name)
 
     def _newest(self, model: Mapping[str, Spec]) -> files.Valid | None:
         owner = self._owner and self._owner()
@@ -221,7 +222,7 @@ def load(directory: str, step: int | None = None) -> tuple[int, Tree]:
     left out. Raises InputError where there is no such checkpoint, or none is valid.
     """
     root = files.absolute(directory)
-    steps = files.patiently(directory, lambda: files.steps(root))
+    steps = patiently(lambda: files.steps(root), directory)
     if step is not None and step not in steps:
         raise InputError(f"{directory} has no checkpoint {step}; it has {steps or 'none at all'}")
     found, damage = files.newest_valid(root, directory, steps if step is None else [step], None)
@@ -239,7 +240,7 @@ def best_step(directory: str) -> int | None:
     Of equally good ones it is the newest. None if there is no criterion, or no checkpoint has a finite value of it.
     """
     root = files.absolute(directory)
-    metas = files.patiently(directory, lambda: files.metas(root))
+    metas = patiently(lambda: files.metas(root), directory)
     return files.best_of(metas, metas[max(metas)]["best"]) if metas else None
 
 
