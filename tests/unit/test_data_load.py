@@ -175,7 +175,7 @@ def test_columns_are_on_disk_before_the_cache_has_its_name(monkeypatch, medley, 
     monkeypatch.setattr(os, "fsync", lambda file: told.append("sync") or sync(file))
     monkeypatch.setattr(Path, "rename", lambda path, to: told.append("name") or rename(path, to))
     columns = data.load("medley", "train", medley, str(tmp_path))
-    assert told == ["sync"] * (len(columns) + 1) + ["name"]  # their digests too
+    assert told == ["sync"] * (len(columns) + 2) + ["name"]  # their digests too, and the name of these in the folder
 
 
 def test_who_waited_for_another_process_does_not_decode_again(monkeypatch, medley, tmp_path):
