@@ -209,7 +209,8 @@ class Run(Recorder):
         if self._lines:
             self._lines.write(step, metrics)
         if self._board:
-            self._board.scalars(step, {**metrics, **self.settings.usage()})
+            usage = self.settings.usage() if "steps_per_second" in metrics else {}  # once, not with measurements too
+            self._board.scalars(step, {**metrics, **usage})
 
     def finish(self, step: int, snapshot: Snapshot) -> None:
         """Saves the last state and waits until it is written. Implements `Recorder.finish`.
