@@ -8,11 +8,15 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from etils import epath
 
 from dl_jax.core import events
 from dl_jax.core.errors import InputError
+from dl_jax.core.evaluate import evaluator
+from dl_jax.core.fit import Watch, fit
+from dl_jax.core.step import State
 from dl_jax.harness import alive as alive_module
 from dl_jax.harness import guardian
 from dl_jax.harness.alive import Alive
@@ -59,6 +63,27 @@ def test_compilations_within_each_other_are_counted_once():
         spent = clock.spent()
     assert 0 < spent["compile"] <= took
     assert spent["other"] >= -1e-6
+
+
+@pytest.fixture
+def heard():
+    """The events of this package, in order."""
+    names = []
+    listen = lambda event, **details: event.startswith("/dl_jax/") and names.append(details.get("phase") or event[8:])
+    jax.monitoring.register_event_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_listener(listen)
+
+
+def test_a_fit_and_an_evaluation_tell_of_every_step_and_batch(heard):
+    records = {"x": np.ones((10, 2), np.float32)}
+    mean = lambda variables, batch, key: {"x": (batch["x"].sum(), batch["mask"].sum())}
+    measure = evaluator(mean, records, 4, jax.random.split(jax.random.key(0), 1))
+    step = lambda state, batch: (state._replace(step=state.step + 1), {"loss": batch["x"].sum()})
+    state = State(jnp.int32(0), {"w": jnp.zeros((1, 2))}, {}, (), jax.random.key(0))
+    fit(step, state, lambda i: {"x": np.ones(2, np.float32)}, steps=4, every=2, watch=Watch(4, measure))
+    steps, evaluation = ["progress"] * 2, ["evaluation", "evaluation", *["progress"] * 3, "evaluation", "evaluation"]
+    assert heard == ["steps", *steps, *steps, *evaluation, "steps"]  # each phase with its end
 
 
 def test_a_phase_that_fails_ends():

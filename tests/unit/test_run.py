@@ -79,6 +79,18 @@ def test_history_is_that_of_an_undisturbed_run_after_a_resume_and_after_the_end(
             np.testing.assert_array_equal(run.history(name), whole.history(name))
 
 
+def test_a_run_that_is_asked_to_end_while_it_saves_for_the_last_time_ends(tmp_path):
+    asked = iter([False] * 9 + [True])  # after each of nine steps, and at the end
+    with (
+        contextlib.closing(Run(epath.Path(tmp_path), Settings(preempted=lambda step: next(asked)))) as run,
+        pytest.raises(Preempted),
+    ):
+        quadratic(run)
+    with contextlib.closing(Run(epath.Path(tmp_path))) as run:
+        assert quadratic(run).step == 9
+        assert run.last_saved().startswith("the last good checkpoint is step 9")
+
+
 @pytest.mark.parametrize("stopped", [True, False])
 def test_a_fit_of_other_seeds_is_not_gone_on_with(tmp_path, stopped):
     settings = Settings(preempted=lambda step: stopped and step == 4)
@@ -137,6 +149,8 @@ def test_what_is_kept_is_a_file_of_its_kind(tmp_path):
     for content in (object(), {"loss": float("nan")}):
         with pytest.raises(InputError, match=r"cannot keep it\.json, a (object|dict)"):
             run.keep("it.json", content)
+    with pytest.raises(InputError, match=r"cannot keep metrics\.jsonl, which is a file of the run itself"):
+        run.keep("metrics.jsonl", "mine")
 
 
 def test_images_and_figures_are_files_and_on_the_board(tmp_path, accumulated):
