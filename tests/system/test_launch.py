@@ -328,6 +328,16 @@ def test_a_file_that_is_not_of_a_run_is_not_taken_over(call, tmp_path, name, con
     assert (tmp_path / name).read_text() == content
 
 
+def test_a_config_of_another_program_beside_checkpoints_is_not_taken_over(call, tmp_path):
+    flags = ("--seeds", "1", "--workdir", str(tmp_path))
+    call(*flags)
+    (tmp_path / "config.json").write_text('{"my": "settings"}')
+    status, _, err = call(*flags)
+    assert status == 2
+    assert "not of a run" in one_line(err)
+    assert (tmp_path / "config.json").read_text() == '{"my": "settings"}'
+
+
 def test_checkpoints_of_another_child_are_refused(call, tmp_path):
     flags = ("--seeds", "2", "--workdir", str(tmp_path))
     assert call(*flags)[0] == 0
