@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import secrets
+import stat
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -77,6 +78,30 @@ def _sync(descriptor: int) -> None:
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
+
+
+def exists(path: Any) -> bool:
+    """Whether a file or folder is at a `pathlib` or `epath` path. Raises the system's error where it cannot tell.
+
+    `path.exists()` would say no. At an address its client decides.
+    """
+    if "://" in os.fspath(path):
+        return path.exists()
+    try:
+        path.stat()
+    except MISSING:
+        return False
+    return True
+
+
+def is_folder(path: Any) -> bool:
+    """Whether a folder is at a `pathlib` or `epath` path. Raises the system's error where it cannot tell, as `exists`."""
+    if "://" in os.fspath(path):
+        return path.is_dir()
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except MISSING:
+        return False
 
 
 def patiently(read: Callable[[], T], what: str) -> T:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from dl_jax.core import files
 from dl_jax.core.errors import InputError
 from dl_jax.core.files import MISSING, locked, patiently, sealed, unsealed, write_whole
 
@@ -63,12 +64,8 @@ def attempted(read: Callable[[], T], file: Path) -> T:
 
 
 def exists(file: Path) -> bool:
-    """Whether the file or folder is there. Raises Unavailable as `attempted`, where `Path.exists` may say no."""
-    try:
-        attempted(file.stat, file)
-    except DamagedError:
-        return False
-    return True
+    """Whether the file or folder is there. Raises Unavailable where the system cannot tell."""
+    return patiently(lambda: files.exists(file), str(file))
 
 
 def digests(folder: Path) -> Digests:

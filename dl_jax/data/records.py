@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dl_jax.core.errors import InputError, nearest
+from dl_jax.data.cached import attempted
 from dl_jax.data.describe import Feature, columns, flat, open_builder
 from dl_jax.data.source import Prepared, brief, normal_split
 
@@ -43,7 +44,8 @@ class Records:
         such as the module of the builder or the text that describes the set.
         """
         splits, features = (
-            json.loads((self.found.folder / name).read_bytes()) for name in ("dataset_info.json", "features.json")
+            json.loads(attempted(file.read_bytes, file))
+            for file in (self.found.folder / "dataset_info.json", self.found.folder / "features.json")
         )
         sizes = [(Path(file).name, Path(file).stat().st_size) for file, _ in self._files]
         content = json.dumps([splits["splits"], features, sizes], sort_keys=True)

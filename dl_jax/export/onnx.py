@@ -34,6 +34,7 @@ TYPES = {  # ONNX Runtime's name -> numpy's
     "tensor(bool)": "bool",
 }
 KEY = b"dl_jax.crc32"
+CRC_DIGITS = 8
 
 
 def export(
@@ -257,9 +258,9 @@ def _content(path: str | os.PathLike[str]) -> bytes:
     content = data[len(_entry(b"")) :]
     if data == _entry(content) + content:
         return content
-    if KEY in data:
+    if data.startswith(_entry(b"")[:-CRC_DIGITS]):
         raise InputError(f"{path} is damaged: its checksum does not match; copy it again or export the model again")
-    return data
+    return data  # of another program, which may have kept our entry somewhere else
 
 
 def _entry(content: bytes) -> bytes:
@@ -267,7 +268,7 @@ def _entry(content: bytes) -> bytes:
 
     The fields of a protobuf message may stand in any order, so that a model is one with the entry before it.
     """
-    pair = _field(1, KEY) + _field(2, f"{zlib.crc32(content):08x}".encode())
+    pair = _field(1, KEY) + _field(2, f"{zlib.crc32(content):0{CRC_DIGITS}x}".encode())
     return _field(14, pair)
 
 

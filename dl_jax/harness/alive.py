@@ -10,6 +10,7 @@ A thread listens, because Python's signal handlers do not run while the main thr
 
 import contextlib
 import faulthandler
+import math
 import os
 import select
 import signal
@@ -23,16 +24,19 @@ from typing import Any, NoReturn
 import jax.monitoring
 
 from dl_jax.core import events
-from dl_jax.core.errors import UNAVAILABLE, InputError, Unavailable
+from dl_jax.core.errors import UNAVAILABLE, InputError, Unavailable, one_line
 from dl_jax.harness import guardian
+from dl_jax.harness.machine import HEARTBEAT
 from dl_jax.harness.peers import Peers
 from dl_jax.harness.run import PREEMPTED, Preempted
 
 TICK = 0.5  # seconds
 SHORTEST = 300.0  # seconds, of a deadline that is not given
 STEPS = 50  # a deadline that is not given is at least so many of the longest step, or batch of an evaluation
-FIRST = 30.0  # seconds added to a given deadline until the first step or batch, for tracing
+FIRST = 30.0  # seconds added to a given deadline for the first steps or batches, for tracing and for measuring them
 SLOWEST = 3600.0  # seconds, for what has no step to compare it with: compiling, saving, waiting for processes
+MEASURED = 2  # steps without a check of the deadline, in which to see whether it is shorter than a step
+SHOW_CURSOR = "\x1b[?25h\n"  # a progress bar hides it
 SILENCE = 30.0  # seconds after which a process of several that cannot run its threads is killed
 LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"  # JAX's event, after which it compiles
 
@@ -47,11 +51,13 @@ class Alive:
     def __init__(self, *, grace: float, deadline: float | None, peers: Peers | None, signals: bool) -> None:
         self._grace, self._deadline, self._peers, self._signals = grace, deadline, peers, signals
         self._phases: list[str] = []
-        self._advanced: list[bool] = []  # for each phase under way: whether it has made a step
+        self._advanced: list[int] = []  # steps that each phase under way has made
         self._compiling = False
         self._longest: dict[str, float] = {}  # seconds without an event that a step of a phase has taken, by phase
         self._since = time.monotonic()  # of the last event
-        self._idle = 0.0  # seconds without an event, as the thread counts them
+        self._heard = 0  # events; the thread counts the seconds without one
+        self._idle = 0.0
+        self._main = threading.get_ident()
         self._calls, self._stop_at, self._lock = 0, None, threading.Lock()
         self._over = threading.Event()
 
@@ -101,30 +107,34 @@ class Alive:
             self._stop_at = 0
 
     def _event(self, event: str, **details: Any) -> None:
-        if threading.current_thread() is not threading.main_thread():
+        if threading.get_ident() != self._main:
             return
+        seconds = self._new()
         if event == events.BEGIN:
             self._phases.append(details["phase"])
-            self._advanced.append(False)
+            self._advanced.append(0)
         elif event == events.PROGRESS and self._phases:
-            self._step()
+            self._step(seconds)
         elif event == events.END:
             if self._phases[-1] == "evaluation":
-                self._took(time.monotonic() - self._since)  # it may have no batches
+                self._took(seconds)  # it may have no batches
             self._phases.pop()
             self._advanced.pop()
-        self._heard()
 
     def _duration(self, event: str, duration_secs: float, **details: Any) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self._heard()
+        if threading.get_ident() == self._main:
+            self._new()
             self._compiling = event == LOWERED
 
-    def _heard(self) -> None:
-        self._since, self._idle, self._compiling = time.monotonic(), 0.0, False
+    def _new(self) -> float:
+        """Counts an event, and returns the seconds since the last one, without those for which all was suspended."""
+        now = time.monotonic()
+        seconds, self._since = min(now - self._since, self._idle + 2 * TICK), now
+        self._heard += 1
+        self._compiling = False
+        return seconds
 
-    def _step(self) -> None:
-        seconds = time.monotonic() - self._since
+    def _step(self, seconds: float) -> None:
         if self._advanced[-1]:
             self._took(seconds)
             if self._deadline is not None and seconds > self._deadline:
@@ -133,7 +143,7 @@ class Alive:
                     f"--deadline {self._deadline:g} is shorter than a {what}, which took {seconds:.2g} s; give several "
                     "times that, or leave the flag out"
                 )
-        self._advanced[-1] = True
+        self._advanced[-1] += 1
 
     def _took(self, seconds: float) -> None:
         phase = self._phases[-1]
@@ -143,50 +153,61 @@ class Alive:
         """How long the main thread may do what it does without an event, in seconds."""
         phases, advanced = self._phases[-1:], self._advanced[-1:]
         if not phases:
-            return float("inf")
+            return math.inf
         if self._compiling or phases[0] not in ("steps", "evaluation"):
-            return SLOWEST
+            return max(SLOWEST, self._deadline or 0)
         if self._deadline is not None:
-            return self._deadline if advanced == [True] else self._deadline + FIRST
+            return self._deadline if advanced > [MEASURED] else self._deadline + FIRST
         longest = self._longest.get(phases[0])
         return SLOWEST if longest is None else max(SHORTEST, STEPS * longest)
 
     def _watch(self) -> None:
+        try:
+            self._listen()
+        except Exception as error:  # without this thread nothing would end the process
+            self._end(1, f"the thread that bounds this process failed ({type(error).__name__}: {one_line(error)})")
+
+    def _listen(self) -> None:
         """The thread. It counts ticks instead of reading a clock, so that a suspended process may go on."""
-        before, asked = time.monotonic(), None  # seconds since the process was asked to end
+        before, asked, heard, deaf = time.monotonic(), math.nan, 0, 0.0  # seconds since it was asked, or heard no news
         while not self._over.is_set():
             ready = select.select([self._pipe[0]], [], [], TICK)[0]
             now = time.monotonic()
             tick, before = min(now - before, 2 * TICK), now
-            self._idle += tick
-            asked = None if asked is None else asked + tick
+            self._idle = self._idle + tick if self._heard == heard else 0.0
+            heard, asked = self._heard, asked + tick
+            self._beat()
             told = set(os.read(self._pipe[0], 4096)) if ready else set()
-            if told & {signal.SIGTERM, signal.SIGINT} and asked is None:
+            if told & {signal.SIGTERM, signal.SIGINT} and math.isnan(asked):
                 asked = 0.0
                 if self._peers:
-                    self._peers.ask_to_end()
-            self._beat()
-            if self._peers and self._hear(self._peers) and asked is None:
-                asked = 0.0
-            if asked is not None and asked >= max(self._grace - 4 * TICK, self._grace / 2):
-                self._end(PREEMPTED, f"asked to end, and no step ended within --grace {self._grace:g} s")
-            if self._idle > self._limit():
+                    with contextlib.suppress(RuntimeError):  # its own fit may still save
+                        self._peers.ask_to_end()
+            if self._peers:
+                try:
+                    asked, deaf = 0.0 if self._hear(self._peers) and math.isnan(asked) else asked, 0.0
+                except RuntimeError:
+                    deaf += tick
+                if deaf > HEARTBEAT:
+                    self._leave(UNAVAILABLE, "process 0 has ended or cannot be reached")
+            if asked >= max(self._grace - 4 * TICK, self._grace / 2):
+                self._end(PREEMPTED, f"asked to end, and it was not done within --grace {self._grace:g} s")
+            limit = self._limit()
+            if self._idle > limit and self._heard == heard:
                 faulthandler.dump_traceback(2)
                 what = (self._phases or ["nothing"])[-1]
                 self._end(
                     UNAVAILABLE,
-                    f"nothing went on in {what} for {self._idle:.0f} s, the deadline; the process ends, and the same "
-                    "command resumes from what was saved",
+                    f"nothing went on in {what} for {self._idle:.0f} s, where {limit:.0f} s are the limit (see "
+                    "--deadline); the process ends, and with --workdir the same command resumes what was saved",
                 )
 
     def _hear(self, peers: Peers) -> bool:
-        """Whether a process was asked to end; then agrees with the others on a step. Ends after the end of another."""
-        try:
-            asked, end = peers.news()
-        except RuntimeError:
-            if self._over.wait(TICK):
-                return False
-            self._leave(UNAVAILABLE, "process 0 has ended or cannot be reached")
+        """Whether a process was asked to end; then agrees with the others on a step. Ends after the end of another.
+
+        Raises RuntimeError where process 0 cannot be reached.
+        """
+        asked, end = peers.news()
         if end:
             if end.status == UNAVAILABLE:
                 faulthandler.dump_traceback(2)  # the process that hangs may be this one
@@ -194,7 +215,7 @@ class Alive:
         if asked and self._stop_at is None:
             with self._lock:  # no step is counted meanwhile
                 try:
-                    calls = peers.exchange("asked", str(self._calls), self._grace)
+                    calls = peers.exchange("asked", str(self._calls), min(self._grace, SILENCE / 2))
                 except Unavailable as error:
                     self._end(PREEMPTED, str(error))
                 self._stop_at = 1 + max(map(int, calls))
@@ -213,7 +234,7 @@ class Alive:
 
     def _leave(self, status: int, why: str) -> NoReturn:
         with contextlib.suppress(OSError):
-            os.write(2, f"error: {why}\n".encode())
+            os.write(2, f"{SHOW_CURSOR if os.isatty(2) else ''}error: {why}\n".encode())
         os._exit(status)
 
 

@@ -27,7 +27,7 @@ class Clock:
 
     def __enter__(self) -> "Clock":
         self._spent: defaultdict[str, float] = defaultdict(float)
-        self._phases = ["other"]
+        self._phases, self._main = ["other"], threading.get_ident()
         self._began = self._since = time.perf_counter()
         self._compiled: list[tuple[float, float]] = []  # (begin, seconds) of compilations that no later one contains
         jax.monitoring.register_event_listener(self._event)
@@ -49,17 +49,17 @@ class Clock:
         self._since = now
 
     def _event(self, event: str, **details: Any) -> None:
-        if threading.current_thread() is not threading.main_thread():
+        if event not in (events.BEGIN, events.END) or threading.get_ident() != self._main:
             return
         if event == events.BEGIN:
             self._charge()
             self._phases.append(details["phase"])
-        elif event == events.END:
+        else:
             self._charge()
             self._phases.pop()
 
     def _duration(self, event: str, duration_secs: float, **details: Any) -> None:
-        if threading.current_thread() is not threading.main_thread():
+        if threading.get_ident() != self._main:
             return
         if event == events.WAITED:
             self._move("waiting", duration_secs)
@@ -77,7 +77,10 @@ class Clock:
 
 
 def goodput(spent: Mapping[str, float]) -> float:
-    """The share of the time that was spent in steps, 0 to 1."""
+    """The share of the time that was spent in steps, 0 to 1.
+
+    A killed attempt counts until its last save. Steps that an attempt lost by an exception count as if they were kept.
+    """
     return spent.get("steps", 0.0) / spent["all"] if spent.get("all") else 0.0
 
 

@@ -24,6 +24,7 @@ from dl_jax.core.recorder import NonFiniteError
 from dl_jax.harness.alive import Alive, end_all
 from dl_jax.harness.clock import Clock, goodput, memory
 from dl_jax.harness.fields import check
+from dl_jax.harness.identity import differences, read_by_both
 from dl_jax.harness.machine import (
     cache_programs,
     device,
@@ -56,6 +57,7 @@ class Experiment(NamedTuple):
 
 
 CLAIM_MISSED = 3  # an exit status
+GONE = ("Gloo", "NCCL", "Connection", "UNAVAILABLE", "coordination")  # in JAX's words where another process has ended
 PRESET = tyro.conf.arg(help="Configuration that gives the flags below their defaults.")
 
 
@@ -82,7 +84,8 @@ class Common:
     grace: float = 30.0
     """Seconds after SIGTERM or Ctrl-C within which the run saves and ends."""
     deadline: float | None = None
-    """Seconds without a step after which the run is taken to hang and ends [default: 300, or 50 steps if longer]."""
+    """Seconds without a step, or without a batch of an evaluation, after which the run is taken to hang and ends; a
+    measurement without batches counts as one [default: 300, or 50 times the longest so far]."""
     profile: str | None = None
     """Steps FIRST..LAST of which to write a trace, in the first fit that comes to them (needs --workdir)."""
     coordinator: str | None = None
@@ -121,6 +124,8 @@ def launch(main: Main, presets: Mapping[str, Any], claims: Sequence[Claim]) -> N
             signals = bool(common.workdir or peers)
             with Alive(grace=common.grace, deadline=common.deadline, peers=peers, signals=signals) as alive:
                 status = run_experiment(Experiment(main, presets, claims), preset, config, common, alive, peers)
+                if peers:
+                    peers.meet()  # process 0 may have more to write
         except (InputError, NonFiniteError, Unavailable) as error:
             if common.debug:
                 traceback.print_exc()
@@ -131,6 +136,9 @@ def launch(main: Main, presets: Mapping[str, Any], claims: Sequence[Claim]) -> N
         except Exception as error:
             traceback.print_exc()
             status, orderly, why = 1, False, one_line(f"{type(error).__name__}: {error}")
+            if peers and isinstance(error, jax.errors.JaxRuntimeError) and any(word in why for word in GONE):
+                status, why = UNAVAILABLE, f"another process cannot be reached: {why[:200]}"
+                print(f"error: {why}", file=sys.stderr)
         leave(status, peers, orderly, why)
 
 
@@ -256,6 +264,8 @@ def run_experiment(
             "memory": memory(),
             "attempts": attempts,
         }
+        if peers:
+            peers.agree({"data": dict(read)})
         if jax.process_index() == 0:
             print_table(record)
             if directory:
@@ -279,6 +289,10 @@ def keep(record: Mapping[str, Any], directory: epath.Path) -> None:
     before = read_json(result)  # None where it is damaged: it is then written anew
     if isinstance(before, dict) and before.get("measured") == record["measured"]:
         return
+    if isinstance(before, dict):
+        there, here = (each["data"] for each in read_by_both(before, record))
+        if found := differences(there, here, "in result.json", "now"):
+            raise InputError(f"{result} is of other data: {'; '.join(found)}; use that data, or give --restart")
     with spared(f"{result} cannot be written", "the record of this run is lost", failures(result)):
         write_json(result, record)
     with contextlib.closing(TensorBoard(directory, 0)) as board:

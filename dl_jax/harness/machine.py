@@ -5,6 +5,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import socket
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 
 import dl_jax
-from dl_jax.core.errors import UNAVAILABLE, InputError, one_line
+from dl_jax.core.errors import UNAVAILABLE, InputError, Unavailable, one_line, reason
 from dl_jax.core.files import cache_folder
 
 HEARTBEAT = 25  # seconds without one, after which JAX takes a process for dead
@@ -84,6 +85,8 @@ def initialize(coordinator: str | None, processes: int | None, process_id: int |
     """
     jax.config.update("jax_enable_preemption_service", False)  # its handler of SIGTERM would take the place of ours
     options: dict[str, Any] = {"heartbeat_timeout_seconds": HEARTBEAT, "shutdown_timeout_seconds": 30}
+    if process_id == 0 and coordinator:
+        _require_free(coordinator)
     bound = threading.Timer(seconds, _give_up, (seconds,))  # JAX would end the process with a dump of its stack
     bound.daemon = True
     bound.start()
@@ -98,6 +101,20 @@ def initialize(coordinator: str | None, processes: int | None, process_id: int |
         ) from error
     finally:
         bound.cancel()
+
+
+def _require_free(coordinator: str) -> None:
+    """Raises Unavailable where another program has the port of `coordinator`, host:port; JAX would crash."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port of a run that has just ended is free
+        try:
+            probe.bind(("", int(coordinator.rpartition(":")[2])))
+        except OSError as error:
+            raise Unavailable(
+                f"the port of --coordinator {coordinator} cannot be had ({reason(error)}); wait, or choose another"
+            ) from error
+        except ValueError as error:
+            raise InputError(f"--coordinator {coordinator}, expected host:port; give the port of process 0") from error
 
 
 def _give_up(seconds: float) -> None:

@@ -15,7 +15,7 @@ import jax
 from dl_jax.core import events
 from dl_jax.core.errors import InputError, Unavailable, one_line
 
-LONGEST = 3600  # seconds that a process waits for the others at one place
+LONGEST = 10**6  # seconds that a process waits for the others; `alive` has shorter limits
 SHOWN = 3  # differing facts in a message
 _ROUNDS = itertools.count()  # of this process, as a name is used once
 
@@ -46,11 +46,17 @@ class Peers:
         with events.phase("waiting"):
             number = next(_ROUNDS)
             digests = self.exchange(f"digest-{number}", hashlib.sha256(words.encode()).hexdigest())
+            self._client.key_value_delete(f"dl_jax/digest-{number - 1}/{self.process}")  # all have read it
             if len(set(digests)) > 1:
                 found = [flat(json.loads(each)) for each in self.exchange(f"facts-{number}", words)]
                 raise InputError(
                     f"processes differ: {differing(found)}; give all of them the same command, code and data"
                 )
+
+    def meet(self) -> None:
+        """Waits until all processes are here."""
+        with events.phase("waiting"):
+            self.exchange(f"met-{next(_ROUNDS)}", "")
 
     def exchange(self, name: str, words: str, seconds: float = LONGEST) -> list[str]:
         """The words of every process, in their order, once all have called it with this new `name`."""

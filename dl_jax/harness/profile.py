@@ -9,7 +9,8 @@ from pathlib import Path
 import jax
 from etils import epath
 
-from dl_jax.core.errors import InputError
+from dl_jax.core.errors import InputError, spared
+from dl_jax.core.files import write_whole
 
 
 class Profile:
@@ -26,32 +27,41 @@ class Profile:
         self._target = directory / "profile"
         self._folder: str | None = None  # where the trace under way is written
         self._done = jax.process_index() != 0
-        self._before = 0
+        self._before = self._until = 0
+
+    def begin(self, step: int) -> None:
+        """Is called with the step at which a fit begins."""
+        self._before = step
+        self._start_if(self._first - 1 <= step < self._last)
 
     def stepped(self, step: int) -> None:
-        """Is called with the step at which a fit begins, and after each call of the program."""
-        stride, self._before = max(step - self._before, 1), step
+        """Is called after each call of the program. If a call has jumped over the first step, the next is traced."""
+        before, self._before = self._before, step
         if self._folder:
-            if step >= self._last + 2 * stride:  # a call is still running when the next one is made
+            if step >= max(self._last, self._until) + 2 * (step - before):  # a call still runs when the next is made
                 self.close()
-        elif not self._done and self._first - 1 <= step < self._last:
-            self._folder = tempfile.mkdtemp()
-            jax.profiler.start_trace(self._folder)
+        else:
+            self._start_if(before < self._first - 1 <= step)
+
+    def _start_if(self, due: bool) -> None:
+        if due and not self._done:
+            self._until = self._before + 1
+            with spared("the trace cannot be begun", "none is written", Exception):
+                folder = tempfile.mkdtemp()
+                jax.profiler.start_trace(folder)
+                self._folder = folder
 
     def close(self) -> None:
         """Writes the trace under way, if there is one."""
         if not self._folder:
             return
         folder, self._folder, self._done = self._folder, None, True
-        jax.profiler.stop_trace()
-        try:
+        with spared(f"the trace cannot be written to {self._target}", "it is lost", Exception):
+            jax.profiler.stop_trace()
             for file in Path(folder).rglob("*"):  # XLA writes to local folders only
                 if file.is_file():
-                    target = self._target / file.relative_to(folder).as_posix()
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    target.write_bytes(file.read_bytes())
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+                    write_whole(self._target / file.relative_to(folder).as_posix(), file.read_bytes())
+        shutil.rmtree(folder, ignore_errors=True)
 
     def end(self) -> None:
         """Is called at the end of the run. Warns where no fit came to the steps."""

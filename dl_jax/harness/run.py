@@ -59,6 +59,10 @@ def unknown() -> dict[str, float]:
     return {}
 
 
+def nothing() -> None:
+    """The default of `Settings.saved`: nobody wants to know."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """The settings that a run and its children share."""
@@ -72,7 +76,7 @@ class Settings:
     read: Mapping[str, str] = dataclasses.field(default_factory=dict)  # data sets read so far: see `core.inputs`
     agree: Callable[[Mapping[str, Any]], None] = alone  # raises InputError where processes give other facts
     usage: Callable[[], dict[str, float]] = unknown  # goodput and memory, shown in TensorBoard
-    saved: Callable[[], Any] = unknown  # is called at each checkpoint
+    saved: Callable[[], Any] = nothing  # is called at each checkpoint
     profile: Profile | None = None
 
     def __post_init__(self) -> None:
@@ -147,7 +151,7 @@ class Run(Recorder):
                 snapshot = Snapshot(tree["state"], tree["stop"], note or {})
         self._step = self._saved or 0
         if self.settings.profile:
-            self.settings.profile.stepped(self._step)
+            self.settings.profile.begin(self._step)
         if self.directory:
             earlier = read_lines(self.directory / "metrics.jsonl", self._step)
             self._reported = [(record["step"], record) for record in earlier]

@@ -13,12 +13,11 @@ import numpy as np
 from etils import epath
 
 from dl_jax.core.errors import InputError, one_line, reason, spared
-from dl_jax.core.files import absolute, failures, lock, write_whole
-from dl_jax.harness.checkpoint.files import free, metas
+from dl_jax.core.files import MISSING, absolute, exists, failures, is_folder, lock, patiently, write_whole
+from dl_jax.harness.checkpoint.files import entries, free, metas, steps
 from dl_jax.harness.identity import FIELDS, Identity, differences, is_identity
 
 DEEPEST = 3  # maximum nesting of child runs: cell / seed and one more
-FITS = ("metrics.jsonl", "checkpoints/*/meta")  # what a fit leaves
 BOOKKEEPING = ("config.json", "attempts.json", "result.json")
 BEFORE = "before-restart"
 
@@ -79,12 +78,10 @@ def attempt(
 def earlier_attempts(file: epath.Path) -> list[dict[str, Any]]:
     """The attempts in attempts.json.
 
-    A file that is damaged or cannot be read counts as one attempt of an unknown commit, which is not clean.
+    A file that is damaged counts as one attempt of an unknown commit, which is not clean. Raises Unavailable where it
+    cannot be read.
     """
-    try:
-        found = json.loads(file.read_bytes()) if file.exists() else []
-    except Exception:  # a bucket's client has errors of its own
-        found = None
+    found = read_json(file) if patiently(lambda: exists(file), str(file)) else []
     if isinstance(found, list) and all(map(_is_attempt, found)):
         return found
     words = f"{file} is damaged: the commits of earlier attempts are unknown, so the result will not count as clean"
@@ -99,14 +96,16 @@ def _is_attempt(found: Any) -> bool:
         and {"commit", "clean", "seconds"} <= found.keys()
         and isinstance(found["clean"], bool)
         and (found["seconds"] is None or number(found["seconds"]))
+        and isinstance(found.get("spent", {}), dict)
+        and all(map(number, found.get("spent", {}).values()))
     )
 
 
 def read_json(file: epath.Path) -> Any:
-    """The content of a JSON file; None where it is missing or damaged, or cannot be read."""
+    """The content of a JSON file; None where it is missing or damaged. Raises Unavailable where it cannot be read."""
     try:
-        return json.loads(file.read_bytes())
-    except Exception:  # a bucket's client has errors of its own
+        return json.loads(patiently(file.read_bytes, str(file)))
+    except (*MISSING, ValueError):
         return None
 
 
@@ -156,7 +155,7 @@ def claim_directory(directory: epath.Path, identity: Identity, script: Path) -> 
     """
     config, wanted = directory / "config.json", json.loads(json.dumps(identity))
     begun, found = has_begun(directory), known_identity(directory)
-    if found is None and (config.exists() or begun):
+    if found is None and (begun or exists(config)):
         raise InputError(
             f"{config} is missing, damaged or not of a run, expected the identity of the run in this folder; restore "
             "it, use another folder, or --restart to set aside what is there"
@@ -169,7 +168,7 @@ def claim_directory(directory: epath.Path, identity: Identity, script: Path) -> 
                 "or --restart to set aside what is there"
             )
     if found is None:
-        taken = [name for name in (*BOOKKEEPING, script.name) if (directory / name).exists()]
+        taken = [name for name in (*BOOKKEEPING, script.name) if exists(directory / name)]
         if taken:
             raise InputError(
                 f"--workdir {directory} holds a file {taken[0]} that is not of a run; choose a folder that is empty"
@@ -200,40 +199,55 @@ def set_aside(directory: epath.Path) -> None:
 
     try:
         free(directory / BEFORE, move)
-    except OSError as error:
+    except failures(directory) as error:
         raise InputError(f"{directory} cannot be set aside ({reason(error)}); choose another folder") from error
 
 
 def has_begun(directory: epath.Path) -> bool:
-    """Whether the folder holds the record of a fit or a result. If not, another run may use it, as nothing is lost."""
-    patterns = ["result.json", *("*/" * depth + each for depth in range(DEEPEST + 1) for each in FITS)]
-    found = (path for each in patterns for path in directory.glob(each))
-    return any(not _is_set_aside(directory, path) for path in found)
+    """Whether the folder holds the record of a fit or a result. If not, another run may use it, as nothing is lost.
 
+    Raises Unavailable where it cannot be read.
+    """
 
-def _is_set_aside(directory: epath.Path, path: epath.Path) -> bool:
-    return path.relative_to(directory).parts[0].startswith(BEFORE)
+    def found() -> bool:
+        return exists(directory / "result.json") or any(
+            "metrics.jsonl" in names or ("checkpoints" in names and bool(steps(folder / "checkpoints")))
+            for folder, names in _folders_of_fits(directory)
+        )
+
+    return patiently(found, str(directory))
 
 
 def known_identity(directory: epath.Path) -> dict[str, Any] | None:
-    """The identity of the run in the folder, from config.json; where this is damaged, from a checkpoint's metadata."""
+    """The identity of the run in the folder, from config.json; where this is damaged, from a checkpoint's metadata.
+
+    Raises Unavailable where they cannot be read.
+    """
     config = read_json(directory / "config.json")
     if is_identity(config):
         return config
     if config is not None:  # of another program
         return None
-    roots = [root for depth in range(DEEPEST + 1) for root in directory.glob("*/" * depth + "checkpoints")]
-    owners = (
-        meta["owner"]
-        for root in roots
-        if not _is_set_aside(directory, root)
-        for meta in metas(root).values()
-        if is_identity(meta.get("owner"))
-    )
-    owner = next(owners, None)
+
+    def found() -> dict[str, Any] | None:
+        roots = (folder / "checkpoints" for folder, names in _folders_of_fits(directory) if "checkpoints" in names)
+        owners = (meta.get("owner") for root in roots for meta in metas(root).values())
+        return next(filter(is_identity, owners), None)
+
+    owner = patiently(found, str(directory))
     if owner:
         warnings.warn(f"{directory}/config.json is missing or damaged, rebuilt from a checkpoint", stacklevel=2)
     return owner and {name: owner[name] for name in FIELDS if name in owner}
+
+
+def _folders_of_fits(folder: epath.Path, depth: int = 0) -> Iterator[tuple[epath.Path, set[str]]]:
+    """The folder of the run and those of its children, each with the names of what it holds."""
+    paths = entries(folder)
+    yield folder, {path.name for path in paths}
+    for path in paths:
+        child = depth < DEEPEST and path.name not in ("checkpoints", "profile") and not path.name.startswith(BEFORE)
+        if child and is_folder(path):
+            yield from _folders_of_fits(path, depth + 1)
 
 
 def require_shared(directory: epath.Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -16,9 +17,11 @@ import optax
 import pytest
 from etils import epath
 
+from dl_jax.core import files as core_files
 from dl_jax.core.errors import InputError
 from dl_jax.core.files import cache_folder
 from dl_jax.core.fit import Watch, fit
+from dl_jax.core.inputs import note
 from dl_jax.core.step import init_state, make_step
 from dl_jax.data.source import data_folder
 from dl_jax.harness.checkpoint import store as checkpoint
@@ -336,6 +339,83 @@ def test_a_config_of_another_program_beside_checkpoints_is_not_taken_over(call, 
     assert status == 2
     assert "not of a run" in one_line(err)
     assert (tmp_path / "config.json").read_text() == '{"my": "settings"}'
+
+
+@pytest.fixture
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(core_files, "PAUSES", (0.01,))
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("function", ["scandir", "listdir", "stat"])
+def test_a_folder_that_cannot_be_read_is_not_taken_over(call, tmp_path, monkeypatch, no_pauses, function):
+    flags = ("--seeds", "1", "--workdir", str(tmp_path))
+    call(*flags)
+    before, original = contents(tmp_path), getattr(os, function)
+
+    def refuse(path=".", *given, **options):
+        if isinstance(path, str | os.PathLike) and os.fspath(path).startswith(str(tmp_path / "seed0")):
+            raise OSError(errno.EMFILE, "Too many open files")
+        return original(path, *given, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, function, refuse)
+        status, _, err = call(*flags, "--learning-rate", "9")
+    assert status == 75 or "learning_rate is 0.1 in the folder, 9.0 in this command" in one_line(err)
+    assert contents(tmp_path) == before
+    assert call(*flags)[0] == 0
+
+
+@pytest.mark.parametrize("name", ["config.json", "attempts.json"])
+def test_bookkeeping_that_cannot_be_read_is_not_replaced(call, tmp_path, monkeypatch, no_pauses, name):
+    flags = ("--seeds", "1", "--workdir", str(tmp_path))
+    call(*flags)
+    before, read = contents(tmp_path), type(epath.Path(tmp_path)).read_bytes
+
+    def refuse(path):
+        if path.name == name:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(epath.Path(tmp_path)), "read_bytes", refuse)
+        status, _, err = call(*flags)
+    assert status == 75
+    assert f"{name} cannot be read (Input/output error), tried 2 times" in one_line(err)
+    assert contents(tmp_path) == before
+
+
+def test_attempts_whose_seconds_are_damaged_end_no_run(call, tmp_path):
+    flags = ("--seeds", "1", "--workdir", str(tmp_path))
+    call(*flags)
+    (attempt,) = json.loads((tmp_path / "attempts.json").read_text())
+    (tmp_path / "attempts.json").write_text(json.dumps([{**attempt, "spent": None}]))
+    (tmp_path / "result.json").unlink()
+    with pytest.warns(UserWarning, match=r"attempts.json is damaged"):
+        assert call(*flags)[0] == 0
+
+
+def test_a_result_of_other_data_is_not_replaced(call, tmp_path, monkeypatch):
+    """Data that are read after the last fit are in no checkpoint."""
+    flags = ("--seeds", "1", "--workdir", str(tmp_path))
+
+    def reads_late(version):
+        def late(cfg: Config, run: Run):
+            found = main(cfg, run)
+            note("digits test", version)
+            return {"slope": found["slope"] + (version != "1")}
+
+        return late
+
+    monkeypatch.setattr(sys, "argv", ["experiment.py", *flags])
+    for version, status in (("1", 0), ("1", 0), ("2", 2)):
+        with pytest.raises(SystemExit) as ended:
+            launch(reads_late(version), PRESETS, CLAIMS[:0])
+        assert ended.value.code == status
+    assert json.loads((tmp_path / "result.json").read_text())["data"] == {"digits test": "1"}
 
 
 def test_checkpoints_of_another_child_are_refused(call, tmp_path):

@@ -120,15 +120,15 @@ def quiet(alive, ends, seconds=2.0):
 
 
 def two_steps() -> None:
-    events.progress()
-    events.progress()
+    for _ in range(4):
+        events.progress()
 
 
 def test_a_fit_that_makes_no_step_within_the_deadline_is_ended(limits, capfd):
     with Alive(grace=30, deadline=0.3, peers=None, signals=False) as alive, events.phase("steps"):
         two_steps()
         assert quiet(alive, limits) == [75]
-    assert "error: nothing went on in steps for 0 s, the deadline" in capfd.readouterr().err
+    assert "error: nothing went on in steps for 0 s, where 0 s are the limit" in capfd.readouterr().err
 
 
 def test_what_goes_on_or_is_no_fit_is_not_ended(limits):
@@ -153,6 +153,60 @@ def test_a_deadline_shorter_than_a_step_is_one_line():
             InputError, match=r"--deadline 0.05 is shorter than a step, which took 0.1.* s; give several"
         ):
             events.progress()
+
+
+def test_a_deadline_shorter_than_a_step_is_no_hang(limits):
+    """The first steps are measured before a deadline ends a run that is slow and healthy."""
+    with Alive(grace=30, deadline=0.1, peers=None, signals=False), events.phase("steps"):
+        events.progress()
+        doing(0.5)
+        with pytest.raises(InputError, match=r"--deadline 0.1 is shorter than a step, which took 0.5"):
+            events.progress()
+    assert limits == []
+
+
+def test_a_process_that_was_suspended_has_taken_no_longer(limits):
+    with Alive(grace=30, deadline=1, peers=None, signals=False) as alive, events.phase("steps"):
+        two_steps()
+        alive._since -= 1000  # as the clock shows it after a suspension, in which the thread counted nothing
+        events.progress()
+        assert alive._longest["steps"] < 1
+        assert quiet(alive, limits, 0.2) == []
+
+
+class Deaf:
+    """Processes of which the first cannot be reached."""
+
+    process, count = 1, 2
+
+    def news(self):
+        raise RuntimeError("UNAVAILABLE")
+
+    def ask_to_end(self):
+        raise RuntimeError("UNAVAILABLE")
+
+    def tell_end(self, status, why):
+        raise RuntimeError("UNAVAILABLE")
+
+
+def test_a_process_that_cannot_reach_the_first_ends(limits, monkeypatch, capfd):
+    monkeypatch.setattr(alive_module, "HEARTBEAT", 0.2)
+    with Alive(grace=30, deadline=None, peers=Deaf(), signals=False) as alive:
+        assert quiet(alive, limits) == [75]
+    assert "error: process 0 has ended or cannot be reached" in capfd.readouterr().err
+
+
+def test_a_signal_ends_also_who_cannot_tell_it(limits):
+    with Alive(grace=0.2, deadline=None, peers=Deaf(), signals=True) as alive, events.phase("steps"):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert quiet(alive, limits) == [143]
+
+
+def test_a_thread_that_fails_ends_the_process(limits, monkeypatch, capfd):
+    with Alive(grace=30, deadline=None, peers=None, signals=False) as alive:
+        monkeypatch.setattr(alive, "_limit", lambda: 1 / 0)
+        assert quiet(alive, limits) == [1]
+    assert "error: the thread that bounds this process failed (ZeroDivisionError" in capfd.readouterr().err
 
 
 def test_the_default_deadline_follows_from_the_time_of_a_step(limits, monkeypatch):
@@ -188,7 +242,7 @@ def test_what_does_not_end_within_the_grace_period_is_ended(limits, capfd):
     with Alive(grace=0.2, deadline=None, peers=None, signals=True) as alive, events.phase("steps"):
         os.kill(os.getpid(), signal.SIGTERM)
         assert quiet(alive, limits) == [143]
-    assert "error: asked to end, and no step ended within --grace 0.2 s" in capfd.readouterr().err
+    assert "error: asked to end, and it was not done within --grace 0.2 s" in capfd.readouterr().err
 
 
 PARENT = """
@@ -231,18 +285,37 @@ def test_a_trace_is_of_the_steps_that_were_named(tmp_path):
     profile = Profile("3..4", epath.Path(tmp_path))
     step = jax.jit(lambda x: x + 1)
     x = jnp.zeros(3)
-    for i in range(9):
+    profile.begin(0)
+    for i in range(1, 9):
+        x = step(x)
         profile.stepped(i)
         assert (profile._folder is not None) == (2 <= i < 6)  # until the steps before the call have ended
-        x = step(x)
     profile.end()
     (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
     assert trace.stat().st_size > 0
 
 
+def test_a_call_of_many_steps_that_jumps_over_those_named_is_followed_by_one_that_is_traced(tmp_path):
+    profile = Profile("10..15", epath.Path(tmp_path))
+    profile.begin(0)
+    for i, traced in ((100, True), (200, True), (300, True), (400, False), (500, False)):
+        profile.stepped(i)
+        assert (profile._folder is not None) == traced
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_trace_that_cannot_be_written_stops_no_run(tmp_path):
+    (tmp_path / "profile").write_text("a file")
+    profile = Profile("1..1", epath.Path(tmp_path))
+    profile.begin(0)
+    with pytest.warns(UserWarning, match=r"the trace cannot be written to .*/profile .*: it is lost; the run goes on"):
+        profile.end()
+
+
 def test_a_trace_of_steps_that_no_fit_takes_is_warned_of(tmp_path):
     profile = Profile("30..40", epath.Path(tmp_path))
-    profile.stepped(0)
+    profile.begin(0)
+    profile.stepped(1)
     with pytest.warns(UserWarning, match="no fit took the steps 30 to 40"):
         profile.end()
 

@@ -548,6 +548,40 @@ def test_a_bucket_that_does_not_answer_is_no_damage(tmp_path, no_pauses, monkeyp
     assert on_disk(tmp_path) == ["10"]
 
 
+@pytest.mark.parametrize("times", [1, 10**9])
+def test_a_step_of_which_nothing_can_be_told_is_not_missing(tmp_path, no_pauses, monkeypatch, times):
+    write(tmp_path, 10, 20)
+    stat, refusals = os.stat, iter(range(times))
+
+    def refuse(path, *given, **options):
+        if os.fspath(path).endswith("/20") and next(refusals, None) is not None:
+            raise OSError(errno.EIO, "Input/output error")
+        return stat(path, *given, **options)
+
+    with opened(tmp_path) as checkpoints:
+        monkeypatch.setattr(os, "stat", refuse)
+        if times == 1:
+            assert checkpoints.restore(state(0))[0] == 20
+        else:
+            with pytest.raises(Unavailable, match="Input/output error"):
+                checkpoints.restore(state(0))
+        monkeypatch.undo()
+
+
+def test_arrays_that_cannot_be_read_once_are_no_damage(tmp_path, monkeypatch):
+    write(tmp_path, 10, 20)
+    read, refusals = tensorstore.open, iter(range(1))
+
+    def refuse_once(*given, **options):
+        if next(refusals, None) is not None:
+            raise ValueError("UNKNOWN: Input/output error")
+        return read(*given, **options)
+
+    monkeypatch.setattr(tensorstore, "open", refuse_once)
+    with opened(tmp_path) as checkpoints:
+        assert checkpoints.restore(state(0))[0] == 20
+
+
 def test_a_folder_that_cannot_be_listed_is_not_empty(tmp_path, no_pauses, monkeypatch):
     write(tmp_path, 10)
     with opened(tmp_path) as checkpoints:

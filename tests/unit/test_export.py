@@ -411,9 +411,8 @@ def test_the_digest_is_metadata_of_the_model(ort, exported, tmp_path):
         assert digest == f"{zlib.crc32(file.read_bytes()[entry:]):08x}"
         model.graph.name = "changed"
         changed = tmp_path / "changed.onnx"
-        format.save(model, changed)
-        with pytest.raises(InputError, match="is damaged"):
-            onnx.load(changed)
+        format.save(model, changed)  # another program puts our entry, which it keeps, elsewhere
+        assert onnx.load(changed)
 
 
 def test_a_model_of_another_program_is_opened_as_it_is(small, ort, tmp_path):

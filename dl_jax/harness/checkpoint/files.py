@@ -24,7 +24,7 @@ import numpy as np
 from etils import epath
 
 from dl_jax.core.errors import InputError
-from dl_jax.core.files import MISSING, patiently, sealed, unsealed
+from dl_jax.core.files import MISSING, exists, is_folder, patiently, sealed, unsealed
 from dl_jax.core.files import absolute as absolute_path
 from dl_jax.core.leaves import Spec, Tree, digest
 from dl_jax.core.leaves import differences as leaf_differences
@@ -89,7 +89,7 @@ def prepare(root: epath.Path) -> None:
 
 def tidy(root: epath.Path) -> None:
     """Removes what a killed or failed save left, and restores the checkpoint that it was to replace."""
-    for path in _entries(root):
+    for path in entries(root):
         if _is_unfinished(path):
             path.rmtree()
         elif path.name.startswith("replaced-"):
@@ -113,17 +113,18 @@ def set_aside(root: epath.Path, step: int, label: str) -> None:
 def free(place: epath.Path, use: Callable[[epath.Path], T]) -> T:
     """Calls `use` with the first of `place`, `place-2`, `place-3` ... that does not exist."""
     names = (place if i == 1 else place.with_name(f"{place.name}-{i}") for i in itertools.count(1))
-    return use(next(name for name in names if not name.exists()))
+    return use(next(name for name in names if not exists(name)))
 
 
 def steps(root: epath.Path) -> list[int]:
     """The steps of the complete checkpoints, newest first. Raises Unreadable where they cannot be listed."""
-    named = [path for path in _entries(root) if path.name.isdecimal()]
     try:
-        done = [int(path.name) for path in named if path.is_dir() and not _is_unfinished(path)]
-    except Exception as error:
+        named = [path for path in entries(root) if path.name.isdecimal() and is_folder(path)]
+        return sorted((int(path.name) for path in named if not _is_unfinished(path)), reverse=True)
+    except Unreadable:
+        raise
+    except Exception as error:  # a bucket's client has errors of its own
         raise Unreadable(reason(error)) from error
-    return sorted(done, reverse=True)
 
 
 def metas(root: epath.Path) -> dict[int, Meta]:
@@ -255,13 +256,20 @@ def _read_arrays(root: epath.Path, meta: Meta) -> dict[str, np.ndarray]:
 
     state = root / str(meta["step"]) / "state"
     filled = [path for path, (_, shape, _) in meta["leaves"].items() if 0 not in shape]
-    try:
+
+    def fetch() -> dict[str, Any]:
         stores = {path: tensorstore.open(_location(state, path), open=True, read=True) for path in filled}
         reads = {path: store.result().read() for path, store in stores.items()}
-        found = {path: read.result() for path, read in reads.items()}
+        return {path: read.result() for path, read in reads.items()}
+
+    try:
+        found = fetch()
     except Exception as error:  # damage takes any form
         _require_readable(state, error)
-        raise Damaged(f"its arrays cannot be read, {reason(error)}") from error
+        try:
+            found = fetch()  # it may have been a failure to read that is over
+        except Exception as again:
+            raise Damaged(f"its arrays cannot be read, {reason(again)}") from again
     arrays = {}
     for path, (crc, shape, dtype) in meta["leaves"].items():
         stored = np.dtype("uint32" if dtype.startswith("key<") else dtype)
@@ -275,8 +283,8 @@ def _require_readable(folder: epath.Path, error: Exception) -> None:
     """Raises Unreadable unless all files in a folder can be read, so that `error` tells of their content."""
     if isinstance(error, MemoryError) or str(error).startswith(PASSING):
         raise Unreadable(reason(error)) from error
-    for path in _entries(folder):
-        if path.is_dir():
+    for path in entries(folder):
+        if is_folder(path):
             _require_readable(path, error)
         else:
             with contextlib.suppress(Damaged):
@@ -291,7 +299,8 @@ def _location(state: epath.Path, path: str) -> dict[str, Any]:
     return {"driver": "zarr", "kvstore": store}
 
 
-def _entries(root: epath.Path) -> list[epath.Path]:
+def entries(root: epath.Path) -> list[epath.Path]:
+    """What is in a folder; nothing if there is no such folder. Raises Unreadable where it cannot be listed."""
     try:
         return list(root.iterdir())
     except (FileNotFoundError, NotADirectoryError):  # object storage has no empty directories
@@ -302,7 +311,7 @@ def _entries(root: epath.Path) -> list[epath.Path]:
 
 def _undo(replaced: epath.Path, place: epath.Path) -> None:
     """Renames a checkpoint back, unless the save that was to replace it is complete."""
-    if place.exists() and not _is_unfinished(place):
+    if exists(place) and not _is_unfinished(place):
         replaced.rmtree()
     else:
         replaced.rename(place)
@@ -312,7 +321,7 @@ def _is_unfinished(path: epath.Path) -> bool:
     """Orbax renames a finished save into place, and on object storage, which cannot, marks it with a file."""
     if ".orbax-checkpoint-tmp" in path.name:
         return True
-    return path.as_posix().startswith("gs://") and path.name.isdecimal() and not (path / "commit_success.txt").exists()
+    return path.as_posix().startswith("gs://") and path.name.isdecimal() and not exists(path / "commit_success.txt")
 
 
 def _speaks(record: logging.LogRecord) -> bool:

@@ -73,6 +73,7 @@ class Checkpoints:
         this step or a later one that this writer has not restored; TypeError where a leaf is not an array.
         """
         self.wait()
+        jax.block_until_ready(tree)  # what fails to be computed is no failure to write
         leaves = named(tree)
         values = {path: stored_values(leaf) for path, leaf in leaves.items()}
         records = {path: [digest(values[path]), *map(_jsonable, spec(leaf))] for path, leaf in leaves.items()}

@@ -24,7 +24,7 @@ import numpy as np
 from etils import epath
 
 from dl_jax.core.errors import spared, warn_once
-from dl_jax.core.files import failures, write_whole
+from dl_jax.core.files import exists, failures, write_whole
 from dl_jax.harness.report.figures import figure_png, sheet_png
 
 if TYPE_CHECKING:
@@ -76,29 +76,29 @@ class JsonLines:
             if "://" in os.fspath(self._path):
                 _upload(self._path, bytes(self._lines))
             else:
-                _extend(Path(self._path), bytes(self._lines), self._written)
+                _extend(Path(self._path), self._lines, self._written)
             self._written = len(self._lines)
 
     def close(self) -> None:
         self.flush()
 
 
-def _extend(file: Path, content: bytes, written: int) -> None:
+def _extend(file: Path, content: bytearray, written: int) -> None:
     """Makes `file` hold `content`, whose first `written` bytes it should hold already; if not, it is written anew.
 
     What is appended is one write, of which a kill may leave a part.
     """
-    if file.exists() and file.stat().st_size == written:
+    if exists(file) and file.stat().st_size == written:
         with file.open("ab", buffering=0) as stream:
             if stream.write(content[written:]) == len(content) - written:
                 return
-    write_whole(file, content)
+    write_whole(file, bytes(content))
 
 
 def _content(path: epath.Path) -> bytes | None:
     """What the file holds, b"" if there is none, or None, with a warning, where it cannot be read."""
     with spared(f"{path} cannot be read", "the lines of earlier attempts are lost to this one", failures(path)):
-        return path.read_bytes() if path.exists() else b""
+        return path.read_bytes() if exists(path) else b""
     return None
 
 
@@ -206,7 +206,7 @@ class TensorBoard:
         if self._writer is None:
             return
         with self._stopping():
-            if not self._file.exists():
+            if not exists(self._file):
                 self._writer.close()
                 lost = "its events are lost; the run goes on in a new file"
                 warnings.warn(f"{self._file} was deleted: {lost}", stacklevel=2)
