@@ -95,7 +95,7 @@ def exists(path: Any) -> bool:
 
 
 def is_folder(path: Any) -> bool:
-    """Whether a folder is at a `pathlib` or `epath` path. Raises the system's error where it cannot tell, as `exists`."""
+    """Whether a folder is at a `pathlib` or `epath` path. Raises the system's error as `exists` does."""
     if "://" in os.fspath(path):
         return path.is_dir()
     try:
