@@ -39,6 +39,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
+from unittest import mock
 
 import numpy as np
 
@@ -166,7 +167,7 @@ class Case:
             }
             self.log(i).touch()
             extra = last if i == self.count - 1 else ()
-            output = self.log(i).with_suffix(".said")
+            output = Path(f"{self.log(i)}.said")
             processes.append(Process([*arguments, *extra], environment, output, fresh, os.getpid() + i))
         return processes
 
@@ -206,7 +207,7 @@ def wait_until(holds: Callable[[], bool], what: str, processes: Sequence[Process
 
 def end(case: Case, processes: Sequence[Process], since: float, within: float, *allowed: Statuses) -> float:
     """The seconds from `since` to the end of the last process. They have to end so, with statuses that are allowed."""
-    wait_until(lambda: all([p.gone() for p in processes]), "the end", processes, PATIENCE + within)
+    wait_until(lambda: all(p.gone() for p in processes), "the end", processes, PATIENCE + within)
     seconds = max(process.ended for process in processes) - since
     statuses = [process.status for process in processes]
     said = "; ".join(process.said()[-300:] for process in processes)
@@ -268,10 +269,9 @@ def leave_alone(root: Path, folder: Path, count: int) -> Try:
     case = Case(root, folder, count)
     end(case, case.start(), time.monotonic(), PATIENCE, [0] * count)
     require(all(each == {"a": 0, "b": 0} for each in case.begins()), f"began at {case.begins()}")
-    shutil.copytree(case.run, root / f"finished-{count}")
-    file = root / f"undisturbed-{count}.json"
-    file.with_suffix(".new").write_text(json.dumps(content(case.run)))
-    file.with_suffix(".new").rename(file)
+    (folder / "content").write_text(json.dumps(content(case.run)))
+    (folder / "content").rename(root / f"undisturbed-{count}.json")  # others wait for it
+    case.run.rename(root / f"finished-{count}")
     return Try()
 
 
@@ -357,8 +357,7 @@ def killed_in_save(root: Path, folder: Path, times: int) -> Try:
     while found < times:
         old = unfinished()
         processes = case.start()
-        wait_until(lambda old=old: bool({*unfinished()} - {*old}) or processes[0].gone(), "a save", processes)
-        require(not processes[0].gone(), f"the run ended after {found} kills: {processes[0].said()[-300:]}")
+        wait_until(lambda old=old: bool({*unfinished()} - {*old}), "a save", processes, 20)
         time.sleep(random.random() * 0.03)
         processes[0].signal(signal.SIGKILL)
         end(case, processes, time.monotonic(), WITHIN, [-signal.SIGKILL])
@@ -532,18 +531,192 @@ def emptied(root: Path, folder: Path, of: str, name: str) -> Try:
 
 def damaged_cache(root: Path, folder: Path) -> Try:
     """A flipped bit in the decoded data."""
+    wait_until((root / "other-cache" / "complete").exists, "the data set", (), PATIENCE)
+    case = Case(root, folder, 1, ("--cache-dir", str(folder / "cache")))
+    shutil.copytree(root / "cache" / "tfds", folder / "cache" / "tfds")
     shutil.copytree(root / "cache" / "columns", folder / "cache" / "columns")
+    flip(next(folder.glob("cache/columns/**/image.npy")), 0.5)
+    finish(case, processes := case.start())
+    require("image.npy does not match its digest" in processes[0].said(), "the flipped bit was not found")
     return Try()
 
 
 def prepare_data(root: Path, folder: Path) -> Try:
-    """Prepares the data set, and another one with the same name and version."""
-    data.load("digits", victim.SPLIT, cache_dir=str(root / "cache"))
+    """Prepares the data set, and one of the same name and version with other labels."""
     images, labels = digits.scans()
-    digits.scans = lambda: (images, labels[::-1])
-    data.load("digits", victim.SPLIT, cache_dir=str(root / "other-cache"))
+    data.load("digits", victim.SPLIT, cache_dir=str(root / "cache"))
+    with mock.patch.object(digits, "scans", return_value=(images, labels[::-1])):
+        data.load("digits", victim.SPLIT, cache_dir=str(root / "other-cache"))
+    (root / "other-cache" / "complete").touch()
     return Try()
 
 
+class Trial(NamedTuple):
+    """Calls `function(root, folder, *arguments, **named)` with the folder of all trials and a new one."""
+
+    function: Callable[..., Try]
+    arguments: tuple[Any, ...]
+    named: dict[str, Any]
+
+
+def trials(function: Callable[..., Try], *arguments: Any, **named: Any) -> list[Trial]:
+    return [Trial(function, arguments, named)]
+
+
+KILLED, CRASHED, REFUSED, AGAIN, DEADLINE = -signal.SIGKILL, 1, 2, 75, ("--deadline", "3")
+# What the others need, and then, of the faults, what mostly waits comes first.
+PREPARED: dict[str, list[Trial]] = {
+    "data": trials(prepare_data),
+    **{f"undisturbed, {count} processes": trials(leave_alone, count) for count in (1, 2, 4)},
+    "cut off": trials(cut_off),
+}
+FAULTS: dict[str, list[Trial]] = {
+    "2 processes: SIGSTOP of process 0": trials(struck, "freeze", 0, (KILLED, AGAIN)),
+    "2 processes: SIGSTOP of process 1": trials(struck, "freeze", 1, (AGAIN, KILLED)),
+    "2 processes: one hangs with Python's lock": trials(struck, "hold", 1, (AGAIN, KILLED)),
+    "2 processes: one hangs in an evaluation": trials(struck, "hang-evaluation", 1, (AGAIN, AGAIN), 43),
+    "4 processes: kill -9 of process 3": trials(killed, 4, 3),
+    "2 processes: kill -9 of process 1": trials(killed, 2, 1),
+    "4 processes: kill -9 of process 0": trials(killed, 4, 0),
+    "2 processes: kill -9 of process 0": trials(killed, 2, 0),
+    "2 processes: one hangs in a step": trials(struck, "hang", 1, (AGAIN, AGAIN), 13),
+    "2 processes: exception in process 0": trials(struck, "raise", 0, (CRASHED, CRASHED)),
+    "2 processes: exception in process 1": trials(struck, "raise", 1, (CRASHED, CRASHED)),
+    **{
+        f"2 processes: {name} to process {i}": trials(asked, 2, number, (i,))
+        for name, number in {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}.items()
+        for i in (0, 1)
+    },
+    "2 processes: SIGTERM to both": trials(asked, 2, signal.SIGTERM, (0, 1)),
+    "4 processes: SIGTERM to process 2": trials(asked, 4, signal.SIGTERM, (2,)),
+    "2 processes against 1, to 1e-6": trials(compare, 2),
+    "4 processes against 1, to 1e-6": trials(compare, 4),
+    "kill -9 at a random moment": trials(killed_often, 10),
+    "kill -9 during a save": trials(killed_in_save, 5) * 4,
+    "SIGTERM in a step": trials(asked, 1, signal.SIGTERM, (0,)),
+    "SIGTERM in an evaluation": trials(asked, 1, signal.SIGTERM, (0,), "slow-evaluation"),
+    "SIGTERM in an evaluation that hangs": trials(asked, 1, signal.SIGTERM, (0,), "hang-evaluation", 3),
+    "SIGTERM while data are prepared": trials(asked, 1, signal.SIGTERM, (0,), "slow-data"),
+    "SIGTERM in a compilation of half a minute": trials(asked, 1, signal.SIGTERM, (0,), "compile", 3),
+    "SIGTERM after the last fit": trials(asked, 1, signal.SIGTERM, (0,), "slow-end"),
+    "processes with another --learning-rate": trials(differ, "--learning-rate", "0.1"),
+    "processes with other --seeds": trials(differ, "--seeds", "3"),
+    "processes with other --steps": trials(differ, "--steps", "41"),
+    "processes with other data": trials(differ, "--cache-dir"),
+    "processes with other parameters": trials(diverge),
+    "a process that never comes": trials(absent),
+    "checkpoint: a file is cut in half": trials(damaged, halve),
+    "checkpoint: a file is empty": trials(damaged, empty),
+    "checkpoint: a file is removed": trials(damaged, Path.unlink),
+    "checkpoint: a flipped bit": [
+        Trial(damaged, (functools.partial(flip, where=where),), {}) for where in (0.1, 0.5, 0.9)
+    ],
+    "all checkpoints damaged": trials(refused, REFUSED, damage=damage_all),
+    "checkpoint that cannot be read": trials(refused, AGAIN, damage=make_unreadable, mend=make_readable),
+    "checkpoints of another fit": trials(refused, REFUSED, damage=swap_fits),
+    "config.json of another program": trials(refused, REFUSED, damage=foreign_config),
+    "other seeds in a finished folder": trials(refused, REFUSED, ("--seed", "7", "--seeds", "1"), of="finished-1"),
+    "stdout and stderr that nobody reads": trials(unheard),
+    "folder removed during the run": trials(without, "", shutil.rmtree),
+    "metrics.jsonl removed during the run": trials(without, "b/metrics.jsonl", Path.unlink),
+    "metrics.jsonl emptied during the run": trials(without, "b/metrics.jsonl", empty),
+    "TensorBoard's file removed during the run": trials(without, "b/events*", Path.unlink),
+    "TensorBoard's file emptied during the run": trials(without, "b/events*", empty),
+    "an empty result.json": trials(emptied, "finished-1", "result.json"),
+    "an empty attempts.json": trials(emptied, "cut-off", "attempts.json"),
+    "an empty config.json": trials(emptied, "cut-off", "config.json"),
+    "decoded data with a flipped bit": trials(damaged_cache),
+}
+
+
+def attempt(trial: Trial, root: Path, folder: Path) -> Try:
+    """What came of a trial; it may fail in any way."""
+    try:
+        return trial.function(root, folder, *trial.arguments, **trial.named)
+    except Exception as error:
+        return Try(wrong=" ".join(f"{type(error).__name__}: {error}".split()))
+
+
+@contextlib.contextmanager
+def processes(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that try faults, forked from one that has imported what a run needs."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    with ProcessPoolExecutor(workers, context) as pool:
+        yield pool
+
+
+def submit(pool: ProcessPoolExecutor, root: Path, names: Iterable[str]) -> dict[str, list[Future[Try]]]:
+    """Begins to try the faults of these names in the folder `root`. The result also has what they need."""
+    known = {**PREPARED, **FAULTS}
+    return {
+        name: [pool.submit(attempt, trial, root, root / f"{name}-{i}") for i, trial in enumerate(known[name])]
+        for name in [*PREPARED, *names]
+    }
+
+
+class Row(NamedTuple):
+    """A row of the table."""
+
+    fault: str
+    tried: int
+    survived: int
+    seconds: str
+    lost: str
+
+
+def row(fault: str, tries: Sequence[Try]) -> Row:
+    seconds = [each.seconds for each in tries if each.seconds is not None]
+    lost = [each.lost for each in tries if each.lost is not None]
+    return Row(
+        fault,
+        sum(each.count for each in tries),
+        sum(each.count for each in tries if not each.wrong),
+        f"{max(seconds):.1f}" if seconds else "",
+        str(max(lost)) if lost else "",
+    )
+
+
+def report(done: Mapping[str, Sequence[Try]]) -> str:
+    """The heading and the table."""
+    used, code = versions(), git_state(ROOT)
+    lines = [
+        f"On {len(os.sched_getaffinity(0))} cores of {processor()}, Python {used['python']}, JAX {used['jax']}, commit "
+        f"{code['commit']}{'' if code['clean'] else ' with uncommitted changes'}:",
+        "",
+        "| fault | tried | survived | ended after (s) | steps lost |",
+        "|---|---|---|---|---|",
+        *(f"| {' | '.join(map(str, row(fault, tries)))} |" for fault, tries in done.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def write(table: str) -> None:
+    """Puts the table between the marks of the page."""
+    page = PAGE.read_text()
+    before, after = page.split(MARKS[0])[0], page.split(MARKS[1])[1]
+    PAGE.write_text(f"{before}{MARKS[0]}{table}{MARKS[1]}{after}")
+
+
 def main() -> None:
-    pass
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=[""], help="try the faults whose names contain one of these")
+    parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.relative_to(ROOT)}")
+    arguments = parser.parse_args()
+    names = [name for name in FAULTS if any(part in name for part in arguments.only)]
+    with tempfile.TemporaryDirectory() as root, processes(2 * len(os.sched_getaffinity(0))) as pool:
+        tries = submit(pool, Path(root), names)
+        done = {name: [each.result() for each in tries[name]] for name in tries}
+    for name, found in done.items():
+        for wrong in filter(None, (each.wrong for each in found)):
+            print(f"{name}: {wrong}", file=sys.stderr)
+    table = report({name: done[name] for name in names})
+    print(table, end="")
+    if arguments.write:
+        write(table)
+    sys.exit(any(each.wrong for found in done.values() for each in found))
+
+
+if __name__ == "__main__":
+    sys.modules["benchmarks.faults"] = sys.modules["__main__"]
+    main()
