@@ -65,11 +65,11 @@ Statuses = Sequence[int]  # of the processes
 
 
 class Try(NamedTuple):
-    """What came of trying a fault `count` times."""
+    """What came of trying a fault once, or as often as `times` says."""
 
     seconds: float | None = None
     lost: int | None = None
-    count: int = 1
+    times: int = 1
     wrong: str = ""  # why it was not survived
 
 
@@ -475,7 +475,7 @@ def damaged(root: Path, folder: Path, damage: Callable[[Path], None]) -> Try:
         newest, before = sorted(checkpoints(case.run, "b"), reverse=True)[:2]
         damage(case.run / name)
         repeat(case, {"b": newest}, {"b": before})
-    return Try(count=len(names))
+    return Try(times=len(names))
 
 
 def damage_all(run: Path) -> None:
@@ -681,8 +681,8 @@ def row(fault: str, tries: Sequence[Try]) -> Row:
     lost = [each.lost for each in tries if each.lost is not None]
     return Row(
         fault,
-        sum(each.count for each in tries),
-        sum(each.count for each in tries if not each.wrong),
+        sum(each.times for each in tries),
+        sum(each.times for each in tries if not each.wrong),
         f"{max(seconds):.1f}" if seconds else "",
         str(max(lost)) if lost else "",
     )
