@@ -9,7 +9,8 @@ threads the order of a sum, and with it the last bit, may vary. The processes ar
 but not used it, which saves the seconds of the imports. A fault is survived if all of this holds:
 
 - Within the promised time every process has ended, guardians included, with the promised status: 45 seconds after the
-  fault, --grace seconds after a signal, and 10 seconds after the deadline of a hang.
+  fault, --grace seconds after a signal, and 10 seconds after the deadline of a hang. A process that has lost another
+  one ends with 75, or with SIGABRT where JAX or Gloo find it out first.
 - The same command, given again, goes on in each fit from the newest complete checkpoint, after a signal from the very
   step at which it ended, and ends with status 0. Then result.json has the measured values, and metrics.jsonl the lines,
   of a run of as many processes that was left alone: all that they hold but the times, bit by bit.
@@ -35,7 +36,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -61,7 +62,9 @@ PATIENCE = 120.0  # seconds for what is not measured
 TIMES = ("time", "steps_per_second", "data_wait")
 IMPORTED = ["benchmarks.faults", "orbax.checkpoint", "tensorboardX.summary", "tensorstore"]
 TEMPORARY = ".orbax-checkpoint-tmp"
-Statuses = Sequence[int]  # of the processes
+Statuses = Sequence[Collection[int]]  # for each process, those that are as promised
+SUCCESS, CRASHED, REFUSED, AGAIN, ASKED, KILLED = ((status,) for status in (0, 1, 2, 75, 143, -signal.SIGKILL))
+GONE = (75, -signal.SIGABRT)  # another process has gone: JAX may end this one before it can itself
 
 
 class Try(NamedTuple):
@@ -205,13 +208,14 @@ def wait_until(holds: Callable[[], bool], what: str, processes: Sequence[Process
         time.sleep(0.01)
 
 
-def end(case: Case, processes: Sequence[Process], since: float, within: float, *allowed: Statuses) -> float:
-    """The seconds from `since` to the end of the last process. They have to end so, with statuses that are allowed."""
+def end(case: Case, processes: Sequence[Process], since: float, within: float, promised: Statuses) -> float:
+    """The seconds from `since` to the end of the last process. They have to end so, with statuses as promised."""
     wait_until(lambda: all(p.gone() for p in processes), "the end", processes, PATIENCE + within)
     seconds = max(process.ended for process in processes) - since
     statuses = [process.status for process in processes]
     said = "; ".join(process.said()[-300:] for process in processes)
-    require(not allowed or statuses in [list(each) for each in allowed], f"statuses {statuses}: {said}")
+    as_promised = all(status in allowed for status, allowed in zip(statuses, promised, strict=True))
+    require(as_promised, f"statuses {statuses}: {said}")
     require(seconds <= within, f"ended after {seconds:.1f} s: {said}")
     wait_until(lambda: not left(case), "the end of a guardian", (), 3)
     return seconds
@@ -250,7 +254,7 @@ def repeat(case: Case, *begins: Mapping[str, int]) -> None:
 
 
 def finish(case: Case, processes: Sequence[Process]) -> None:
-    end(case, processes, time.monotonic(), PATIENCE, [0] * case.count)
+    end(case, processes, time.monotonic(), PATIENCE, [SUCCESS] * case.count)
     require(content(case.run) == undisturbed(case.root, case.count), "the values are not those of an undisturbed run")
 
 
@@ -267,7 +271,7 @@ def resume(case: Case) -> int:
 def leave_alone(root: Path, folder: Path, count: int) -> Try:
     """Makes the run with which the others are compared."""
     case = Case(root, folder, count)
-    end(case, case.start(), time.monotonic(), PATIENCE, [0] * count)
+    end(case, case.start(), time.monotonic(), PATIENCE, [SUCCESS] * count)
     require(all(each == {"a": 0, "b": 0} for each in case.begins()), f"began at {case.begins()}")
     (folder / "content").write_text(json.dumps(content(case.run)))
     (folder / "content").rename(root / f"undisturbed-{count}.json")  # others wait for it
@@ -278,7 +282,7 @@ def leave_alone(root: Path, folder: Path, count: int) -> Try:
 def cut_off(root: Path, folder: Path) -> Try:
     """Makes a run that has ended in the middle of its second fit."""
     case = Case(root, folder)
-    end(case, case.start(f"kill:0:{AT + 2}"), time.monotonic(), PATIENCE, [-signal.SIGKILL])
+    end(case, case.start(f"kill:0:{AT + 2}"), time.monotonic(), PATIENCE, [KILLED])
     case.run.rename(root / "cut-off")
     return Try()
 
@@ -299,8 +303,8 @@ def numbers_in(tree: Any) -> list[float]:
 
 
 def struck(root: Path, folder: Path, what: str, who: int, statuses: Statuses, within: float = WITHIN) -> Try:
-    """A fault that strikes in process `who`, in a run with a deadline of three seconds."""
-    case = Case(root, folder, len(statuses), DEADLINE)
+    """A fault that strikes in process `who`; before a hang, with a deadline of three seconds."""
+    case = Case(root, folder, len(statuses), ("--deadline", "3") if what.startswith("hang") else ())
     processes = case.start(f"{what}:{who}:{AT}")
     wait_until(lambda: "struck" in case.done(who), "the fault", processes)
     seconds = end(case, processes, time.monotonic(), within, statuses)
@@ -308,13 +312,13 @@ def struck(root: Path, folder: Path, what: str, who: int, statuses: Statuses, wi
 
 
 def killed(root: Path, folder: Path, count: int, who: int) -> Try:
-    """SIGKILL from outside. JAX may end the others before they can, with SIGABRT."""
+    """SIGKILL from outside."""
     case = Case(root, folder, count)
     processes = case.start()
     wait_until(lambda: f"b {AT}" in case.done(who), f"step {AT}", processes)
     processes[who].signal(signal.SIGKILL)
-    others = [[-signal.SIGKILL if i == who else status for i in range(count)] for status in (75, -signal.SIGABRT)]
-    seconds = end(case, processes, time.monotonic(), WITHIN, *others)
+    promised = [KILLED if i == who else GONE for i in range(count)]
+    seconds = end(case, processes, time.monotonic(), WITHIN, promised)
     return Try(seconds, resume(case))
 
 
@@ -329,7 +333,7 @@ def asked(
     time.sleep(0.3 if fault else 0)  # what has struck is under way
     for each in who:
         processes[each].signal(number)
-    seconds = end(case, processes, time.monotonic(), grace, [143] * count)
+    seconds = end(case, processes, time.monotonic(), grace, [ASKED] * count)
     lost = resume(case)
     require(lost == 0 or fault == "hang-evaluation", f"{lost} steps were begun that were not saved")
     return Try(seconds, lost)
@@ -344,7 +348,7 @@ def killed_often(root: Path, folder: Path, times: int) -> Try:
         wait_until(lambda place=f"{'ab'[at // STEPS]} {at % STEPS}": place in case.done(), "a step", processes)
         time.sleep(random.random() * 0.02)
         processes[0].signal(signal.SIGKILL)
-        end(case, processes, time.monotonic(), WITHIN, [-signal.SIGKILL])
+        end(case, processes, time.monotonic(), WITHIN, [KILLED])
         require(all(saved[name] == step for name, step in case.begins()[0].items()), f"began at {case.begins()}")
         lost = max(lost, len(before & {*case.done()}))
     return Try(0, max(lost, resume(case)), times)
@@ -360,7 +364,7 @@ def killed_in_save(root: Path, folder: Path, times: int) -> Try:
         wait_until(lambda old=old: bool({*unfinished()} - {*old}), "a save", processes, 20)
         time.sleep(random.random() * 0.03)
         processes[0].signal(signal.SIGKILL)
-        end(case, processes, time.monotonic(), WITHIN, [-signal.SIGKILL])
+        end(case, processes, time.monotonic(), WITHIN, [KILLED])
         found += bool(unfinished())
     return Try(0, max(lost, resume(case)), times)
 
@@ -368,7 +372,7 @@ def killed_in_save(root: Path, folder: Path, times: int) -> Try:
 def refused(
     root: Path,
     folder: Path,
-    status: int,
+    status: Collection[int],
     last: Sequence[str] = (),
     *,
     count: int = 1,
@@ -398,7 +402,7 @@ def differ(root: Path, folder: Path, *last: str) -> Try:
     """Two processes of which the last has other flags."""
     if "--cache-dir" in last:
         last = ("--cache-dir", str(root / "other-cache"))
-    return refused(root, folder, 2, last, count=2, of="finished-2")
+    return refused(root, folder, REFUSED, last, count=2, of="finished-2")
 
 
 def diverge(root: Path, folder: Path) -> Try:
@@ -406,7 +410,7 @@ def diverge(root: Path, folder: Path) -> Try:
     case = Case(root, folder, 2)
     processes = case.start("diverge:1:0")
     wait_until(lambda: f"b {EVERY - 1}" in case.done(1), "a save", processes)
-    seconds = end(case, processes, time.monotonic(), WITHIN, [2, 2])
+    seconds = end(case, processes, time.monotonic(), WITHIN, [REFUSED, REFUSED])
     one_error(processes)
     require(not checkpoints(case.run, "b"), "saved")
     return Try(seconds, resume(case))
@@ -416,7 +420,7 @@ def absent(root: Path, folder: Path) -> Try:
     """A process that never comes."""
     case = Case(root, folder, 2, ("--join-within", "5"))
     processes = case.start(start=1)
-    seconds = end(case, processes, time.monotonic(), WITHIN, [75])
+    seconds = end(case, processes, time.monotonic(), WITHIN, [AGAIN])
     one_error(processes)
     require(not case.run.exists(), "the folder was made")
     return Try(seconds)
@@ -574,7 +578,6 @@ def trials(function: Callable[..., Try], *arguments: Any, **named: Any) -> list[
     return [Trial(function, arguments, named)]
 
 
-KILLED, CRASHED, REFUSED, AGAIN, DEADLINE = -signal.SIGKILL, 1, 2, 75, ("--deadline", "3")
 # What the others need, and then, of the faults, what mostly waits comes first.
 PREPARED: dict[str, list[Trial]] = {
     "data": trials(prepare_data),
@@ -582,9 +585,9 @@ PREPARED: dict[str, list[Trial]] = {
     "cut off": trials(cut_off),
 }
 FAULTS: dict[str, list[Trial]] = {
-    "2 processes: SIGSTOP of process 0": trials(struck, "freeze", 0, (KILLED, AGAIN)),
-    "2 processes: SIGSTOP of process 1": trials(struck, "freeze", 1, (AGAIN, KILLED)),
-    "2 processes: one hangs with Python's lock": trials(struck, "hold", 1, (AGAIN, KILLED)),
+    "2 processes: SIGSTOP of process 0": trials(struck, "freeze", 0, (KILLED, GONE)),
+    "2 processes: SIGSTOP of process 1": trials(struck, "freeze", 1, (GONE, KILLED)),
+    "2 processes: one hangs with Python's lock": trials(struck, "hold", 1, (GONE, KILLED)),
     "2 processes: one hangs in an evaluation": trials(struck, "hang-evaluation", 1, (AGAIN, AGAIN), 43),
     "4 processes: kill -9 of process 3": trials(killed, 4, 3),
     "2 processes: kill -9 of process 1": trials(killed, 2, 1),
@@ -688,6 +691,12 @@ def row(fault: str, tries: Sequence[Try]) -> Row:
     )
 
 
+def told(name: str, found: Try) -> Try:
+    """Prints what came of a fault, while others are tried."""
+    print(f"{name}: {found.wrong or 'survived'}", file=sys.stderr, flush=True)
+    return found
+
+
 def report(done: Mapping[str, Sequence[Try]]) -> str:
     """The heading and the table."""
     used, code = versions(), git_state(ROOT)
@@ -717,10 +726,7 @@ def main() -> None:
     names = [name for name in FAULTS if any(part in name for part in arguments.only)]
     with tempfile.TemporaryDirectory() as root, processes(1 + 2 * len(os.sched_getaffinity(0))) as pool:
         tries = submit(pool, Path(root), names)
-        done = {name: [each.result() for each in tries[name]] for name in tries}
-    for name, found in done.items():
-        for wrong in filter(None, (each.wrong for each in found)):
-            print(f"{name}: {wrong}", file=sys.stderr)
+        done = {name: [told(name, each.result()) for each in tries[name]] for name in tries}
     table = report({name: done[name] for name in names})
     print(table, end="")
     if arguments.write:
