@@ -280,9 +280,12 @@ def leave_alone(root: Path, folder: Path, count: int) -> Try:
 
 
 def cut_off(root: Path, folder: Path) -> Try:
-    """Makes a run that has ended in the middle of its second fit."""
+    """Makes a run that has ended in the middle of its second fit, with two complete checkpoints of it."""
     case = Case(root, folder)
-    end(case, case.start(f"kill:0:{AT + 2}"), time.monotonic(), PATIENCE, [KILLED])
+    processes = case.start()
+    wait_until(lambda: f"b {AT}" in case.done(), "a step", processes)
+    processes[0].signal(signal.SIGTERM)
+    end(case, processes, time.monotonic(), PATIENCE, [ASKED])
     case.run.rename(root / "cut-off")
     return Try()
 
@@ -461,6 +464,11 @@ def flip(file: Path, where: float) -> None:
     file.write_bytes(content)
 
 
+def remove_tree(folder: Path) -> None:
+    """Removes a folder in which others write."""
+    shutil.rmtree(folder.rename(folder.with_name("removed")), ignore_errors=True)
+
+
 def halve(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
@@ -519,7 +527,8 @@ def without(root: Path, folder: Path, what: str, remove: Callable[[Path], None])
     """Files are removed or emptied during the run, which goes on; and the same command finds it complete."""
     case = Case(root, folder)
     processes = case.start()
-    wait_until(lambda: f"b {AT}" in case.done(), "a step", processes)
+    whole = lambda: 3 * EVERY in checkpoints(case.run, "b") and f"b {AT}" in case.done()  # no save is under way
+    wait_until(whole, "a step", processes)
     for path in [*case.run.glob(what)] if what else [case.run]:
         remove(path)
     finish(case, processes)
@@ -631,7 +640,7 @@ FAULTS: dict[str, list[Trial]] = {
     "config.json of another program": trials(refused, REFUSED, damage=foreign_config),
     "other seeds in a finished folder": trials(refused, REFUSED, ("--seed", "7", "--seeds", "1"), of="finished-1"),
     "stdout and stderr that nobody reads": trials(unheard),
-    "folder removed during the run": trials(without, "", shutil.rmtree),
+    "folder removed between two saves": trials(without, "", remove_tree),
     "metrics.jsonl removed during the run": trials(without, "b/metrics.jsonl", Path.unlink),
     "metrics.jsonl emptied during the run": trials(without, "b/metrics.jsonl", empty),
     "TensorBoard's file removed during the run": trials(without, "b/events*", Path.unlink),

@@ -22,6 +22,7 @@ from dl_jax.core.step import init_state, make_step, per_seed
 from dl_jax.harness import Run, launch
 
 FOREVER = 10_000  # seconds
+IN_A_STEP = ("raise", "kill", "freeze", "hang", "hold")  # of the faults
 SPLIT = "train[:64]"
 UNROLLED = 5000  # iterations, which XLA compiles for half a minute
 
@@ -85,7 +86,7 @@ def train(cfg: Config, run: Run, keys: jax.Array, what: str, at: int) -> np.ndar
 
     def read(step: int, rows: slice) -> dict[str, np.ndarray]:
         note(f"{run.name} {step}")
-        if step == at and "-" not in what:
+        if step == at and what in IN_A_STEP:
             strike(what)
         time.sleep(cfg.pause)
         return stream.read(step, rows)

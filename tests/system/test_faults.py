@@ -18,7 +18,7 @@ QUICK = [
     "SIGTERM after the last fit",
     "checkpoint that cannot be read",
     "checkpoints of another fit",
-    "folder removed during the run",
+    "folder removed between two saves",
     "decoded data with a flipped bit",
 ]
 Tries = dict[str, list[Future[faults.Try]]]
