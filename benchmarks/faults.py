@@ -524,7 +524,10 @@ def unheard(root: Path, folder: Path) -> Try:
 
 
 def without(root: Path, folder: Path, what: str, remove: Callable[[Path], None]) -> Try:
-    """Files are removed or emptied during the run, which goes on; and the same command finds it complete."""
+    """Files are removed or emptied during the run, which goes on; and the same command finds it complete.
+
+    If all are removed, the first fit, which had ended, is lost with them and is made anew.
+    """
     case = Case(root, folder)
     processes = case.start()
     whole = lambda: 3 * EVERY in checkpoints(case.run, "b") and f"b {AT}" in case.done()  # no save is under way
@@ -532,7 +535,7 @@ def without(root: Path, folder: Path, what: str, remove: Callable[[Path], None])
     for path in [*case.run.glob(what)] if what else [case.run]:
         remove(path)
     finish(case, processes)
-    repeat(case, {})
+    repeat(case, {} if what else {"a": 0})
     return Try()
 
 
