@@ -37,7 +37,7 @@ FIRST = 30.0  # seconds added to a given deadline for the first steps or batches
 SLOWEST = 3600.0  # seconds, for what has no step to compare it with: compiling, saving, waiting for processes
 MEASURED = 2  # steps without a check of the deadline, in which to see whether it is shorter than a step
 SHOW_CURSOR = "\x1b[?25h\n"  # a progress bar hides it
-SILENCE = 30.0  # seconds after which a process of several that cannot run its threads is killed
+SILENCE = 20.0  # seconds after which a process of several that cannot run its threads is killed
 LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"  # JAX's event, after which it compiles
 
 
