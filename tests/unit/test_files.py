@@ -17,7 +17,7 @@ import pytest
 from etils import epath
 
 from dl_jax.core import files
-from dl_jax.core.errors import InputError, lasting_output, spared
+from dl_jax.core.errors import InputError, Unavailable, lasting_output, spared
 from dl_jax.core.files import locked, write_whole
 from dl_jax.harness import workdir
 
@@ -334,22 +334,30 @@ def test_what_the_body_raises_is_not_taken_for_the_lock(tmp_path):
 WHOLE = json.dumps([{"commit": "a", "clean": True, "seconds": 1.0}]).encode()
 
 
-@pytest.fixture(params=["empty", "half", "another", "folder", "unreadable"])
-def damaged(request, tmp_path, monkeypatch) -> epath.Path:
+@pytest.fixture(params=["empty", "half", "another", "folder"])
+def damaged(request, tmp_path) -> epath.Path:
     file = tmp_path / "attempts.json"
-    contents = {"empty": b"", "half": WHOLE[: len(WHOLE) // 2], "another": b"\xff", "unreadable": WHOLE}
+    contents = {"empty": b"", "half": WHOLE[: len(WHOLE) // 2], "another": b"\xff"}
     if request.param == "folder":
         file.mkdir()
     else:
         file.write_bytes(contents[request.param])
-    if request.param == "unreadable":
-        monkeypatch.setattr(type(epath.Path(file)), "read_bytes", raising(errno.EIO))
     return epath.Path(file)
 
 
 def test_damaged_attempts_are_one_that_is_unknown(damaged):
     with pytest.warns(UserWarning, match=r"attempts\.json is damaged: .* the result will not count as clean"):
         assert workdir.earlier_attempts(damaged) == [{"commit": None, "clean": False, "seconds": None}]
+
+
+@pytest.mark.parametrize("read", [workdir.earlier_attempts, workdir.read_json])
+def test_what_cannot_be_read_is_not_damaged(tmp_path, monkeypatch, read):
+    file = epath.Path(tmp_path / "attempts.json")
+    file.write_bytes(WHOLE)
+    monkeypatch.setattr(files, "PAUSES", (0.01,))
+    monkeypatch.setattr(type(file), "read_bytes", raising(errno.EIO))
+    with pytest.raises(Unavailable, match=r"attempts\.json cannot be read .*, tried 2 times"):
+        read(file)
 
 
 def test_damaged_json_is_as_none(damaged, tmp_path):

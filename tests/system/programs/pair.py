@@ -30,6 +30,7 @@ from etils import epath
 from dl_jax import data, losses
 from dl_jax.core.fit import fit
 from dl_jax.core.step import init_state, make_step
+from dl_jax.harness import machine
 from dl_jax.harness.alive import Alive
 from dl_jax.harness.launch import leave
 from dl_jax.harness.machine import initialize
@@ -92,10 +93,11 @@ def main(address: str, process: int, folder: Path, experiments: Sequence[str]) -
         leave(1, peers, False, str(error))
     (folder / f"weights.{process}").write_text(json.dumps(weights))
     joined, jax.distributed.initialize = jax.distributed.initialize, lambda *given, **options: None
+    free, machine._require_free = machine._require_free, lambda coordinator: None  # the port is ours
     left, jax.distributed.shutdown = jax.distributed.shutdown, lambda: None
     for name in experiments:
         experiment(name, folder, address, process)
-    jax.distributed.initialize, jax.distributed.shutdown = joined, left
+    jax.distributed.initialize, jax.distributed.shutdown, machine._require_free = joined, left, free
     try:
         train(folder / "told", 30_000, peers, lambda step: time.sleep(0.01))
     except Preempted:
