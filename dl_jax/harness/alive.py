@@ -71,8 +71,12 @@ class Alive:
             self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
             self._handlers = {n: signal.signal(n, self._asked) for n in (signal.SIGTERM, signal.SIGINT)}
         self._guardian = _guardian() if self._peers else None
-        self._thread = threading.Thread(target=self._watch, name="dl_jax-alive", daemon=True)
-        self._thread.start()
+        self._threads = [threading.Thread(target=self._watch, name="dl_jax-alive", daemon=True)]
+        if self._guardian:
+            beat = threading.Thread(target=self._beat, args=(self._guardian,), name="dl_jax-beat", daemon=True)
+            self._threads.append(beat)
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -81,7 +85,8 @@ class Alive:
             signal.set_wakeup_fd(self._wakeup)
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         if self._guardian:
             assert self._guardian.stdin
             with contextlib.suppress(OSError):
@@ -176,7 +181,6 @@ class Alive:
             tick, before = min(now - before, 2 * TICK), now
             self._idle = self._idle + tick if self._heard == heard else 0.0
             heard, asked = self._heard, asked + tick
-            self._beat()
             told = set(os.read(self._pipe[0], 4096)) if ready else set()
             if told & {signal.SIGTERM, signal.SIGINT} and math.isnan(asked):
                 asked = 0.0
@@ -215,17 +219,18 @@ class Alive:
         if asked and self._stop_at is None:
             with self._lock:  # no step is counted meanwhile
                 try:
-                    calls = peers.exchange("asked", str(self._calls), min(self._grace, SILENCE / 2))
+                    calls = peers.exchange("asked", str(self._calls), self._grace)
                 except Unavailable as error:
                     self._end(PREEMPTED, str(error))
                 self._stop_at = 1 + max(map(int, calls))
         return asked
 
-    def _beat(self) -> None:
-        if self._guardian:
-            assert self._guardian.stdin
-            with contextlib.suppress(OSError):
-                os.write(self._guardian.stdin.fileno(), b".")
+    def _beat(self, guardian: "subprocess.Popen[bytes]") -> None:
+        """A thread of its own, because the other may wait for a process that is frozen."""
+        assert guardian.stdin
+        with contextlib.suppress(OSError):
+            while not self._over.wait(TICK):
+                os.write(guardian.stdin.fileno(), b".")
 
     def _end(self, status: int, why: str) -> NoReturn:
         """Ends the process, and tells the others."""
