@@ -333,7 +333,7 @@ def asked(
     processes = case.start(f"{fault}:{who[-1]}:{AT}" if fault else "")
     place = "struck" if fault else f"b {AT}"
     wait_until(lambda: place in case.done(who[-1]), place, processes)
-    time.sleep(0.3 if fault else 0)  # what has struck is under way
+    time.sleep(5 if fault == "compile" else 0.3 if fault else 0)  # what has struck is under way; this is traced first
     for each in who:
         processes[each].signal(number)
     seconds = end(case, processes, time.monotonic(), grace, [ASKED] * count)

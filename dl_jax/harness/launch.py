@@ -139,7 +139,7 @@ def launch(main: Main, presets: Mapping[str, Any], claims: Sequence[Claim]) -> N
             if peers and isinstance(error, jax.errors.JaxRuntimeError) and any(word in why for word in GONE):
                 status, why = UNAVAILABLE, f"another process cannot be reached: {why[:200]}"
                 print(f"error: {why}", file=sys.stderr)
-        leave(status, peers, orderly, why)
+        leave(status, peers, orderly, why, at_once=status == PREEMPTED and main.__module__ == "__main__")
 
 
 def check_common(common: Common) -> None:
@@ -168,15 +168,19 @@ def set_folders(common: Common) -> None:
             os.environ[variable] = folder
 
 
-def leave(status: int, peers: Peers | None, orderly: bool, why: str) -> None:
-    """Ends the process. A process of several that ends alone tells the others why, which would wait for it."""
-    if peers and not orderly:
+def leave(status: int, peers: Peers | None, orderly: bool, why: str, *, at_once: bool = False) -> None:
+    """Ends the process. A process of several that ends alone tells the others why, which would wait for it.
+
+    With `at_once` Python frees nothing, which may take it a minute after a compilation that was cut off.
+    """
+    if peers and orderly:
+        jax.distributed.shutdown()
+    elif peers:
         end_all(peers, status, why)
+    if at_once or (peers and not orderly):
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os._exit(status)
-    if peers:
-        jax.distributed.shutdown()
     sys.exit(status)
 
 
