@@ -293,7 +293,7 @@ def keep(record: Mapping[str, Any], directory: epath.Path) -> None:
     before = read_json(result)  # None where it is damaged: it is then written anew
     if isinstance(before, dict) and before.get("measured") == record["measured"]:
         return
-    if isinstance(before, dict):
+    if isinstance(before, dict) and isinstance(before.get("data"), dict):
         there, here = (each["data"] for each in read_by_both(before, record))
         if found := differences(there, here, "in result.json", "now"):
             raise InputError(f"{result} is of other data: {'; '.join(found)}; use that data, or give --restart")
@@ -316,7 +316,7 @@ def name_of(script: Path) -> str:
     return "/".join(parts[parts.index("experiments") + 1 :] if "experiments" in parts else parts[-1:])
 
 
-AGREED = ("checkpoint_every", "on_nan", "restart", "profile")  # flags that change what the processes do together
+AGREED = ("checkpoint_every", "on_nan", "restart")  # flags that change what the processes do together
 WITH_VALUE = (
     *("--workdir", "--data-dir", "--cache-dir", "--coordinator", "--processes", "--process-id"),
     *("--join-within", "--grace", "--deadline", "--profile"),

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 import dl_jax
-from dl_jax.core.errors import UNAVAILABLE, InputError, Unavailable, one_line, reason
+from dl_jax.core.errors import UNAVAILABLE, InputError, Unavailable, reason
 from dl_jax.core.files import cache_folder
 
 HEARTBEAT = 25  # seconds without one, after which JAX takes a process for dead
@@ -95,9 +95,9 @@ def initialize(coordinator: str | None, processes: int | None, process_id: int |
             coordinator, processes, process_id, initialization_timeout=math.ceil(seconds) + 60, **options
         )
     except ValueError as error:
-        reason = one_line(error)
         raise InputError(
-            f"cannot join a run of several processes ({reason}); give --coordinator, --processes and --process-id"
+            f"cannot join a run of several processes ({reason(error)}); give --coordinator, --processes and "
+            "--process-id"
         ) from error
     finally:
         bound.cancel()

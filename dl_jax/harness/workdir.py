@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from dl_jax.core.errors import InputError, one_line, reason, spared
+from dl_jax.core.errors import InputError, reason, spared
 from dl_jax.core.files import MISSING, absolute, exists, failures, is_folder, lock, patiently, write_whole
 from dl_jax.harness.checkpoint.files import entries, free, metas, steps
 from dl_jax.harness.identity import FIELDS, Identity, differences, is_identity
@@ -123,8 +123,9 @@ def require_writable(directory: epath.Path, workdir: str) -> None:
     except ImportError as error:
         raise InputError(f"--workdir {workdir} needs a package ({error}); pip install gcsfs for gs://") from error
     except Exception as error:  # a bucket's client has errors of its own
-        reason = getattr(error, "strerror", None) or one_line(error)
-        raise InputError(f"--workdir {workdir} cannot be written ({reason}); choose a folder of yours") from error
+        raise InputError(
+            f"--workdir {workdir} cannot be written ({reason(error)}); choose a folder of yours"
+        ) from error
 
 
 @contextlib.contextmanager

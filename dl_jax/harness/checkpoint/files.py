@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from etils import epath
 
+from dl_jax.core import errors
 from dl_jax.core.errors import InputError
 from dl_jax.core.files import MISSING, exists, is_folder, patiently, sealed, unsealed
 from dl_jax.core.files import absolute as absolute_path
@@ -220,9 +221,8 @@ def _read(file: epath.Path) -> bytes:
 
 
 def reason(error: Exception) -> str:
-    """The message of an exception, shortened to one line."""
-    words = str(error).split(" [tensorstore_spec")[0].split()
-    return (isinstance(error, OSError) and error.strerror) or " ".join(words)[:160] or type(error).__name__
+    """Why `error` happened, in one line, without the specification of a store that TensorStore adds."""
+    return errors.reason(error).split(" [tensorstore_spec")[0][:160]
 
 
 def _check(meta: Meta, model: Mapping[str, Spec] | None, owner: Identity | None, name: str) -> None:
