@@ -20,7 +20,7 @@ from dl_jax.core.step import State
 from dl_jax.harness import alive as alive_module
 from dl_jax.harness import guardian
 from dl_jax.harness.alive import Alive
-from dl_jax.harness.clock import Clock, goodput, memory
+from dl_jax.harness.clock import COMPILING, Clock, goodput, memory
 from dl_jax.harness.peers import differing, flat
 from dl_jax.harness.profile import Profile
 from dl_jax.harness.run import Preempted
@@ -63,6 +63,12 @@ def test_compilations_within_each_other_are_counted_once():
         spent = clock.spent()
     assert 0 < spent["compile"] <= took
     assert spent["other"] >= -1e-6
+    with Clock() as clock:
+        doing(0.05)
+        jax.monitoring.record_event_duration_secs(COMPILING[0], 0.02)  # of a function within
+        doing(0.05)
+        jax.monitoring.record_event_duration_secs(COMPILING[0], 0.1)  # another
+        assert clock.spent()["compile"] == pytest.approx(0.1, abs=1e-6)
 
 
 @pytest.fixture
