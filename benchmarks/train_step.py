@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,8 +55,14 @@ EPOCH = 468  # steps of an epoch of MNIST's 60,000 digits
 def with_fit(name: str, batches=None) -> Block:
     """A block of steps driven by `fit`, as in an experiment."""
     step, state = PROBLEMS[name].step()
-    resident = jax.device_put(PROBLEMS[name].batch())
-    batches = batches or (lambda i: resident)
+    if not batches and jax.default_backend() == "cpu":
+        resident = jax.device_put(PROBLEMS[name].batch())
+        batches = lambda i: resident
+    elif not batches:  # an accelerator makes many steps in a call, on a set that is resident
+        column = PROBLEMS[name].batch()
+        batches = data.shuffled(
+            {key: np.repeat(value, 8, 0) for key, value in column.items()}, rows_of(column), seeds=0
+        )
 
     def block(n: int) -> None:
         nonlocal state
@@ -63,6 +70,10 @@ def with_fit(name: str, batches=None) -> Block:
 
     block(5)
     return block
+
+
+def rows_of(batch: Mapping[str, np.ndarray]) -> int:
+    return len(next(iter(batch.values())))
 
 
 def bare(name: str) -> Block:
@@ -138,11 +149,12 @@ def memory_mapped() -> dict[str, np.ndarray]:
 
 def pipeline_alone() -> Block:
     """A block that places batches on the device, without a step."""
-    batches, mesh, done = stream(), devices.data_mesh(), 0
+    batches, done = stream(), 0
+    rows = devices.rows_over(devices.data_mesh(), seeds=False)
 
     def block(n: int) -> None:
         nonlocal done
-        jax.block_until_ready([devices.place(batches(step), mesh) for step in range(done, done + n)][-1])
+        jax.block_until_ready([devices.place(batches(step), rows, (BATCH,)) for step in range(done, done + n)][-1])
         done += n
 
     block(5)

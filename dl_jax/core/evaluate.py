@@ -1,18 +1,19 @@
 """Evaluation over a data set in memory, in which every example counts once, whatever the batch size."""
 
 import collections
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from dl_jax.core import events
-from dl_jax.core.devices import data_mesh, place, process_rows, replicated
+from dl_jax.core.devices import data_mesh, fetched, own, place, put, rows_over, states_over
 from dl_jax.core.fit import IN_FLIGHT
 from dl_jax.core.recorder import Measurements
-from dl_jax.core.step import Array, Batch, Tree
+from dl_jax.core.step import Array, Batch, Tree, over_seeds
 from dl_jax.core.stream import count, epoch
 
 
@@ -36,17 +37,21 @@ def evaluator(
     """
     epoch(records, batch_size)
 
-    @jax.jit
-    def measure(variables: Tree, batch: Batch, keys: Array, i: Array) -> Mapping[str, tuple[Array, Array]]:
-        one = lambda given: metrics(given[0], batch, jax.random.fold_in(given[1], i))
-        return jax.lax.map(one, (variables, keys))
+    def by_seed(given: tuple[Tree, Array], shared: tuple[Batch, Array]) -> Mapping[str, tuple[Array, Array]]:
+        batch, i = shared
+        return jax.lax.map(lambda one: metrics(one[0], batch, jax.random.fold_in(one[1], i)), given)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def measure(mesh: Mesh, variables: Tree, batch: Batch, keys: Array, i: Array) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return over_seeds(by_seed)((variables, keys), (batch, i))
 
     @events.phase("evaluation")
     def evaluate(variables: Tree) -> Measurements:
         total: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        mesh = data_mesh(batch_size=batch_size)
+        mesh = data_mesh(batch_size=batch_size, seeds=len(keys))
         variables, batches = _on(mesh, variables), _placed(records, batch_size, mesh)
-        found = (measure(variables, batch, keys, np.int32(i)) for i, batch in enumerate(batches))
+        found = (measure(mesh, variables, batch, keys, np.int32(i)) for i, batch in enumerate(batches))
         for pairs in _two_in_flight(found):
             for name, pair in pairs.items():
                 value, weight = (np.asarray(x, np.float64) for x in pair)
@@ -71,28 +76,33 @@ def collect(
       records: the columns of the data set, [N, ...].
       batch_size: the number of rows on all devices.
 
-    Use it for a teacher's logits, and for metrics that are not
-    sums over examples, such as F1, BLEU or a rank correlation. Raises InputError as `stream.epoch` does.
+    Use it for a teacher's logits, and for metrics that are not sums over examples, such as F1, BLEU or a rank
+    correlation. Raises InputError as `stream.epoch` does.
     """
-    mesh = data_mesh(batch_size=batch_size)
-    whole = NamedSharding(mesh, PartitionSpec())
-    answer = jax.jit(
-        lambda variables, batch: jax.lax.map(lambda one: predict(one, batch), variables), out_shardings=whole
-    )
+    mesh = data_mesh(batch_size=batch_size, seeds=len(jax.tree.leaves(variables)[0]))
+
+    @jax.jit
+    def answer(variables: Tree, batch: Batch) -> Tree:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            by_seed = lambda variables, batch: jax.lax.map(lambda one: predict(one, batch), variables)
+            return over_seeds(by_seed)(variables, batch)
+
     variables = _on(mesh, variables)
     found = list(_two_in_flight(answer(variables, batch) for batch in _placed(records, batch_size, mesh)))
     return jax.tree.map(lambda *parts: np.concatenate(parts, 1)[:, : count(records)], *found)
 
 
 def _placed(records: Mapping[str, np.ndarray], batch_size: int, mesh: Mesh) -> Iterator[Batch]:
-    return (place(batch, mesh) for batch in epoch(records, batch_size, process_rows(batch_size, mesh)))
+    batches = epoch(records, batch_size, own(mesh, batch_size).rows)
+    return (place(batch, rows_over(mesh, seeds=False), (batch_size,)) for batch in batches)
 
 
 def _on(mesh: Mesh, variables: Tree) -> Tree:
     """`variables` on the devices of the batches. A fit with another batch size may have left them on other devices."""
     devices = set(mesh.devices.flat)
     there = all(isinstance(x, jax.Array) and x.sharding.device_set == devices for x in jax.tree.leaves(variables))
-    return variables if there else replicated(variables, mesh)
+    seeds = len(jax.tree.leaves(variables)[0])
+    return variables if there else put(variables, states_over(variables, mesh, seeds))
 
 
 def _two_in_flight(calls: Iterator[Any]) -> Iterator[Any]:
@@ -107,6 +117,6 @@ def _two_in_flight(calls: Iterator[Any]) -> Iterator[Any]:
 
 
 def _fetched(call: Any) -> Any:
-    result = jax.device_get(call)
+    result = fetched(call)
     events.progress()
     return result

@@ -1,6 +1,7 @@
 """The training loop. It does not depend on a model or data set."""
 
 import collections
+import dataclasses
 import functools
 import time
 from collections.abc import Sequence
@@ -9,11 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from dl_jax.core import events
+from dl_jax.core.devices import fetched, put, whole
 from dl_jax.core.errors import InputError
 from dl_jax.core.leaves import is_real
-from dl_jax.core.program import Batches, mesh_for, on_devices, program
+from dl_jax.core.program import Batches, ahead, batches_of, mesh_for, program, shardings_of, steps_in_a_call
 from dl_jax.core.recorder import (
     NonFiniteError,
     Recorder,
@@ -29,6 +32,8 @@ from dl_jax.core.recorder import (
 from dl_jax.core.step import Array, Batch, State, Step, Tree
 from dl_jax.core.stream import Stream
 
+Lies = tuple[NamedSharding, ...]  # of the leaves of a state; () where they lie on the default device
+
 IN_FLIGHT = 2  # calls under way at a time: without a bound, simulated devices hung, and a NaN is noticed late
 
 
@@ -40,7 +45,7 @@ def fit(
     *,
     steps: int,
     run: Recorder | None = None,
-    scan: int = 1,
+    scan: int | None = None,
     every: int = 100,
     watch: Watch | None = None,
     stop: StopRule | None = None,
@@ -51,13 +56,16 @@ def fit(
     Args:
       step: a function `(state, batch) -> (state, metrics)` that adds 1 or more to `state.step`. It is compiled here.
       state: the state to begin with. It is copied, so the caller can go on using it.
-      stream: the batches. A `Stream` is split over as many devices as divide its batch size: each process reads its own
-        rows, and the state is copied to all of these devices. The batches of a plain function of the step are passed to
-        the compiled program unchanged, so every process has to give the whole batch.
+      stream: the batches. A `Stream` is split over the devices as `devices.data_mesh` says, first by its seeds, then by
+        its rows: each process reads its own, and a thread reads and places them ahead. A state lies where its seeds
+        are, and is copied to the devices that share them, or, with `run.fsdp`, split over these as well. The batches of
+        a plain function of the step are passed to the compiled program unchanged, so every process has to give the
+        whole batch.
       steps: the value of `state.step` at which the fit ends.
       run: records the metrics, saves checkpoints, and may hold a checkpoint to resume from.
       scan: the number of steps in one call of the compiled program. If it is above 1, a data set in memory is kept on
-        the devices, and the host sends only the indices of the rows.
+        the devices, and the host sends only the indices of the rows. By default it is 1 on CPUs, and on accelerators as
+        many as hide the work of the host: see `program.steps_in_a_call`.
       every: the number of steps between reports of the metrics' means.
       watch: a function of the variables to measure, such as the validation error, and how often.
       stop: an early-stopping rule, which is updated after each measurement of `watch`.
@@ -79,9 +87,10 @@ def fit(
     """
     _require_intervals(steps, every, scan, watch, stop)
     run = run or Recorder()
-    mesh = mesh_for(stream)
-    state, batches = on_devices(state, stream, mesh, scan, carried)
-    compiled = program(step, stream, mesh, scan)
+    seeds = np.size(state.step)
+    mesh = mesh_for(stream, seeds)
+    shardings = shardings_of(state, stream, mesh, carried, run.fsdp)
+    state = put(state, shardings) if shardings else jax.tree.map(jnp.asarray, state)
     given = Snapshot(state, stop.init() if stop else {}, {})
     saved = run.start(given, steps, watch.best if watch else None)
     if saved is not given and not _same_keys(saved.state, state):  # the batches are those of other seeds
@@ -89,8 +98,13 @@ def fit(
             "the checkpoint to resume from has other random keys than this run; give the --seed and --seeds that it "
             "was begun with, or another --workdir"
         )
-    state, rule = _copied(saved.state), saved.stop  # a copy: donation deletes the buffers of its input
+    lies = tuple(jax.tree.leaves(shardings))
+    state, rule = _copied(saved.state, lies), saved.stop  # a copy: donation deletes the buffers of its input
     i, stride, window = _count(state), 0, Window(saved.window)
+    if scan is None:
+        due = i, steps, every, watch.every if watch else 0
+        scan = 1 if run.skip_nonfinite else steps_in_a_call(step, state, stream, mesh, *due)
+    batches, compiled = batches_of(stream, mesh, scan, seeds), program(step, stream, mesh, scan)
     pending: collections.deque[tuple[int, Row, np.ndarray]] = collections.deque()
 
     def stopped() -> np.ndarray:
@@ -98,47 +112,55 @@ def fit(
 
     def settle(most: int) -> None:
         while len(pending) > most:
-            window.add(*pending.popleft(), run)
+            at, row, frozen = pending.popleft()
+            window.add(at, row, frozen, run)
             events.progress()
+            if at % every == 0 or at == steps:
+                report(at)
 
-    def report() -> None:
-        run.report(i, window.means(stride, run.skip_nonfinite))
+    def report(at: int) -> None:
+        run.report(at, window.means(stride, run.skip_nonfinite))
         events.waited(window.waited)
         window.reset()
 
-    while i < steps and not stopped().all():
-        asked = time.perf_counter()
-        batch = batches(i)
-        window.waited += time.perf_counter() - asked
-        settle(IN_FLIGHT - 1)
-        state, row = _advance(compiled, state, batch, stopped(), run.skip_nonfinite, stop is not None)
-        stride = stride or _checked_stride(_count(state) - i, i, steps, every, watch)
-        i += stride
-        pending.append((i, row, stopped()))
-        measured = {}
-        if i % every == 0 or i == steps:
-            settle(0)
-            report()
-        if watch and (i % watch.every == 0 or i == steps):
-            settle(0)
-            began = time.perf_counter()
-            with events.phase("evaluation"):
-                measured = watch.measure(state.variables)
-            require_best(watch.best, measured)
-            window.elsewhere += time.perf_counter() - began
-            run.report(i, {f"watch/{name}": value for name, value in measured.items()})
-            rule = stop.update(rule, measured, i) if stop else rule
-            if stopped().all() and window.calls:  # the fit ends between two reports
-                report()
-        due = run.stepped(i)
-        if due or (watch and watch.best and measured):
-            settle(0)
-            _require_finite(state, i, run)
-            run.save(i, Snapshot(state, rule, window.content()), measured)
+    with ahead(batches, steps if isinstance(stream, Stream) else 0) as upcoming:
+        while i < steps and not stopped().all():
+            asked = time.perf_counter()
+            batch = upcoming(i, stride)
+            window.waited += time.perf_counter() - asked
+            settle(IN_FLIGHT - 1)
+            state, row = _advance(compiled, state, batch, stopped(), run.skip_nonfinite, stop is not None, mesh, lies)
+            stride = stride or _checked_stride(_count(state) - i, i, steps, every, watch)
+            i += stride
+            row = dataclasses.replace(row, values=whole(row.values))
+            row.values.copy_to_host_async()
+            pending.append((i, row, stopped()))
+            measured = {}
+            if watch and (i % watch.every == 0 or i == steps):
+                settle(0)
+                began = time.perf_counter()
+                with events.phase("evaluation"):
+                    measured = watch.measure(_seen(state.variables, run.fsdp))
+                require_best(watch.best, measured)
+                window.elsewhere += time.perf_counter() - began
+                run.report(i, {f"watch/{name}": value for name, value in measured.items()})
+                rule = stop.update(rule, measured, i) if stop else rule
+                if stopped().all() and window.calls:  # the fit ends between two reports
+                    report(i)
+            due = run.stepped(i)
+            if due or (watch and watch.best and measured):
+                settle(0)
+                _require_finite(state, i, run)
+                run.save(i, Snapshot(state, rule, window.content()), measured)
     settle(0)
     _require_finite(state, i, run)
     run.finish(i, Snapshot(state, rule, window.content()))
-    return state
+    return _seen(state, run.fsdp)
+
+
+def _seen(tree: Tree, fsdp: bool) -> Tree:
+    """What the caller gets: readable on every process, although processes train different seeds; but for `fsdp`."""
+    return tree if fsdp else jax.tree.map(whole, tree)
 
 
 def _where(seeds: Array, new: Tree, old: Tree) -> Tree:
@@ -150,20 +172,29 @@ def _where(seeds: Array, new: Tree, old: Tree) -> Tree:
     return jax.tree.map(choose, new, old)
 
 
-@functools.partial(jax.jit, static_argnames=("skip", "freeze"), donate_argnames=("state",))
-def _advance(step: Any, state: State, batch: Batch, stopped: Array, skip: bool, freeze: bool) -> tuple[State, Row]:
-    new, metrics = step(state, batch)
+@functools.partial(jax.jit, static_argnames=("skip", "freeze", "mesh", "lies"), donate_argnames=("state",))
+def _advance(
+    step: Any, state: State, batch: Batch, stopped: Array, skip: bool, freeze: bool, mesh: Mesh, lies: Lies
+) -> tuple[State, Row]:
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        new, metrics = step(state, batch)
     row = row_of(metrics)
     if skip:
         new = _where(jnp.isfinite(row.values).all(0), new, state._replace(step=new.step))
     if freeze:
         new = _where(~stopped, new, state)
-    return new, row
+    return _laid(new, lies), row
 
 
-@jax.jit
-def _copied(state: State) -> State:
-    return jax.tree.map(jnp.copy, state)
+@functools.partial(jax.jit, static_argnums=1)
+def _copied(state: State, lies: Lies) -> State:
+    return _laid(jax.tree.map(jnp.copy, state), lies)
+
+
+def _laid(state: State, lies: Lies) -> State:
+    """`state` with the shardings of its leaves, so that the result of a call lies as its input did."""
+    leaves, structure = jax.tree.flatten(state)
+    return jax.tree.unflatten(structure, map(jax.lax.with_sharding_constraint, leaves, lies)) if lies else state
 
 
 @jax.jit
@@ -173,13 +204,17 @@ def _same_keys(state: State, other: State) -> Array:  # -> bool []
 
 def _count(state: State) -> int:
     """The largest step of all seeds: a seed that has stopped stays behind."""
-    return int(np.max(np.asarray(state.step)))
+    return int(np.max(fetched(state.step)))
 
 
-def _require_intervals(steps: int, every: int, scan: int, watch: Watch | None, stop: StopRule | None) -> None:
+def _require_intervals(steps: int, every: int, scan: int | None, watch: Watch | None, stop: StopRule | None) -> None:
     if steps < 0:
         raise InputError(f"steps is {steps}, expected 0 or more; give the step at which the fit ends")
-    for name, value in {"every": every, "scan": scan, "watch.every": watch.every if watch else 1}.items():
+    for name, value in {
+        "every": every,
+        "scan": 1 if scan is None else scan,
+        "watch.every": watch.every if watch else 1,
+    }.items():
         if value < 1:
             raise InputError(f"{name} is {value}, expected a number of steps, 1 or more; give 1 for every single step")
     if stop and not watch:

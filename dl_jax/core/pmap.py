@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from dl_jax.core.devices import AXIS
+from dl_jax.core.devices import DATA
 from dl_jax.core.step import Batch, Loss, Metrics, State, Step, Tree, make_step
 
 
@@ -13,7 +13,7 @@ def _averaged(params: Tree) -> Tree:
     return params
 
 
-_averaged.defvjp(lambda params: (params, None), lambda _, grads: (jax.lax.pmean(grads, AXIS),))
+_averaged.defvjp(lambda params: (params, None), lambda _, grads: (jax.lax.pmean(grads, DATA),))
 
 
 def pmapped(loss: Loss, tx: optax.GradientTransformation) -> Step:
@@ -28,7 +28,7 @@ def pmapped(loss: Loss, tx: optax.GradientTransformation) -> Step:
 
     def on_device(state: State, batch: Batch) -> tuple[State, Metrics]:
         state, metrics = step(state, batch)
-        extra, metrics = jax.lax.pmean((state.extra, metrics), AXIS)
+        extra, metrics = jax.lax.pmean((state.extra, metrics), DATA)
         return state._replace(extra=extra), metrics
 
-    return jax.pmap(on_device, axis_name=AXIS)
+    return jax.pmap(on_device, axis_name=DATA)

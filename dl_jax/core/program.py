@@ -1,8 +1,11 @@
 """What a fit compiles and where it lies: the state, the batches and the arrays that a step reads, on the devices."""
 
+import contextlib
 import dataclasses
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -10,29 +13,37 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dl_jax.core.devices import data_mesh, numeric, place, process_rows, replicated, sharded
+from dl_jax.core.devices import data_mesh, fetched, numeric, own, place, replicated, rows_over, states_over
 from dl_jax.core.errors import InputError
-from dl_jax.core.step import Batch, Metric, State, Step, Tree, require_collections
+from dl_jax.core.flops import flops
+from dl_jax.core.step import SEED, Batch, Metric, State, Step, Tree, require_collections
 from dl_jax.core.stream import Stream, gather
 
 Batches = Callable[[int], Batch]  # step -> batch
 
+AHEAD = 2  # batches that are read and placed while the devices compute
+# How much an accelerator computes in a call by default: 10 steps a call hid the host's work on an H100, and 1e12
+# operations take it longer than a dispatch. A call also ends soon enough for a save within --grace.
+MOST_STEPS, ENOUGH = 50, 1e12
+RESIDENT = 0.25  # of a device's memory, which a data set may take
 
-def mesh_for(stream: Stream | Batches) -> Mesh:
-    """A mesh of as many devices as divide the batch. Prints a line if devices are left over, as that costs time."""
+
+def mesh_for(stream: Stream | Batches, seeds: int) -> Mesh:
+    """A mesh of as many devices as can be used. Prints a line if devices are left over, as that costs time."""
     if not isinstance(stream, Stream):
         return data_mesh()
-    mesh = data_mesh(batch_size=stream.batch_size)
+    mesh = data_mesh(batch_size=stream.batch_size, seeds=seeds)
     if mesh.devices.size < jax.device_count() and jax.process_index() == 0:
         idle = f"{mesh.devices.size} of {jax.device_count()} devices"
         print(f"a batch of {stream.batch_size} is split over {idle}", file=sys.stderr)
     return mesh
 
 
-def on_devices(
-    state: State, stream: Stream | Batches, mesh: Mesh, scan: int, carried: Sequence[str]
-) -> tuple[State, Batches]:
-    """The state on the devices, and a function from the step to the batch, or batches, of one call on the devices."""
+def shardings_of(state: State, stream: Stream | Batches, mesh: Mesh, carried: Sequence[str], fsdp: bool) -> Any:
+    """Where the leaves of a state lie, a tree of shardings like it.
+
+    It is None for a plain function of the step in one process: its state stays on the default device.
+    """
     require_collections(state.extra)
     unknown = sorted(set(carried) - state.extra.keys())
     if unknown:
@@ -40,24 +51,89 @@ def on_devices(
             f"carried names {unknown[0]!r}, expected collections of state.extra: {sorted(state.extra)}; correct it"
         )
     if not isinstance(stream, Stream):
-        state = _whole(state, stream, mesh)
-        batches = lambda i: numeric(stream(i))
-        return state, batches if scan == 1 else lambda i: _stacked([batches(i + j) for j in range(scan)])
-    rows = process_rows(stream.batch_size, mesh)
-    split = {name: sharded(state.extra[name], mesh, stream.axis) for name in carried}
+        return states_over(state, mesh, None, fsdp) if fsdp or jax.process_count() > 1 else None
+    rows = rows_over(mesh, bool(stream.axis))
     rest = {name: value for name, value in state.extra.items() if name not in carried}
-    state = _whole(state._replace(extra=rest), stream, mesh)
-    state = state._replace(extra={**state.extra, **split})
-    if scan == 1:
-        return state, lambda i: place(stream(i, rows), mesh, stream.axis)
-    # For a data set in memory the batches are indices: `program` holds the records.
-    return state, lambda i: place(_stacked([stream.read(i + j, rows) for j in range(scan)]), mesh, stream.axis + 1)
+    found = states_over(state._replace(extra=rest), mesh, np.size(state.step) if np.ndim(state.step) else None, fsdp)
+    split = {name: jax.tree.map(lambda _: rows, state.extra[name]) for name in carried}
+    return found._replace(extra={**found.extra, **split})
 
 
-def _whole(tree: Tree, stream: Stream | Batches, mesh: Mesh) -> Tree:
+def batches_of(stream: Stream | Batches, mesh: Mesh, scan: int, seeds: int) -> Batches:
+    """A function from the step to the batch, or batches, of one call, on the devices."""
+    if not isinstance(stream, Stream):
+        batches = lambda i: numeric(stream(i))
+        return batches if scan == 1 else lambda i: _stacked([batches(i + j) for j in range(scan)])
+    by_seed, leading = bool(stream.axis), () if scan == 1 else (scan,)
+    sharding, mine = rows_over(mesh, by_seed, len(leading)), own(mesh, stream.batch_size, seeds)
+    # For a data set in memory the batches of a scan are indices: `program` holds the records.
+    records = None if leading else stream.records
+
+    def read(i: int) -> Batch:
+        batch = stream.read(i, mine.rows)
+        if mesh.shape[SEED] > 1:
+            batch = {name: column[mine.seeds] for name, column in batch.items()}
+        return batch if records is None else gather(records, batch)
+
+    def placed(i: int) -> Batch:
+        block = _stacked([read(i + j) for j in range(scan)]) if leading else read(i)
+        return place(block, sharding, (*leading, *(seeds,) * by_seed, stream.batch_size))
+
+    return placed
+
+
+def steps_in_a_call(step: Step, state: State, stream: Stream | Batches, mesh: Mesh, *counts: int) -> int:
+    """How many steps a call of the compiled program makes where the caller does not say.
+
+    It is 1 on a CPU, for a data set that is not in memory or is too large for that of a device, and for steps that take
+    long by themselves. Otherwise it is the largest number up to `MOST_STEPS` such that what one call advances
+    `state.step` divides all of `counts`, the steps at which something else is due. It depends on no measurement, so a
+    run that resumes makes the same calls.
+    """
+    if jax.default_backend() == "cpu" or not isinstance(stream, Stream) or stream.records is None:
+        return 1
+    if sum(column.nbytes for column in stream.records.values()) > RESIDENT * _memory(mesh):
+        return 1
+    begin = int(np.max(fetched(state.step)))
+    step, batch = on_mesh(_unwrapped(step), stream, mesh), gather(stream.records, stream.read(begin, slice(None)))
+    enough = ENOUGH * mesh.devices.size / max(1.0, flops(jax.make_jaxpr(step)(state, batch)))
+    # XLA leaves out all that the counter does not depend on.
+    after = jax.jit(lambda step, state, batch: step(state, batch)[0].step)(step, state, batch)
+    stride = int(np.max(fetched(after))) - begin
+    possible = (k for k in range(1, MOST_STEPS + 1) if k <= enough and math.gcd(*counts) % (k * max(stride, 1)) == 0)
+    return max(possible, default=1)
+
+
+def _memory(mesh: Mesh) -> float:
+    """The bytes of memory of a device; infinite where it does not tell."""
+    return (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
+
+
+def on_mesh(tree: Tree, stream: Stream | Batches, mesh: Mesh) -> Tree:
     """`tree` on every device of the mesh; left on the default device for a plain function in one process."""
-    on_mesh = isinstance(stream, Stream) or jax.process_count() > 1
-    return replicated(tree, mesh) if on_mesh else jax.tree.map(jnp.asarray, tree)
+    spread = isinstance(stream, Stream) or jax.process_count() > 1
+    return replicated(tree, mesh) if spread else jax.tree.map(jnp.asarray, tree)
+
+
+@contextlib.contextmanager
+def ahead(batches: Batches, stop: int) -> Iterator[Callable[[int, int], Batch]]:
+    """A context in which a thread reads and places batches before they are asked for.
+
+    Yields a function (step, stride) -> batch of that step, which also has the thread go on with the steps that follow
+    at that stride, below `stop`. With stride 0, where it is not known yet, nothing is read ahead.
+    """
+    coming: dict[int, Future[Batch]] = {}
+    with contextlib.ExitStack() as ending:
+        pool = ThreadPoolExecutor(1, "batches")
+        ending.callback(pool.shutdown, cancel_futures=True)
+
+        def batch(i: int, stride: int) -> Batch:
+            for step in range(i, min(i + AHEAD * stride + 1, stop), stride) if stride else ():
+                if step not in coming:
+                    coming[step] = pool.submit(batches, step)
+            return coming.pop(i).result() if i in coming else batches(i)
+
+        yield batch
 
 
 def _stacked(batches: Sequence[Batch]) -> Batch:
@@ -66,7 +142,7 @@ def _stacked(batches: Sequence[Batch]) -> Batch:
 
 def program(step: Step, stream: Stream | Batches, mesh: Mesh, scan: int) -> Step:
     """The function to compile. Arrays that it reads are leaves of the Partial, so they are arguments, not constants."""
-    step = _whole(_unwrapped(step), stream, mesh)  # its arrays may be NumPy's, or on the devices of another fit
+    step = on_mesh(_unwrapped(step), stream, mesh)  # its arrays may be NumPy's, or on the devices of another fit
     if scan == 1:
         return step
     records = stream.records if isinstance(stream, Stream) else None

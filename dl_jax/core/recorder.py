@@ -56,6 +56,7 @@ class Recorder:
     """The interface between `fit` and whatever records a run. This base class records nothing."""
 
     skip_nonfinite: bool = False  # undo a step with a metric that is not finite, instead of ending the run
+    fsdp: bool = False  # split large arrays of the state over the devices too, which share the rows of a batch
 
     def start(self, snapshot: Snapshot, steps: int, best: Best | None) -> Snapshot:
         """Returns what to begin with: `snapshot`, or the restored checkpoint of an earlier attempt at the same fit."""

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from dl_jax.core.devices import fetched
 from dl_jax.core.step import Tree
 
 
 def split(tree: Tree) -> list[Tree]:  # [S, ...] -> S times [...]
-    """One tree of NumPy arrays for each seed. With several processes the leaves have to be replicated."""
-    host = jax.device_get(tree)
+    """One tree of NumPy arrays for each seed. All processes have to call it together."""
+    host = fetched(tree)
     return [jax.tree.map(lambda leaf, i=i: leaf[i], host) for i in range(len(jax.tree.leaves(host)[0]))]
 
 

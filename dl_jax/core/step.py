@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from dl_jax.core.errors import InputError
 from dl_jax.core.leaves import at_least_float32, is_real
@@ -29,6 +30,8 @@ Batch = Mapping[str, Any]  # every leaf is [B, ...]
 Metric = Array | tuple[Array, Array]  # a mean, or (sum, weight); scalars, or [S] under per_seed
 Metrics = Mapping[str, Metric]
 Loss = Callable[[Tree, Batch, Array], tuple[Array, tuple[Tree, Metrics]]]
+
+SEED = "seed"  # the axis of a mesh over which seeds are split
 
 
 class State(NamedTuple):
@@ -183,13 +186,35 @@ def per_seed(step: Step, one_by_one: bool = False) -> Step:
     convolutional networks either way may win, so measure both. Inside such a loop, XLA's CPU backend is slow at
     gradients of convolutions that `models.ops` does not write as matrix products. Accelerators use `jax.vmap` in both
     cases.
+
+    Where `fit` splits the seeds over devices, each device computes its own without communication.
     """
     if not one_by_one:
-        return jax.vmap(step)
-    step = jax.jit(step, inline=True)  # traced once for both
-    side_by_side = jax.vmap(step)
-    in_turn = lambda states, batches: jax.lax.map(lambda both: step(*both), (states, batches))
-    return lambda states, batches: jax.lax.platform_dependent(states, batches, cpu=in_turn, default=side_by_side)
+        mapped = jax.vmap(step)
+    else:
+        step = jax.jit(step, inline=True)  # traced once for both
+        side_by_side = jax.vmap(step)
+        in_turn = lambda states, batches: jax.lax.map(lambda both: step(*both), (states, batches))
+        mapped = lambda states, batches: jax.lax.platform_dependent(states, batches, cpu=in_turn, default=side_by_side)
+    return lambda states, batches: over_seeds(lambda both, _: mapped(*both))((states, batches), None)
+
+
+def over_seeds(function: Callable[[Tree, Tree], Tree]) -> Callable[[Tree, Tree], Tree]:
+    """`function(by_seed, shared)`, computed by every device for its own seeds where a mesh splits them.
+
+    Every leaf of `by_seed` and of the result is [S, ...]; `shared` is the same for all seeds. The mesh is that of the
+    context, as `jax.sharding.use_abstract_mesh` sets it.
+    """
+
+    def split(by_seed: Tree, shared: Tree) -> Tree:
+        if jax.sharding.get_abstract_mesh().shape.get(SEED, 1) == 1:
+            return function(by_seed, shared)
+        specs = PartitionSpec(SEED), PartitionSpec()
+        return jax.shard_map(function, in_specs=specs, out_specs=specs[0], axis_names={SEED}, check_vma=False)(
+            by_seed, shared
+        )
+
+    return split
 
 
 def holding(step: Callable[[Tree, State, Batch], tuple[State, Metrics]], tree: Tree) -> Step:

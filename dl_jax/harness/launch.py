@@ -79,6 +79,8 @@ class Common:
     """Steps between checkpoints (needs --workdir)."""
     on_nan: Literal["stop", "skip"] = "stop"
     """At a NaN or infinite metric: stop, or (skip) discard the update of that step and go on; 10 in a row: stop."""
+    fsdp: bool = False
+    """Split large parameters and their optimiser state over the devices that share a batch, to save memory."""
     restart: bool = False
     """Begin at step 0 in a folder that holds a run; what is there is moved to a subfolder before-restart."""
     grace: float = 30.0
@@ -234,6 +236,7 @@ def run_experiment(
         settings = Settings(
             seeds=seeds,
             skip_nonfinite=common.on_nan == "skip",
+            fsdp=common.fsdp,
             checkpoint_every=common.checkpoint_every,
             batch_size=fields.get("batch_size"),
             preempted=alive.preempted,
@@ -316,7 +319,7 @@ def name_of(script: Path) -> str:
     return "/".join(parts[parts.index("experiments") + 1 :] if "experiments" in parts else parts[-1:])
 
 
-AGREED = ("checkpoint_every", "on_nan", "restart")  # flags that change what the processes do together
+AGREED = ("checkpoint_every", "on_nan", "restart", "fsdp")  # flags that change what the processes do together
 WITH_VALUE = (
     *("--workdir", "--data-dir", "--cache-dir", "--coordinator", "--processes", "--process-id"),
     *("--join-within", "--grace", "--deadline", "--profile"),

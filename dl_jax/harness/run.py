@@ -70,6 +70,7 @@ class Settings:
 
     seeds: tuple[int, ...] = (0,)
     skip_nonfinite: bool = False
+    fsdp: bool = False
     checkpoint_every: int = 1000  # steps
     batch_size: int | None = None  # examples in a step
     preempted: Callable[[int], bool] = never  # after each step: whether to end, the same on all processes
@@ -101,7 +102,7 @@ class Run(Recorder):
 
     def __init__(self, directory: epath.Path | None = None, settings: Settings = Settings(), name: str = "") -> None:
         self.directory, self.settings, self.name = directory, settings, name
-        self.skip_nonfinite = settings.skip_nonfinite
+        self.skip_nonfinite, self.fsdp = settings.skip_nonfinite, settings.fsdp
         self._children: dict[str, Run] = {}
         self._checkpoints: Checkpoints | None = None
         self._board: TensorBoard | None = None

@@ -98,10 +98,10 @@ def test_no_gradient_crosses_a_window(char_lm, step, params):
     assert max(jax.tree.leaves(differences)) > 1e-4
 
 
-def test_eight_devices_share_the_rows_of_the_carry(trained):
+def test_eight_devices_share_the_seeds_and_rows_of_the_carry(trained):
     assert jax.device_count() == 8
     carry = jax.tree.leaves(trained.extra)[0]  # [S, B, H]
-    assert {shard.data.shape for shard in carry.addressable_shards} == {(2, 1, 6)}
+    assert {shard.data.shape for shard in carry.addressable_shards} == {(1, 2, 6)}
 
 
 def test_two_seeds_on_eight_devices_train_as_each_alone_on_one(char_lm, step, trained):

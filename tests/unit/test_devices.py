@@ -1,6 +1,7 @@
 """n devices are one device, for the step, the augmentation's randomness and BatchNorm; pmap is jit."""
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -9,12 +10,14 @@ import numpy as np
 import optax
 import pytest
 
-from dl_jax import data, losses
+from dl_jax import data, losses, metrics
 from dl_jax.core import devices
 from dl_jax.core import fit as fit_module
 from dl_jax.core.errors import InputError
+from dl_jax.core.evaluate import collect, evaluator
 from dl_jax.core.fit import fit
 from dl_jax.core.pmap import pmapped
+from dl_jax.core.recorder import Recorder
 from dl_jax.core.step import State, holding, init_state, make_step, per_seed
 from dl_jax.core.stream import Stream
 
@@ -79,7 +82,7 @@ def test_eight_devices_equal_one(microbatches, scan):
 
 @pytest.mark.parametrize("scan", [1, 3])
 def test_seeds_times_devices_equal_one_device(scan):
-    """[S, B, ...] split over its rows; a carried collection [S, B] is split as the batch is."""
+    """[S, B, ...] split over its seeds, then its rows; a carried collection [S, B] is split as the batch is."""
 
     def carrying(variables, batch, key):
         value, (_, metrics) = loss_of(Plain())({"params": variables["params"]}, batch, key)
@@ -91,10 +94,118 @@ def test_seeds_times_devices_equal_one_device(scan):
     step, stream = per_seed(make_step(carrying, tx)), data.shuffled(RECORDS, 16, seeds=(0, 1))
     one = fit(step, states, lambda i: stream(i), steps=3)
     eight = fit(step, states, stream, steps=3, every=3, scan=scan, carried=("carry",))
-    assert eight.extra["carry"]["sum"].sharding.shard_shape((2, 16)) == (2, 2)
+    assert eight.extra["carry"]["sum"].sharding.shard_shape((2, 16)) == (1, 4)
     np.testing.assert_array_equal(one.extra["carry"]["sum"], eight.extra["carry"]["sum"])
     for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(eight.params), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_seeds_over_devices_equal_one_device_and_do_not_communicate(one_by_one, monkeypatch):
+    tx, keys, texts = optax.sgd(1e-2, 0.9), jax.random.split(jax.random.key(0), 16), []
+    states = jax.vmap(lambda key: init_state(key, Net().init(key, RECORDS["image"][:1], train=False), tx))(keys)
+    step = per_seed(make_step(losses.with_batch(loss_of(Net()), noise), tx), one_by_one)
+    stream = data.shuffled(RECORDS, 12, seeds=range(16))
+    one = fit(step, states, lambda i: stream(i), steps=4)
+    advance = fit_module._advance
+
+    def listening(*given):
+        texts.append(advance.lower(*given).compile().as_text())
+        return advance(*given)
+
+    listening.lower = advance.lower
+    monkeypatch.setattr(fit_module, "_advance", listening)
+    eight = fit(step, states, stream, steps=4)
+    assert not any(word in texts[0] for word in COLLECTIVES)
+    assert {x.sharding.shard_shape(x.shape)[0] for x in jax.tree.leaves(eight.variables)} == {2}
+    for a, b in zip(jax.tree.leaves(one.variables), jax.tree.leaves(eight.variables), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+    def measure(variables, batch, key):
+        logits: Any = Net().apply(variables, batch["image"], train=False)
+        return {"loss": metrics.masked(losses.cross_entropy(logits, batch["label"]), batch["mask"])}
+
+    keys = jax.random.split(jax.random.key(1), 16)
+    found = [evaluator(measure, RECORDS, 12, keys)(state.variables)["loss"] for state in (one, eight)]
+    np.testing.assert_allclose(*found, rtol=1e-5)
+    predict = lambda variables, batch: Net().apply(variables, batch["image"], train=False)
+    found = [collect(predict, state.variables, RECORDS, 12) for state in (one, eight)]
+    assert found[0].shape == (16, 64, 10)
+    np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-5)
+
+
+class Wide(nn.Module):
+    """Has two large kernels, whose longest axes differ, beside small leaves."""
+
+    @nn.compact
+    def __call__(self, image, *, train: bool):
+        return nn.Dense(10)(nn.relu(nn.Dense(1024)(nn.relu(nn.Dense(512)(image.reshape(len(image), -1))))))
+
+
+class Sharded(Recorder):
+    fsdp = True
+
+
+@pytest.mark.parametrize(("seeds", "shard"), [(None, (512, 128)), (2, (1, 512, 256))])
+def test_a_state_that_is_split_over_the_rows_devices_equals_one_that_is_not(seeds, shard):
+    step, state = make_step(loss_of(Wide()), optax.adam(1e-3)), start(Wide(), optax.adam(1e-3))
+    stream = STREAM
+    if seeds:
+        state, step = jax.tree.map(lambda x: jnp.stack([x] * seeds), state), per_seed(step)
+        stream = data.shuffled(RECORDS, 16, seeds=range(seeds))
+    whole = fit(step, state, lambda i: stream(i), steps=4)
+    found = fit(step, state, stream, steps=4, run=Sharded())
+    kernel = found.params["Dense_1"]["kernel"]  # [512, 1024]
+    assert kernel.sharding.shard_shape(kernel.shape) == shard
+    moment = found.opt_state[0].mu["Dense_1"]["kernel"]
+    assert moment.sharding == kernel.sharding
+    for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(found.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_large_enough_to_split_is_named():
+    tx = optax.sgd(0.1)
+    with pytest.raises(InputError, match=r"^--fsdp finds nothing to split over 8 devices: .* has 2560 numbers"):
+        fit(make_step(loss_of(Plain()), tx), start(Plain(), tx), STREAM, steps=1, run=Sharded())
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "seeds", "shape"),
+    [
+        (128, 1, (1, 8)),
+        (128, 5, (1, 8)),
+        (100, 5, (5, 1)),
+        (12, 4, (4, 2)),
+        (3, 16, (8, 1)),
+        (7, 3, (1, 7)),
+        (1, 1, (1, 1)),
+    ],
+)
+def test_seeds_are_split_first_and_rows_second(batch_size, seeds, shape):
+    assert devices.data_mesh(batch_size=batch_size, seeds=seeds).devices.shape == shape
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3, 4, 8, 12])
+@pytest.mark.parametrize("batch_size", [3, 8, 24])
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+def test_the_blocks_of_all_processes_are_the_batch(processes, batch_size, seeds, monkeypatch):
+    device = dataclasses.make_dataclass("Device", ["process_index", "id"], frozen=True)
+    mesh = devices.data_mesh(
+        [device(p, i) for p in range(processes) for i in range(4)], batch_size=batch_size, seeds=seeds
+    )
+    times = np.zeros((seeds, batch_size), int)
+    for process in range(processes):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        try:
+            block = devices.own(mesh, batch_size, seeds)
+        except InputError:
+            assert batch_size % processes  # it fits no mesh
+            return
+        times[block.seeds, block.rows] += 1
+    assert (times == 1).all()
 
 
 @pytest.mark.parametrize(("size", "said"), [(16, ""), (20, "a batch of 20 is split over 5 of 8 devices\n")])
@@ -145,25 +256,25 @@ def test_pmapped_equals_jit():
 @pytest.mark.parametrize("size", [0, 4, 12])
 def test_a_batch_that_the_devices_do_not_divide_is_named(size):
     with pytest.raises(InputError, match=rf"batch size {size} cannot be split over 8 devices, .*--batch-size \d+"):
-        devices.process_rows(size, devices.data_mesh())
+        devices.own(devices.data_mesh(), size)
 
 
 @pytest.mark.parametrize(("size", "expected"), [(128, 8), (100, 5), (60, 6), (1, 1), (11, 1)])
 def test_a_mesh_for_a_batch_has_as_many_devices_as_divide_it(size, expected):
     mesh = devices.data_mesh(batch_size=size)
-    assert mesh.devices.tolist() == jax.devices()[:expected]
-    assert devices.process_rows(size, mesh) == slice(0, size)
+    assert mesh.devices.tolist() == [jax.devices()[:expected]]
+    assert devices.own(mesh, size).rows == slice(0, size)
 
 
 def test_each_process_gives_as_many_devices_to_a_mesh():
     device = dataclasses.make_dataclass("Device", ["process_index", "id"], frozen=True)
     scattered = [device(p, 4 * p + i) for i in range(4) for p in (1, 0)]
-    assert [d.id for d in devices.data_mesh(scattered, batch_size=18).devices] == [0, 1, 2, 4, 5, 6]
-    assert [d.id for d in devices.data_mesh(scattered, batch_size=5).devices] == [0, 4]  # process_rows refuses these
+    assert [d.id for d in devices.data_mesh(scattered, batch_size=18).devices.flat] == [0, 1, 2, 4, 5, 6]
+    assert [d.id for d in devices.data_mesh(scattered, batch_size=5).devices.flat] == [0, 4]  # `own` refuses these
 
 
 def test_process_rows_of_one_process_are_all():
-    assert devices.process_rows(16, devices.data_mesh()) == slice(0, 16)
+    assert devices.own(devices.data_mesh(), 16).rows == slice(0, 16)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +292,8 @@ def test_process_rows_of_one_process_are_all():
 def test_columns_that_no_device_holds_are_named(column, kind):
     records = {"label": np.arange(2), "objects": {"name": column}}
     mesh = devices.data_mesh(batch_size=2)
-    for place in (devices.place, devices.replicated):
+    placed = lambda tree, mesh: devices.place(tree, devices.rows_over(mesh, seeds=False), (2,))
+    for place in (placed, devices.replicated):
         with pytest.raises(
             InputError, match=f"^column 'objects/name' is {kind}, expected a numeric dtype.* leave the column"
         ):

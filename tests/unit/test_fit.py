@@ -2,6 +2,7 @@
 
 import functools
 import json
+import threading
 
 import flax.linen as nn
 import jax
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from dl_jax import data, optim
 from dl_jax.core import fit as fit_module
+from dl_jax.core import program
 from dl_jax.core.errors import InputError
 from dl_jax.core.fit import NonFiniteError, Recorder, Watch, fit
 from dl_jax.core.recorder import Snapshot
@@ -273,6 +275,88 @@ def test_a_scan_equals_single_steps_and_averages_metrics(stream):
 def test_a_scan_wants_multiples(begin, steps, every, wrong):
     with pytest.raises(InputError, match=f"{wrong}.* each call advances 4 steps"):
         fit(STEP, start()._replace(step=jnp.int32(begin)), rows, steps=steps, every=every, scan=4)
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "watch", "begin", "advance", "expected"),
+    [
+        (1000, 100, None, 0, 1, 50),
+        (1000, 100, 30, 0, 1, 10),
+        (1000, 100, None, 8, 1, 4),  # resumes a run that made other calls
+        (1000, 100, None, 50, 1, 50),
+        (1001, 100, None, 0, 1, 1),
+        (1200, 400, None, 0, 20, 20),  # 20 calls of a rollout
+        (1000, 100, None, 0, 200, 1),  # `fit` then says what is wrong
+    ],
+)
+def test_the_steps_of_a_call_of_an_accelerator_divide_all_that_is_due(
+    steps, every, watch, begin, advance, expected, monkeypatch
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    counted = lambda table, state, batch: (state._replace(step=state.step + advance), {"x": batch["x"].mean() + table})
+    step, stream = holding(counted, jnp.float32(1)), data.shuffled(RECORDS, 8, 0)
+    state, mesh = start()._replace(step=jnp.int32(begin)), program.mesh_for(stream, 1)
+    assert program.steps_in_a_call(step, state, stream, mesh, begin, steps, every, watch or 0) == expected
+
+
+def test_an_accelerator_scans_by_default_and_equals_single_steps(monkeypatch):
+    stream, shapes, advance = data.shuffled(RECORDS, 8, 0), [], fit_module._advance
+    step = per_seed(make_step(noisy_loss, ADAM), one_by_one=True)
+    states, stream = jax.tree.map(lambda x: jnp.stack([x, x]), start()), data.shuffled(RECORDS, 8, (0, 1))
+    one, many = Log(), Log()
+    expected = fit(step, states, stream, steps=40, every=20, run=one)
+    monkeypatch.setattr(fit_module, "_advance", lambda *a: shapes.append(a[2]["index"].shape) or advance(*a))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    found = fit(step, states, stream, steps=40, every=20, run=many)
+    assert shapes == [(20, 2, 8)] * 2
+    equal(expected, found, rtol=1e-5, atol=1e-6)
+    for (a, left), (b, right) in zip(one.reports, many.reports, strict=True):
+        assert a == b
+        np.testing.assert_allclose(left["loss"], right["loss"], rtol=1e-5)
+    many.skip_nonfinite = True  # undoes a call, so it has to be a step
+    with pytest.raises(KeyError, match="index"):
+        fit(step, states, stream, steps=40, every=20, run=many)
+
+
+def test_long_steps_and_large_sets_are_not_scanned_by_default(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    stream = data.shuffled(RECORDS, 8, 0)
+    calls = lambda stream=stream: program.steps_in_a_call(STEP, start(), stream, program.mesh_for(stream, 1), 0, 100)
+    assert calls() == 50
+    monkeypatch.setattr(program, "flops", lambda jaxpr: 8 * program.ENOUGH / 7)  # on 8 devices
+    assert calls() == 5
+    monkeypatch.setattr(program, "_memory", lambda mesh: 1000)
+    assert calls() == 1
+    monkeypatch.undo()
+    assert calls() == 1  # on a CPU
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert calls(Stream(8, stream)) == 1  # not in memory
+
+
+def test_batches_are_read_ahead_in_order_and_no_further_than_needed():
+    asked, threads = [], set()
+
+    def read(i, rows):
+        asked.append(i)
+        threads.add(threading.current_thread().name)
+        return {name: column[(np.arange(8) + 8 * i) % 64][rows] for name, column in RECORDS.items()}
+
+    expected = fit(STEP, start(), rows, steps=6)
+    equal(expected, fit(STEP, start(), Stream(8, read), steps=6), rtol=1e-5, atol=1e-6)
+    assert asked == [0, 1, 2, 3, 4, 5]
+    assert len(threads) == 2  # the first is read before it is known how far a call advances
+
+
+def test_a_batch_that_cannot_be_read_ends_the_fit():
+    def read(i, rows):
+        if i == 3:
+            raise OSError("no such record")
+        return RECORDS | {}
+
+    log = Log()
+    with pytest.raises(OSError, match="no such record"):
+        fit(STEP, start(), Stream(64, read), steps=6, every=1, run=log)
+    assert not any(thread.name.startswith("batches") for thread in threading.enumerate())
 
 
 def test_a_step_that_does_not_count_is_named():

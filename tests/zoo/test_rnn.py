@@ -278,7 +278,7 @@ def test_rows_split_over_devices_give_the_same():
     lengths = np.array([6, 5, 4, 3, 2, 1, 6, 6], np.int32)
     variables, mesh = weights(model), devices.data_mesh()
     gradient = jit(jax.value_and_grad(lambda v, x, n: total(model, v, x, n), has_aux=True))
-    rows = NamedSharding(mesh, PartitionSpec(devices.AXIS))
+    rows = NamedSharding(mesh, PartitionSpec(devices.DATA))
     split = gradient(devices.replicated(variables, mesh), jax.device_put(x, rows), jax.device_put(lengths, rows))
     assert_close(split, gradient(variables, x, lengths))
 
