@@ -15,6 +15,7 @@ from dl_jax.core.fit import IN_FLIGHT
 from dl_jax.core.recorder import Measurements
 from dl_jax.core.step import Array, Batch, Tree, over_seeds
 from dl_jax.core.stream import count, epoch
+from dl_jax.core.target import Program, abstract, planned, unknown
 
 
 def evaluator(
@@ -49,7 +50,12 @@ def evaluator(
     @events.phase("evaluation")
     def evaluate(variables: Tree) -> Measurements:
         total: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        mesh = data_mesh(batch_size=batch_size, seeds=len(keys))
+        mesh = _mesh(batch_size, len(keys))
+        target = planned()
+        if target:
+            traced = measure.trace(mesh, *_shapes(variables, records, batch_size, mesh), keys, np.int32(0))
+            target.take(Program("evaluation", traced, mesh, None))
+            return {name: value for name, (value, _) in unknown(traced.out_info).items()}
         variables, batches = _on(mesh, variables), _placed(records, batch_size, mesh)
         found = (measure(mesh, variables, batch, keys, np.int32(i)) for i, batch in enumerate(batches))
         for pairs in _two_in_flight(found):
@@ -79,7 +85,7 @@ def collect(
     Use it for a teacher's logits, and for metrics that are not sums over examples, such as F1, BLEU or a rank
     correlation. Raises InputError as `stream.epoch` does.
     """
-    mesh = data_mesh(batch_size=batch_size, seeds=len(jax.tree.leaves(variables)[0]))
+    mesh = _mesh(batch_size, len(jax.tree.leaves(variables)[0]))
 
     @jax.jit
     def answer(variables: Tree, batch: Batch) -> Tree:
@@ -87,9 +93,28 @@ def collect(
             by_seed = lambda variables, batch: jax.lax.map(lambda one: predict(one, batch), variables)
             return over_seeds(by_seed)(variables, batch)
 
+    target = planned()
+    if target:
+        traced = answer.trace(*_shapes(variables, records, batch_size, mesh))
+        target.take(Program("predictions", traced, mesh, None))
+        rows = lambda s: jax.ShapeDtypeStruct((s.shape[0], count(records), *s.shape[2:]), s.dtype)
+        return unknown(jax.tree.map(rows, traced.out_info))
     variables = _on(mesh, variables)
     found = list(_two_in_flight(answer(variables, batch) for batch in _placed(records, batch_size, mesh)))
     return jax.tree.map(lambda *parts: np.concatenate(parts, 1)[:, : count(records)], *found)
+
+
+def _shapes(variables: Tree, records: Mapping[str, np.ndarray], batch_size: int, mesh: Mesh) -> tuple[Tree, Tree]:
+    """The variables and a batch as a plan has them: shapes with shardings."""
+    batch, rows = next(iter(epoch(records, batch_size))), rows_over(mesh, seeds=False)
+    over = states_over(variables, mesh, len(jax.tree.leaves(variables)[0]))
+    return abstract(variables, over), abstract(batch, dict.fromkeys(batch, rows))
+
+
+def _mesh(batch_size: int, seeds: int) -> Mesh:
+    """A mesh of the devices that evaluate, or that a plan is made for."""
+    target = planned()
+    return data_mesh(target and target.devices, batch_size=batch_size, seeds=seeds)
 
 
 def _placed(records: Mapping[str, np.ndarray], batch_size: int, mesh: Mesh) -> Iterator[Batch]:

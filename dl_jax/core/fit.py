@@ -16,7 +16,17 @@ from dl_jax.core import events
 from dl_jax.core.devices import fetched, put, whole
 from dl_jax.core.errors import InputError
 from dl_jax.core.leaves import is_real
-from dl_jax.core.program import Batches, ahead, batches_of, mesh_for, program, shardings_of, steps_in_a_call
+from dl_jax.core.program import (
+    Batches,
+    ahead,
+    batches_of,
+    mesh_for,
+    on_mesh,
+    planned_program,
+    program,
+    shardings_of,
+    steps_in_a_call,
+)
 from dl_jax.core.recorder import (
     NonFiniteError,
     Recorder,
@@ -31,6 +41,7 @@ from dl_jax.core.recorder import (
 )
 from dl_jax.core.step import Array, Batch, State, Step, Tree
 from dl_jax.core.stream import Stream
+from dl_jax.core.target import Target, planned
 
 Lies = tuple[NamedSharding, ...]  # of the leaves of a state; () where they lie on the default device
 
@@ -90,6 +101,23 @@ def fit(
     seeds = np.size(state.step)
     mesh = mesh_for(stream, seeds)
     shardings = shardings_of(state, stream, mesh, carried, run.fsdp)
+    target = planned()
+    if target:
+        _hand_over(
+            target,
+            step,
+            state,
+            stream,
+            mesh,
+            shardings,
+            steps=steps,
+            run=run,
+            scan=scan,
+            every=every,
+            watch=watch,
+            stop=stop,
+        )
+        return state
     state = put(state, shardings) if shardings else jax.tree.map(jnp.asarray, state)
     given = Snapshot(state, stop.init() if stop else {}, {})
     saved = run.start(given, steps, watch.best if watch else None)
@@ -102,9 +130,8 @@ def fit(
     state, rule = _copied(saved.state, lies), saved.stop  # a copy: donation deletes the buffers of its input
     i, stride, window = _count(state), 0, Window(saved.window)
     if scan is None:
-        due = i, steps, every, watch.every if watch else 0
-        scan = 1 if run.skip_nonfinite else steps_in_a_call(step, state, stream, mesh, *due)
-    batches, compiled = batches_of(stream, mesh, scan, seeds), program(step, stream, mesh, scan)
+        scan = _steps_in_a_call(step, state, stream, mesh, steps, every, watch, run)
+    batches, compiled = batches_of(stream, mesh, scan, seeds), on_mesh(program(step, stream, scan), stream, mesh)
     pending: collections.deque[tuple[int, Row, np.ndarray]] = collections.deque()
 
     def stopped() -> np.ndarray:
@@ -156,6 +183,50 @@ def fit(
     _require_finite(state, i, run)
     run.finish(i, Snapshot(state, rule, window.content()))
     return _seen(state, run.fsdp)
+
+
+def _steps_in_a_call(
+    step: Step,
+    state: State,
+    stream: Stream | Batches,
+    mesh: Mesh,
+    steps: int,
+    every: int,
+    watch: Watch | None,
+    run: Any,
+) -> int:
+    due = _count(state), steps, every, watch.every if watch else 0
+    return 1 if run.skip_nonfinite else steps_in_a_call(step, state, stream, mesh, *due)
+
+
+def _hand_over(
+    target: Target,
+    step: Step,
+    state: State,
+    stream: Stream | Batches,
+    mesh: Mesh,
+    shardings: State,
+    *,
+    steps: int,
+    run: Recorder,
+    scan: int | None,
+    every: int,
+    watch: Watch | None,
+    stop: StopRule | None,
+) -> None:
+    """Gives the program of a fit to the plan that is being made, and reports NaN for what it would have measured."""
+    scan = scan or _steps_in_a_call(step, state, stream, mesh, steps, every, watch, run)
+    lies, shape = tuple(jax.tree.leaves(shardings)), np.shape(stop.init().stopped) if stop else ()
+    advance = lambda step, state, batch: _advance(
+        step, state, batch, jnp.zeros(shape, bool), run.skip_nonfinite, stop is not None, mesh, lies
+    )
+    program = planned_program(run.name, jax.jit(advance, donate_argnums=1), step, state, shardings, stream, mesh, scan)
+    target.take(program)
+    row = program.traced.out_info[1]
+    run.report(steps, dict.fromkeys(row.names, np.full(row.values.shape[1:], np.nan)))
+    if watch:
+        measured = watch.measure(state.variables)
+        run.report(steps, {f"watch/{name}": value for name, value in measured.items()})
 
 
 def _seen(tree: Tree, fsdp: bool) -> Tree:

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -11,13 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dl_jax.core.devices import data_mesh, fetched, numeric, own, place, replicated, rows_over, states_over
 from dl_jax.core.errors import InputError
 from dl_jax.core.flops import flops
 from dl_jax.core.step import SEED, Batch, Metric, State, Step, Tree, require_collections
 from dl_jax.core.stream import Stream, gather
+from dl_jax.core.target import Feed, Program, abstract, planned
 
 Batches = Callable[[int], Batch]  # step -> batch
 
@@ -30,11 +33,13 @@ RESIDENT = 0.25  # of a device's memory, which a data set may take
 
 def mesh_for(stream: Stream | Batches, seeds: int) -> Mesh:
     """A mesh of as many devices as can be used. Prints a line if devices are left over, as that costs time."""
+    target = planned()
+    devices = target.devices if target else jax.devices()
     if not isinstance(stream, Stream):
-        return data_mesh()
-    mesh = data_mesh(batch_size=stream.batch_size, seeds=seeds)
-    if mesh.devices.size < jax.device_count() and jax.process_index() == 0:
-        idle = f"{mesh.devices.size} of {jax.device_count()} devices"
+        return data_mesh(devices)
+    mesh = data_mesh(devices, batch_size=stream.batch_size, seeds=seeds)
+    if mesh.devices.size < len(devices) and jax.process_index() == 0 and not target:
+        idle = f"{mesh.devices.size} of {len(devices)} devices"
         print(f"a batch of {stream.batch_size} is split over {idle}", file=sys.stderr)
     return mesh
 
@@ -51,7 +56,8 @@ def shardings_of(state: State, stream: Stream | Batches, mesh: Mesh, carried: Se
             f"carried names {unknown[0]!r}, expected collections of state.extra: {sorted(state.extra)}; correct it"
         )
     if not isinstance(stream, Stream):
-        return states_over(state, mesh, None, fsdp) if fsdp or jax.process_count() > 1 else None
+        spread = fsdp or planned() or jax.process_count() > 1
+        return states_over(state, mesh, None, fsdp) if spread else None
     rows = rows_over(mesh, bool(stream.axis))
     rest = {name: value for name, value in state.extra.items() if name not in carried}
     found = states_over(state._replace(extra=rest), mesh, np.size(state.step) if np.ndim(state.step) else None, fsdp)
@@ -90,29 +96,58 @@ def steps_in_a_call(step: Step, state: State, stream: Stream | Batches, mesh: Me
     `state.step` divides all of `counts`, the steps at which something else is due. It depends on no measurement, so a
     run that resumes makes the same calls.
     """
-    if jax.default_backend() == "cpu" or not isinstance(stream, Stream) or stream.records is None:
+    if _on_cpu(mesh) or not isinstance(stream, Stream) or stream.records is None:
         return 1
     if sum(column.nbytes for column in stream.records.values()) > RESIDENT * _memory(mesh):
         return 1
-    begin = int(np.max(fetched(state.step)))
-    step, batch = on_mesh(_unwrapped(step), stream, mesh), gather(stream.records, stream.read(begin, slice(None)))
+    batch = gather(stream.records, stream.read(int(np.max(fetched(state.step))), slice(None)))
     enough = ENOUGH * mesh.devices.size / max(1.0, flops(jax.make_jaxpr(step)(state, batch)))
-    # XLA leaves out all that the counter does not depend on.
-    after = jax.jit(lambda step, state, batch: step(state, batch)[0].step)(step, state, batch)
-    stride = int(np.max(fetched(after))) - begin
-    possible = (k for k in range(1, MOST_STEPS + 1) if k <= enough and math.gcd(*counts) % (k * max(stride, 1)) == 0)
+    stride = max(1, advance_of(step, state, batch))
+    possible = (k for k in range(1, MOST_STEPS + 1) if k <= enough and math.gcd(*counts) % (k * stride) == 0)
     return max(possible, default=1)
+
+
+def advance_of(step: Step, state: State, batch: Batch) -> int:
+    """By how much the step advances `state.step`. XLA computes nothing but what the counter depends on."""
+    after = jax.jit(lambda step, state, batch: step(state, batch)[0].step)(_unwrapped(step), state, batch)
+    return int(np.max(fetched(after))) - int(np.max(fetched(state.step)))
+
+
+def _on_cpu(mesh: Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
 
 
 def _memory(mesh: Mesh) -> float:
     """The bytes of memory of a device; infinite where it does not tell."""
-    return (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    stats = None if planned() else mesh.local_devices[0].memory_stats()
+    return (stats or {}).get("bytes_limit", math.inf)
 
 
 def on_mesh(tree: Tree, stream: Stream | Batches, mesh: Mesh) -> Tree:
     """`tree` on every device of the mesh; left on the default device for a plain function in one process."""
     spread = isinstance(stream, Stream) or jax.process_count() > 1
     return replicated(tree, mesh) if spread else jax.tree.map(jnp.asarray, tree)
+
+
+def planned_program(
+    name: str, advance: Any, step: Step, state: State, shardings: State, stream: Stream | Batches, mesh: Mesh, scan: int
+) -> Program:
+    """What a plan takes: `advance`, a jitted function of (program, state, batch), traced for shapes on the mesh."""
+    at, everywhere = int(np.max(np.asarray(state.step))), NamedSharding(mesh, PartitionSpec())
+    if isinstance(stream, Stream):
+        read = functools.partial(stream if scan == 1 else stream.read, rows=slice(None))
+        rows = rows_over(mesh, bool(stream.axis), int(scan > 1))
+    else:
+        read, rows = stream, everywhere
+    steps = scan * advance_of(step, state, stream(at))  # has also prepared what the first batch of an epoch takes
+    began = time.perf_counter()
+    batch = _stacked([read(at)] * scan) if scan > 1 else read(at)
+    seconds = scan * (time.perf_counter() - began)
+    like = lambda tree, sharding: abstract(tree, jax.tree.map(lambda _: sharding, tree))
+    state, batch, whole = abstract(state, shardings), like(batch, rows), program(step, stream, scan)
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
+    feed = Feed(steps, getattr(stream, "batch_size", None), size, seconds, state)
+    return Program(name, advance.trace(like(whole, everywhere), state, batch), mesh, feed)
 
 
 @contextlib.contextmanager
@@ -140,13 +175,15 @@ def _stacked(batches: Sequence[Batch]) -> Batch:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
 
 
-def program(step: Step, stream: Stream | Batches, mesh: Mesh, scan: int) -> Step:
-    """The function to compile. Arrays that it reads are leaves of the Partial, so they are arguments, not constants."""
-    step = on_mesh(_unwrapped(step), stream, mesh)  # its arrays may be NumPy's, or on the devices of another fit
+def program(step: Step, stream: Stream | Batches, scan: int) -> jax.tree_util.Partial:
+    """The function to compile. Arrays that it reads are leaves of the Partial, so they are arguments, not constants.
+
+    They may be NumPy's, or on the devices of another fit.
+    """
     if scan == 1:
-        return step
+        return _unwrapped(step)
     records = stream.records if isinstance(stream, Stream) else None
-    return jax.tree_util.Partial(_Scanned(scan), step, records and replicated(dict(records), mesh))
+    return jax.tree_util.Partial(_Scanned(scan), _unwrapped(step), records and numeric(dict(records)))
 
 
 def _unwrapped(step: Step) -> jax.tree_util.Partial:

@@ -55,6 +55,7 @@ class Snapshot(NamedTuple):
 class Recorder:
     """The interface between `fit` and whatever records a run. This base class records nothing."""
 
+    name: str = ""  # of the fit, among several of a run
     skip_nonfinite: bool = False  # undo a step with a metric that is not finite, instead of ending the run
     fsdp: bool = False  # split large arrays of the state over the devices too, which share the rows of a batch
 

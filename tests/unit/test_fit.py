@@ -292,7 +292,7 @@ def test_a_scan_wants_multiples(begin, steps, every, wrong):
 def test_the_steps_of_a_call_of_an_accelerator_divide_all_that_is_due(
     steps, every, watch, begin, advance, expected, monkeypatch
 ):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(program, "_on_cpu", lambda mesh: False)
     counted = lambda table, state, batch: (state._replace(step=state.step + advance), {"x": batch["x"].mean() + table})
     step, stream = holding(counted, jnp.float32(1)), data.shuffled(RECORDS, 8, 0)
     state, mesh = start()._replace(step=jnp.int32(begin)), program.mesh_for(stream, 1)
@@ -306,7 +306,7 @@ def test_an_accelerator_scans_by_default_and_equals_single_steps(monkeypatch):
     one, many = Log(), Log()
     expected = fit(step, states, stream, steps=40, every=20, run=one)
     monkeypatch.setattr(fit_module, "_advance", lambda *a: shapes.append(a[2]["index"].shape) or advance(*a))
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(program, "_on_cpu", lambda mesh: False)
     found = fit(step, states, stream, steps=40, every=20, run=many)
     assert shapes == [(20, 2, 8)] * 2
     equal(expected, found, rtol=1e-5, atol=1e-6)
@@ -319,7 +319,7 @@ def test_an_accelerator_scans_by_default_and_equals_single_steps(monkeypatch):
 
 
 def test_long_steps_and_large_sets_are_not_scanned_by_default(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(program, "_on_cpu", lambda mesh: False)
     stream = data.shuffled(RECORDS, 8, 0)
     calls = lambda stream=stream: program.steps_in_a_call(STEP, start(), stream, program.mesh_for(stream, 1), 0, 100)
     assert calls() == 50
@@ -329,7 +329,7 @@ def test_long_steps_and_large_sets_are_not_scanned_by_default(monkeypatch):
     assert calls() == 1
     monkeypatch.undo()
     assert calls() == 1  # on a CPU
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(program, "_on_cpu", lambda mesh: False)
     assert calls(Stream(8, stream)) == 1  # not in memory
 
 

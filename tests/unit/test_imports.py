@@ -36,6 +36,7 @@ CORE = (
     "devices",
     "seeds",
     "pmap",
+    "target",
     "recorder",
     "program",
     "fit",
