@@ -24,19 +24,23 @@ DATA = "data"  # the axis of a mesh over which the rows of a batch are split
 WORTH_SPLITTING = 2**15  # numbers in a leaf; a smaller one costs more to gather than it saves
 
 
-def data_mesh(devices: Sequence[Any] | None = None, *, batch_size: int | None = None, seeds: int = 1) -> Mesh:
+def data_mesh(
+    devices: Sequence[Any] | None = None, *, batch_size: int | None = None, seeds: int = 1, by_process: bool = True
+) -> Mesh:
     """A mesh ("seed", "data") of `devices` (default: all devices of all processes), process after process.
 
     Without `batch_size` it is [1, all devices]. With it, the mesh takes as many devices from each process as it can,
     and splits the seeds first and the rows of the batch second: s of [s, d] divides the number of seeds, and d the
     batch size. Of the splits that use equally many devices it is the one with most in s. So 16 seeds on 16 devices are
-    [16, 1], 5 seeds of batches of 128 rows [1, 16], and one of 100 rows on 8 devices [1, 5].
+    [16, 1], 5 seeds of batches of 128 rows [1, 16], and one of 100 rows on 8 devices [1, 5]. Each process gives equally
+    many devices, unless `by_process` is False.
     """
     # Not jax.make_mesh: it orders devices by the links of a TPU slice, and a process's rows would not be contiguous.
     devices = sorted(jax.devices() if devices is None else devices, key=lambda d: (d.process_index, d.id))
     shape = (1, len(devices))
     if batch_size:
-        processes = [list(own) for _, own in itertools.groupby(devices, key=lambda d: d.process_index)]
+        key = lambda device: device.process_index if by_process else 0
+        processes = [list(own) for _, own in itertools.groupby(devices, key=key)]
         shape, each = _split(min(map(len, processes)), len(processes), batch_size, seeds)
         devices = [device for own in processes for device in own[:each]]
     # Auto: with Explicit axes, the default, a Linen CNN with Dropout raises ShardingTypeError.

@@ -10,12 +10,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dl_jax.core import events
-from dl_jax.core.devices import data_mesh, fetched, own, place, put, rows_over, states_over
+from dl_jax.core.devices import fetched, own, place, put, rows_over, states_over
 from dl_jax.core.fit import IN_FLIGHT
 from dl_jax.core.recorder import Measurements
 from dl_jax.core.step import Array, Batch, Tree, over_seeds
 from dl_jax.core.stream import count, epoch
-from dl_jax.core.target import Program, abstract, planned, unknown
+from dl_jax.core.target import Program, abstract, mesh_of, planned, unknown
 
 
 def evaluator(
@@ -50,7 +50,7 @@ def evaluator(
     @events.phase("evaluation")
     def evaluate(variables: Tree) -> Measurements:
         total: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        mesh = _mesh(batch_size, len(keys))
+        mesh = mesh_of(batch_size, len(keys))
         target = planned()
         if target:
             traced = measure.trace(mesh, *_shapes(variables, records, batch_size, mesh), keys, np.int32(0))
@@ -85,7 +85,7 @@ def collect(
     Use it for a teacher's logits, and for metrics that are not sums over examples, such as F1, BLEU or a rank
     correlation. Raises InputError as `stream.epoch` does.
     """
-    mesh = _mesh(batch_size, len(jax.tree.leaves(variables)[0]))
+    mesh = mesh_of(batch_size, len(jax.tree.leaves(variables)[0]))
 
     @jax.jit
     def answer(variables: Tree, batch: Batch) -> Tree:
@@ -109,12 +109,6 @@ def _shapes(variables: Tree, records: Mapping[str, np.ndarray], batch_size: int,
     batch, rows = next(iter(epoch(records, batch_size))), rows_over(mesh, seeds=False)
     over = states_over(variables, mesh, len(jax.tree.leaves(variables)[0]))
     return abstract(variables, over), abstract(batch, dict.fromkeys(batch, rows))
-
-
-def _mesh(batch_size: int, seeds: int) -> Mesh:
-    """A mesh of the devices that evaluate, or that a plan is made for."""
-    target = planned()
-    return data_mesh(target and target.devices, batch_size=batch_size, seeds=seeds)
 
 
 def _placed(records: Mapping[str, np.ndarray], batch_size: int, mesh: Mesh) -> Iterator[Batch]:

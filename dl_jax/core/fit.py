@@ -41,7 +41,7 @@ from dl_jax.core.recorder import (
 )
 from dl_jax.core.step import Array, Batch, State, Step, Tree
 from dl_jax.core.stream import Stream
-from dl_jax.core.target import Target, planned
+from dl_jax.core.target import Target, planned, unknown
 
 Lies = tuple[NamedSharding, ...]  # of the leaves of a state; () where they lie on the default device
 
@@ -214,7 +214,7 @@ def _hand_over(
     watch: Watch | None,
     stop: StopRule | None,
 ) -> None:
-    """Gives the program of a fit to the plan that is being made, and reports NaN for what it would have measured."""
+    """Gives the program of a fit to the plan that is being made, and reports made-up numbers."""
     scan = scan or _steps_in_a_call(step, state, stream, mesh, steps, every, watch, run)
     lies, shape = tuple(jax.tree.leaves(shardings)), np.shape(stop.init().stopped) if stop else ()
     advance = lambda step, state, batch: _advance(
@@ -223,7 +223,8 @@ def _hand_over(
     program = planned_program(run.name, jax.jit(advance, donate_argnums=1), step, state, shardings, stream, mesh, scan)
     target.take(program)
     row = program.traced.out_info[1]
-    run.report(steps, dict.fromkeys(row.names, np.full(row.values.shape[1:], np.nan)))
+    shape = jax.ShapeDtypeStruct(row.values.shape[1:], row.values.dtype)
+    run.report(steps, unknown(dict.fromkeys(row.names, shape)))
     if watch:
         measured = watch.measure(state.variables)
         run.report(steps, {f"watch/{name}": value for name, value in measured.items()})

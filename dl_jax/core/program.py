@@ -20,7 +20,7 @@ from dl_jax.core.errors import InputError
 from dl_jax.core.flops import flops
 from dl_jax.core.step import SEED, Batch, Metric, State, Step, Tree, require_collections
 from dl_jax.core.stream import Stream, gather
-from dl_jax.core.target import Feed, Program, abstract, planned
+from dl_jax.core.target import Feed, Program, abstract, mesh_of, planned
 
 Batches = Callable[[int], Batch]  # step -> batch
 
@@ -34,12 +34,11 @@ RESIDENT = 0.25  # of a device's memory, which a data set may take
 def mesh_for(stream: Stream | Batches, seeds: int) -> Mesh:
     """A mesh of as many devices as can be used. Prints a line if devices are left over, as that costs time."""
     target = planned()
-    devices = target.devices if target else jax.devices()
     if not isinstance(stream, Stream):
-        return data_mesh(devices)
-    mesh = data_mesh(devices, batch_size=stream.batch_size, seeds=seeds)
-    if mesh.devices.size < len(devices) and jax.process_index() == 0 and not target:
-        idle = f"{mesh.devices.size} of {len(devices)} devices"
+        return data_mesh(target and target.devices)
+    mesh = mesh_of(stream.batch_size, seeds)
+    if mesh.devices.size < jax.device_count() and jax.process_index() == 0 and not target:
+        idle = f"{mesh.devices.size} of {jax.device_count()} devices"
         print(f"a batch of {stream.batch_size} is split over {idle}", file=sys.stderr)
     return mesh
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from dl_jax.core.devices import DATA, data_mesh
 from dl_jax.core.step import State, Tree
 
 
@@ -46,7 +47,7 @@ _TARGET: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target"
 def planning(target: Target) -> Iterator[None]:
     """A context in which `fit` and evaluations compute nothing: they give their programs to `target`.
 
-    A fit then returns the state that it was given, and all metrics and measurements are NaN.
+    A fit then returns the state that it was given, and metrics and measurements are made up: see `unknown`.
     """
     token = _TARGET.set(target)
     try:
@@ -58,6 +59,21 @@ def planning(target: Target) -> Iterator[None]:
 def planned() -> Target | None:
     """The target of the plan that is being made; None where programs are to run."""
     return _TARGET.get()
+
+
+def mesh_of(batch_size: int, seeds: int) -> Mesh:
+    """The mesh of `data_mesh` on the devices of this run, or on those that a plan is made for.
+
+    A run needs a part of the batch for each of its processes. A plan that finds none is made for the most devices that
+    can share the batch, whosever they are.
+    """
+    target = planned()
+    if not target:
+        return data_mesh(batch_size=batch_size, seeds=seeds)
+    mesh = data_mesh(target.devices, batch_size=batch_size, seeds=seeds)
+    if batch_size % mesh.shape[DATA]:
+        mesh = data_mesh(target.devices, batch_size=batch_size, seeds=seeds, by_process=False)
+    return mesh
 
 
 def abstract(tree: Tree, shardings: Tree) -> Tree:
@@ -73,6 +89,9 @@ def abstract(tree: Tree, shardings: Tree) -> Tree:
 
 
 def unknown(shapes: Tree) -> Tree:
-    """Arrays of NaN of these shapes, and zeros where the type has no NaN."""
-    fill = lambda s: np.full(s.shape, np.nan if np.issubdtype(s.dtype, np.inexact) else 0, s.dtype)
-    return jax.tree.map(fill, shapes)
+    """Numbers from 0 to 1 of these shapes, in place of what is not computed.
+
+    They are drawn at random: experiments that look for the best of equal numbers, or of NaN, would not go on.
+    """
+    random = np.random.default_rng(0)
+    return jax.tree.map(lambda shape: random.random(shape.shape).astype(shape.dtype), shapes)

@@ -34,6 +34,8 @@ from dl_jax.harness.machine import (
     versions,
 )
 from dl_jax.harness.peers import Peers
+from dl_jax.harness.plan.chips import slice_of
+from dl_jax.harness.plan.make import make
 from dl_jax.harness.profile import Profile
 from dl_jax.harness.report.terminal import print_table
 from dl_jax.harness.report.writers import TensorBoard
@@ -90,6 +92,9 @@ class Common:
     measurement without batches counts as one [default: 300, or 50 times the longest so far]."""
     profile: str | None = None
     """Steps FIRST..LAST of which to write a trace, in the first fit that comes to them (needs --workdir)."""
+    plan: str | None = None
+    """Instead of running, compile for a TPU slice such as v5e:4x4, which need not be there, and print what a step
+    costs on it, the rate that it allows, and what limits that."""
     coordinator: str | None = None
     """Address host:port of process 0, for runs of several processes [default: $JAX_COORDINATOR_ADDRESS]."""
     processes: int | None = None
@@ -121,6 +126,8 @@ def launch(main: Main, presets: Mapping[str, Any], claims: Sequence[Claim]) -> N
             check_common(common)
             keep_freed_memory()
             set_folders(common)
+            if common.plan:
+                sys.exit(plan(Experiment(main, presets, claims), preset, config, common))
             peers = Peers() if join_processes(common) else None
             cache_programs()
             signals = bool(common.workdir or peers)
@@ -222,7 +229,7 @@ def run_experiment(
     """Runs `main`, records what it measured, and returns the exit status."""
     script, distributed = experiment.script, peers is not None
     code, fields = git_state(script.parent), dataclasses.asdict(config)
-    seeds = tuple(range(common.seed, common.seed + common.seeds))
+    seeds = seeds_of(common)
     identity = {"experiment": name_of(script), "preset": preset, "config": fields, "seeds": list(seeds)}
     same = {**identity, **code, "versions": versions(), "flags": {flag: getattr(common, flag) for flag in AGREED}}
     if peers:
@@ -278,6 +285,26 @@ def run_experiment(
             if directory:
                 keep(record, directory)
     return CLAIM_MISSED if any(claim["verdict"] in MISSED for claim in record["claims"]) else 0
+
+
+def plan(experiment: Experiment, preset: str, config: Any, common: Common) -> int:
+    """Plans the experiment for a slice instead of running it, and returns the exit status."""
+    where = slice_of(common.plan or "")
+    settings = Settings(seeds=seeds_of(common), skip_nonfinite=common.on_nan == "skip", fsdp=common.fsdp)
+    facts = {
+        "experiment": name_of(experiment.script),
+        "preset": preset,
+        "config": dataclasses.asdict(config),
+        "seeds": list(settings.seeds),
+        "command": command(name_of(experiment.script), sys.argv[1:]),
+        **git_state(experiment.script.parent),
+        "versions": versions(),
+    }
+    return 0 if make(lambda: experiment.main(config, Run(None, settings)), where, common.workdir, facts) else 1
+
+
+def seeds_of(common: Common) -> tuple[int, ...]:
+    return tuple(range(common.seed, common.seed + common.seeds))
 
 
 def total(attempts: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -1,0 +1,233 @@
+"""Plans: slices, what is read of a compiled program against hand counts, and the bounds. None of it needs libtpu."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from dl_jax.core.errors import InputError
+from dl_jax.core.flops import flops
+from dl_jax.harness.plan import hlo
+from dl_jax.harness.plan.bounds import CALL, HOP, Bounds, bounds, seconds, worthwhile_batch
+from dl_jax.harness.plan.chips import CHIPS, slice_of
+from dl_jax.harness.plan.hlo import Collective
+from dl_jax.models.sequence.rnn import LSTM, Recurrent
+from dl_jax.models.vision.mlp import MLP
+
+BATCH = 32
+
+
+def test_the_operations_of_a_step_of_an_mlp():
+    """Forward, and backward twice as much, but for the gradient of the input: 784-300-10."""
+    model = MLP((300,), classes=10)
+    image = jnp.zeros((BATCH, 28, 28, 1))
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), image, train=False))
+    loss = lambda variables: model.apply(variables, image, train=False).sum()
+    forward = 2 * BATCH * (784 * 300 + 300 * 10)
+    assert flops(jax.make_jaxpr(loss)(variables)) == forward
+    assert flops(jax.make_jaxpr(jax.grad(loss))(variables)) == 2 * forward + 2 * BATCH * 300 * 10
+
+
+def test_the_operations_of_an_lstm_are_those_of_all_its_steps():
+    steps, inputs, hidden = 7, 5, 16
+    model = Recurrent(LSTM, hidden)
+    x = jnp.zeros((BATCH, steps, inputs))
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), x, train=False))
+    found = flops(jax.make_jaxpr(lambda variables: model.apply(variables, x, train=False))(variables))
+    assert found == 2 * BATCH * steps * (inputs + hidden) * 4 * hidden
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize(("stride", "padding", "taps"), [(1, "VALID", 24 * 5), (2, "SAME", 14 * 5 - 3)])
+def test_the_operations_of_a_convolution_and_of_its_gradients(stride, padding, taps, seeds):
+    """`taps`: the products along an axis of 28 pixels. With stride 2 and padding (1, 2), three fall on zeros."""
+    x, kernel = jnp.zeros((seeds, BATCH, 28, 28, 3)), jnp.zeros((seeds, 5, 5, 3, 8))
+
+    def one(x, kernel):
+        layout = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(x, kernel, (stride,) * 2, padding, dimension_numbers=layout).sum()
+
+    count = seeds * 2 * BATCH * taps**2 * 3 * 8
+    assert flops(jax.make_jaxpr(jax.vmap(one))(x, kernel)) == count
+    assert flops(jax.make_jaxpr(jax.vmap(jax.grad(one, (0, 1))))(x, kernel)) == 3 * count
+
+
+def test_loops_multiply_and_platforms_do_not_add_up():
+    a = jnp.zeros((4, 4))
+    many = lambda a: lax.scan(
+        lambda c, _: (lax.scan(lambda d, _: (d @ a, None), c, None, length=3)[0], None), a, None, 5
+    )
+    assert flops(jax.make_jaxpr(many)(a)) == 15 * 2 * 4**3
+    either = lambda a: lax.platform_dependent(a, cpu=lambda a: a @ a @ a @ a, default=lambda a: a @ a)
+    assert flops(jax.make_jaxpr(either)(a)) == 2 * 4**3
+    branches = lambda a: lax.cond(a[0, 0] > 0, lambda a: a @ a @ a, lambda a: a, a)
+    assert flops(jax.make_jaxpr(branches)(a)) == 2 * 2 * 4**3
+    called = jax.jit(jax.checkpoint(lambda a: a @ a))
+    assert flops(jax.make_jaxpr(called)(a)) == 2 * 4**3
+
+
+def compiled(function, *args) -> str:
+    return jax.jit(function).lower(*args).compile().as_text()
+
+
+def test_the_bytes_of_a_product_count_as_often_as_its_loop_runs():
+    def moved(n: int) -> float:
+        a, b = jnp.zeros((n, 64, 128)), jnp.zeros((128, 64))
+        return hlo.read(compiled(lambda a, b: lax.map(lambda a: a @ b, a), a, b), 1).bytes
+
+    left, right, result = 4 * 64 * 128, 4 * 128 * 64, 4 * 64 * 64
+    product = left + right + result
+    sliced, updated, made = 2 * left, 2 * result, 2 * result  # all results are zeros first, and are copied once
+    assert (moved(9) - moved(5)) / 4 == pytest.approx(product + sliced + updated + made, abs=100)  # and counters
+
+
+# As libtpu writes it: a loop over 10 steps that reads 1 of 10 rows of `data`, and whose state is in fast memory.
+LOOP = """HloModule jit_step, is_scheduled=true
+
+%region_add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%fused_slice (param_0: f32[10,1000], param_1: s32[]) -> f32[1000] {
+  %param_0 = f32[10,1000]{1,0:T(8,128)} parameter(0)
+  %param_1 = s32[]{:T(128)} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  %row = f32[1,1000]{1,0:T(8,128)} dynamic-slice(%param_0, %param_1, %zero), dynamic_slice_sizes={1,1000}
+  ROOT %flat = f32[1000]{0:T(1024)S(1)} reshape(%row)
+}
+
+%body (state: (s32[], f32[1000], f32[10,1000])) -> (s32[], f32[1000], f32[10,1000]) {
+  %state = (s32[]{:T(128)}, f32[1000]{0:T(1024)S(1)}, /*index=2*/f32[10,1000]{1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%state), index=0
+  %w = f32[1000]{0:T(1024)S(1)} get-tuple-element(%state), index=1
+  %data = f32[10,1000]{1,0:T(8,128)} get-tuple-element(%state), index=2
+  %row = f32[1000]{0:T(1024)S(1)} fusion(%data, %i), kind=kLoop, calls=%fused_slice
+  %both = (f32[1000]{0:T(1024)S(1)}, f32[10]{0:T(128)S(1)}) all-reduce(%row, %w), replica_groups=mesh['x'=2,'y'=8] {'y'}
+  %sent = f32[1000]{0:T(1024)S(1)} get-tuple-element(%both), index=0
+  %one = s32[]{:T(128)} constant(1)
+  %next = s32[]{:T(128)} add(%i, %one)
+  ROOT %out = (s32[]{:T(128)}, f32[1000]{0:T(1024)S(1)}, f32[10,1000]{1,0:T(8,128)}) tuple(%next, %sent, %data)
+}
+
+%condition (state.1: (s32[], f32[1000], f32[10,1000])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(10)
+  %state.1 = (s32[]{:T(128)}, f32[1000]{0:T(1024)S(1)}, f32[10,1000]{1,0:T(8,128)}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%state.1), index=0
+  ROOT %less = pred[]{:T(512)} compare(%i.1, %bound), direction=LT
+}
+
+ENTRY %main (w.1: f32[1000], data.1: f32[10,1000]) -> f32[1000] {
+  %w.1 = f32[1000]{0:T(1024)} parameter(0)
+  %data.1 = f32[10,1000]{1,0:T(8,128)} parameter(1)
+  %start = (f32[1000]{0:T(1024)S(1)}, f32[1000]{0:T(1024)}, u32[]{:S(2)}) copy-start(%w.1)
+  %fast = f32[1000]{0:T(1024)S(1)} copy-done(%start)
+  %zero.1 = s32[]{:T(128)} constant(0)
+  %first = (s32[]{:T(128)}, f32[1000]{0:T(1024)S(1)}, f32[10,1000]{1,0:T(8,128)}) tuple(%zero.1, %fast, %data.1)
+  %loop = (s32[], f32[1000]{0:T(1024)S(1)}, f32[10,1000]{1,0}) while(%first), condition=%condition, body=%body
+  %told = () custom-call(%zero.1), custom_call_target="xla_ffi_python_cpu_callback", api_version=API_VERSION_TYPED_FFI
+  ROOT %last = f32[1000]{0:T(1024)} copy(%fast)
+}
+"""
+
+
+def test_what_a_tpus_program_does_is_read_of_its_text():
+    found = hlo.read(LOOP, 16)
+    counters = 10 * (4 + 4 + 4 + 1 + 4 + 4)  # the operands of a slice, an addition and a comparison
+    assert found.bytes == pytest.approx(4 * 1000 + 10 * 4 * 1000 + 4 * 1000, abs=2 * counters)
+    assert found.collectives == [Collective("all-reduce", 4 * 1010, 2, 8, 10.0)]
+    assert found.callbacks == 1
+
+
+@pytest.mark.parametrize(
+    ("groups", "devices"),
+    [
+        ("{{0,1,2,3},{4,5,6,7}}", 4),
+        ("[2,8]<=[16]", 8),
+        ("[8,2]<=[2,8]T(1,0)", 2),
+        ("{}", 16),
+        ("mesh['seed'=2,'data'=8] {'data'}", 8),
+        ("mesh['seed'=2,'data'=8] {'seed','data'}", 16),
+        ("mesh['seed'=2,'data'=8] {'data':(2)4}", 4),
+    ],
+)
+def test_who_takes_part_is_read_in_every_notation(groups, devices):
+    text = LOOP.replace("mesh['x'=2,'y'=8] {'y'}", groups)
+    assert [each.devices for each in hlo.read(text, 16).collectives] == [devices]
+
+
+def test_collectives_of_a_program_on_eight_devices():
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    x = jax.device_put(np.ones((16, 4), np.float32), NamedSharding(mesh, PartitionSpec("data")))
+    found = hlo.read(
+        compiled(lambda x: lax.scan(lambda c, _: (c + (x * c).sum(0), None), x[0], None, length=3)[0], x), 8
+    )
+    inside = [each for each in found.collectives if each.times == 3]
+    assert [(each.kind, each.devices) for each in inside] == [("all-reduce", 8)]
+
+
+@pytest.mark.parametrize(
+    ("name", "chips"), [("v5e:1x1", 1), ("v5e:4x4", 16), ("v6e:16x16", 256), ("v4:2x2x1", 4), ("v5p:16x16x16", 4096)]
+)
+def test_slices(name, chips):
+    assert slice_of(name).chips == chips
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("v9:4x4", r"^--plan v9:4x4, expected a slice such as v5e:4x4; a TPU is one of v4, v5e, v5p, v6e$"),
+        ("v5e", r"^--plan v5e, expected v5e: and one of 1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16$"),
+        ("v5e:3x5", r"^--plan v5e:3x5, expected v5e: and one of 1x1, "),
+        ("v4:32x32x32", r"^--plan v4:32x32x32, expected v4: and one of 2x2x1, .*4x4x4, .*16x16x16"),
+        ("", r"^--plan , expected a slice such as v5e:4x4"),
+    ],
+)
+def test_a_slice_that_does_not_exist_is_answered_with_those_that_do(name, said):
+    with pytest.raises(InputError, match=said):
+        slice_of(name)
+
+
+def test_the_time_of_an_all_reduce():
+    """16 chips of v5e in a plane without wrap-around: each link sends 50 GB/s, and the far corner is 6 hops away."""
+    where, size = slice_of("v5e:4x4"), 1e8
+    one = lambda kind, n=16: seconds(Collective(kind, size, 1, n, 1), where)
+    assert one("all-reduce") == pytest.approx(2 * 15 / 16 * size / (2 * 50e9) + 2 * 6 * HOP)
+    assert one("all-reduce") == pytest.approx(
+        one("all-gather") + seconds(Collective("reduce-scatter", size / 16, 1, 16, 1), where)
+    )
+    assert one("all-reduce", 4) == pytest.approx(2 * 3 / 4 * size / 50e9 + 2 * 3 * HOP)  # along one axis
+    assert one("all-reduce", 1) == 0
+    torus = seconds(Collective("all-reduce", size, 1, 256, 1), slice_of("v5e:16x16"))
+    assert torus == pytest.approx(2 * 255 / 256 * size / (4 * 50e9) + 2 * 16 * HOP)
+
+
+def test_bounds_are_times_of_a_step_and_the_longest_binds():
+    where = slice_of("v5e:4x4")
+    found = bounds(
+        where, flops=197e12, moved=819e9 / 2, sent=[Collective("all-reduce", 1e8, 1, 16, 10)], steps=10, reading=4
+    )
+    assert found[:2] == pytest.approx((0.1, 0.05))
+    assert found.ici == pytest.approx(2 * 15 / 16 * 1e8 / 100e9 + 12e-6)
+    assert found[3:] == pytest.approx((CALL / 10, 0.4))
+    assert (found.binding, found.steps_per_second) == ("input", 2.5)
+
+
+def test_from_which_batch_chips_are_worth_it():
+    least = Bounds(mxu=1e-6, hbm=1e-6, ici=7.7e-6, host=1e-6, input=0)
+    assert worthwhile_batch(least, 100, 16) == 784  # 770 rows, of which 16 chips take equal parts
+    assert worthwhile_batch(least._replace(mxu=0), 100, 16) is None
+
+
+def test_each_chip_has_the_published_balance():
+    """Operations per byte of memory, from the sources named in `chips`."""
+    assert {kind: round(chip.flops / chip.hbm_rate) for kind, chip in CHIPS.items()} == {
+        "v4": 229,
+        "v5e": 241,
+        "v5p": 166,
+        "v6e": 560,
+    }
