@@ -45,7 +45,7 @@ from dl_jax import data
 from dl_jax.core import devices
 from dl_jax.core.fit import fit
 from dl_jax.core.step import init_states, init_variables, per_seed
-from dl_jax.harness.machine import git_state, processor, versions
+from dl_jax.harness.machine import device, git_state, processor, versions
 from dl_jax.models.vision.lenet import LeNet300
 
 SEEDS = 5
@@ -235,6 +235,7 @@ def main() -> None:
     quick = parser.parse_args().quick
     torch = importlib.util.find_spec("torch") is not None and not quick
     print(f"{os.cpu_count()} cores of {processor()}, load average {os.getloadavg()[0]:.1f} before the start")
+    print(f"steps on {device()}")
     code, used = git_state(Path(__file__).parent), versions()
     used |= {"torch": importlib.metadata.version("torch")} if torch else {}
     print(f"commit {code['commit']}{'' if code['clean'] else ' with uncommitted changes'}")
