@@ -176,6 +176,28 @@ def causal_forward_and_backward(sequence, kernel):
     return jax.vjp(causal, sequence, kernel)[1](causal(sequence, kernel))
 
 
+@settings(deadline=None, max_examples=12, derandomize=True)
+@given(
+    size=st.tuples(st.integers(5, 11), st.integers(5, 11)),
+    taps=st.tuples(st.integers(1, 5), st.integers(1, 6)),
+    maps=st.tuples(st.integers(1, 3), st.integers(1, 6)),
+    padding=st.tuples(*[st.tuples(st.integers(-1, 3), st.integers(1, 3))] * 2),
+)
+def test_any_convolution_of_blocks_equals_brute_force(size, taps, maps, padding):
+    image, kernel = draw(2, *size, maps[0]), draw(*taps, *maps, seed=1)
+    width = size[1] + sum(padding[1]) - taps[1] + 1
+    blocks = lambda x, w: ops._block_convolution(x, w, width=width, padding=padding, precision=None)
+    assert_close(jit(value_and_gradients(blocks))(image, kernel), brute_force(image, kernel, (1, 1), padding, (1, 1)))
+
+
+def test_vmapped_convolution_of_blocks_equals_xla():
+    images, kernels = draw(3, 2, 9, 8, 1), draw(3, 5, 5, 1, 4, seed=1)
+    blocks = lambda x, w: ops._block_convolution(x, w, width=4, padding=((0, 0), (0, 0)), precision=None)
+    xla = lambda x, w: lax.conv_general_dilated(x, w, (1, 1), "VALID", dimension_numbers=LAYOUT)
+    found, expected = (jit(jax.vmap(value_and_gradients(form)))(images, kernels) for form in (blocks, xla))
+    assert_close(found, expected)
+
+
 both = pytest.mark.parametrize(
     ("function", "arguments"),
     [
@@ -193,10 +215,24 @@ def lowered(platform, function, arguments):
 
 @both
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_accelerators_get_plain_convolutions(platform, function, arguments):
+def test_accelerators_get_convolutions(platform, function, arguments):
     text = lowered(platform, function, arguments)
     assert text.count("stablehlo.convolution") == 3  # forward, and one for each gradient
-    assert "dot_general" not in text
+    blocks = platform == "tpu" and arguments is IMAGES  # products with constants lay the kernel out
+    assert ("dot_general" in text) == blocks
+
+
+def test_tpu_gets_blocks_for_few_channels_only():
+    def gets_blocks(kernel, strides=(1, 1), dilation=(1, 1)):
+        convolve = lambda x, w: ops.conv_general_dilated(x, w, strides, "SAME", None, dilation, LAYOUT)
+        return "dot_general" in lowered("tpu", convolve, (jnp.ones((2, 9, 9, kernel[2])), jnp.ones(kernel)))
+
+    assert gets_blocks((5, 5, 1, 6))
+    assert gets_blocks((5, 5, 6, 16))
+    assert not gets_blocks((5, 5, 20, 50))
+    assert not gets_blocks((3, 3, 3, 64))
+    assert not gets_blocks((5, 5, 1, 6), strides=(2, 2))
+    assert not gets_blocks((5, 5, 1, 6), dilation=(1, 2))
 
 
 @both
