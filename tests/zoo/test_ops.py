@@ -1,6 +1,10 @@
 """Every formulation equals the operation that it stands for, in values and derivatives: brute force, and XLA's."""
 
+import importlib.util
 import itertools
+import os
+import subprocess
+import sys
 
 import flax.linen as nn
 import hypothesis.strategies as st
@@ -311,3 +315,55 @@ def test_pools_equal_flax(shape, window):
 def test_equal_maxima_share_the_gradient():
     gradient = jit(jax.grad(lambda x: ops.max_pool(x, 2).sum()))(np.zeros((1, 2, 2, 1), np.float32))
     np.testing.assert_array_equal(gradient, np.full((1, 2, 2, 1), 0.25))
+
+
+STEP_FOR_A_SLICE = """
+import resource
+
+resource.setrlimit(resource.RLIMIT_CPU, (60, 60))  # seconds of processors, so that a busy machine changes nothing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dl_jax import classify, losses, optim
+from dl_jax.core.step import make_step, per_seed, start
+from dl_jax.models.vision.lenet import LeNet5, map_loss
+
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
+mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+model, tx = LeNet5(), optim.clipped_sgd(0.01, 100, 0.9, 5.0, 0.05)
+
+
+def loss(variables, batch, key):
+    return map_loss(model.apply(variables, batch["image"], train=True), batch["label"], 10.0).mean(), ({}, {})
+
+
+def placed(tree, *axes):
+    put = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+    return jax.tree.map(put, tree)
+
+
+step = per_seed(make_step(losses.with_batch(loss, classify.unit), tx), one_by_one=True)
+keys = jax.random.split(jax.random.key(0), 1)
+state = jax.eval_shape(lambda keys: start(model, tx, keys, keys, jnp.zeros((1, 28, 28, 1))), keys)
+image, label = np.broadcast_to(np.uint8(0), (1, 16384, 28, 28, 1)), np.broadcast_to(np.int32(0), (1, 16384))
+batch = placed({"image": image, "label": label}, None, "data")
+jax.jit(step).trace(placed(state), batch).lower(lowering_platforms=("tpu",)).compile()
+"""
+
+
+@pytest.mark.plan
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_train_step_of_lenet5_compiles_within_a_minute_for_a_slice():
+    settings = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # another process may be compiling too
+        "JAX_ENABLE_COMPILATION_CACHE": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
+    }
+    command = [sys.executable, "-c", STEP_FOR_A_SLICE]
+    done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1000:]
