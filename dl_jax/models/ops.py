@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-FEW = (8, 32)  # input channels and maps below which a TPU gets blocks of pixels
+FEW = (6, 16)  # most input channels and maps for blocks of pixels on a TPU; with 20 maps they would be slower
 COPY = 150  # time to copy a number into a tile, in multiply-adds; the speed changes little around this value
 
 
@@ -81,7 +81,7 @@ def conv_general_dilated(
         dilation=dilation,
         precision=precision,
     )
-    if lhs.ndim == 4 and rhs.shape[2] < FEW[0] and rhs.shape[3] < FEW[1] and {*window_strides, *dilation} == {1}:
+    if lhs.ndim == 4 and rhs.shape[2] <= FEW[0] and rhs.shape[3] <= FEW[1] and {*window_strides, *dilation} == {1}:
         blocks = functools.partial(_block_convolution, width=shape[2], padding=padding, precision=precision)
         return lax.platform_dependent(lhs, rhs, cpu=products, tpu=blocks, default=convolve)
     return lax.platform_dependent(lhs, rhs, cpu=products, default=convolve)
@@ -97,9 +97,9 @@ def _block_convolution(
 ) -> jax.Array:
     """A convolution of images as one of blocks of n neighbouring pixels of a row: [B, H', W', D].
 
-    A block is a pixel of n * C channels, and n outputs are one of n * D maps. The weight gradient is a convolution with
-    a window as large as the output, for which XLA's TPU compiler tries many tilings. Here the window is n times
-    narrower, and the wider channels fill more of the matrix unit, which the zeros in the kernel do not outweigh.
+    A block is a pixel of n * C channels, and n outputs are one of n * D maps. In the weight gradient the window is as
+    large as the output, which makes it slow to compile; with blocks it is n times narrower. The wider channels also fill
+    more of the matrix unit, but the kernel gets zeros that are multiplied.
     """
     kh, kw, channels, maps = kernel.shape
     n = 4 if channels == 1 else 2
@@ -207,11 +207,15 @@ def sum_pool(image: jax.Array, window: int) -> jax.Array:
     """The sum over non-overlapping square windows: [B, H, W, C] -> [B, H // window, W // window, C].
 
     Rows and columns that fill no window are left out. A TPU gets XLA's own windows: the gradient of slices is a sum of
-    padded images, which its compiler computes again in every operation that reads it.
+    padded images, which costs it more than the convolutions of LeNet-5.
     """
+    slices = functools.partial(_pool, operator.add, window=window)
+    return lax.platform_dependent(image, tpu=functools.partial(_window_sum, window=window), default=slices)
+
+
+def _window_sum(image: jax.Array, window: int) -> jax.Array:
     sides = (1, window, window, 1)
-    windows = lambda x: lax.reduce_window(x, x.dtype.type(0), lax.add, sides, sides, "VALID")
-    return lax.platform_dependent(image, tpu=windows, default=lambda x: _pool(operator.add, x, window))
+    return lax.reduce_window(image, image.dtype.type(0), lax.add, sides, sides, "VALID")
 
 
 def _pool(combine: Callable[[Any, Any], Any], image: jax.Array, window: int) -> jax.Array:

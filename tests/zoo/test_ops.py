@@ -233,6 +233,7 @@ def test_tpu_gets_blocks_for_few_channels_only():
 
     assert gets_blocks((5, 5, 1, 6))
     assert gets_blocks((5, 5, 6, 16))
+    assert not gets_blocks((5, 5, 1, 20))
     assert not gets_blocks((5, 5, 20, 50))
     assert not gets_blocks((3, 3, 3, 64))
     assert not gets_blocks((5, 5, 1, 6), strides=(2, 2))
@@ -310,6 +311,14 @@ def test_pools_equal_flax(shape, window):
             yield output, [pullback(cotangent) for cotangent in basis]  # of the maximum alone, then of the sum
 
     assert_close(*jit(lambda image: list(run(image)))(draw(*shape)))
+
+
+@pytest.mark.parametrize(("shape", "window"), [((2, 8, 6, 3), 2), ((2, 9, 10, 4), 3)])
+def test_a_sum_over_windows_equals_one_of_slices(shape, window):
+    assert "reduce_window" in lowered("tpu", lambda x: ops.sum_pool(x, window), (jnp.ones(shape),))
+    forms = ops._window_sum, ops.sum_pool
+    run = lambda form, image, like: (form(image, window), jax.grad(lambda x: (form(x, window) ** 2).sum())(like))
+    assert_close(*jit(lambda *images: [run(form, *images) for form in forms])(draw(*shape), draw(*shape, seed=1)))
 
 
 def test_equal_maxima_share_the_gradient():
