@@ -98,7 +98,7 @@ def _block_convolution(
     """A convolution of images as one of blocks of n neighbouring pixels of a row: [B, H', W', D].
 
     A block is a pixel of n * C channels, and n outputs are one of n * D maps. In the weight gradient the window is as
-    large as the output, which makes it slow to compile; with blocks it is n times narrower. The wider channels also fill
+    large as the output, which makes it slow to compile; with blocks it is n times narrower. The wider channels fill
     more of the matrix unit, but the kernel gets zeros that are multiplied.
     """
     kh, kw, channels, maps = kernel.shape
