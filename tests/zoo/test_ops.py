@@ -1,6 +1,10 @@
 """Every formulation equals the operation that it stands for, in values and derivatives: brute force, and XLA's."""
 
+import importlib.util
 import itertools
+import os
+import subprocess
+import sys
 
 import flax.linen as nn
 import hypothesis.strategies as st
@@ -176,6 +180,28 @@ def causal_forward_and_backward(sequence, kernel):
     return jax.vjp(causal, sequence, kernel)[1](causal(sequence, kernel))
 
 
+@settings(deadline=None, max_examples=12, derandomize=True)
+@given(
+    size=st.tuples(st.integers(5, 11), st.integers(5, 11)),
+    taps=st.tuples(st.integers(1, 5), st.integers(1, 6)),
+    maps=st.tuples(st.integers(1, 3), st.integers(1, 6)),
+    padding=st.tuples(*[st.tuples(st.integers(-1, 3), st.integers(1, 3))] * 2),
+)
+def test_any_convolution_of_blocks_equals_brute_force(size, taps, maps, padding):
+    image, kernel = draw(2, *size, maps[0]), draw(*taps, *maps, seed=1)
+    width = size[1] + sum(padding[1]) - taps[1] + 1
+    blocks = lambda x, w: ops._block_convolution(x, w, width=width, padding=padding, precision=None)
+    assert_close(jit(value_and_gradients(blocks))(image, kernel), brute_force(image, kernel, (1, 1), padding, (1, 1)))
+
+
+def test_vmapped_convolution_of_blocks_equals_xla():
+    images, kernels = draw(3, 2, 9, 8, 1), draw(3, 5, 5, 1, 4, seed=1)
+    blocks = lambda x, w: ops._block_convolution(x, w, width=4, padding=((0, 0), (0, 0)), precision=None)
+    xla = lambda x, w: lax.conv_general_dilated(x, w, (1, 1), "VALID", dimension_numbers=LAYOUT)
+    found, expected = (jit(jax.vmap(value_and_gradients(form)))(images, kernels) for form in (blocks, xla))
+    assert_close(found, expected)
+
+
 both = pytest.mark.parametrize(
     ("function", "arguments"),
     [
@@ -193,10 +219,25 @@ def lowered(platform, function, arguments):
 
 @both
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_accelerators_get_plain_convolutions(platform, function, arguments):
+def test_accelerators_get_convolutions(platform, function, arguments):
     text = lowered(platform, function, arguments)
     assert text.count("stablehlo.convolution") == 3  # forward, and one for each gradient
-    assert "dot_general" not in text
+    blocks = platform == "tpu" and arguments is IMAGES  # products with constants lay the kernel out
+    assert ("dot_general" in text) == blocks
+
+
+def test_tpu_gets_blocks_for_few_channels_only():
+    def gets_blocks(kernel, strides=(1, 1), dilation=(1, 1)):
+        convolve = lambda x, w: ops.conv_general_dilated(x, w, strides, "SAME", None, dilation, LAYOUT)
+        return "dot_general" in lowered("tpu", convolve, (jnp.ones((2, 9, 9, kernel[2])), jnp.ones(kernel)))
+
+    assert gets_blocks((5, 5, 1, 6))
+    assert gets_blocks((5, 5, 6, 16))
+    assert not gets_blocks((5, 5, 1, 20))
+    assert not gets_blocks((5, 5, 20, 50))
+    assert not gets_blocks((3, 3, 3, 64))
+    assert not gets_blocks((5, 5, 1, 6), strides=(2, 2))
+    assert not gets_blocks((5, 5, 1, 6), dilation=(1, 2))
 
 
 @both
@@ -272,6 +313,66 @@ def test_pools_equal_flax(shape, window):
     assert_close(*jit(lambda image: list(run(image)))(draw(*shape)))
 
 
+@pytest.mark.parametrize(("shape", "window"), [((2, 8, 6, 3), 2), ((2, 9, 10, 4), 3)])
+def test_a_sum_over_windows_equals_one_of_slices(shape, window):
+    assert "reduce_window" in lowered("tpu", lambda x: ops.sum_pool(x, window), (jnp.ones(shape),))
+    forms = ops._window_sum, ops.sum_pool
+    run = lambda form, image, like: (form(image, window), jax.grad(lambda x: (form(x, window) ** 2).sum())(like))
+    assert_close(*jit(lambda *images: [run(form, *images) for form in forms])(draw(*shape), draw(*shape, seed=1)))
+
+
 def test_equal_maxima_share_the_gradient():
     gradient = jit(jax.grad(lambda x: ops.max_pool(x, 2).sum()))(np.zeros((1, 2, 2, 1), np.float32))
     np.testing.assert_array_equal(gradient, np.full((1, 2, 2, 1), 0.25))
+
+
+STEP_FOR_A_SLICE = """
+import resource
+
+resource.setrlimit(resource.RLIMIT_CPU, (60, 60))  # seconds of processors, so that a busy machine changes nothing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dl_jax import classify, losses, optim
+from dl_jax.core.step import make_step, per_seed, start
+from dl_jax.models.vision.lenet import LeNet5, map_loss
+
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
+mesh = Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+model, tx = LeNet5(), optim.clipped_sgd(0.01, 100, 0.9, 5.0, 0.05)
+
+
+def loss(variables, batch, key):
+    return map_loss(model.apply(variables, batch["image"], train=True), batch["label"], 10.0).mean(), ({}, {})
+
+
+def placed(tree, *axes):
+    put = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+    return jax.tree.map(put, tree)
+
+
+step = per_seed(make_step(losses.with_batch(loss, classify.unit), tx), one_by_one=True)
+keys = jax.random.split(jax.random.key(0), 1)
+state = jax.eval_shape(lambda keys: start(model, tx, keys, keys, jnp.zeros((1, 28, 28, 1))), keys)
+image, label = np.broadcast_to(np.uint8(0), (1, 16384, 28, 28, 1)), np.broadcast_to(np.int32(0), (1, 16384))
+batch = placed({"image": image, "label": label}, None, "data")
+jax.jit(step).trace(placed(state), batch).lower(lowering_platforms=("tpu",)).compile()
+"""
+
+
+@pytest.mark.plan
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_train_step_of_lenet5_compiles_within_a_minute_for_a_slice():
+    settings = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # another process may be compiling too
+        "JAX_ENABLE_COMPILATION_CACHE": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
+    }
+    command = [sys.executable, "-c", STEP_FOR_A_SLICE]
+    done = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1000:]
