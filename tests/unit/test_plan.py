@@ -171,7 +171,8 @@ def test_collectives_of_a_program_on_eight_devices():
 
 
 @pytest.mark.parametrize(
-    ("name", "chips"), [("v5e:1x1", 1), ("v5e:4x4", 16), ("v6e:16x16", 256), ("v4:2x2x1", 4), ("v5p:16x16x16", 4096)]
+    ("name", "chips"),
+    [("v5e:1x1", 1), ("v5e:4x4", 16), ("v6e:16x16", 256), ("v4:2x2x1", 4), ("v5p:16x16x16", 4096), ("h100:8", 8)],
 )
 def test_slices(name, chips):
     assert slice_of(name).chips == chips
@@ -180,7 +181,7 @@ def test_slices(name, chips):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("v9:4x4", r"^--plan v9:4x4, expected a slice such as v5e:4x4; a TPU is one of v4, v5e, v5p, v6e$"),
+        ("v9:4x4", r"^--plan v9:4x4, expected a slice such as v5e:4x4; the chips are v4, v5e, v5p, v6e, h100$"),
         ("v5e", r"^--plan v5e, expected v5e: and one of 1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16$"),
         ("v5e:3x5", r"^--plan v5e:3x5, expected v5e: and one of 1x1, "),
         ("v4:32x32x32", r"^--plan v4:32x32x32, expected v4: and one of 2x2x1, .*4x4x4, .*16x16x16"),
@@ -230,4 +231,5 @@ def test_each_chip_has_the_published_balance():
         "v5e": 241,
         "v5p": 166,
         "v6e": 560,
+        "h100": 148,
     }

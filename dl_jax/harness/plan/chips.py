@@ -1,4 +1,4 @@
-"""What TPU chips and slices can do, from Google's documentation, and the slices that exist."""
+"""What chips and slices can do, from their makers' documentation, and the slices that exist."""
 
 import itertools
 import math
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from dl_jax.core.errors import InputError
+from dl_jax.harness.plan import gpus
 
 GIB = 2**30
 
@@ -13,7 +14,7 @@ GIB = 2**30
 class Chip(NamedTuple):
     """One chip. Rates are peaks per second."""
 
-    flops: float  # bfloat16, which JAX's default precision uses for float32 products too
+    flops: float  # of float32 products in JAX's default precision: bfloat16 on TPUs, TF32 on GPUs
     hbm: float  # bytes of memory
     hbm_rate: float  # bytes
     link_rate: float  # bytes over one link between chips, in one direction
@@ -31,6 +32,10 @@ def _cube() -> Iterator[tuple[int, ...]]:
     yield from (s for s in itertools.combinations_with_replacement(fours, 3) if math.prod(s) <= MOST)
 
 
+def _host() -> Iterator[tuple[int, ...]]:
+    yield from ((1,), (2,), (4,), (8,))
+
+
 MOST = 4096  # chips of the largest slice that is planned
 
 # docs.cloud.google.com/tpu/docs/v4, v5e, v5p and v6e: peak compute, HBM capacity and bandwidth, and the bandwidth
@@ -41,13 +46,17 @@ CHIPS = {
     "v5e": Chip(197e12, 16e9, 819e9, 50e9, lambda shape: max(shape) >= 16, _plane),
     "v5p": Chip(459e12, 95 * GIB, 2765e9, 100e9, lambda shape: all(n % 4 == 0 for n in shape), _cube),
     "v6e": Chip(918e12, 32e9, 1638e9, 100e9, lambda shape: max(shape) >= 16, _plane),
+    # NVIDIA's data sheet of the H100 SXM: dense TF32, memory, and NVLink's 900 GB/s, which are 450 in each direction.
+    "h100": Chip(494.7e12, 80e9, 3350e9, 450e9, lambda shape: False, _host),
 }
+GPUS = {"h100": gpus.H100}  # what XLA has to know of them
 
 
 class Slice(NamedTuple):
-    """A slice: "v5e:4x4" has 16 chips of v5e, each linked to its neighbours in a plane."""
+    """A slice: "v5e:4x4" has 16 chips of v5e, each linked to its neighbours in a plane. "h100:8" is a host of GPUs."""
 
     name: str
+    kind: str
     chip: Chip
     shape: tuple[int, ...]
 
@@ -60,10 +69,10 @@ def slice_of(name: str) -> Slice:
     """The slice of this name, such as "v5e:4x4". Raises InputError, with the slices that exist, for another."""
     kind, _, extent = name.partition(":")
     if kind not in CHIPS:
-        raise InputError(f"--plan {name}, expected a slice such as v5e:4x4; a TPU is one of {', '.join(CHIPS)}")
+        raise InputError(f"--plan {name}, expected a slice such as v5e:4x4; the chips are {', '.join(CHIPS)}")
     shapes = list(CHIPS[kind].shapes())
     shown = {"x".join(map(str, shape)): shape for shape in shapes}
     if extent not in shown:
         by_size = sorted(shown, key=lambda text: math.prod(shown[text]))
         raise InputError(f"--plan {name}, expected {kind}: and one of {', '.join(by_size)}")
-    return Slice(name, CHIPS[kind], shown[extent])
+    return Slice(name, kind, CHIPS[kind], shown[extent])

@@ -20,7 +20,7 @@ from dl_jax.core.files import absolute
 from dl_jax.core.flops import flops
 from dl_jax.core.target import Program, Target, planning
 from dl_jax.harness.plan import bounds, hlo
-from dl_jax.harness.plan.chips import Slice
+from dl_jax.harness.plan.chips import GPUS, Slice
 from dl_jax.harness.plan.show import MB, Cost, Loop, Row, lines
 from dl_jax.harness.workdir import write_json
 
@@ -28,28 +28,45 @@ from dl_jax.harness.workdir import write_json
 def devices_of(where: Slice) -> list[Any]:
     """The devices of the slice, for which this machine can compile.
 
-    Raises InputError without libtpu, and where libtpu does not know the slice.
+    Raises InputError where the compiler is not installed, or does not know the slice.
     """
+    jax.config.update("jax_platforms", "cpu")
+    of = _gpus if where.kind in GPUS else _tpus
+    try:
+        return list(of(where).devices)
+    except InputError:
+        raise
+    except Exception as error:  # JAX's own types, of which the documentation says nothing
+        raise InputError(f"--plan {where.name} is refused by the compiler ({reason(error)}); choose another") from error
+
+
+def _tpus(where: Slice) -> Any:
     if importlib.util.find_spec("libtpu") is None:
         raise InputError(f"--plan {where.name} needs libtpu, which is not installed; pip install -e '.[tpu]'")
     # There is no TPU to ask: libtpu would wait for the metadata server of a virtual machine, and complain.
-    quiet = {
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    }
-    for name, value in {**quiet, "TPU_MIN_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3"}.items():
+    quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+    levels = {"TPU_MIN_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    for name, value in {**quiet, **levels}.items():
         os.environ.setdefault(name, value)
-    jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
     host = [min(extent, 2) for extent in where.shape[:2]] + [1]
-    try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=where.name, chips_per_host_bounds=host)
-    except Exception as error:  # JAX's own type, of which the documentation says nothing
-        raise InputError(f"--plan {where.name} is not known to libtpu ({reason(error)}); choose another") from error
-    return list(found.devices)
+    return topologies.get_topology_desc(platform="tpu", topology_name=where.name, chips_per_host_bounds=host)
+
+
+def _gpus(where: Slice) -> Any:
+    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+        raise InputError(
+            f"--plan {where.name} needs JAX's CUDA plugin, which is not installed; pip install -e '.[cuda]'"
+        )
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # it asks the driver, which need not be there
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    from jax.experimental import topologies
+
+    shape = f"1x1x{where.chips}"  # slices, hosts, devices of a host
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name=where.name, topology=shape, target_config=GPUS[where.kind]
+    )
 
 
 def make(main: Callable[[], Any], where: Slice, workdir: str | None, facts: Mapping[str, Any]) -> bool:
@@ -63,7 +80,7 @@ def make(main: Callable[[], Any], where: Slice, workdir: str | None, facts: Mapp
     print(f"{where.name}: {where.chips} chips of {where.chip.hbm / MB:,.0f} MB; rates are peaks, times are least times")
 
     def take(program: Program) -> None:
-        lowered = program.traced.lower(lowering_platforms=("tpu",))
+        lowered = program.traced.lower(lowering_platforms=("cuda" if where.kind in GPUS else "tpu",))
         key = hashlib.sha256(f"{program.mesh}{lowered.as_text()}".encode()).hexdigest()
         if key not in rows:
             rows[key] = row_of(program, lowered, where, hosts)
