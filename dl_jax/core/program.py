@@ -140,8 +140,8 @@ def planned_program(
         read, rows = stream, everywhere
     steps = scan * advance_of(step, state, stream(at))  # has also prepared what the first batch of an epoch takes
     began = time.perf_counter()
-    batch = _stacked([read(at)] * scan) if scan > 1 else read(at)
-    seconds = scan * (time.perf_counter() - began)
+    batch = _stacked([read(at + j) for j in range(scan)]) if scan > 1 else read(at)
+    seconds = time.perf_counter() - began
     like = lambda tree, sharding: abstract(tree, jax.tree.map(lambda _: sharding, tree))
     state, batch, whole = abstract(state, shardings), like(batch, rows), program(step, stream, scan)
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
