@@ -124,7 +124,7 @@ retry() {
 # state GROUP FIELD: what gcloud describes; MISSING where there is no such thing; nothing in a dry run.
 state() {
   local problem
-  { problem=$(tpu "$1" describe "$name" --format="value($2)" 2>&1 >&4) && return; } 4>&1
+  { problem=$(tpu "$1" describe "$name" --format="value($2)" 2>&1 >&4) && return 0; } 4>&1
   if [[ $problem == *NOT_FOUND* ]]; then
     echo MISSING
   else
@@ -228,7 +228,7 @@ remote_enter() {
 cd dl_jax 2>/dev/null || { echo "nothing is installed on $(hostname); run: ./tpu_setup.sh install" >&2; exit 2; }
 pid=$(cat run.pid 2>/dev/null || echo none)
 alive() { grep -qs run.sh "/proc/$pid/cmdline"; }
-end() { pkill -TERM -P "$pid"; timeout 300 tail -s 0.2 --pid="$pid" -f /dev/null; }
+end() { pkill -TERM -P "$pid"; for _ in {1..600}; do alive || return 0; sleep 0.5; done; return 1; }
 TEXT
 }
 
@@ -305,7 +305,8 @@ TEXT
 remote_follow() {
   remote_enter
   cat <<'TEXT'
-tail -n 100 -s 0.2 --pid="$pid" -f run.log
+while alive; do sleep 0.5; done &
+tail -n 100 -s 0.2 --pid=$! -f run.log
 [ -e run.status ] || { echo "the run on $(hostname) was cut off; its host has probably been restarted" >&2; exit 75; }
 exit "$(cat run.status)"
 TEXT
@@ -368,7 +369,7 @@ ensure_installed() {
   pack &&
     retry copy "$scratch/dl_jax.tar.gz" "$name:dl_jax.tar.gz" --worker=all &&
     retry on all "$(remote_install "$mark")" || return
-  say "$commit is installed on all workers of $name"
+  "$dry" || say "$commit is installed on all workers of $name"
 }
 
 install() { # [COMMIT]
@@ -462,10 +463,11 @@ fetch() { # SOURCE [DESTINATION]
 
 # The last line says what is billed: after every failure, and after a run, whose slice is still there.
 finish() {
-  local status=$1
+  local status=$1 line
   if "$begun" && [[ $status != 0 && $command != status || $command == run || $command == launch ]]; then
     note "at the end, and after a failure:"
-    bill >&2 || true
+    line=$(bill) || true
+    "$dry" || say "$line"
   fi
   "$dry" || rm -rf "$scratch"
 }
