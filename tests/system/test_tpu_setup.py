@@ -208,12 +208,27 @@ class Cloud:
     def commit(self, name: str = "HEAD") -> str:
         return git(self.repository, "rev-parse", name).strip()
 
+    def installed(self, once: Path) -> "Cloud":
+        """With what `install` leaves behind on all workers, copied from where it ran once."""
+        for worker in self.workers:
+            shutil.copytree(once, worker / "dl_jax", symlinks=True)
+        return self
+
     def home(self, worker: int = 0) -> Path:
         return self.workers[worker] / "dl_jax"
 
     def end(self) -> None:
         """Ends what may still run on the workers."""
         (self.folder / "go").touch()
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory, template: Path, agent: tuple[Path, Path]) -> Path:
+    """A worker's folder after `install`."""
+    made = Cloud(tmp_path_factory.mktemp("once") / "cloud", template, agent, workers=1)
+    done = made("install")
+    assert done.returncode == 0, done.stderr
+    return made.home()
 
 
 @pytest.fixture
@@ -234,6 +249,18 @@ def pod(tmp_path: Path, template: Path, agent: tuple[Path, Path]) -> Iterator[Cl
 def idle(tmp_path_factory: pytest.TempPathFactory, template: Path, agent: tuple[Path, Path]) -> Cloud:
     """For all calls of the script that must leave everything as it is."""
     return Cloud(tmp_path_factory.mktemp("idle") / "cloud", template, agent, workers=1)
+
+
+@pytest.fixture
+def host(cloud: Cloud, once: Path) -> Cloud:
+    """One worker, with everything installed."""
+    return cloud.installed(once)
+
+
+@pytest.fixture
+def hosts(pod: Cloud, once: Path) -> Cloud:
+    """Two workers, with everything installed."""
+    return pod.installed(once)
 
 
 def wait_for(path: Path) -> None:
@@ -306,15 +333,14 @@ def test_a_dry_run_of_launch_is_complete(idle: Cloud) -> None:
     assert text.index("# at the end, and after a failure:") < text.rindex("describe")
 
 
-def test_a_dry_run_prints_what_a_run_calls(cloud: Cloud) -> None:
-    assert cloud("install").returncode == 0
-    before = len(cloud.calls)
+def test_a_dry_run_prints_what_a_run_calls(host: Cloud) -> None:
+    before = len(host.calls)
     arguments = ["run", "experiments/lenet.py", "it's", "$HOME * `id`", "two\nlines", ""]
-    planned, done = cloud("--dry-run", *arguments), cloud(*arguments)
+    planned, done = host("--dry-run", *arguments), host(*arguments)
     assert done.returncode == 0, done.stderr
     commands = printed(planned.stdout)
     assert commands[0] == ["ssh-add", "-l"]
-    assert [command[1:] for command in commands[1:]] == cloud.calls[before:]
+    assert [command[1:] for command in commands[1:]] == host.calls[before:]
     assert commands == printed(done.stderr)
 
 
@@ -651,14 +677,13 @@ def test_the_constraints_that_install_names_exist() -> None:
     assert (ROOT / "constraints-py312-latest.txt").is_file()
 
 
-def test_install_can_go_back_and_keeps_what_experiments_wrote(cloud: Cloud) -> None:
-    assert cloud("install").returncode == 0
-    (cloud.home() / "runs").mkdir()
-    (cloud.home() / "src" / "stale.py").touch()
-    assert cloud("install", cloud.commit("HEAD~1")[:10]).returncode == 0
-    assert (cloud.home() / "src" / "pyproject.toml").read_text() == "first"
-    assert (cloud.home() / "runs").is_dir()
-    assert not (cloud.home() / "src" / "stale.py").exists()
+def test_install_can_go_back_and_keeps_what_experiments_wrote(host: Cloud) -> None:
+    (host.home() / "runs").mkdir()
+    (host.home() / "src" / "stale.py").touch()
+    assert host("install", host.commit("HEAD~1")[:10]).returncode == 0
+    assert (host.home() / "src" / "pyproject.toml").read_text() == "first"
+    assert (host.home() / "runs").is_dir()
+    assert not (host.home() / "src" / "stale.py").exists()
 
 
 def test_install_survives_failing_transfers(cloud: Cloud) -> None:
@@ -683,32 +708,30 @@ def test_nothing_is_left_behind_here(cloud: Cloud) -> None:
     assert set(cloud.folder.iterdir()) - before == {cloud.folder / "calls"}
 
 
-def test_data_are_copied_to_every_worker_and_found_there(pod: Cloud) -> None:
-    mnist = pod.folder / "gs" / "bucket" / "tfds" / "mnist"
+def test_data_are_copied_to_every_worker_and_found_there(hosts: Cloud) -> None:
+    mnist = hosts.folder / "gs" / "bucket" / "tfds" / "mnist"
     mnist.mkdir(parents=True)
     (mnist / "a.array_record").write_text("images")
-    assert pod("install").returncode == 0
-    assert pod("--data", "gs://bucket/tfds", "install").returncode == 0
-    assert pod(*RUN).returncode == 0
+    assert hosts("--data", "gs://bucket/tfds", "install").returncode == 0
+    assert hosts(*RUN).returncode == 0
     for worker in range(2):
-        assert (pod.home(worker) / "data" / "mnist" / "a.array_record").read_text() == "images"
-        environment = (pod.home(worker) / "environment").read_text().split("\0")
-        assert f"TFDS_DATA_DIR={pod.home(worker)}/data" in environment
-    assert pod("--env", "TFDS_DATA_DIR=gs://bucket/tfds", *RUN).returncode == 0
-    assert "TFDS_DATA_DIR=gs://bucket/tfds" in (pod.home() / "environment").read_text().split("\0")
-    missing = pod("--attempts", "1", "--data", "gs://bucket/none", "install")
+        assert (hosts.home(worker) / "data" / "mnist" / "a.array_record").read_text() == "images"
+        environment = (hosts.home(worker) / "environment").read_text().split("\0")
+        assert f"TFDS_DATA_DIR={hosts.home(worker)}/data" in environment
+    assert hosts("--env", "TFDS_DATA_DIR=gs://bucket/tfds", *RUN).returncode == 0
+    assert "TFDS_DATA_DIR=gs://bucket/tfds" in (hosts.home() / "environment").read_text().split("\0")
+    missing = hosts("--attempts", "1", "--data", "gs://bucket/none", "install")
     assert missing.returncode == 1
     assert "no such file" in missing.stderr
 
 
-def test_check_fails_where_a_worker_does(pod: Cloud) -> None:
-    assert pod("install").returncode == 0
-    assert pod("check").returncode == 0
-    assert "jax.distributed.initialize()" in (pod.home(0) / "arguments").read_text()
-    pod.ends(0, 1)
-    done = pod("check")
+def test_check_fails_where_a_worker_does(hosts: Cloud) -> None:
+    assert hosts("check").returncode == 0
+    assert "jax.distributed.initialize()" in (hosts.home(0) / "arguments").read_text()
+    hosts.ends(0, 1)
+    done = hosts("check")
     assert done.returncode == 1
-    assert pod.commit()[:7] in done.stdout
+    assert hosts.commit()[:7] in done.stdout
 
 
 def test_internal_addresses_are_for_ssh_and_scp_alone(cloud: Cloud) -> None:
@@ -721,33 +744,31 @@ def test_internal_addresses_are_for_ssh_and_scp_alone(cloud: Cloud) -> None:
 # A run.
 
 
-def test_arguments_and_environment_reach_the_experiment_untouched(pod: Cloud) -> None:
-    assert pod("install").returncode == 0
+def test_arguments_and_environment_reach_the_experiment_untouched(hosts: Cloud) -> None:
     arguments = ["--note", 'it\'s a "test"', "$HOME $(touch pwned) `id`", "*", "a\nb", "", "ü|&;<>\\", "--x=1 2"]
-    pod.environment["TOKEN"] = "a'b $(touch pwned)\n*"
-    done = pod("--env", "TOKEN", "--env", "FLAGS=--a=1 '--b'", "--env", "NONE=", "run", "experiments/lenet.py", *arguments)
+    hosts.environment["TOKEN"] = "a'b $(touch pwned)\n*"
+    done = hosts("--env", "TOKEN", "--env", "FLAGS=--a=1 '--b'", "--env", "NONE=", "run", "experiments/lenet.py", *arguments)
     assert done.returncode == 0
     for worker in range(2):
-        got = (pod.home(worker) / "arguments").read_text().split("\0")[:-1]
+        got = (hosts.home(worker) / "arguments").read_text().split("\0")[:-1]
         assert got == ["experiments/lenet.py", *arguments, "--cluster"]
-        environment = (pod.home(worker) / "environment").read_text().split("\0")
+        environment = (hosts.home(worker) / "environment").read_text().split("\0")
         assert {"PYTHONUNBUFFERED=1", "TOKEN=a'b $(touch pwned)\n*", "FLAGS=--a=1 '--b'", "NONE="} <= set(environment)
-    assert not list(pod.folder.rglob("pwned"))
+    assert not list(hosts.folder.rglob("pwned"))
 
 
 @pytest.mark.parametrize("status", [0, 143])
-def test_run_ends_with_the_experiments_status_and_runs_it_once(pod: Cloud, status: int) -> None:
-    assert pod("install").returncode == 0
-    pod.ends(status)
-    done = pod(*RUN)
+def test_run_ends_with_the_experiments_status_and_runs_it_once(hosts: Cloud, status: int) -> None:
+    hosts.ends(status)
+    done = hosts(*RUN)
     assert done.returncode == status
-    assert pod.runs == 1
+    assert hosts.runs == 1
     assert done.stdout == "run 1 on worker0\nrun 1 ends\n"
-    assert (pod.home(1) / "run.log").read_text() == "run 1 on worker1\nrun 1 ends\n"
+    assert (hosts.home(1) / "run.log").read_text() == "run 1 on worker1\nrun 1 ends\n"
     assert last_line(done) == f"pod: queued resource ACTIVE, slice READY: billed until it is deleted: {DELETE}"
-    assert pod(*RUN).returncode == 0
-    assert (pod.home() / "run.log").read_text() == "run 2 on worker0\nrun 2 ends\n"
-    assert (pod.home() / "run.log.1").read_text() == "run 1 on worker0\nrun 1 ends\n"
+    assert hosts(*RUN).returncode == 0
+    assert (hosts.home() / "run.log").read_text() == "run 2 on worker0\nrun 2 ends\n"
+    assert (hosts.home() / "run.log.1").read_text() == "run 1 on worker0\nrun 1 ends\n"
 
 
 def test_run_before_install_says_so(cloud: Cloud) -> None:
@@ -756,67 +777,65 @@ def test_run_before_install_says_so(cloud: Cloud) -> None:
     assert "nothing is installed" in done.stderr
 
 
-def test_a_lost_connection_ends_nothing_and_the_same_command_follows_again(pod: Cloud) -> None:
-    assert pod("install").returncode == 0
-    pod.ends("wait", 1)
-    pod.fails({"ssh 0": ["cut"]})
-    done = pod(*RUN)
+def test_a_lost_connection_ends_nothing_and_the_same_command_follows_again(hosts: Cloud) -> None:
+    hosts.ends("wait", 1)
+    hosts.fails({"ssh 0": ["cut"]})
+    done = hosts(*RUN)
     assert done.returncode == 255
     assert "the run goes on, and the same command follows it again" in done.stderr
-    following = pod.start(*RUN)
+    following = hosts.start(*RUN)
     try:
         assert following.stdout and following.stdout.readline() == "run 1 on worker0\n"
-        pod.end()
+        hosts.end()
         assert following.wait(timeout=20) == 0
         assert following.stdout.read() == "run 1 ends\n"
     finally:
         following.kill()
         following.communicate()
-    assert pod.runs == 1
-    assert pod(*RUN).returncode == 1  # it has ended: the same command resumes it
-    assert pod.runs == 2
+    assert hosts.runs == 1
+    assert hosts(*RUN).returncode == 1  # it has ended: the same command resumes it
+    assert hosts.runs == 2
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
-def test_ending_the_launching_side_ends_nothing(pod: Cloud, sent: signal.Signals) -> None:
-    pod.ends("wait")
-    launching = pod.start(*COMMANDS["launch"])
+def test_ending_the_launching_side_ends_nothing(hosts: Cloud, sent: signal.Signals) -> None:
+    hosts.ends("wait")
+    launching = hosts.start(*COMMANDS["launch"])
     try:
-        wait_for(pod.home(1) / "ready")
-        wait_for(pod.home(0) / "ready")
+        wait_for(hosts.home(1) / "ready")
+        wait_for(hosts.home(0) / "ready")
         os.killpg(launching.pid, sent)  # as a terminal does: gcloud too
         assert launching.wait(timeout=20) != 0
         for worker in range(2):
-            assert Path("/proc", (pod.home(worker) / "run.pid").read_text().strip()).exists()
+            assert Path("/proc", (hosts.home(worker) / "run.pid").read_text().strip()).exists()
     finally:
         launching.kill()
-        pod.end()
+        hosts.end()
         launching.communicate()
-    assert pod(*COMMANDS["launch"]).returncode == 0
+    assert hosts(*COMMANDS["launch"]).returncode == 0
     for worker in range(2):
-        assert not (pod.home(worker) / "saved").exists()
-        assert "run 1 ends" in (pod.home(worker) / "run.log").read_text() + (pod.home(worker) / "run.log.1").read_text()
+        assert not (hosts.home(worker) / "saved").exists()
+        assert "run 1 ends" in (hosts.home(worker) / "run.log").read_text() + (hosts.home(worker) / "run.log.1").read_text()
 
 
-def test_a_running_experiment_is_left_alone_until_it_is_stopped(cloud: Cloud) -> None:
-    assert cloud("install").returncode == 0
-    cloud.ends("wait")
-    running = cloud.start(*RUN)
+def test_a_running_experiment_is_left_alone_until_it_is_stopped(host: Cloud) -> None:
+    host.ends("wait")
+    running = host.start(*RUN)
     try:
-        wait_for(cloud.home() / "ready")
-        for command in (["run", "experiments/lenet.py"], ["--env", "A=b", *RUN], ["install", cloud.commit("HEAD~1")]):
-            done = cloud(*command)
+        wait_for(host.home() / "ready")
+        for command in (["run", "experiments/lenet.py"], ["--env", "A=b", *RUN], ["install", host.commit("HEAD~1")]):
+            done = host(*command)
             assert done.returncode == 2
             assert "an experiment is running" in done.stderr
-        assert cloud("stop").returncode == 0
+        assert host("stop").returncode == 0
         assert running.wait(timeout=20) == 143
-        assert (cloud.home() / "saved").exists()
+        assert (host.home() / "saved").exists()
     finally:
         running.kill()
         running.communicate()
-    assert "nothing runs" in cloud("stop").stdout
-    assert cloud(*RUN).returncode == 0
-    assert cloud.runs == 2
+    assert "nothing runs" in host("stop").stdout
+    assert host(*RUN).returncode == 0
+    assert host.runs == 2
 
 
 def test_commands_that_gcloud_sends_twice_run_an_experiment_once(pod: Cloud) -> None:
@@ -829,19 +848,18 @@ def test_commands_that_gcloud_sends_twice_run_an_experiment_once(pod: Cloud) -> 
     assert pod.runs == 2
 
 
-def test_a_host_that_was_restarted_is_worth_another_attempt(cloud: Cloud) -> None:
-    assert cloud("install").returncode == 0
-    cloud.ends("wait")
-    running = cloud.start(*RUN)
+def test_a_host_that_was_restarted_is_worth_another_attempt(host: Cloud) -> None:
+    host.ends("wait")
+    running = host.start(*RUN)
     try:
-        wait_for(cloud.home() / "ready")
-        os.killpg(int((cloud.home() / "run.pid").read_text()), signal.SIGKILL)
+        wait_for(host.home() / "ready")
+        os.killpg(int((host.home() / "run.pid").read_text()), signal.SIGKILL)
         assert running.wait(timeout=20) == 75
     finally:
         running.kill()
         err = running.communicate()[1]
     assert "was cut off" in err
-    assert cloud(*RUN).returncode == 0
+    assert host(*RUN).returncode == 0
 
 
 def test_fetch_from_a_bucket_and_from_a_worker(cloud: Cloud) -> None:
@@ -874,41 +892,41 @@ def test_launch_rents_installs_and_runs_once(pod: Cloud, status: int) -> None:
     assert last_line(done) == f"pod: queued resource ACTIVE, slice READY: billed until it is deleted: {DELETE}"
 
 
-def test_launch_starts_again_what_was_cut_off(pod: Cloud) -> None:
-    pod.ends(143, 75, 1, 3)
-    done = pod(*COMMANDS["launch"])
+def test_launch_starts_again_what_was_cut_off(hosts: Cloud) -> None:
+    hosts.ends(143, 75, 1, 3)
+    done = hosts(*COMMANDS["launch"])
     assert done.returncode == 3
-    assert pod.runs == 4
+    assert hosts.runs == 4
     assert "restart 1 of 10 after status 143" in done.stderr
     assert "restart 3 of 10 after status 1" in done.stderr
-    assert pod.verbs.count("scp") == 1
+    assert hosts.verbs.count("scp") == 0
 
 
-def test_launch_gives_up_after_so_many_restarts(pod: Cloud) -> None:
-    pod.ends(*[75] * 9)
-    done = pod("--restarts", "2", *COMMANDS["launch"])
+def test_launch_gives_up_after_so_many_restarts(hosts: Cloud) -> None:
+    hosts.ends(*[75] * 9)
+    done = hosts("--restarts", "2", *COMMANDS["launch"])
     assert done.returncode == 75
-    assert pod.runs == 3
+    assert hosts.runs == 3
     assert "gave up after 2 restarts (status 75)" in done.stderr
     assert last_line(done).endswith(DELETE)
 
 
-def test_launch_follows_again_after_a_lost_connection(pod: Cloud) -> None:
-    pod.ends("wait")
-    pod.fails({"ssh 0": ["cut", [255, "still no connection"]]})
-    launching = pod.start(*COMMANDS["launch"])
+def test_launch_follows_again_after_a_lost_connection(hosts: Cloud) -> None:
+    hosts.ends("wait")
+    hosts.fails({"ssh 0": ["cut", [255, "still no connection"]]})
+    launching = hosts.start(*COMMANDS["launch"])
     try:
-        wait_for(pod.home(1) / "ready")
-        while len([call for call in pod.calls if "--worker=0" in call]) < 2:
+        wait_for(hosts.home(1) / "ready")
+        while len([call for call in hosts.calls if "--worker=0" in call]) < 2:
             time.sleep(0.02)
-        pod.end()  # it ends while nobody follows
+        hosts.end()  # it ends while nobody follows
         out, err = launching.communicate(timeout=20)
     finally:
         launching.kill()
     assert launching.returncode == 0
     assert out.endswith("run 1 on worker0\nrun 1 ends\n")
     assert "restart 2 of 10 after status 255" in err
-    assert pod.runs == 1
+    assert hosts.runs == 1
 
 
 def test_launch_makes_a_preempted_slice_anew(pod: Cloud) -> None:
@@ -926,21 +944,20 @@ def test_launch_makes_a_preempted_slice_anew(pod: Cloud) -> None:
     assert "--force" in next(call for call in pod.calls if call[3] == "delete")
 
 
-def test_launch_adopts_a_run_that_goes_on(pod: Cloud) -> None:
-    assert pod("install").returncode == 0
-    pod.ends("wait")
-    pod.fails({"ssh 0": ["cut"]})
-    assert pod(*RUN).returncode == 255
-    launching = pod.start(*COMMANDS["launch"])
+def test_launch_adopts_a_run_that_goes_on(hosts: Cloud) -> None:
+    hosts.ends("wait")
+    hosts.fails({"ssh 0": ["cut"]})
+    assert hosts(*RUN).returncode == 255
+    launching = hosts.start(*COMMANDS["launch"])
     try:
         assert launching.stdout and launching.stdout.readline() == "run 1 on worker0\n"
-        pod.end()
+        hosts.end()
         assert launching.wait(timeout=20) == 0
     finally:
         launching.kill()
         launching.communicate()
-    assert pod.runs == 1
-    assert pod.verbs.count("scp") == 1
+    assert hosts.runs == 1
+    assert hosts.verbs.count("scp") == 0
 
 
 @pytest.mark.parametrize(("queue", "node"), LOST[1:3])
@@ -959,33 +976,33 @@ def test_a_request_that_is_never_filled_is_given_up(cloud: Cloud) -> None:
     assert last_line(done).startswith("pod: queued resource FAILED, no slice: nothing is billed now")
 
 
-def test_stop_ends_the_supervisor_too(pod: Cloud) -> None:
-    pod.ends("wait")
-    launching = pod.start(*COMMANDS["launch"])
+def test_stop_ends_the_supervisor_too(hosts: Cloud) -> None:
+    hosts.ends("wait")
+    launching = hosts.start(*COMMANDS["launch"])
     try:
-        wait_for(pod.home(0) / "ready")
-        wait_for(pod.home(1) / "ready")
-        assert pod("stop").returncode == 0
+        wait_for(hosts.home(0) / "ready")
+        wait_for(hosts.home(1) / "ready")
+        assert hosts("stop").returncode == 0
         err = launching.communicate(timeout=20)[1]
     finally:
         launching.kill()
     assert launching.returncode == 2
     assert "the run was ended with ./tpu_setup.sh stop" in err
-    assert pod.runs == 1
-    assert pod(*COMMANDS["launch"]).returncode == 0
-    assert pod.runs == 2
+    assert hosts.runs == 1
+    assert hosts(*COMMANDS["launch"]).returncode == 0
+    assert hosts.runs == 2
 
 
-def test_what_is_left_of_a_run_is_ended_before_it_starts_again(pod: Cloud) -> None:
-    pod.ends("wait", 0)
-    launching = pod.start(*COMMANDS["launch"])
+def test_what_is_left_of_a_run_is_ended_before_it_starts_again(hosts: Cloud) -> None:
+    hosts.ends("wait", 0)
+    launching = hosts.start(*COMMANDS["launch"])
     try:
         for worker in range(2):
-            wait_for(pod.home(worker) / "ready")
-        subprocess.run(["pkill", "-TERM", "-P", (pod.home(0) / "run.pid").read_text().strip()], check=True)
+            wait_for(hosts.home(worker) / "ready")
+        subprocess.run(["pkill", "-TERM", "-P", (hosts.home(0) / "run.pid").read_text().strip()], check=True)
         assert launching.wait(timeout=20) == 0
     finally:
         launching.kill()
         launching.communicate()
-    assert (pod.home(1) / "saved").exists()
-    assert pod.runs == 2
+    assert (hosts.home(1) / "saved").exists()
+    assert hosts.runs == 2
