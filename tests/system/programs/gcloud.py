@@ -1,9 +1,9 @@
 """A gcloud of ours, for tests of tpu_setup.sh: a queue, a slice, and workers on which scripts really run.
 
 It is strict where Google's is: a flag that is not in its reference is refused, ssh to several workers needs an agent
-that holds the key, a slice that is not READY cannot be reached. The folder $FAKE_CLOUD has `calls` (a line of JSON each),
-`state` (of queue and slice), `faults` (what happens to the calls of a verb, one after the other), worker0, worker1, ...
-(the workers' homes) and gs (the buckets). It starts hundreds of times in a test run, so it imports what it needs.
+that holds the key, and a slice that is not READY cannot be reached. The folder $FAKE_CLOUD has `calls` (a line of JSON
+each), `state` (of queue and slice), `faults` (what happens to the calls of a verb, one after the other), worker0,
+worker1, ... (the workers' homes) and gs (the buckets). It starts hundreds of times in a test run; it imports little.
 """
 
 import json
@@ -14,8 +14,8 @@ from pathlib import Path
 REFERENCE = "https://cloud.google.com/sdk/gcloud/reference"
 WIDE = """--account= --billing-project= --configuration= --flags-file= --flatten= --format= --help
 --impersonate-service-account= --log-http --project= --quiet --trace-token= --user-output-enabled --verbosity="""
-SSH = """--dry-run --force-key-file-overwrite --internal-ip --plain --ssh-key-file= --strict-host-key-checking= --worker=
---zone= --ssh-key-expiration= --ssh-key-expire-after="""
+SSH = """--dry-run --force-key-file-overwrite --internal-ip --plain --ssh-key-file= --strict-host-key-checking=
+--worker= --zone= --ssh-key-expiration= --ssh-key-expire-after="""
 
 # Per command: its page below REFERENCE, how many positional arguments it takes, and the flags that its synopsis there
 # names, `=` for those with a value. Of `storage` only those in use.
