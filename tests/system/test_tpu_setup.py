@@ -498,16 +498,13 @@ def test_the_fake_refuses_what_the_reference_does_not_name(pod: Cloud) -> None:
 # The slice.
 
 
-def test_every_call_names_slice_zone_and_project_and_asks_nothing(cloud: Cloud) -> None:
-    cloud.holds(**MISSING)
-    for name, command in COMMANDS.items():
-        if name != "launch":
-            cloud("--project", "ours", *command)
-    assert set(cloud.verbs) == {"create", "scp", "ssh", "delete"}
-    for call in cloud.calls:
-        assert call[:2] == ["compute", "tpus"]
-        assert {"--zone=us-central2-b", "--project=ours", "--quiet"} <= set(call)
-        assert any(word == "pod" or word.startswith("pod:") for word in call)
+def test_every_call_names_slice_zone_and_project_and_asks_nothing(idle: Cloud) -> None:
+    for command in COMMANDS.values():
+        text = idle("--dry-run", "--project", "ours", "--internal-ip", *command).stdout
+        for call in [call for call in printed(text) if call[0] == "gcloud"]:
+            assert {"--zone=us-central2-b", "--project=ours", "--quiet"} <= set(call)
+            assert any(word == "pod" or word.startswith("pod:") for word in call)
+            assert ("--internal-ip" in call) == (call[4] in ("ssh", "scp"))
 
 
 def test_the_slice_may_come_from_the_environment(cloud: Cloud) -> None:
@@ -516,8 +513,22 @@ def test_the_slice_may_come_from_the_environment(cloud: Cloud) -> None:
     assert cloud.calls[-1][4:] == ["other", "--force", "--zone=europe-west4-a", "--project=theirs", "--quiet"]
 
 
+def test_create_makes_a_slice_that_is_missing(cloud: Cloud) -> None:
+    cloud.holds(**MISSING)
+    done = cloud("create", "v6e-16", "--spot", "--valid-until-duration=6h")
+    assert done.returncode == 0, done.stderr
+    assert cloud.verbs == ["create"]
+    assert cloud.state == READY
+    assert next(call[4:] for call in cloud.calls if call[3] == "create") == [
+        "pod", "--node-id=pod", "--accelerator-type=v6e-16", "--runtime-version=v2-alpha-tpuv6e", "--spot",
+        "--valid-until-duration=6h", "--zone=us-central2-b", "--quiet",
+    ]  # fmt: skip
+    assert cloud("create", "v6e-16").returncode == 0
+    assert cloud.verbs == ["create"]
+
+
 @pytest.mark.parametrize(
-    ("kind", "runtime"),
+    ("kind", "runtime"),  # https://cloud.google.com/tpu/docs/runtimes
     [
         ("v4-16", "tpu-ubuntu2204-base"),
         ("v5litepod-16", "v2-alpha-tpuv5-lite"),
@@ -525,18 +536,9 @@ def test_the_slice_may_come_from_the_environment(cloud: Cloud) -> None:
         ("v6e-16", "v2-alpha-tpuv6e"),
     ],
 )
-def test_create_makes_a_slice_that_is_missing(cloud: Cloud, kind: str, runtime: str) -> None:
-    cloud.holds(**MISSING)
-    done = cloud("create", kind, "--spot", "--valid-until-duration=6h")
-    assert done.returncode == 0, done.stderr
-    assert cloud.verbs == ["create"]
-    assert cloud.state == READY
-    assert next(call[4:] for call in cloud.calls if call[3] == "create") == [
-        "pod", "--node-id=pod", f"--accelerator-type={kind}", f"--runtime-version={runtime}", "--spot",
-        "--valid-until-duration=6h", "--zone=us-central2-b", "--quiet",
-    ]  # fmt: skip
-    assert cloud("create", kind).returncode == 0
-    assert cloud.verbs == ["create"]
+def test_the_runtime_follows_from_the_type(idle: Cloud, kind: str, runtime: str) -> None:
+    text = idle("--dry-run", "create", kind).stdout
+    assert f" --accelerator-type={kind} --runtime-version={runtime} --zone" in text
 
 
 def test_another_runtime_can_be_asked_for(idle: Cloud) -> None:
@@ -735,13 +737,6 @@ def test_check_fails_where_a_worker_does(hosts: Cloud) -> None:
     assert hosts.commit()[:7] in done.stdout
 
 
-def test_internal_addresses_are_for_ssh_and_scp_alone(cloud: Cloud) -> None:
-    cloud.holds(**MISSING)
-    assert cloud("--internal-ip", *COMMANDS["launch"]).returncode == 0
-    for call in cloud.calls:
-        assert ("--internal-ip" in call) == (call[3] in ("ssh", "scp")), call
-
-
 # A run.
 
 
@@ -883,7 +878,7 @@ def test_fetch_from_a_bucket_and_from_a_worker(cloud: Cloud) -> None:
 # A run that is started again.
 
 
-@pytest.mark.parametrize("status", [0, 2, 3])
+@pytest.mark.parametrize("status", [2, 3])
 def test_launch_rents_installs_and_runs_once(pod: Cloud, status: int) -> None:
     pod.holds(**MISSING)
     pod.ends(status)
@@ -907,10 +902,10 @@ def test_launch_starts_again_what_was_cut_off(hosts: Cloud) -> None:
 
 def test_launch_gives_up_after_so_many_restarts(hosts: Cloud) -> None:
     hosts.ends(*[75] * 9)
-    done = hosts("--restarts", "2", *COMMANDS["launch"])
+    done = hosts("--restarts", "1", *COMMANDS["launch"])
     assert done.returncode == 75
-    assert hosts.runs == 3
-    assert "gave up after 2 restarts (status 75)" in done.stderr
+    assert hosts.runs == 2
+    assert "gave up after 1 restarts (status 75)" in done.stderr
     assert last_line(done).endswith(DELETE)
 
 
@@ -962,9 +957,8 @@ def test_launch_adopts_a_run_that_goes_on(hosts: Cloud) -> None:
     assert hosts.verbs.count("scp") == 0
 
 
-@pytest.mark.parametrize(("queue", "node"), LOST[1:3])
-def test_launch_makes_a_lost_slice_anew(cloud: Cloud, queue: str, node: str) -> None:
-    cloud.holds(queue, node)
+def test_launch_makes_a_lost_slice_anew(cloud: Cloud) -> None:
+    cloud.holds("ACTIVE", "PREEMPTED")
     assert cloud(*COMMANDS["launch"]).returncode == 0
     assert cloud.verbs[:2] == ["delete", "create"]
     assert cloud.state == READY
@@ -972,9 +966,9 @@ def test_launch_makes_a_lost_slice_anew(cloud: Cloud, queue: str, node: str) -> 
 
 def test_a_request_that_is_never_filled_is_given_up(cloud: Cloud) -> None:
     cloud.holds(**MISSING, grants=[["WAITING_FOR_RESOURCES", "FAILED"]] * 9)
-    done = cloud("--attempts", "2", "--restarts", "1", *COMMANDS["launch"])
+    done = cloud("--attempts", "2", "--restarts", "0", *COMMANDS["launch"])
     assert done.returncode == 1
-    assert cloud.verbs == ["create", "delete"] * 3 + ["create"]
+    assert cloud.verbs == ["create", "delete", "create"]
     assert last_line(done).startswith("pod: queued resource FAILED, no slice: nothing is billed now")
 
 
