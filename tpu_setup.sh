@@ -521,6 +521,7 @@ else
   exec 3>&2
 fi
 trap 'finish $?' EXIT
+trap 'exit 130' INT # also where gcloud, which a terminal interrupts too, ends with a status of its own
 
 case $command in
   launch | create | install | run | fetch) "$command" "$@" ;;

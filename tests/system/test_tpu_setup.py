@@ -44,7 +44,7 @@ GCLOUD = f"""#!{sys.executable} -IS
 import sys
 sys.path.insert(0, {str(FAKE.parent)!r})
 import gcloud
-sys.exit(gcloud.main(sys.argv[1:]))
+gcloud.run(sys.argv[1:])
 """
 
 # What `python3 -m pip install --target tools uv` leaves behind on a worker: a uv that makes an environment whose Python
@@ -800,8 +800,9 @@ def test_ending_the_launching_side_ends_nothing(hosts: Cloud, sent: signal.Signa
     hosts.ends("wait")
     launching = hosts.start(*COMMANDS["launch"])
     try:
+        assert launching.stdout
+        assert launching.stdout.readline() == "run 1 on worker0\n"
         wait_for(hosts.home(1) / "ready")
-        wait_for(hosts.home(0) / "ready")
         os.killpg(launching.pid, sent)  # as a terminal does: gcloud too
         assert launching.wait(timeout=20) != 0
         for worker in range(2):

@@ -241,5 +241,9 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def run(arguments: list[str]) -> None:
+    """Ends the process with a status, also at Ctrl-C: its caller cannot tell this from another failure."""
+    try:
+        sys.exit(main(arguments))
+    except KeyboardInterrupt:
+        sys.exit(1)
