@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -172,6 +173,17 @@ class Cloud:
             text=True,
             start_new_session=True,
         )
+
+    @contextmanager
+    def during(self, *arguments: str) -> Iterator[subprocess.Popen]:
+        """While that command runs; at last nothing of it is left, also on the workers, which hold its output open."""
+        process = self.start(*arguments)
+        try:
+            yield process
+        finally:
+            process.kill()
+            self.end()
+            process.communicate()
 
     def __call__(self, *arguments: str) -> subprocess.CompletedProcess:
         process = self.start(*arguments)
@@ -780,16 +792,12 @@ def test_a_lost_connection_ends_nothing_and_the_same_command_follows_again(hosts
     done = hosts(*RUN)
     assert done.returncode == 255
     assert "the run goes on, and the same command follows it again" in done.stderr
-    following = hosts.start(*RUN)
-    try:
+    with hosts.during(*RUN) as following:
         assert following.stdout
         assert following.stdout.readline() == "run 1 on worker0\n"
         hosts.end()
         assert following.wait(timeout=20) == 0
         assert following.stdout.read() == "run 1 ends\n"
-    finally:
-        following.kill()
-        following.communicate()
     assert hosts.runs == 1
     assert hosts(*RUN).returncode == 1  # it has ended: the same command resumes it
     assert hosts.runs == 2
@@ -798,8 +806,7 @@ def test_a_lost_connection_ends_nothing_and_the_same_command_follows_again(hosts
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_ending_the_launching_side_ends_nothing(hosts: Cloud, sent: signal.Signals) -> None:
     hosts.ends("wait")
-    launching = hosts.start(*COMMANDS["launch"])
-    try:
+    with hosts.during(*COMMANDS["launch"]) as launching:
         assert launching.stdout
         assert launching.stdout.readline() == "run 1 on worker0\n"
         wait_for(hosts.home(1) / "ready")
@@ -807,10 +814,6 @@ def test_ending_the_launching_side_ends_nothing(hosts: Cloud, sent: signal.Signa
         assert launching.wait(timeout=20) != 0
         for worker in range(2):
             assert Path("/proc", (hosts.home(worker) / "run.pid").read_text().strip()).exists()
-    finally:
-        launching.kill()
-        hosts.end()
-        launching.communicate()
     assert hosts(*COMMANDS["launch"]).returncode == 0
     for worker in range(2):
         assert not (hosts.home(worker) / "saved").exists()
@@ -819,8 +822,7 @@ def test_ending_the_launching_side_ends_nothing(hosts: Cloud, sent: signal.Signa
 
 def test_a_running_experiment_is_left_alone_until_it_is_stopped(host: Cloud) -> None:
     host.ends("wait")
-    running = host.start(*RUN)
-    try:
+    with host.during(*RUN) as running:
         wait_for(host.home() / "ready")
         for command in (["run", "experiments/lenet.py"], ["--env", "A=b", *RUN], ["install", host.commit("HEAD~1")]):
             done = host(*command)
@@ -829,9 +831,6 @@ def test_a_running_experiment_is_left_alone_until_it_is_stopped(host: Cloud) -> 
         assert host("stop").returncode == 0
         assert running.wait(timeout=20) == 143
         assert (host.home() / "saved").exists()
-    finally:
-        running.kill()
-        running.communicate()
     assert "nothing runs" in host("stop").stdout
     assert host(*RUN).returncode == 0
     assert host.runs == 2
@@ -849,15 +848,12 @@ def test_commands_that_gcloud_sends_twice_run_an_experiment_once(pod: Cloud) -> 
 
 def test_a_host_that_was_restarted_is_worth_another_attempt(host: Cloud) -> None:
     host.ends("wait")
-    running = host.start(*RUN)
-    try:
+    with host.during(*RUN) as running:
         wait_for(host.home() / "ready")
         os.killpg(int((host.home() / "run.pid").read_text()), signal.SIGKILL)
-        assert running.wait(timeout=20) == 75
-    finally:
-        running.kill()
-        err = running.communicate()[1]
-    assert "was cut off" in err
+        err = running.communicate(timeout=20)[1]
+        assert running.returncode == 75
+        assert "was cut off" in err
     assert host(*RUN).returncode == 0
 
 
@@ -913,15 +909,12 @@ def test_launch_gives_up_after_so_many_restarts(hosts: Cloud) -> None:
 def test_launch_follows_again_after_a_lost_connection(hosts: Cloud) -> None:
     hosts.ends("wait")
     hosts.fails({"ssh 0": ["cut", [255, "still no connection"]]})
-    launching = hosts.start(*COMMANDS["launch"])
-    try:
+    with hosts.during(*COMMANDS["launch"]) as launching:
         wait_for(hosts.home(1) / "ready")
         while len([call for call in hosts.calls if "--worker=0" in call]) < 2:
             time.sleep(0.02)
         hosts.end()  # it ends while nobody follows
         out, err = launching.communicate(timeout=20)
-    finally:
-        launching.kill()
     assert launching.returncode == 0
     assert out.endswith("run 1 on worker0\nrun 1 ends\n")
     assert "restart 2 of 10 after status 255" in err
@@ -945,15 +938,11 @@ def test_launch_adopts_a_run_that_goes_on(hosts: Cloud) -> None:
     hosts.ends("wait")
     hosts.fails({"ssh 0": ["cut"]})
     assert hosts(*RUN).returncode == 255
-    launching = hosts.start(*COMMANDS["launch"])
-    try:
+    with hosts.during(*COMMANDS["launch"]) as launching:
         assert launching.stdout
         assert launching.stdout.readline() == "run 1 on worker0\n"
         hosts.end()
         assert launching.wait(timeout=20) == 0
-    finally:
-        launching.kill()
-        launching.communicate()
     assert hosts.runs == 1
     assert hosts.verbs.count("scp") == 0
 
@@ -975,14 +964,11 @@ def test_a_request_that_is_never_filled_is_given_up(cloud: Cloud) -> None:
 
 def test_stop_ends_the_supervisor_too(hosts: Cloud) -> None:
     hosts.ends("wait")
-    launching = hosts.start(*COMMANDS["launch"])
-    try:
+    with hosts.during(*COMMANDS["launch"]) as launching:
         wait_for(hosts.home(0) / "ready")
         wait_for(hosts.home(1) / "ready")
         assert hosts("stop").returncode == 0
         err = launching.communicate(timeout=20)[1]
-    finally:
-        launching.kill()
     assert launching.returncode == 2
     assert "the run was ended with ./tpu_setup.sh stop" in err
     assert hosts.runs == 1
@@ -992,14 +978,10 @@ def test_stop_ends_the_supervisor_too(hosts: Cloud) -> None:
 
 def test_what_is_left_of_a_run_is_ended_before_it_starts_again(hosts: Cloud) -> None:
     hosts.ends("wait", 0)
-    launching = hosts.start(*COMMANDS["launch"])
-    try:
+    with hosts.during(*COMMANDS["launch"]) as launching:
         for worker in range(2):
             wait_for(hosts.home(worker) / "ready")
         subprocess.run(["pkill", "-TERM", "-P", (hosts.home(0) / "run.pid").read_text().strip()], check=True)
         assert launching.wait(timeout=20) == 0
-    finally:
-        launching.kill()
-        launching.communicate()
     assert (hosts.home(1) / "saved").exists()
     assert hosts.runs == 2
