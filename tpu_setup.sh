@@ -353,7 +353,6 @@ require_commit() { # COMMIT
 
 # A checkout rather than an archive, so that results record a commit that was looked up, not asserted.
 pack() {
-  "$dry" || [[ ! -e $scratch/dl_jax.tar.gz ]] || return 0
   call git init --quiet "$scratch/src" &&
     call git -C "$scratch/src" fetch --quiet --depth=1 "$root" "$commit" &&
     call git -C "$scratch/src" checkout --quiet --detach FETCH_HEAD &&

@@ -717,6 +717,14 @@ def test_an_install_that_fails_on_one_worker_fails(pod: Cloud) -> None:
     assert pod.verbs == ["ssh", "scp", "ssh", "ssh"] * 2
 
 
+def test_an_install_that_failed_is_not_taken_for_the_one_before(host: Cloud) -> None:
+    executable(host.home() / "tools" / "bin" / "uv", "#!/usr/bin/env bash\nexit 2\n")
+    assert host("--attempts", "1", "install", host.commit("HEAD~1")).returncode == 1
+    shutil.rmtree(host.home() / "tools")
+    assert host("install").returncode == 0
+    assert (host.home() / "src" / "pyproject.toml").read_text() == "second"
+
+
 def test_nothing_is_left_behind_here(cloud: Cloud) -> None:
     before = set(cloud.folder.iterdir())
     assert cloud("install").returncode == 0
@@ -846,14 +854,15 @@ def test_commands_that_gcloud_sends_twice_run_an_experiment_once(pod: Cloud) -> 
     assert pod.runs == 2
 
 
-def test_a_host_that_was_restarted_is_worth_another_attempt(host: Cloud) -> None:
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGKILL, 75)])
+def test_what_a_host_that_shuts_down_leaves_behind(host: Cloud, sent: signal.Signals, status: int) -> None:
     host.ends("wait")
     with host.during(*RUN) as running:
         wait_for(host.home() / "ready")
-        os.killpg(int((host.home() / "run.pid").read_text()), signal.SIGKILL)
+        os.killpg(int((host.home() / "run.pid").read_text()), sent)  # all of its processes
         err = running.communicate(timeout=20)[1]
-        assert running.returncode == 75
-        assert "was cut off" in err
+        assert running.returncode == status
+        assert ("was cut off" in err) == (status == 75)
     assert host(*RUN).returncode == 0
 
 
