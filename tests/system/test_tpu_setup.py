@@ -791,7 +791,7 @@ def test_run_ends_with_the_experiments_status_and_runs_it_once(hosts: Cloud, sta
 def test_run_before_install_says_so(cloud: Cloud) -> None:
     done = cloud(*RUN)
     assert done.returncode == 2
-    assert "nothing is installed" in done.stderr
+    assert "\nnothing is installed on " in done.stderr
 
 
 def test_a_lost_connection_ends_nothing_and_the_same_command_follows_again(hosts: Cloud) -> None:
@@ -835,7 +835,7 @@ def test_a_running_experiment_is_left_alone_until_it_is_stopped(host: Cloud) -> 
         for command in (["run", "experiments/lenet.py"], ["--env", "A=b", *RUN], ["install", host.commit("HEAD~1")]):
             done = host(*command)
             assert done.returncode == 2
-            assert "an experiment is running" in done.stderr
+            assert "\nan experiment is running on " in done.stderr
         assert host("stop").returncode == 0
         assert running.wait(timeout=20) == 143
         assert (host.home() / "saved").exists()
@@ -862,7 +862,7 @@ def test_what_a_host_that_shuts_down_leaves_behind(host: Cloud, sent: signal.Sig
         os.killpg(int((host.home() / "run.pid").read_text()), sent)  # all of its processes
         err = running.communicate(timeout=20)[1]
         assert running.returncode == status
-        assert ("was cut off" in err) == (status == 75)
+        assert ("\nthe run on " in err) == (status == 75)
     assert host(*RUN).returncode == 0
 
 
@@ -979,7 +979,7 @@ def test_stop_ends_the_supervisor_too(hosts: Cloud) -> None:
         assert hosts("stop").returncode == 0
         err = launching.communicate(timeout=20)[1]
     assert launching.returncode == 2
-    assert "the run was ended with ./tpu_setup.sh stop" in err
+    assert "\nthe run was ended with ./tpu_setup.sh stop" in err
     assert hosts.runs == 1
     assert hosts(*COMMANDS["launch"]).returncode == 0
     assert hosts.runs == 2
