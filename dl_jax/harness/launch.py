@@ -228,7 +228,7 @@ def run_experiment(
     with (
         Clock() as clock,
         recorded() as read,
-        work_directory(common.workdir, identity, script, distributed, common.restart) as directory,
+        work_directory(common.workdir, identity, script, distributed, common.restart, alive.give_up) as directory,
         attempt(directory, code, clock.spent) as so_far,
     ):
         settings = Settings(
