@@ -10,7 +10,7 @@ import logging
 import os
 import re
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from dl_jax.core.errors import InputError, Unavailable, reason
 
@@ -88,11 +88,27 @@ def is_folder(path: Any) -> bool:
         return False
 
 
-def children(path: Any) -> list[Any]:
-    """What is directly below the `epath` path of an address. Raises FileNotFoundError where nothing is."""
+class Entry(NamedTuple):
+    """What is directly below an address: an object, or a folder, of which the bucket knows the name alone."""
+
+    name: str
+    folder: bool
+    size: int  # bytes
+    crc32c: str  # the bucket's digest of it, in base64
+
+
+def listing(path: Any) -> list[Entry]:
+    """What is directly below an address. Raises the client's errors."""
     own = _name(path)
-    names = [each.rstrip("/") for each in client().ls(own, detail=False)]
-    return [path / PurePosixPath(name).name for name in names if name != own]  # an object may stand for the folder itself
+    try:
+        found = client().ls(own, detail=True)
+    except FileNotFoundError:  # there is no empty folder
+        return []
+    return [
+        Entry(PurePosixPath(each["name"]).name, each["type"] == "directory", int(each["size"]), each.get("crc32c", ""))
+        for each in found
+        if each["name"].rstrip("/") != own  # an object may stand for the folder itself
+    ]
 
 
 def move(old: Any, new: Any) -> None:

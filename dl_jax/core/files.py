@@ -30,10 +30,25 @@ HELD = (errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK)
 def cache_folder(cache_dir: str | None = None) -> Path:
     """The cache folder: `cache_dir`, else $DL_JAX_CACHE_DIR, else $XDG_CACHE_HOME/dl_jax, else ~/.cache/dl_jax.
 
-    Users may delete it at any time.
+    An address is passed over: see `cache_address`. Users may delete the folder at any time.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    return Path(absolute(cache_dir or os.environ.get("DL_JAX_CACHE_DIR") or base / "dl_jax"))
+    named = cache_dir or os.environ.get("DL_JAX_CACHE_DIR") or ""
+    return Path(absolute(base / "dl_jax" if not named or "://" in named else named))
+
+
+def cache_address(cache_dir: str | None = None) -> Any:
+    """The `epath` path of the cache that machines share, if `cache_dir`, else $DL_JAX_CACHE_DIR, is one in a bucket.
+
+    None if it is not. Raises InputError where there is no such bucket, and Unavailable where it does not answer.
+    """
+    named = cache_dir or os.environ.get("DL_JAX_CACHE_DIR") or ""
+    if "://" not in named:
+        return None
+    from etils import epath
+
+    bucket.require(named, "--cache-dir")
+    return epath.Path(named)
 
 
 def absolute(path: str | os.PathLike[str]) -> str:
@@ -110,7 +125,9 @@ def is_folder(path: Any) -> bool:
 
 def children(folder: Any) -> list[Any]:
     """What is in the folder at a `pathlib` or `epath` path. Raises the system's or the client's error."""
-    return bucket.children(folder) if "://" in os.fspath(folder) else list(folder.iterdir())
+    if "://" in os.fspath(folder):
+        return [folder / entry.name for entry in bucket.listing(folder)]
+    return list(folder.iterdir())
 
 
 def move(old: Any, new: Any) -> None:
