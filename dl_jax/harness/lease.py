@@ -65,8 +65,8 @@ def leased(folder: Any, lost: Callable[[str], object]) -> Iterator[None]:
         over.set()
         thread.join()
         with (
-            contextlib.suppress(FileExistsError, FileNotFoundError),  # another has taken it
             spared(f"{file} cannot be removed", f"the next run waits {FREE:g} s for it", Exception),
+            contextlib.suppress(FileExistsError, FileNotFoundError),  # another has taken it
         ):
             swap(file, None, held[0])
 

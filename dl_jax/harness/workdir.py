@@ -59,7 +59,8 @@ def work_directory(
     with contextlib.ExitStack() as held:
         if jax.process_index() == 0:
             require_writable(directory, workdir)
-            held.enter_context(locked(directory, workdir, lost))
+            at_address = "://" in workdir
+            held.enter_context(leased(directory, workdir, lost) if at_address else locked(directory, workdir))
         if distributed:
             require_shared(directory)
         if jax.process_index() == 0:
@@ -151,31 +152,40 @@ def require_writable(directory: epath.Path, workdir: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(directory: epath.Path, workdir: str, lost: Callable[[str], object]) -> Iterator[None]:
-    """A context that holds the folder's lock, which the system releases when the process ends, or in a bucket its lease.
+def locked(directory: epath.Path, workdir: str) -> Iterator[None]:
+    """A context that holds the folder's lock, which the system releases when the process ends.
 
-    Raises InputError where another process holds it, or the file of the lock cannot be opened; Unavailable where the
-    bucket does not answer.
+    Raises InputError where another process holds it, or the file of the lock cannot be opened.
     """
-    what, at_address = f"--workdir {workdir} cannot be locked", "://" in workdir
+    what = f"--workdir {workdir} cannot be locked"
     with contextlib.ExitStack() as held:
         try:
-            if at_address:
-                held.enter_context(lease.leased(directory, lost))
-            else:
-                alone = "make sure that no other run uses it; the run goes on"
-                held.enter_context(lock(directory / LOCKS[0], what, alone, wait=False))
+            alone = "make sure that no other run uses it; the run goes on"
+            held.enter_context(lock(directory / LOCKS[0], what, alone, wait=False))
         except BlockingIOError as error:
             raise InputError(
-                f"--workdir {workdir} is in use by another process{f', {error.strerror}' if at_address else ''}; wait "
-                "for it, or choose another"
+                f"--workdir {workdir} is in use by another process; wait for it, or choose another"
+            ) from error
+        except OSError as error:
+            raise InputError(f"{what} ({reason(error)}); choose a folder of yours") from error
+        yield
+
+
+@contextlib.contextmanager
+def leased(directory: epath.Path, workdir: str, lost: Callable[[str], object]) -> Iterator[None]:
+    """A context that holds the lease of a folder in a bucket. `lost` is called where it is lost (see `lease`).
+
+    Raises InputError where another process holds it, and Unavailable where the bucket does not answer.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(lease.leased(directory, lost))
+        except BlockingIOError as error:
+            raise InputError(
+                f"--workdir {workdir} is in use by another process, {error.strerror}; wait for it, or choose another"
             ) from error
         except Exception as error:
-            if at_address:
-                raise bucket.refusal(what, error) from error
-            if not isinstance(error, OSError):
-                raise
-            raise InputError(f"{what} ({reason(error)}); choose a folder of yours") from error
+            raise bucket.refusal(f"--workdir {workdir}", error) from error
         yield
 
 

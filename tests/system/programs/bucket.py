@@ -44,14 +44,23 @@ def checked(handle: Any, request: Any, response: Any, storage: Storage) -> None:
     handle(request, response, storage)
 
 
+class Quiet(HTTPServer):
+    """A server that does not print what comes of clients that no longer want their answer."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass
+
+
 def serve(bucket: str, port: int = 0) -> HTTPServer:
     """A server of the bucket, in a thread of this process, on a free port if none is given; `shutdown()` ends it."""
     server.HANDLERS = tuple(
-        (route, {method: partial(checked, handle) for method, handle in methods.items()}) for route, methods in server.HANDLERS
+        (route, {method: partial(checked, handle) for method, handle in methods.items()})
+        for route, methods in server.HANDLERS
     )
     storage = Storage(use_memory_fs=True)
+    storage._write_config_to_file = lambda: None  # a list of all objects, at each request
     buckets.create_bucket(bucket, storage)
-    found = HTTPServer(("127.0.0.1", port), partial(server.RequestHandler, storage))
+    found = Quiet(("127.0.0.1", port), partial(server.RequestHandler, storage))
     threading.Thread(target=found.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     return found
 
