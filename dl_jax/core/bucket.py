@@ -1,8 +1,8 @@
 """Google Cloud Storage: what a bucket does not do as a folder does, for addresses gs://BUCKET/NAME.
 
-`etils.epath` gives such an address the methods of a path, by way of gcsfs; Orbax, TFDS and JAX's compilation cache use it
-too. A bucket has no folders, only names with slashes. An object is written whole or not at all, and not appended to; a
-folder is renamed object by object; there are no locks, but an object can be replaced on condition of what it is.
+`etils.epath` gives such an address the methods of a path, by way of gcsfs; Orbax, TFDS and JAX's compilation cache use
+it too. A bucket has no folders, only names with slashes. An object is written whole or not at all, and not appended to;
+a folder is renamed object by object; there are no locks, but an object can be replaced on condition of what it is.
 """
 
 import functools
@@ -54,8 +54,8 @@ def require(address: str, flag: str) -> None:
         client().call("GET", "b/{}/o", found[1], maxResults=1)
     except FileNotFoundError as error:
         raise InputError(
-            f"{flag} {address}: there is no bucket {found[1]}, expected one that exists; create it with `gcloud storage "
-            f"buckets create gs://{found[1]}`, or name another"
+            f"{flag} {address}: there is no bucket {found[1]}, expected one that exists; create it with "
+            f"`gcloud storage buckets create gs://{found[1]}`, or name another"
         ) from error
     except InputError:
         raise

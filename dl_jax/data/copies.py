@@ -1,4 +1,4 @@
-"""Copies on this machine's disk of what is in a bucket, because record files are opened and columns are mapped by path."""
+"""Copies on this machine's disk of what is in a bucket: record files are opened and columns are mapped by path."""
 
 import base64
 import os
@@ -37,8 +37,8 @@ def fetch(origin: Any, names: Iterable[str], folder: Path) -> None:
 def download(source: Any, file: Path) -> None:
     """Copies the object at the `epath` path `source` to `file`, and compares it with the bucket's digest of it.
 
-    The file is complete and on disk, or not there. Raises InputError where there is no such object, Unavailable where it
-    cannot be read or has changed meanwhile, and OSError where the file cannot be written.
+    The file is complete and on disk, or not there. Raises InputError where there is no such object, Unavailable where
+    it cannot be read or has changed meanwhile, and OSError where the file cannot be written.
     """
     import google_crc32c  # comes with gcsfs
 

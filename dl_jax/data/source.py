@@ -42,7 +42,7 @@ def data_folder(data_dir: str | None = None) -> Any:
     """The folder of prepared sets, `data_dir`, else $TFDS_DATA_DIR, else ~/tensorflow_datasets, as a `pathlib` path.
 
     Of an address gs://... it is the `epath` path. Only `prepare` writes to it. Raises InputError for other URLs, for a
-    bucket that is not there and for what cannot be the name of a folder, and Unavailable where a bucket does not answer.
+    bucket that is not there and for what cannot be the name of a folder; Unavailable where a bucket does not answer.
     """
     folder = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     if "://" in folder:

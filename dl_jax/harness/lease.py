@@ -1,8 +1,8 @@
 """A lease: what takes the place of a lock for a folder in a bucket, which has none.
 
-The run that uses a folder renews the object `.lease` in it, by writing it anew. A bucket gives each write of an object a
-new generation, and writes on condition that the generation is still a given one; therefore of several runs that take a
-lease one succeeds, and a run learns at its next renewal that another has taken it. What is compared is whether the
+The run that uses a folder renews the object `.lease` in it, by writing it anew. A bucket gives each write of an object
+a new generation, and writes on condition that the generation is still a given one; therefore of several runs that take
+a lease one succeeds, and a run learns at its next renewal that another has taken it. What is compared is whether the
 generation has changed within a span of a process's own clock, never the clocks of two machines.
 """
 
@@ -32,8 +32,8 @@ def leased(folder: Any, lost: Callable[[str], object]) -> Iterator[None]:
     """A context that holds the lease of `folder`, the `epath` path of an address.
 
     Where there is a lease it is watched until it changes, or for a minute, after which it is taken over. Raises
-    BlockingIOError where another process renews it, and the errors of the bucket's client. `lost` is called by a thread,
-    with the reason, where the lease is lost; it has to end the process before that writes anything else.
+    BlockingIOError where another process renews it, and the errors of the bucket's client. Where the lease is lost, a
+    thread calls `lost` with the reason; it has to end the process before that writes anything else.
     """
     file, owner = folder / NAME, secrets.token_hex(8)
     content = json.dumps({"owner": owner, "host": socket.gethostname(), "pid": os.getpid()}).encode()

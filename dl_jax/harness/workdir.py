@@ -47,8 +47,8 @@ def work_directory(
 ) -> Iterator[epath.Path | None]:
     """A context that holds the folder of this run, so that no other run uses it. Raises InputError where it cannot.
 
-    With `restart`, what was in the folder is set aside in it. A thread calls `lost` with the reason where the folder, at
-    an address, is no longer held (see `lease`). Raises Unavailable where a bucket does not answer.
+    With `restart`, what was in the folder is set aside in it. A thread calls `lost` with the reason where the folder,
+    at an address, is no longer held (see `lease`). Raises Unavailable where a bucket does not answer.
     """
     if workdir is None:
         yield None
