@@ -268,12 +268,15 @@ def test_a_run_gives_up_a_lease_that_it_cannot_renew(address, hasty, monkeypatch
     def fails(*arguments):
         raise OSError("no route to host")
 
-    with pytest.warns(UserWarning, match=r"cannot be removed \(no route to host\): the next run waits 0.6 s"):
+    def hold() -> None:
         with lease.leased(address, lambda why: (told.append(why), heard.set())):
             monkeypatch.setattr(lease, "swap", fails)
             began = time.monotonic()
             assert heard.wait(10)
             assert time.monotonic() - began > lease.LOST - lease.RENEWED
+
+    with pytest.warns(UserWarning, match=r"cannot be removed \(no route to host\): the next run waits 0.6 s"):
+        hold()
     assert "could not be renewed" in told[0]
     assert "(no route to host)" in told[0]
 
@@ -301,7 +304,7 @@ def test_a_damaged_checkpoint_in_a_bucket_is_skipped_and_renamed(address):
     found = load(str(address))
     assert found[0] == 2
     np.testing.assert_array_equal(found[1]["w"], tree(2)["w"])
-    (data_file,) = [path for path in bucket.client().find(f"{address}/2/state/d")]
+    (data_file,) = bucket.client().find(f"{address}/2/state/d")
     flip(epath.Path(f"gs://{data_file}"))
     with contextlib.closing(Checkpoints(str(address))) as checkpoints:
         with pytest.warns(UserWarning, match=rf"skipped the damaged checkpoint {address}/2"):

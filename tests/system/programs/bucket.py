@@ -1,7 +1,7 @@
 """A bucket in memory: gcp-storage-emulator, and what it lacks of Google's service.
 
-That is preconditions on the generation of an object, which leases need, and the generation in the headers of a download.
-Requests are served one after the other, so that a precondition and what follows it are one operation.
+That is preconditions on the generation of an object, which leases need, and the generation in the headers of a
+download. Requests are served one after the other, so that a precondition and what follows it are one operation.
 
 `python bucket.py NAME` serves the bucket NAME until it is killed, and prints its address.
 """
