@@ -3,7 +3,8 @@
 That is preconditions on the generation of an object, which leases need, and the generation in the headers of a
 download. Requests are served one after the other, so that a precondition and what follows it are one operation.
 
-`python bucket.py NAME` serves the bucket NAME until it is killed, and prints its address.
+`python bucket.py NAME` serves the bucket NAME until it is killed, and prints the address for STORAGE_EMULATOR_HOST, which
+gcsfs reads, and TENSORSTORE_GCS_HTTP_URL.
 """
 
 import sys
@@ -51,8 +52,8 @@ class Quiet(HTTPServer):
         pass
 
 
-def serve(bucket: str, port: int = 0) -> HTTPServer:
-    """A server of the bucket, in a thread of this process, on a free port if none is given; `shutdown()` ends it."""
+def serve(bucket: str) -> HTTPServer:
+    """A server of the bucket, in a thread of this process, on a free port; `shutdown()` ends it."""
     server.HANDLERS = tuple(
         (route, {method: partial(checked, handle) for method, handle in methods.items()})
         for route, methods in server.HANDLERS
@@ -60,7 +61,7 @@ def serve(bucket: str, port: int = 0) -> HTTPServer:
     storage = Storage(use_memory_fs=True)
     storage._write_config_to_file = lambda: None  # a list of all objects, at each request
     buckets.create_bucket(bucket, storage)
-    found = Quiet(("127.0.0.1", port), partial(server.RequestHandler, storage))
+    found = Quiet(("127.0.0.1", 0), partial(server.RequestHandler, storage))
     threading.Thread(target=found.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     return found
 
