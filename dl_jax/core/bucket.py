@@ -145,14 +145,19 @@ def swap(address: Any, content: bytes | None, generation: int) -> int:
     """
     bucket, _, key = _name(address).partition("/")
     condition: dict[str, Any] = {"ifGenerationMatch": generation, "timeout": PATIENCE}
-    if content is None:
-        client().call("DELETE", "b/{}/o/{}", bucket, key, **condition)
-        return 0
     uploads = client().base.replace("/storage/v1/", "/upload/storage/v1/") + "b/{}/o"
-    written = client().call(
-        "POST", uploads, bucket, uploadType="media", name=key, data=content, json_out=True, **condition
-    )
-    return int(written["generation"])
+    try:
+        if content is None:
+            client().call("DELETE", "b/{}/o/{}", bucket, key, **condition)
+            return 0
+        written = client().call(
+            "POST", uploads, bucket, uploadType="media", name=key, data=content, json_out=True, **condition
+        )
+        return int(written["generation"])
+    except Exception as error:
+        if getattr(error, "code", None) == 412:  # of an older gcsfs; a newer one raises FileExistsError itself
+            raise FileExistsError(os.fspath(address)) from error
+        raise
 
 
 def _name(address: Any) -> str:

@@ -563,44 +563,47 @@ LENET = HERE.parents[1] / "experiments" / "vision" / "lenet.py"
 FLAGS = ("--preset", "smoke", "--seeds", "1", "--steps", "40", "--distorted-steps", "40", "--checkpoint-every", "5")
 
 
-def started(folder: Any, *flags: str) -> "subprocess.Popen[str]":
+def started(folder: Any, said: Path, *flags: str) -> "subprocess.Popen[bytes]":
+    """A process of the experiment that writes its stderr to `said`."""
     pin = lambda: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     command: Sequence[str] = [sys.executable, str(LENET), *FLAGS, *flags, "--workdir", str(folder)]
-    environment = {**os.environ, "XLA_FLAGS": ""}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, preexec_fn=pin, text=True)
+    with said.open("wb") as stderr:
+        return subprocess.Popen(command, env={**os.environ, "XLA_FLAGS": ""}, stderr=stderr, preexec_fn=pin)
+
+
+def wait_for_checkpoint(folder: epath.Path) -> None:
+    deadline = time.monotonic() + 120
+    while not checkpoint_files.steps(folder / "plain" / "checkpoints") and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 @pytest.mark.slow
 def test_an_experiment_that_is_killed_ends_with_the_numbers_of_a_folder(address, tmp_path):
-    assert started(tmp_path / "run").wait() == 0
-    killed = started(address)
-    deadline = time.monotonic() + 120
-    while not checkpoint_files.steps(address / "plain" / "checkpoints") and time.monotonic() < deadline:
-        time.sleep(0.05)
+    here = epath.Path(tmp_path / "run")
+    assert started(here, tmp_path / "first").wait() == 0
+    killed = started(address, tmp_path / "second")
+    wait_for_checkpoint(address)
     killed.kill()
     killed.wait()
-    assert ".lease" in names(address), "it was still running"
+    assert lease.NAME in names(address), "it was still running"
     began = time.monotonic()
-    assert started(address).wait() == 0
+    assert started(address, tmp_path / "third").wait() == 0
     assert time.monotonic() - began > lease.FREE
-    results = [json.loads((folder / "result.json").read_text()) for folder in (epath.Path(tmp_path / "run"), address)]
+    results = [json.loads((folder / "result.json").read_text()) for folder in (here, address)]
     assert results[0]["measured"] == results[1]["measured"]
     for cell in ("plain", "distorted"):
-        trees = [load(f"{folder}/{cell}/checkpoints") for folder in (tmp_path / "run", address)]
+        trees = [load(str(folder / cell / "checkpoints")) for folder in (here, address)]
         assert trees[0][0] == trees[1][0]
         jax.tree.map(np.testing.assert_array_equal, trees[0][1], trees[1][1])
 
 
 @pytest.mark.slow
-def test_a_run_whose_lease_is_taken_ends_and_leaves_the_folder_to_the_other(address):
-    run = started(address, "--steps", "1000000")
-    deadline = time.monotonic() + 120
-    while not checkpoint_files.steps(address / "plain" / "checkpoints") and time.monotonic() < deadline:
-        time.sleep(0.1)
-    second = started(address, "--steps", "1000000")
-    assert second.wait(60) == 2
-    assert "is in use by another process, process" in second.stderr.read()  # type: ignore[union-attr]
+def test_a_run_whose_lease_is_taken_ends_and_leaves_the_folder_to_the_other(address, tmp_path):
+    run = started(address, tmp_path / "first", "--steps", "1000000")
+    wait_for_checkpoint(address)
+    assert started(address, tmp_path / "second", "--steps", "1000000").wait(120) == 2
+    assert "is in use by another process, process" in (tmp_path / "second").read_text()
     (address / lease.NAME).write_text('{"host": "there", "pid": 7}')
     assert run.wait(60) == 75
-    assert f"error: the lease {address}/.lease is lost to process 7 on there" in run.stderr.read()  # type: ignore[union-attr]
+    assert f"error: the lease {address}/.lease is lost to process 7 on there" in (tmp_path / "first").read_text()
     assert (address / lease.NAME).read_text() == '{"host": "there", "pid": 7}'

@@ -7,6 +7,7 @@ download. Requests are served one after the other, so that a precondition and wh
 gcsfs reads, and TENSORSTORE_GCS_HTTP_URL.
 """
 
+import logging
 import sys
 import threading
 from functools import partial
@@ -58,6 +59,7 @@ def serve(bucket: str) -> HTTPServer:
         (route, {method: partial(checked, handle) for method, handle in methods.items()})
         for route, methods in server.HANDLERS
     )
+    logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)  # an object that is not there is an error
     storage = Storage(use_memory_fs=True)
     storage._write_config_to_file = lambda: None  # a list of all objects, at each request
     buckets.create_bucket(bucket, storage)
