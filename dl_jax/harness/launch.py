@@ -218,7 +218,7 @@ def run_experiment(
     experiment: Experiment, preset: str, config: Any, common: Common, alive: Alive, peers: Peers | None
 ) -> int:
     """Runs `main`, records what it measured, and returns the exit status."""
-    script, distributed = experiment.script, peers is not None
+    script = experiment.script
     code, fields = git_state(script.parent), dataclasses.asdict(config)
     seeds = tuple(range(common.seed, common.seed + common.seeds))
     identity = {"experiment": name_of(script), "preset": preset, "config": fields, "seeds": list(seeds)}
@@ -228,7 +228,9 @@ def run_experiment(
     with (
         Clock() as clock,
         recorded() as read,
-        work_directory(common.workdir, identity, script, distributed, common.restart, alive.give_up) as directory,
+        work_directory(
+            common.workdir, identity, script, peers and peers.meet, common.restart, alive.give_up
+        ) as directory,
         attempt(directory, code, clock.spent) as so_far,
     ):
         settings = Settings(

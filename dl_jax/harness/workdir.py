@@ -41,14 +41,15 @@ def work_directory(
     workdir: str | None,
     identity: Identity,
     script: Path,
-    distributed: bool,
+    meet: Callable[[], None] | None,
     restart: bool,
     lost: Callable[[str], object],
 ) -> Iterator[epath.Path | None]:
     """A context that holds the folder of this run, so that no other run uses it. Raises InputError where it cannot.
 
-    With `restart`, what was in the folder is set aside in it. A thread calls `lost` with the reason where the folder,
-    at an address, is no longer held (see `lease`). Raises Unavailable where a bucket does not answer.
+    With `restart`, what was in the folder is set aside in it. `meet` waits for the other processes, if there are any. A
+    thread calls `lost` with the reason where the folder, at an address, is no longer held (see `lease`). Raises
+    Unavailable where a bucket does not answer.
     """
     if workdir is None:
         yield None
@@ -61,7 +62,8 @@ def work_directory(
             require_writable(directory, workdir)
             at_address = "://" in workdir
             held.enter_context(leased(directory, workdir, lost) if at_address else locked(directory, workdir))
-        if distributed:
+        if meet:
+            meet()  # what uses the devices has less patience than a lease takes
             require_shared(directory)
         if jax.process_index() == 0:
             if restart:

@@ -3,8 +3,8 @@
 That is preconditions on the generation of an object, which leases need, and the generation in the headers of a
 download. Requests are served one after the other, so that a precondition and what follows it are one operation.
 
-`python bucket.py NAME` serves the bucket NAME until it is killed, and prints the address for STORAGE_EMULATOR_HOST, which
-gcsfs reads, and TENSORSTORE_GCS_HTTP_URL.
+`python bucket.py NAME` serves the bucket NAME until it is killed, and prints the address for the environment variables
+STORAGE_EMULATOR_HOST, of gcsfs, and TENSORSTORE_GCS_HTTP_URL.
 """
 
 import logging
