@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -117,6 +118,32 @@ def test_a_bucket_that_does_not_answer_is_unavailable_and_not_empty(address, mon
         with pytest.raises(Unavailable, match=r"cannot be read .*, tried 2 times"):
             workdir.has_begun(address)
     assert workdir.has_begun(address) is False
+
+
+def test_what_fails_to_be_read_is_tried_again(address, monkeypatch):
+    from gcsfs.retry import HttpError
+
+    (address / "config.json").write_text("[3]")
+    read, answers = type(address).read_bytes, [HttpError({"code": 503, "message": "busy"})]
+    monkeypatch.setattr(type(address), "read_bytes", lambda path: fails(answers.pop()) if answers else read(path))
+    monkeypatch.setattr("dl_jax.core.files.PAUSES", (0.0,))
+    assert workdir.read_json(address / "config.json") == [3]
+    answers += [HttpError({"code": 503, "message": "busy"})] * 2
+    with pytest.raises(Unavailable, match=r"config\.json cannot be read \(busy, 503\), tried 2 times"):
+        workdir.read_json(address / "config.json")
+
+
+def fails(error: Exception) -> Any:
+    raise error
+
+
+def test_an_object_in_the_place_of_a_folder_is_not_in_it(address, monkeypatch):
+    found = {"type": "file", "size": 0, "crc32c": "AAAAAA=="}
+    own = os.fspath(address).removeprefix("gs://")
+    monkeypatch.setattr(
+        bucket.client(), "ls", lambda *_, detail: [{**found, "name": n} for n in (f"{own}/", f"{own}/a")]
+    )
+    assert bucket.listing(address) == [bucket.Entry("a", False, 0, "AAAAAA==")]
 
 
 @pytest.mark.parametrize(
@@ -265,12 +292,9 @@ def test_a_run_hears_that_its_lease_is_lost_and_leaves_that_of_another(address, 
 def test_a_run_gives_up_a_lease_that_it_cannot_renew(address, hasty, monkeypatch):
     told, heard = [], threading.Event()
 
-    def fails(*arguments):
-        raise OSError("no route to host")
-
     def hold() -> None:
         with lease.leased(address, lambda why: (told.append(why), heard.set())):
-            monkeypatch.setattr(lease, "swap", fails)
+            monkeypatch.setattr(lease, "swap", lambda *_: fails(OSError("no route to host")))
             began = time.monotonic()
             assert heard.wait(10)
             assert time.monotonic() - began > lease.LOST - lease.RENEWED
@@ -318,11 +342,11 @@ def test_a_damaged_checkpoint_in_a_bucket_is_skipped_and_renamed(address):
 
 
 def test_a_step_counts_once_it_is_marked(address):
-    for name in ("3/commit_success.txt", "7/state", "damaged-9/commit_success.txt"):
+    for name in ("3/commit_success.txt", "7/state", "damaged-9/commit_success.txt", "replaced-5/commit_success.txt"):
         (address / name).write_text("")
     assert checkpoint_files.steps(address) == [3]
     checkpoint_files.tidy(address)
-    assert names(address) == ["3", "damaged-9"]
+    assert names(address) == ["3", "5", "damaged-9"]
     location = checkpoint_files._location(epath.Path("gs://bucket/3/state"), "params/b%2Fc")
     base = tensorstore.Spec(location).to_json()["kvstore"]["base"]
     assert base == {"driver": "gcs", "bucket": "bucket", "path": "3/state/"}
@@ -357,16 +381,13 @@ def test_a_bucket_that_fails_ends_no_run(address, monkeypatch):
     monkeypatch.setattr(writers, "SYNC_EVERY", 0.0)
     lines, board = JsonLines(address / "metrics.jsonl", 0), TensorBoard(address, 0)
 
-    def fails(path, content):
-        raise RuntimeError("503 from the\nbucket")
-
     def write() -> None:
         for step in (1, 2):
             lines.write(step, {"loss": 1.0})
             board.scalars(step, {"loss": 1.0})
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(address), "write_bytes", fails)
+        patch.setattr(type(address), "write_bytes", lambda *_: fails(RuntimeError("503 from the\nbucket")))
         with pytest.warns(UserWarning, match=r"\(503 from the bucket\)") as warned:
             write()
     assert len(warned) == 2
@@ -539,9 +560,18 @@ def test_a_run_in_a_bucket_resumes_and_is_that_of_a_folder(call, address, tmp_pa
 
     assert call("--workdir", str(address), "--restart")[0] == 0
     assert kept(address / "before-restart") == kept(here) == kept(address)
+    assert lease.NAME not in names(address / "before-restart")
     status, err = call("--workdir", str(address), "--steps", "13")
     assert (status, err.count("\n")) == (2, 1)
     assert "holds another run: steps is 12 in the folder, 13 in this command" in err
+
+
+def test_a_run_is_refused_while_another_has_its_folder(call, address, hasty):
+    with lease.leased(address, never):
+        status, err = call("--workdir", str(address))
+    assert status == 2
+    assert f"error: --workdir {address} is in use by another process, process {os.getpid()} on " in err
+    assert bucket.listing(address) == []
 
 
 @pytest.mark.parametrize("flag", ["--workdir", "--cache-dir"])
@@ -595,6 +625,18 @@ def test_an_experiment_that_is_killed_ends_with_the_numbers_of_a_folder(address,
         trees = [load(str(folder / cell / "checkpoints")) for folder in (here, address)]
         assert trees[0][0] == trees[1][0]
         jax.tree.map(np.testing.assert_array_equal, trees[0][1], trees[1][1])
+
+
+@pytest.mark.slow
+def test_two_processes_wait_for_a_lease_that_was_left(address, tmp_path):
+    """JAX's own waiting between processes ends after half a minute."""
+    bucket.swap(address / lease.NAME, b"of a process that was killed", 0)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        together = ("--coordinator", f"127.0.0.1:{free.getsockname()[1]}", "--processes", "2", "--process-id")
+    processes = [started(address, tmp_path / f"process{i}", *together, str(i)) for i in (0, 1)]
+    assert [process.wait(180) for process in processes] == [0, 0]
+    assert checkpoint_files.steps(address / "plain" / "checkpoints")[0] == 40
 
 
 @pytest.mark.slow
