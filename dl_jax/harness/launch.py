@@ -68,9 +68,10 @@ class Common:
     workdir: str | None = None
     """Folder or gs:// address for checkpoints and results. Repeating the command resumes the run."""
     data_dir: str | None = None
-    """Folder of prepared TFDS sets [default: $TFDS_DATA_DIR, then TFDS's own]."""
+    """Folder or gs:// address of prepared TFDS sets [default: $TFDS_DATA_DIR, then TFDS's own]."""
     cache_dir: str | None = None
-    """Folder for decoded data and compiled programs [default: $DL_JAX_CACHE_DIR, then $XDG_CACHE_HOME/dl_jax]."""
+    """Folder or gs:// address for decoded data and compiled programs [default: $DL_JAX_CACHE_DIR, then
+    $XDG_CACHE_HOME/dl_jax]."""
     seeds: int = 5
     """Number of seeds."""
     seed: int = 0

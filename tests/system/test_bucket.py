@@ -524,7 +524,7 @@ def call(monkeypatch, capsys):
     """Runs the experiment with these flags; gives (exit status, stderr)."""
 
     def run(*flags: str) -> tuple[Any, str]:
-        monkeypatch.setattr(sys, "argv", ["experiment.py", "--seeds", "1", "--checkpoint-every", "3", *flags])
+        monkeypatch.setattr(sys, "argv", ["experiment.py", "--seeds", "1", "--checkpoint-every", "6", *flags])
         before = signal.getsignal(signal.SIGTERM)
         with pytest.raises(SystemExit) as ended:
             launch(main, {"quick": Config()}, ())
@@ -550,7 +550,7 @@ def test_a_run_in_a_bucket_resumes_and_is_that_of_a_folder(call, address, tmp_pa
     monkeypatch.setitem(ELSEWHERE, "crash", 8)
     status, err = call("--workdir", str(address))
     assert (status, "RuntimeError: a crash" in err) == (1, True)
-    assert checkpoint_files.steps(address / "fit" / "checkpoints") == [6, 3]
+    assert checkpoint_files.steps(address / "fit" / "checkpoints") == [6]
     assert ".lease" not in names(address)
     monkeypatch.setitem(ELSEWHERE, "crash", -1)
     assert call("--workdir", str(address))[0] == 0
