@@ -1,4 +1,7 @@
-"""Paths, the cache folder, locks between processes, files written completely or not at all, and JSON with a digest."""
+"""Paths, the cache folder, locks between processes, files written completely or not at all, and JSON with a digest.
+
+Functions that take a `pathlib` or `epath` path do what their name says in a bucket too (see `bucket`).
+"""
 
 import contextlib
 import errno
@@ -12,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dl_jax.core import bucket
 from dl_jax.core.errors import InputError, Unavailable, reason, warn_once
 
 T = TypeVar("T")
@@ -26,10 +30,25 @@ HELD = (errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK)
 def cache_folder(cache_dir: str | None = None) -> Path:
     """The cache folder: `cache_dir`, else $DL_JAX_CACHE_DIR, else $XDG_CACHE_HOME/dl_jax, else ~/.cache/dl_jax.
 
-    Users may delete it at any time.
+    An address is passed over: see `cache_address`. Users may delete the folder at any time.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    return Path(absolute(cache_dir or os.environ.get("DL_JAX_CACHE_DIR") or base / "dl_jax"))
+    named = cache_dir or os.environ.get("DL_JAX_CACHE_DIR") or ""
+    return Path(absolute(base / "dl_jax" if not named or "://" in named else named))
+
+
+def cache_address(cache_dir: str | None = None) -> Any:
+    """The `epath` path of the cache that machines share, if `cache_dir`, else $DL_JAX_CACHE_DIR, is one in a bucket.
+
+    None if it is not. Raises InputError where there is no such bucket, and Unavailable where it does not answer.
+    """
+    named = cache_dir or os.environ.get("DL_JAX_CACHE_DIR") or ""
+    if "://" not in named:
+        return None
+    from etils import epath
+
+    bucket.require(named, "--cache-dir")
+    return epath.Path(named)
 
 
 def absolute(path: str | os.PathLike[str]) -> str:
@@ -49,26 +68,26 @@ def write_whole(file: Any, data: bytes) -> None:
     A kill, a loss of power or a failure leaves the old file or the new one. Threads and processes may write the same
     file at the same time; one of them is the last.
     """
+    if "://" in os.fspath(file):
+        file.write_bytes(data)  # an object is written whole or not at all, and needs no folder
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
     new = file.with_name(f"{file.name}.{secrets.token_hex(4)}.new")
-    local = "://" not in os.fspath(file)
     try:
         with new.open("wb") as stream:
             stream.write(data)
             stream.flush()
-            if local:
-                _sync(stream.fileno())
+            _sync(stream.fileno())
         new.replace(file)
     except BaseException:
-        with contextlib.suppress(failures(file)):
+        with contextlib.suppress(OSError):
             new.unlink(missing_ok=True)
         raise
-    if local:
-        folder = os.open(file.parent, os.O_RDONLY)
-        try:
-            _sync(folder)
-        finally:
-            os.close(folder)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        _sync(folder)
+    finally:
+        os.close(folder)
 
 
 def _sync(descriptor: int) -> None:
@@ -97,15 +116,30 @@ def exists(path: Any) -> bool:
 def is_folder(path: Any) -> bool:
     """Whether a folder is at a `pathlib` or `epath` path. Raises the system's error as `exists` does."""
     if "://" in os.fspath(path):
-        return path.is_dir()
+        return bucket.is_folder(path)
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)
     except MISSING:
         return False
 
 
+def children(folder: Any) -> list[Any]:
+    """What is in the folder at a `pathlib` or `epath` path. Raises the system's or the client's error."""
+    if "://" in os.fspath(folder):
+        return [folder / entry.name for entry in bucket.listing(folder)]
+    return list(folder.iterdir())
+
+
+def move(old: Any, new: Any) -> None:
+    """Renames the file or folder at a `pathlib` or `epath` path; in a bucket, object by object (see `bucket.move`)."""
+    if "://" in os.fspath(old):
+        bucket.move(old, new)
+    else:
+        old.replace(new)
+
+
 def patiently(read: Callable[[], T], what: str) -> T:
-    """What `read()` gives. Where it raises OSError it is tried again, with growing pauses, but for what is missing.
+    """What `read()` gives. Where the system or a bucket fails it is tried again, with growing pauses.
 
     Raises Unavailable, in which `what` is named, where every attempt failed; and what is in `MISSING` at once.
     """
@@ -114,7 +148,9 @@ def patiently(read: Callable[[], T], what: str) -> T:
             return read()
         except MISSING:
             raise
-        except OSError as error:
+        except Exception as error:
+            if not (isinstance(error, OSError) or bucket.is_failure(error)):
+                raise
             if pause is None:
                 raise Unavailable(
                     f"{what} cannot be read ({reason(error)}), tried {len(PAUSES) + 1} times in {sum(PAUSES):g} s; "

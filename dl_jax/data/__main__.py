@@ -23,7 +23,7 @@ def list_sets(data_dir: str | None = None) -> None:
     """List the prepared data sets.
 
     Args:
-        data_dir: Folder to look in [default: $TFDS_DATA_DIR, else ~/tensorflow_datasets].
+        data_dir: Folder or gs:// address to look in [default: $TFDS_DATA_DIR, else ~/tensorflow_datasets].
     """
     found = prepared(data_dir)
     print(f"{len(found)} prepared in {data_folder(data_dir)}; digits is always available")

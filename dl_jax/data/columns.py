@@ -2,23 +2,27 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import sys
 import tempfile
 import time
+import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
 
-from dl_jax.core.errors import InputError
+from dl_jax.core import bucket
+from dl_jax.core.errors import InputError, spared
+from dl_jax.core.files import cache_address, cache_folder
 from dl_jax.core.inputs import note
 from dl_jax.core.stream import Columns
-from dl_jax.data import cached
+from dl_jax.data import cached, copies
 from dl_jax.data.describe import Feature
 from dl_jax.data.records import Example, Records, stack
 from dl_jax.data.source import Prepared, cache_entry, find, normal_split
@@ -42,7 +46,8 @@ def load(
     `split` is TFDS's: `train`, `train[:90%]`, `train+test`. The set `digits` needs no preparation; other sets are
     looked for in `data_dir` (see `source.data_folder`). The first call decodes the split and writes it to the cache
     folder (see `files.cache_folder`); later ones check the files against their digests and map them. A damaged cache
-    is decoded anew, with a warning. The set's version and a digest of the columns are noted (see `inputs.note`).
+    is decoded anew, with a warning. If the cache is an address, what is decoded is copied there, and copied from there
+    to the cache folder of another machine. The set's version and a digest of the columns are noted (see `inputs.note`).
 
     Raises InputError for a set, split or file that is missing or damaged, for examples that do not match their declared
     features, or that cannot be stacked, and for columns of more than `budget` bytes, for which there is `streamed`.
@@ -50,7 +55,17 @@ def load(
     """
     found, split = find(name, data_dir, cache_dir), normal_split(split)
     place = cache_entry(found, cache_dir) / _folder_name(split)
-    read = cached.get(place, lambda: _read(place), lambda: _write(_decode(found, split, budget), place))
+    address = cache_address(cache_dir)
+    shared = address and address / place.relative_to(cache_folder(cache_dir)).as_posix()
+
+    def make() -> None:
+        if shared and _received(shared, place):
+            return
+        _write(_decode(found, split, budget), place)
+        if shared:
+            _send(place, shared)
+
+    read = cached.get(place, lambda: _read(place), make)
     size = sum(column.nbytes for column in read.columns.values())
     if size > budget:
         raise InputError(_too_large(found, split, size, budget))
@@ -84,19 +99,55 @@ def _mapped(file: Path) -> np.ndarray:
 
 
 def _write(columns: Columns, place: Path) -> None:
-    """All or nothing: the folder appears under its name when it is complete and on disk."""
+    def fill(folder: Path) -> None:
+        for name, column in columns.items():
+            cached.write_array(folder / _file_name(name), column)
+        listing = {"columns": list(columns), "digest": _digest(columns), "files": cached.digests(folder)}
+        cached.write_sealed(folder / _LISTING, listing)
+
+    _whole(place, fill)
+
+
+def _whole(place: Path, fill: Callable[[Path], None]) -> None:
+    """All or nothing: the folder that `fill` fills appears under its name when it is complete and on disk."""
     for leftover in place.parent.glob(f"{place.name}.*.tmp"):  # of a process that was killed; the lock is ours
         shutil.rmtree(leftover, ignore_errors=True)
     partial = Path(tempfile.mkdtemp(suffix=".tmp", prefix=f"{place.name}.", dir=place.parent))
     try:
-        for name, column in columns.items():
-            cached.write_array(partial / _file_name(name), column)
-        listing = {"columns": list(columns), "digest": _digest(columns), "files": cached.digests(partial)}
-        cached.write_sealed(partial / _LISTING, listing)
+        fill(partial)
         cached.remove(place)  # a damaged one
         partial.rename(place)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _received(shared: Any, place: Path) -> bool:
+    """Copies what another machine has decoded from the address `shared`, the name of a cache folder there.
+
+    False where it is not there or damaged, of which a warning tells. Raises Unavailable where it cannot be read.
+    """
+    try:
+        listing = cached.read_sealed(shared / _LISTING)
+        if listing is None:
+            return False
+
+        def fill(folder: Path) -> None:
+            for name in (*listing["files"], _LISTING):
+                copies.download(shared / name, folder / name)
+            cached.require_whole(folder, listing["files"])
+
+        _whole(place, fill)
+    except (cached.DamagedError, InputError) as error:
+        warnings.warn(f"{shared} in the cache is damaged ({error}); it is made anew", stacklevel=2)
+        return False
+    return True
+
+
+def _send(place: Path, shared: Any) -> None:
+    """Copies a cache folder to the address `shared`, its listing last; others do not use it before."""
+    with spared(f"{shared} cannot be written", "other machines decode it again", Exception):
+        for file in sorted(place.iterdir(), key=lambda file: file.name == _LISTING):
+            bucket.client().put_file(str(file), os.fspath(shared / file.name))
 
 
 def _file_name(column: str) -> str:

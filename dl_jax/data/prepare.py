@@ -1,6 +1,7 @@
 """Prepares data sets with TFDS's own builders, in array_record format, which is read without TensorFlow."""
 
 import importlib.util
+import os
 import re
 from pathlib import Path
 
@@ -25,6 +26,11 @@ def prepare(name: str, data_dir: str | None = None) -> Prepared:
             f"data set {name!r}, expected a name such as mnist, glue/sst2 or mnist:3.0.1{nearest(name, tfds_names())}"
         )
     root = data_folder(data_dir)
+    if "://" in os.fspath(root):
+        raise InputError(
+            f"cannot prepare {name} in {root}, expected a local folder; give one with --data-dir, then copy it with "
+            f"`gcloud storage cp -r FOLDER/{name} {root}`"
+        )
     lock_name = re.sub(r"\W", "_", name)
     with locked(root / f".{lock_name}.lock"):
         found = lookup(name, root)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dl_jax.core.errors import InputError, nearest
+from dl_jax.data import copies
 from dl_jax.data.cached import attempted
 from dl_jax.data.describe import Feature, columns, flat, open_builder
 from dl_jax.data.source import Prepared, brief, normal_split
@@ -102,6 +103,8 @@ def _record_files(info: Any, found: Prepared, split: str) -> list[tuple[str, int
         instructions = info.splits[split].file_instructions
     except (ValueError, KeyError, NotImplementedError) as e:
         raise InputError(_bad_split(found.name, split, list(info.splits), e)) from e
+    if found.origin is not None:
+        copies.fetch(found.origin, [Path(i.filename).name for i in instructions], found.folder)
     files = [(str(found.folder / i.filename), i.take) for i in instructions]
     if not files or any(take < 1 for _, take in files):
         sizes = ", ".join(f"{name} {s.num_examples}" for name, s in info.splits.items())

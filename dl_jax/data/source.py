@@ -10,37 +10,46 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from dl_jax.core import bucket
 from dl_jax.core.errors import InputError, nearest, one_line
-from dl_jax.core.files import absolute, cache_folder
-from dl_jax.data import digits
+from dl_jax.core.files import absolute, cache_folder, patiently
+from dl_jax.data import copies, digits
 from dl_jax.data.cached import attempted
 
 FORM = re.compile(r"(?P<set>\w+)(?:/(?P<config>[^/:]+))?(?::(?P<version>[\d.]+))?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
+_RECORDS = re.compile(r"-\d{5,}-of-\d{5,}")  # in the names of record files
 _LAYOUT = 3  # version of the cache; increase it when decoding or what is kept changes
 _LONGEST_NAME, _LONGEST_SPLIT, _LONGEST_PATH = 200, 1000, 3000  # bytes; a file system takes 255 and 4096
 
 
 class Prepared(NamedTuple):
-    """A prepared set: its name, its version and the folder of its record files."""
+    """A prepared set: its name, its version and the folder of its record files.
+
+    If the set is in a bucket, `origin` is its `epath` path there, and `folder` has its description, and those of its
+    record files that were needed so far.
+    """
 
     name: str  # with its config, if it has one
     version: str
     folder: Path
+    origin: Any = None
 
 
-def data_folder(data_dir: str | None = None) -> Path:
-    """The folder of prepared sets: `data_dir`, else $TFDS_DATA_DIR, else ~/tensorflow_datasets.
+def data_folder(data_dir: str | None = None) -> Any:
+    """The folder of prepared sets, `data_dir`, else $TFDS_DATA_DIR, else ~/tensorflow_datasets, as a `pathlib` path.
 
-    Only `prepare` writes to it. Raises InputError for a URL, and for what cannot be the name of a folder.
+    Of an address gs://... it is the `epath` path. Only `prepare` writes to it. Raises InputError for other URLs, for a
+    bucket that is not there and for what cannot be the name of a folder; Unavailable where a bucket does not answer.
     """
     folder = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     if "://" in folder:
-        raise InputError(
-            f"data folder {folder}: expected a local or mounted folder; copy the set here, or mount the bucket"
-        )
+        from etils import epath
+
+        bucket.require(folder, "--data-dir")
+        return epath.Path(folder)
     _require_folder(folder, "--data-dir")
     return Path(absolute(folder))
 
@@ -90,7 +99,10 @@ def _shown(text: str) -> str:
 
 
 def find(name: str, data_dir: str | None = None, cache_dir: str | None = None) -> Prepared:
-    """The prepared set called `name`. Raises InputError, without network access, if there is none."""
+    """The prepared set called `name`. Raises InputError, without network access for a local folder, if there is none.
+
+    Of a set in a bucket the description is copied to the cache folder. Raises Unavailable where it cannot be read.
+    """
     require_name(name)
     if name == digits.NAME:
         return Prepared(name, digits.VERSION, digits.prepared(_cache(cache_dir)))
@@ -98,10 +110,19 @@ def find(name: str, data_dir: str | None = None, cache_dir: str | None = None) -
     found = lookup(name, root)
     if not found:
         raise InputError(_absent(name, root, data_dir))
-    return found
+    return _nearby(found, _cache(cache_dir)) if "://" in os.fspath(root) else found
 
 
-def lookup(name: str, root: Path) -> Prepared | None:
+def _nearby(found: Prepared, cache: Path) -> Prepared:
+    """The set whose folder is an address, with its folder of copies, which differs where the files in the bucket do."""
+    entries = patiently(lambda: bucket.listing(found.folder), str(found.folder))
+    files = sorted((entry.name, entry.size, entry.crc32c) for entry in entries if not entry.folder)
+    place = cache / "copies" / found.name / f"{found.version}-{_digest(files)}"
+    copies.fetch(found.folder, [name for name, *_ in files if not _RECORDS.search(name)], place)
+    return Prepared(found.name, found.version, place, origin=found.folder)
+
+
+def lookup(name: str, root: Any) -> Prepared | None:
     """The prepared set called `name` in the data folder `root`, or None if there is none.
 
     Raises InputError for a name with several prepared configs, and for a version that is not prepared.
@@ -156,9 +177,14 @@ def split_sizes(found: Prepared) -> dict[str, int]:
 
 def cache_entry(found: Prepared, cache_dir: str | None = None) -> Path:
     """The cache folder for data derived from the set. It changes with the name, size or time of any file of the set."""
+    if found.origin is not None:
+        return _cache(cache_dir) / "columns" / found.name / found.folder.name
     files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in os.scandir(found.folder) if f.is_file())
-    fingerprint = hashlib.sha256(repr((_LAYOUT, files)).encode()).hexdigest()[:16]
-    return _cache(cache_dir) / "columns" / found.name / f"{found.version}-{fingerprint}"
+    return _cache(cache_dir) / "columns" / found.name / f"{found.version}-{_digest(files)}"
+
+
+def _digest(files: list[Any]) -> str:
+    return hashlib.sha256(repr((_LAYOUT, files)).encode()).hexdigest()[:16]
 
 
 def tfds_names() -> set[str]:
@@ -173,9 +199,11 @@ def tfds_names() -> set[str]:
     return {name for name in packages | checksums | modules if not name.startswith("_")}
 
 
-def _absent(name: str, root: Path, data_dir: str | None) -> str:
+def _absent(name: str, root: Any, data_dir: str | None) -> str:
     if name.partition("/")[0].partition(":")[0] in tfds_names():
         command = _command(name) + (f" --data-dir {data_dir}" if data_dir else "")
+        if "://" in os.fspath(root):
+            command = f"{_command(name)} --data-dir FOLDER` and `gcloud storage cp -r FOLDER/{name} {root}"
         return (
             f"data set {name} is not prepared in {root}: prepare it with `{command}`, or use --dataset digits, which "
             "needs no preparation"
@@ -196,17 +224,20 @@ def brief(e: BaseException) -> str:
     return one_line(e)[:200]
 
 
-def _subfolders(folder: Path) -> list[Path]:
+def _subfolders(folder: Any) -> list[Any]:
+    if "://" in os.fspath(folder):
+        entries = patiently(lambda: bucket.listing(folder), str(folder))
+        return sorted(folder / entry.name for entry in entries if entry.folder)
     return sorted(child for child in folder.iterdir() if child.is_dir()) if folder.is_dir() else []
 
 
-def _versions(folder: Path) -> list[Path]:
+def _versions(folder: Any) -> list[Any]:
     """The version folders in `folder`, oldest first."""
     versions = [child for child in _subfolders(folder) if _VERSION.fullmatch(child.name)]
     return sorted(versions, key=lambda child: tuple(map(int, child.name.split("."))))
 
 
-def _versions_by_name(folder: Path) -> dict[str, list[Path]]:
+def _versions_by_name(folder: Any) -> dict[str, list[Any]]:
     """The version folders of one data set, oldest first, by its name or by name/config."""
     found = {folder.name: _versions(folder)}
     if not found[folder.name]:

@@ -103,6 +103,10 @@ class Alive:
             self._calls += 1
             return self._stop_at is not None and self._calls >= self._stop_at
 
+    def give_up(self, why: str) -> NoReturn:
+        """Ends the process at once, from any thread, as one that may be tried again, and tells the others."""
+        self._end(UNAVAILABLE, why)
+
     def _asked(self, number: int, frame: Any) -> None:
         """The handler of a signal: runs on the main thread, between two instructions of Python."""
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once

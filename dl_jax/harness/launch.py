@@ -70,9 +70,10 @@ class Common:
     workdir: str | None = None
     """Folder or gs:// address for checkpoints and results. Repeating the command resumes the run."""
     data_dir: str | None = None
-    """Folder of prepared TFDS sets [default: $TFDS_DATA_DIR, then TFDS's own]."""
+    """Folder or gs:// address of prepared TFDS sets [default: $TFDS_DATA_DIR, then TFDS's own]."""
     cache_dir: str | None = None
-    """Folder for decoded data and compiled programs [default: $DL_JAX_CACHE_DIR, then $XDG_CACHE_HOME/dl_jax]."""
+    """Folder or gs:// address for decoded data and compiled programs [default: $DL_JAX_CACHE_DIR, then
+    $XDG_CACHE_HOME/dl_jax]."""
     seeds: int = 5
     """Number of seeds."""
     seed: int = 0
@@ -227,7 +228,7 @@ def run_experiment(
     experiment: Experiment, preset: str, config: Any, common: Common, alive: Alive, peers: Peers | None
 ) -> int:
     """Runs `main`, records what it measured, and returns the exit status."""
-    script, distributed = experiment.script, peers is not None
+    script = experiment.script
     code, fields = git_state(script.parent), dataclasses.asdict(config)
     seeds = seeds_of(common)
     identity = {"experiment": name_of(script), "preset": preset, "config": fields, "seeds": list(seeds)}
@@ -237,7 +238,9 @@ def run_experiment(
     with (
         Clock() as clock,
         recorded() as read,
-        work_directory(common.workdir, identity, script, distributed, common.restart) as directory,
+        work_directory(
+            common.workdir, identity, script, peers and peers.meet, common.restart, alive.give_up
+        ) as directory,
         attempt(directory, code, clock.spent) as so_far,
     ):
         settings = Settings(

@@ -16,15 +16,18 @@ import jax
 
 import dl_jax
 from dl_jax.core.errors import UNAVAILABLE, InputError, Unavailable, reason
-from dl_jax.core.files import cache_folder
+from dl_jax.core.files import cache_address, cache_folder
 
 HEARTBEAT = 25  # seconds without one, after which JAX takes a process for dead
 
 
 def cache_programs() -> None:
-    """Caches compiled programs on disk, small ones too, which makes a second start seconds faster."""
+    """Caches compiled programs on disk or in a bucket, small ones too, which makes a second start seconds faster.
+
+    Raises InputError for a bucket that is not there, and Unavailable where it does not answer.
+    """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "programs"))
+        jax.config.update("jax_compilation_cache_dir", str((cache_address() or cache_folder()) / "programs"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

@@ -25,13 +25,13 @@ from dl_jax.harness.profile import Profile
 from dl_jax.harness.report.figures import figure_png, sheet_png
 from dl_jax.harness.report.terminal import Progress
 from dl_jax.harness.report.writers import JsonLines, TensorBoard, read_lines
-from dl_jax.harness.workdir import BOOKKEEPING
+from dl_jax.harness.workdir import BOOKKEEPING, LOCKS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_SEEDS = 2**32
-OWN = (*BOOKKEEPING, "metrics.jsonl", "checkpoints", "profile", ".lock")  # names that `keep` refuses
+OWN = (*BOOKKEEPING, "metrics.jsonl", "checkpoints", "profile", *LOCKS)  # names that `keep` refuses
 PREEMPTED = 143  # 128 + SIGTERM, so that a supervisor restarts the run
 
 

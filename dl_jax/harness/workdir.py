@@ -12,34 +12,58 @@ import jax
 import numpy as np
 from etils import epath
 
+from dl_jax.core import bucket
 from dl_jax.core.errors import InputError, reason, spared
-from dl_jax.core.files import MISSING, absolute, exists, failures, is_folder, lock, patiently, write_whole
+from dl_jax.core.files import (
+    MISSING,
+    absolute,
+    children,
+    exists,
+    failures,
+    is_folder,
+    lock,
+    move,
+    patiently,
+    write_whole,
+)
+from dl_jax.harness import lease
 from dl_jax.harness.checkpoint.files import entries, free, metas, steps
 from dl_jax.harness.identity import FIELDS, Identity, differences, is_identity
 
 DEEPEST = 3  # maximum nesting of child runs: cell / seed and one more
 BOOKKEEPING = ("config.json", "attempts.json", "result.json")
 BEFORE = "before-restart"
+LOCKS = (".lock", lease.NAME)  # names of what a run holds while it uses its folder
 
 
 @contextlib.contextmanager
 def work_directory(
-    workdir: str | None, identity: Identity, script: Path, distributed: bool, restart: bool
+    workdir: str | None,
+    identity: Identity,
+    script: Path,
+    meet: Callable[[], None] | None,
+    restart: bool,
+    lost: Callable[[str], object],
 ) -> Iterator[epath.Path | None]:
     """A context that holds the folder of this run, so that no other run uses it. Raises InputError where it cannot.
 
-    With `restart`, what was in the folder is set aside in it.
+    With `restart`, what was in the folder is set aside in it. `meet` waits for the other processes, if there are any. A
+    thread calls `lost` with the reason where the folder, at an address, is no longer held (see `lease`). Raises
+    Unavailable where a bucket does not answer.
     """
     if workdir is None:
         yield None
         return
     directory = epath.Path(absolute(workdir))
+    if "://" in workdir:
+        bucket.require(workdir, "--workdir")
     with contextlib.ExitStack() as held:
         if jax.process_index() == 0:
             require_writable(directory, workdir)
-            if "://" not in workdir:
-                held.enter_context(locked(directory, workdir))
-        if distributed:
+            at_address = "://" in workdir
+            held.enter_context(leased(directory, workdir, lost) if at_address else locked(directory, workdir))
+        if meet:
+            meet()  # what uses the devices has less patience than a lease takes
             require_shared(directory)
         if jax.process_index() == 0:
             if restart:
@@ -117,12 +141,13 @@ def write_json(file: epath.Path, content: Any) -> None:
 def require_writable(directory: epath.Path, workdir: str) -> None:
     """Creates the folder. Raises InputError where it cannot be created or written."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        if "://" not in workdir:  # in a bucket a folder begins with its first object
+            directory.mkdir(parents=True, exist_ok=True)
         (directory / ".writable").write_text("")
         (directory / ".writable").unlink(missing_ok=True)
-    except ImportError as error:
-        raise InputError(f"--workdir {workdir} needs a package ({error}); pip install gcsfs for gs://") from error
-    except Exception as error:  # a bucket's client has errors of its own
+    except Exception as error:
+        if "://" in workdir:
+            raise bucket.refusal(f"--workdir {workdir}", error) from error
         raise InputError(
             f"--workdir {workdir} cannot be written ({reason(error)}); choose a folder of yours"
         ) from error
@@ -138,13 +163,31 @@ def locked(directory: epath.Path, workdir: str) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         try:
             alone = "make sure that no other run uses it; the run goes on"
-            held.enter_context(lock(directory / ".lock", what, alone, wait=False))
+            held.enter_context(lock(directory / LOCKS[0], what, alone, wait=False))
         except BlockingIOError as error:
             raise InputError(
                 f"--workdir {workdir} is in use by another process; wait for it, or choose another"
             ) from error
         except OSError as error:
             raise InputError(f"{what} ({reason(error)}); choose a folder of yours") from error
+        yield
+
+
+@contextlib.contextmanager
+def leased(directory: epath.Path, workdir: str, lost: Callable[[str], object]) -> Iterator[None]:
+    """A context that holds the lease of a folder in a bucket. `lost` is called where it is lost (see `lease`).
+
+    Raises InputError where another process holds it, and Unavailable where the bucket does not answer.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(lease.leased(directory, lost))
+        except BlockingIOError as error:
+            raise InputError(
+                f"--workdir {workdir} is in use by another process, {error.strerror}; wait for it, or choose another"
+            ) from error
+        except Exception as error:
+            raise bucket.refusal(f"--workdir {workdir}", error) from error
         yield
 
 
@@ -188,18 +231,19 @@ def claim_directory(directory: epath.Path, identity: Identity, script: Path) -> 
 def set_aside(directory: epath.Path) -> None:
     """Moves all that is in the folder to a new subfolder `before-restart`, `before-restart-2`, and so on.
 
-    Raises InputError where it cannot.
+    Folders go first: where a kill leaves some of it, config.json is among what still says that there was a run. Raises
+    InputError where it cannot.
     """
 
-    def move(place: epath.Path) -> None:
-        old = [path for path in directory.iterdir() if path.name != ".lock" and not path.name.startswith(BEFORE)]
-        if old:
+    def move_to(place: epath.Path) -> None:
+        old = [path for path in children(directory) if path.name not in LOCKS and not path.name.startswith(BEFORE)]
+        if old and "://" not in os.fspath(place):
             place.mkdir()
-        for path in old:
-            path.rename(place / path.name)
+        for path in sorted(old, key=is_folder, reverse=True):
+            move(path, place / path.name)
 
     try:
-        free(directory / BEFORE, move)
+        free(directory / BEFORE, move_to)
     except failures(directory) as error:
         raise InputError(f"{directory} cannot be set aside ({reason(error)}); choose another folder") from error
 

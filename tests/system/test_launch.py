@@ -494,12 +494,6 @@ def test_a_folder_that_cannot_be_written(call, tmp_path):
     assert "cannot be written" in one_line(err)
 
 
-def test_a_bucket_that_cannot_be_reached(call):
-    status, _, err = call("--workdir", "gs://no-such-bucket-of-ours/run")
-    assert status == 2
-    assert "--workdir gs://no-such-bucket-of-ours/run" in one_line(err)
-
-
 def test_a_folder_in_use(call, tmp_path):
     import fcntl
 

@@ -771,25 +771,6 @@ def test_paths_are_absolute_but_addresses_stay(tmp_path, monkeypatch):
     assert load("runs/x")[0] == 1
 
 
-def test_on_object_storage_a_step_counts_once_it_is_marked(tmp_path):
-    bucket = tmp_path / "gs" / "bucket"
-    for name in ("3/commit_success.txt", "7/state", "damaged-9/commit_success.txt"):
-        (bucket / name).mkdir(parents=True)
-    local = lambda path: str(path).replace("gs://", f"{tmp_path}/gs/")
-    with epath.testing.mock_epath(
-        exists=lambda _, path: os.path.exists(local(path)),
-        isdir=lambda _, path: os.path.isdir(local(path)),
-        listdir=lambda _, path: os.listdir(local(path)),
-        rmtree=lambda _, path: shutil.rmtree(local(path)),
-    ):
-        assert checkpoint_files.steps(epath.Path("gs://bucket")) == [3]
-        checkpoint_files.tidy(epath.Path("gs://bucket"))
-    assert on_disk(bucket) == ["3", "damaged-9"]
-    address = checkpoint_files._location(epath.Path("gs://bucket/3/state"), "params/b%2Fc")
-    base = tensorstore.Spec(address).to_json()["kvstore"]["base"]
-    assert base == {"driver": "gcs", "bucket": "bucket", "path": "3/state/"}
-
-
 def test_saving_and_restoring_say_nothing(tmp_path, capfd, caplog):
     with caplog.at_level("INFO"):
         write(tmp_path, 1, 2)

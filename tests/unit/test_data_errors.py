@@ -47,9 +47,9 @@ def shard(root: Path, split: str = "test") -> Path:
 
 
 def test_the_newest_version_of_a_set_is_found(root):
-    assert find("scans") == ("scans", "1.10.0", root / "scans" / "1.10.0")
+    assert find("scans") == ("scans", "1.10.0", root / "scans" / "1.10.0", None)
     assert find("scans:1.0.0").version == "1.0.0"
-    assert find("alone") == find("alone/only") == ("alone/only", "2.0.0", root / "alone" / "only" / "2.0.0")
+    assert find("alone") == find("alone/only") == ("alone/only", "2.0.0", root / "alone" / "only" / "2.0.0", None)
     assert [found.name for found in prepared()] == ["alone/only", "pair/left", "pair/right", "scans"]
     assert len(data.load("scans", "test")["label"]) == 360
     assert data.info("pair/left").name == "pair/left"
@@ -106,8 +106,11 @@ def test_ambiguous_configs_and_absent_versions_are_listed(root):
     assert "version 3.0.0, expected 1.0.0 or 1.10.0" in message("scans:3.0.0")
 
 
-def test_a_bucket_is_no_data_folder(root):
-    assert "gs://bucket: expected a local or mounted folder" in message("scans", data_dir="gs://bucket")
+def test_other_addresses_are_no_data_folder(root):
+    for address in ("s3://bucket/tfds", "gs://", "https://host/tfds"):
+        assert f"--data-dir {address}, expected a local folder or gs://BUCKET/NAME" in message(
+            "scans", data_dir=address
+        )
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from etils import epath
-from etils.epath import testing as epath_testing
 
 from dl_jax.core.errors import InputError
 from dl_jax.harness.report import terminal
@@ -30,22 +29,6 @@ class Terminal(io.StringIO):
 
     def isatty(self) -> bool:
         return True
-
-
-@pytest.fixture
-def bucket(tmp_path):
-    """Makes gs://bucket a folder that, like a bucket, knows no appending; returns the folder."""
-
-    def local(path):
-        return str(path).replace("gs://bucket", str(tmp_path / "bucket"))
-
-    def opened(original, path, mode):
-        assert "a" not in mode, "objects cannot be appended to"
-        return original(local(path), mode)
-
-    moved = lambda original, path, **keywords: original(local(path), **keywords)
-    with epath_testing.mock_epath(open=opened, exists=moved, makedirs=moved, mkdir=moved):
-        yield tmp_path / "bucket"
 
 
 def raising(code: int, words: str):
@@ -118,24 +101,6 @@ def test_sigkill_loses_no_written_line(tmp_path):
     status = subprocess.run([sys.executable, "-c", script, str(path)], cwd=Path(__file__).parents[2]).returncode
     assert status == -9
     assert [r["step"] for r in records(path)] == [1, 2, 3]
-
-
-def test_lines_in_a_bucket_are_uploaded_whole(bucket, monkeypatch):
-    there = bucket / "run" / "metrics.jsonl"
-    sink = JsonLines("gs://bucket/run/metrics.jsonl", 0)
-    sink.write(1, {"loss": 1.0})
-    assert records(there) == []  # not yet due
-    sink.flush()
-    assert [r["step"] for r in records(there)] == [1]
-    monkeypatch.setattr(report, "SYNC_EVERY", 0.0)
-    sink.write(2, {"loss": 1.0})
-    assert [r["step"] for r in records(there)] == [1, 2]
-    sink.close()
-    resumed = JsonLines("gs://bucket/run/metrics.jsonl", 1)
-    assert [r["step"] for r in records(there)] == [1]
-    resumed.write(2, {"loss": 3.0})
-    resumed.close()
-    assert [r["loss"] for r in records(there)] == [1.0, 3.0]
 
 
 @pytest.mark.parametrize("what", ["file", "folder", "torn", "emptied", "replaced"])
@@ -212,30 +177,6 @@ def test_lines_that_cannot_be_read_are_set_aside(tmp_path, monkeypatch, kind):
     assert (tmp_path / "metrics.jsonl.unreadable").exists()
 
 
-def test_a_bucket_that_is_away_ends_no_run(bucket, monkeypatch):
-    monkeypatch.setattr(report, "SYNC_EVERY", 0.0)
-    lines, board = JsonLines("gs://bucket/away/metrics.jsonl", 0), TensorBoard("gs://bucket/away", 0)
-
-    def away(target, content):
-        raise RuntimeError("503 from the\nbucket")
-
-    def write() -> None:
-        for step in (1, 2):
-            lines.write(step, {"loss": 1.0})
-            board.scalars(step, {"loss": 1.0})
-
-    upload = report._upload
-    monkeypatch.setattr(report, "_upload", away)
-    with pytest.warns(UserWarning, match=r"\(503 from the bucket\)") as warned:
-        write()
-    assert len(warned) == 2
-    monkeypatch.setattr(report, "_upload", upload)
-    lines.close()
-    board.close()
-    assert [r["step"] for r in records(bucket / "away" / "metrics.jsonl")] == [1, 2]
-    assert list((bucket / "away").glob("events*"))
-
-
 # --- TensorBoard -------------------------------------------------------------------------------------------------
 
 
@@ -298,16 +239,6 @@ def test_pictures_and_figures_come_back(tmp_path, accumulated):
     decoded = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
     np.testing.assert_array_equal(decoded[9:, 9:, 0], images[3, :, :, 0])
     assert events.Images("confusion")[0].width > 300
-
-
-def test_events_in_a_bucket(bucket, accumulated):
-    sink = TensorBoard("gs://bucket/run", 0)
-    sink.scalars(1, {"loss": 1.0})
-    sink.flush()
-    assert points(accumulated(bucket / "run"), "loss") == [(1, 1.0)]
-    sink.scalars(2, {"loss": 2.0})
-    sink.close()
-    assert points(accumulated(bucket / "run"), "loss") == [(1, 1.0), (2, 2.0)]
 
 
 class Full:

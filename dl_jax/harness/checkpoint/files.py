@@ -23,9 +23,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from etils import epath
 
-from dl_jax.core import errors
+from dl_jax.core import bucket, errors
 from dl_jax.core.errors import InputError
-from dl_jax.core.files import MISSING, exists, is_folder, patiently, sealed, unsealed
+from dl_jax.core.files import MISSING, children, exists, is_folder, move, patiently, sealed, unsealed
 from dl_jax.core.files import absolute as absolute_path
 from dl_jax.core.leaves import Spec, Tree, digest
 from dl_jax.core.leaves import differences as leaf_differences
@@ -73,7 +73,12 @@ def orbax_parts(state: Tree, meta: Meta) -> Any:
 
 
 def absolute(directory: str) -> epath.Path:
-    """The path in the form that Orbax needs: absolute, or an address such as gs://bucket/run."""
+    """The path in the form that Orbax needs: absolute, or an address such as gs://bucket/run.
+
+    Raises InputError for an address where gcsfs is not installed.
+    """
+    if "://" in directory:
+        bucket.client()
     return epath.Path(absolute_path(directory))
 
 
@@ -108,7 +113,7 @@ def prune(root: epath.Path, keep: int, best: Best | None) -> None:
 
 def set_aside(root: epath.Path, step: int, label: str) -> None:
     """Renames a step to `<label>-<step>`, or where there is one already, to `<label>-<step>-2` and so on."""
-    free(root / f"{label}-{step}", lambda place: (root / str(step)).rename(place))
+    free(root / f"{label}-{step}", lambda place: move(root / str(step), place))
 
 
 def free(place: epath.Path, use: Callable[[epath.Path], T]) -> T:
@@ -302,7 +307,7 @@ def _location(state: epath.Path, path: str) -> dict[str, Any]:
 def entries(root: epath.Path) -> list[epath.Path]:
     """What is in a folder; nothing if there is no such folder. Raises Unreadable where it cannot be listed."""
     try:
-        return list(root.iterdir())
+        return children(root)
     except (FileNotFoundError, NotADirectoryError):  # object storage has no empty directories
         return []
     except Exception as error:
@@ -314,7 +319,7 @@ def _undo(replaced: epath.Path, place: epath.Path) -> None:
     if exists(place) and not _is_unfinished(place):
         replaced.rmtree()
     else:
-        replaced.rename(place)
+        move(replaced, place)
 
 
 def _is_unfinished(path: epath.Path) -> bool:

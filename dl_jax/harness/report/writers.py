@@ -24,7 +24,7 @@ import numpy as np
 from etils import epath
 
 from dl_jax.core.errors import spared, warn_once
-from dl_jax.core.files import exists, failures, write_whole
+from dl_jax.core.files import exists, failures, move, write_whole
 from dl_jax.harness.report.figures import figure_png, sheet_png
 
 if TYPE_CHECKING:
@@ -35,12 +35,6 @@ SYNC_EVERY = 30.0  # seconds between uploads, and between flushes of TensorBoard
 
 def _due(since: float) -> bool:
     return time.monotonic() - since >= SYNC_EVERY
-
-
-def _upload(target: epath.Path, content: bytes) -> None:
-    """Writes an object of a bucket, which others see whole or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(content)
 
 
 class JsonLines:
@@ -57,7 +51,7 @@ class JsonLines:
         old = _content(self._path)
         if old is None:
             with spared(f"{self._path} cannot be renamed", "it will be replaced", failures(self._path)):
-                self._path.replace(self._path.with_name(f"{self._path.name}.unreadable"))
+                move(self._path, self._path.with_name(f"{self._path.name}.unreadable"))
         self._lines = bytearray().join(_kept(old or b"", resume_step))
         self._written = len(self._lines) if self._lines == old else 0  # bytes that the file holds
         self._synced = time.monotonic()
@@ -74,7 +68,7 @@ class JsonLines:
         lost = "its lines are in memory, and lost if no later write succeeds"
         with spared(f"{self._path} cannot be written", lost, failures(self._path)):
             if "://" in os.fspath(self._path):
-                _upload(self._path, bytes(self._lines))
+                write_whole(self._path, bytes(self._lines))
             else:
                 _extend(Path(self._path), self._lines, self._written)
             self._written = len(self._lines)
@@ -215,7 +209,7 @@ class TensorBoard:
         if self._writer and self._folder:
             target = self._directory / self._file.name
             with spared(f"{target} cannot be uploaded", "its events are lost if no later upload succeeds", Exception):
-                _upload(target, self._file.read_bytes())
+                write_whole(target, self._file.read_bytes())
 
     def close(self) -> None:
         self.flush()
