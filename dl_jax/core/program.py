@@ -29,6 +29,7 @@ AHEAD = 2  # batches that are read and placed while the devices compute
 # operations take it longer than a dispatch. A call also ends soon enough for a save within --grace.
 MOST_STEPS, ENOUGH = 50, 1e12
 RESIDENT = 0.25  # of a device's memory, which a data set may take
+LARGE = 2**26  # bytes of the batches of a call
 
 
 def mesh_for(stream: Stream | Batches, seeds: int) -> Mesh:
@@ -90,17 +91,20 @@ def batches_of(stream: Stream | Batches, mesh: Mesh, scan: int, seeds: int) -> B
 def steps_in_a_call(step: Step, state: State, stream: Stream | Batches, mesh: Mesh, *counts: int) -> int:
     """How many steps a call of the compiled program makes where the caller does not say.
 
-    It is 1 on a CPU, for a data set that is not in memory or is too large for that of a device, and for steps that take
-    long by themselves. Otherwise it is the largest number up to `MOST_STEPS` such that what one call advances
-    `state.step` divides all of `counts`, the steps at which something else is due. It depends on no measurement, so a
-    run that resumes makes the same calls.
+    It is 1 on a CPU, for a data set in memory that is too large for that of a device, and for steps that take long by
+    themselves or have large batches. Otherwise it is the largest number up to `MOST_STEPS` such that what one call
+    advances `state.step` divides all of `counts`, the steps at which something else is due. It depends on no
+    measurement, so a run that resumes makes the same calls.
     """
-    if _on_cpu(mesh) or not isinstance(stream, Stream) or stream.records is None:
+    if _on_cpu(mesh) or not isinstance(stream, Stream):
         return 1
-    if sum(column.nbytes for column in stream.records.values()) > RESIDENT * _memory(mesh):
+    if sum(column.nbytes for column in (stream.records or {}).values()) > RESIDENT * _memory(mesh):
         return 1
-    batch = gather(stream.records, stream.read(int(np.max(fetched(state.step))), slice(None)))
-    enough = ENOUGH * mesh.devices.size / max(1.0, flops(jax.make_jaxpr(step)(state, batch)))
+    read = stream.read(int(np.max(fetched(state.step))), slice(None))
+    batch = read if stream.records is None else gather(stream.records, read)
+    operations = max(1.0, flops(jax.make_jaxpr(step)(state, batch)))
+    size = sum(column.nbytes for column in read.values())
+    enough = min(ENOUGH * mesh.devices.size / operations, LARGE / max(1, size))
     stride = max(1, advance_of(step, state, batch))
     possible = (k for k in range(1, MOST_STEPS + 1) if k <= enough and math.gcd(*counts) % (k * stride) == 0)
     return max(possible, default=1)

@@ -330,7 +330,9 @@ def test_long_steps_and_large_sets_are_not_scanned_by_default(monkeypatch):
     monkeypatch.undo()
     assert calls() == 1  # on a CPU
     monkeypatch.setattr(program, "_on_cpu", lambda mesh: False)
-    assert calls(Stream(8, stream)) == 1  # not in memory
+    assert calls(Stream(8, stream)) == 50  # not in memory
+    monkeypatch.setattr(program, "LARGE", 20 * 8 * 4 * (WIDTH + 1))
+    assert calls(Stream(8, stream)) == 20
 
 
 def test_batches_are_read_ahead_in_order_and_no_further_than_needed():

@@ -1,0 +1,72 @@
+"""Every experiment is planned for a TPU slice that is not there. Needs libtpu: `pip install -e '.[test,tpu]'`."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LIBTPU = importlib.util.find_spec("libtpu") is not None
+EVERY = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "experiments").rglob("*.py"))
+FEW = ("experiments/compression/prune_lenet.py", "experiments/text/char_lm.py", "experiments/vision/lenet.py")
+pytestmark = [pytest.mark.plan, pytest.mark.skipif(not LIBTPU, reason="libtpu is not installed")]
+
+
+def plan(script: str, folder: Path, *flags: str) -> list[dict]:
+    command = [sys.executable, script, "--preset", "quick", "--plan", "v5e:4x4", "--workdir", str(folder), *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    return json.loads((folder / "plan.json").read_text())["programs"]
+
+
+def sent(program: dict) -> list[tuple[str, float]]:
+    """(kind, how often in a step) of the collective operations."""
+    return [(each["kind"], each["times"] / program["loop"]["steps"]) for each in program["cost"]["collectives"]]
+
+
+@pytest.mark.parametrize("script", [pytest.param(s, marks=[] if s in FEW else [pytest.mark.slow]) for s in EVERY])
+def test_an_experiment_as_it_is_compiles_to_one_all_reduce_in_place(script, tmp_path):
+    fits = [each for each in plan(script, tmp_path) if each["loop"]]
+    assert fits
+    for each in fits:
+        assert each["refused"] is None
+        assert each["compile_seconds"] < 60
+        assert each["cost"]["callbacks"] == 0
+        assert each["loop"]["in_place"] > 0.999
+        many = each["mesh"][1] > 1
+        assert [kind for kind, _ in sent(each)] == ["all-reduce"] * many, (each["name"], sent(each))
+        assert all(times <= 1 for _, times in sent(each))
+
+
+def test_seeds_over_chips_need_no_collective(tmp_path):
+    fits = [each for each in plan(FEW[0], tmp_path, "--seeds", "16") if each["loop"]]
+    assert [each["mesh"] for each in fits] == [[16, 1]] * len(fits)
+    assert all(sent(each) == [] for each in fits)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--plan", "v5e:5x5"], "error: --plan v5e:5x5, expected v5e: and one of 1x1, 2x2, "),
+        (["--plan", "v5e:4x4", "--batch-size", "0"], "--batch-size is 0, expected 1 or more"),
+        (["--plan", "v5e:4x4", "--fsdp"], "error: --fsdp finds nothing to split over 16 devices: "),
+    ],
+)
+def test_bad_input_is_a_line(flags, said):
+    command = [sys.executable, "experiments/text/char_lm.py", "--preset", "smoke", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:1x1", "v5e:2x4", "v5p:4x4x4", "v6e:16x16"])
+def test_slices_are_known_to_libtpu(name, tmp_path):
+    command = [sys.executable, FEW[0], "--preset", "smoke", "--batch-size", "4096", "--plan", name]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
