@@ -2,16 +2,17 @@
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
 from dl_jax.core.devices import DATA, data_mesh
-from dl_jax.core.step import State, Tree
+from dl_jax.core.step import SEED, State, Tree
 
 
 class Feed(NamedTuple):
@@ -70,10 +71,12 @@ def mesh_of(batch_size: int, seeds: int) -> Mesh:
     target = planned()
     if not target:
         return data_mesh(batch_size=batch_size, seeds=seeds)
-    mesh = data_mesh(target.devices, batch_size=batch_size, seeds=seeds)
-    if batch_size % mesh.shape[DATA]:
-        mesh = data_mesh(target.devices, batch_size=batch_size, seeds=seeds, by_process=False)
-    return mesh
+    shape = data_mesh(target.devices, batch_size=batch_size, seeds=seeds).devices.shape
+    if batch_size % shape[1]:
+        shape = data_mesh(target.devices, batch_size=batch_size, seeds=seeds, by_process=False).devices.shape
+    # The first devices of the slice, because libtpu does not compile for one device of each host.
+    devices = sorted(target.devices, key=lambda device: device.id)[: math.prod(shape)]
+    return Mesh(np.array(devices).reshape(shape), (SEED, DATA), axis_types=(AxisType.Auto,) * 2)
 
 
 def abstract(tree: Tree, shardings: Tree) -> Tree:

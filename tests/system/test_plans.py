@@ -52,8 +52,8 @@ def test_seeds_over_chips_need_no_collective(tmp_path):
     ("flags", "said"),
     [
         (["--plan", "v5e:5x5"], "error: --plan v5e:5x5, expected v5e: and one of 1x1, 2x2, "),
-        (["--plan", "v5e:4x4", "--batch-size", "0"], "--batch-size is 0, expected 1 or more"),
-        (["--plan", "v5e:4x4", "--fsdp"], "error: --fsdp finds nothing to split over 16 devices: "),
+        (["--plan", "v5e:4x4", "--batch-size", "0"], "--batch-size is 0, expected more than 0"),
+        (["--plan", "v5e:4x4", "--fsdp"], "error: --fsdp finds nothing to split over 8 devices: "),
     ],
 )
 def test_bad_input_is_a_line(flags, said):

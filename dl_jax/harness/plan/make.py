@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
 
 from dl_jax.core.errors import InputError, one_line, reason
 from dl_jax.core.files import absolute
@@ -126,7 +125,7 @@ def row_of(program: Program, lowered: Any, where: Slice, hosts: int) -> Row:
     except jax.errors.JaxRuntimeError as error:
         refused = reason(error)
     shape = mesh.devices.shape[0], mesh.devices.shape[1]
-    row = Row(program.name, shape, not _even(mesh, hosts), time.perf_counter() - began, refused)
+    row = Row(program.name, shape, chips % hosts != 0, time.perf_counter() - began, refused)
     if compiled is None:
         return row
     found, size = hlo.read(compiled.as_text(), chips), compiled.memory_analysis()
@@ -145,17 +144,11 @@ def row_of(program: Program, lowered: Any, where: Slice, hosts: int) -> Row:
         moved=cost.bytes,
         sent=cost.collectives,
         steps=feed.steps,
-        reading=feed.seconds / hosts,
+        reading=feed.seconds / min(hosts, chips),
     )
     worth = feed.batch_size and bounds.worthwhile_batch(least, feed.batch_size, chips)
     in_place = min(1.0, size.alias_size_in_bytes / state_bytes(feed.state))
     return row._replace(cost=cost, loop=Loop(feed.steps, feed.batch_size, in_place, least, worth))
-
-
-def _even(mesh: Mesh, hosts: int) -> bool:
-    """Whether every host of the slice has as many chips of the mesh as any other."""
-    chips = collections.Counter(device.process_index for device in mesh.devices.flat)
-    return len(chips) == hosts and len(set(chips.values())) == 1
 
 
 def state_bytes(state: Any) -> int:

@@ -1,0 +1,100 @@
+"""Plans every experiment for TPU slices that need not be there, and prints the table of docs/scale.md.
+
+    python benchmarks/plans.py            half an hour on one core; needs pip install -e '.[tpu]' and the prepared sets
+    python benchmarks/plans.py --write    also puts the table into docs/scale.md
+
+A row is a program that a fit compiles. Equal programs of an experiment are one row.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "scale.md"
+MARKS = ("<!-- plans: begin -->\n", "<!-- plans: end -->\n")
+SMALL, LARGE = "v5e:4x4", "v6e:16x16"
+ON_LARGE = (
+    "generative/vae_mnist.py --batch-size 20480",
+    "compression/prune_lenet.py --batch-size 20480",
+    "text/char_lm.py --seeds 256",
+)
+
+
+def commands() -> list[str]:
+    """What follows `python experiments/`, for each plan."""
+    every = sorted(str(path.relative_to(ROOT / "experiments")) for path in (ROOT / "experiments").rglob("*.py"))
+    small = [f"{script} --preset paper --plan {SMALL}" for script in every]
+    script = lambda line: line.split()[0]
+    large = [f"{script(line)} --preset paper{line.removeprefix(script(line))} --plan {LARGE}" for line in ON_LARGE]
+    return small + large
+
+
+def planned(command: str, folder: Path) -> list[dict[str, Any]]:
+    """The programs of a plan. Raises CalledProcessError, after its output, where it fails."""
+    words = [sys.executable, *f"experiments/{command} --workdir {folder}".split()]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        print(done.stdout, done.stderr, sep="\n", file=sys.stderr)
+        done.check_returncode()
+    return json.loads((folder / "plan.json").read_text())["programs"]
+
+
+def rows(command: str, programs: list[dict[str, Any]]) -> Iterator[str]:
+    """Lines of the table."""
+    yield f"| `{command}` |||||||||\n"
+    for each in programs:
+        if each["loop"]:
+            yield row(each)
+
+
+def row(each: Mapping[str, Any]) -> str:
+    cost, loop = each["cost"], each["loop"]
+    if cost is None:
+        return f"| {each['name']} | refused: {each['refused']} ||||||||\n"
+    steps, least = loop["steps"], loop["bounds"]
+    sent = sum(c["bytes"] * c["times"] for c in cost["collectives"]) / steps
+    binding = max(least, key=least.__getitem__)
+    worth = f"{loop['worthwhile_batch']:,}" if loop["worthwhile_batch"] else ""
+    cells = (
+        each["name"] or "fit",
+        f"{each['mesh'][0]} × {each['mesh'][1]}",
+        f"{steps}",
+        f"{sum(cost['memory'].values()) / 1e6:,.0f}",
+        f"{cost['flops'] / steps / 1e6:,.0f}",
+        f"{cost['bytes'] / steps / 1e6:,.2f}",
+        f"{sent / 1e6:,.2f}",
+        f"{1 / least[binding]:,.0f}, {binding}",
+        f"{loop['batch_size']:,} / {worth}",
+    )
+    return f"| {' | '.join(cells)} |\n"
+
+
+HEADER = """| fit | seeds × rows | steps a call | MB | MFLOP | MB moved | MB sent | steps/s at most, by | batch / worth it from |
+|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="put the table into docs/scale.md")
+    table = HEADER
+    asked = parser.parse_args()
+    for command in tqdm(commands()):
+        with tempfile.TemporaryDirectory() as folder:
+            table += "".join(rows(command, planned(command, Path(folder))))
+    print(table)
+    if asked.write:
+        before, after = PAGE.read_text().split(MARKS[0])[0], PAGE.read_text().split(MARKS[1])[1]
+        PAGE.write_text(f"{before}{MARKS[0]}{table}{MARKS[1]}{after}")
+
+
+if __name__ == "__main__":
+    main()
