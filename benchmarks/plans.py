@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from rich.progress import track
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "scale.md"
@@ -77,7 +77,7 @@ def row(each: Mapping[str, Any]) -> str:
     return f"| {' | '.join(cells)} |\n"
 
 
-HEADER = """| fit | seeds × rows | steps a call | MB | MFLOP | MB moved | MB sent | steps/s at most, by | batch / worth it from |
+HEADER = """| fit | seeds × rows | steps a call | MB | MFLOP | MB moved | MB sent | steps/s, by | batch / worth it from |
 |---|---|---|---|---|---|---|---|---|
 """
 
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the table into docs/scale.md")
     table = HEADER
     asked = parser.parse_args()
-    for command in tqdm(commands()):
+    for command in track(commands()):
         with tempfile.TemporaryDirectory() as folder:
             table += "".join(rows(command, planned(command, Path(folder))))
     print(table)
