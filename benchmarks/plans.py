@@ -77,7 +77,7 @@ def row(each: Mapping[str, Any]) -> str:
     return f"| {' | '.join(cells)} |\n"
 
 
-HEADER = """| fit | seeds × rows | steps a call | MB | MFLOP | MB moved | MB sent | steps/s, by | batch / worth it from |
+HEADER = """| fit | seeds × rows | steps/call | MB | MFLOP | MB moved | MB sent | steps/s, by | batch / worth it from |
 |---|---|---|---|---|---|---|---|---|
 """
 

@@ -85,11 +85,18 @@ def train(cfg: Config, run: Run, keys: jax.Array, what: str, at: int) -> np.ndar
     tx = optax.adam(cfg.learning_rate * (2 if what == "diverge" else 1))
 
     def read(step: int, rows: slice) -> dict[str, np.ndarray]:
-        note(f"{run.name} {step}")
         if step == at and what in IN_A_STEP:
             strike(what)
         time.sleep(cfg.pause)
         return stream.read(step, rows)
+
+    stepped = run.stepped
+
+    def noted(step: int) -> bool:  # a batch is read ahead of its step
+        note(f"{run.name} {step - 1}")
+        return stepped(step)
+
+    run.stepped = noted
 
     def measure(variables):
         if what.endswith("-evaluation"):

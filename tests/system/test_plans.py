@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LIBTPU = importlib.util.find_spec("libtpu") is not None
 EVERY = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "experiments").rglob("*.py"))
-FEW = ("experiments/compression/prune_lenet.py", "experiments/text/char_lm.py", "experiments/vision/lenet.py")
+FEW = ("experiments/compression/prune_lenet.py", "experiments/generative/vae_mnist.py", "experiments/vision/lenet.py")
 pytestmark = [pytest.mark.plan, pytest.mark.skipif(not LIBTPU, reason="libtpu is not installed")]
 
 
