@@ -67,9 +67,7 @@ def within(command: str, monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def test_every_command_of_the_readme_is_known_here():
-    assert set(commands(README)) - ELSEWHERE == set(SHORTER) - {
-        "python experiments/vision/lenet.py --dataset digits"
-    }
+    assert set(commands(README)) - ELSEWHERE == set(SHORTER) - {"python experiments/vision/lenet.py --dataset digits"}
 
 
 def test_the_first_run_and_the_guides_program_that_predicts_with_it(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Plans: slices, what is read of a compiled program against hand counts, and the bounds. None of it needs libtpu."""
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,8 @@ from dl_jax.harness.plan import hlo
 from dl_jax.harness.plan.bounds import CALL, HOP, Bounds, bounds, seconds, worthwhile_batch
 from dl_jax.harness.plan.chips import CHIPS, slice_of
 from dl_jax.harness.plan.hlo import Collective
+from dl_jax.harness.plan.make import devices_of
+from dl_jax.harness.plan.show import Cost, Loop, Row, lines
 from dl_jax.models.sequence.rnn import LSTM, Recurrent
 from dl_jax.models.vision.mlp import MLP
 
@@ -233,3 +237,42 @@ def test_each_chip_has_the_published_balance():
         "v6e": 560,
         "h100": 148,
     }
+
+
+@pytest.mark.parametrize(("name", "extra"), [("v5e:4x4", "tpu"), ("h100:8", "cuda")])
+def test_without_the_compiler_the_extra_is_named(name, extra, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        InputError, match=rf"^--plan {name} needs .*, which is not installed; pip install -e '.\[{extra}\]'$"
+    ):
+        devices_of(slice_of(name))
+
+
+def test_the_text_of_a_row():
+    least = Bounds(mxu=1e-7, hbm=2e-5, ici=3e-5, host=1.5e-5, input=1e-5)
+    sent = [Collective("all-reduce", 5e6, 8, 16, 50), Collective("all-gather", 1e6, 1, 4, 100)]
+    cost = Cost(
+        {"arguments": 14_000_000, "program": 2_000_000},
+        flops=50 * 22.5e6,
+        bytes=50 * 9.67e6,
+        collectives=sent,
+        callbacks=0,
+    )
+    loop = Loop(steps=50, batch_size=64, in_place=1.0, bounds=least, worthwhile_batch=19_200)
+    row = Row("dense", (1, 12), uneven=True, compile_seconds=2.4, cost=cost, loop=loop)
+    assert (
+        "\n".join(lines(row, slice_of("v5e:4x4")))
+        == """
+dense: 1 x 12 (seeds x rows) on 12 of 16 chips, 4 stand idle, 50 steps a call; compiled in 2 s
+  as a run    it is refused: the batch has no equal part for each host; change --batch-size or --seeds
+  memory      16.0 of 16,000 MB a chip (0.1%): arguments 14.0, program 2.0
+  a step      22.5 MFLOP and 9.67 MB a chip; 1 all-reduce of 5.00 MB over 16 chips; 2 all-gather of 2.00 MB over 4 chips
+  otherwise   100.0% of the state updated in place, no callbacks of the host
+  at least    MXU 0.1, HBM 20.0, ICI 30.0, host loop 15.0, input 10.0 us -> ICI binds, at most 33,333 steps/s
+  worth it    from a batch of 19,200 rows (here 64)"""
+    )
+    assert "NVLink binds" in "\n".join(lines(row, slice_of("h100:8")))
+    refused = row._replace(refused="out of memory", cost=None, loop=None, uneven=False)
+    assert list(lines(refused, slice_of("v5e:4x4")))[1:] == ["  refused     out of memory"]
+    evaluation = list(lines(row._replace(loop=None), slice_of("v5e:4x4")))
+    assert evaluation[-2].startswith("  a batch     1,125.0 MFLOP and 483.50 MB a chip; 50 all-reduce of 250.00 MB")

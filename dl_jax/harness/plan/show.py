@@ -4,10 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from dl_jax.harness.plan import bounds, hlo
-from dl_jax.harness.plan.chips import Slice
+from dl_jax.harness.plan.chips import GPUS, Slice
 
 MB = 1e6
-NAMES = {"mxu": "MXU", "hbm": "HBM", "ici": "ICI", "host": "host loop", "input": "input"}  # of the bounds
+# Of the bounds, on TPUs and on GPUs.
+NAMES = {"mxu": "MXU", "hbm": "HBM", "ici": "ICI", "host": "host loop", "input": "input"}
+GPU_NAMES = {**NAMES, "mxu": "tensor cores", "ici": "NVLink"}
 
 
 class Cost(NamedTuple):
@@ -65,8 +67,9 @@ def lines(row: Row, where: Slice) -> Iterator[str]:
         return
     loop = row.loop
     yield f"  otherwise   {loop.in_place:.1%} of the state updated in place, {callbacks}"
-    shown = ", ".join(f"{NAMES[name]} {1e6 * seconds:,.1f}" for name, seconds in loop.bounds._asdict().items())
-    rate = f"{NAMES[loop.bounds.binding]} binds, at most {loop.bounds.steps_per_second:,.0f} steps/s"
+    names = GPU_NAMES if where.kind in GPUS else NAMES
+    shown = ", ".join(f"{names[name]} {1e6 * seconds:,.1f}" for name, seconds in loop.bounds._asdict().items())
+    rate = f"{names[loop.bounds.binding]} binds, at most {loop.bounds.steps_per_second:,.0f} steps/s"
     yield f"  at least    {shown} us -> {rate}"
     if loop.batch_size:
         worth = f"from a batch of {loop.worthwhile_batch:,} rows" if loop.worthwhile_batch else "never: no products"
