@@ -2,11 +2,20 @@
 
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import SingleDeviceSharding
+
+from dl_jax.core.flops import flops
+from dl_jax.harness.plan import hlo
+from dl_jax.harness.plan.chips import slice_of
+from dl_jax.harness.plan.make import devices_of
 
 ROOT = Path(__file__).parents[2]
 LIBTPU = importlib.util.find_spec("libtpu") is not None
@@ -70,3 +79,52 @@ def test_slices_are_known_to_libtpu(name, tmp_path):
     command = [sys.executable, FEW[0], "--preset", "smoke", "--batch-size", "4096", "--plan", name]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def counted(function, *shapes: tuple[int, ...]) -> tuple[float, float]:
+    """(operations, bytes) of a function of float32 arrays on one chip of a slice."""
+    chip = devices_of(slice_of("v5e:2x2"))[0]
+    where = SingleDeviceSharding(chip)
+    given = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where) for shape in shapes]
+    traced = jax.jit(function).trace(*given)
+    text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+    return flops(traced.jaxpr), hlo.read(text, 1).bytes
+
+
+def size(*shapes: tuple[int, ...]) -> int:
+    return sum(4 * math.prod(shape) for shape in shapes)
+
+
+def test_an_mlps_arrays_are_moved_once_and_what_is_between_stays_in_fast_memory():
+    shapes = (1024, 784), (784, 2048), (2048, 1024)
+    operations, moved = counted(lambda x, a, b: jnp.maximum(x @ a, 0) @ b, *shapes)
+    assert operations == 2 * 1024 * 784 * 2048 + 2 * 1024 * 2048 * 1024
+    assert moved == pytest.approx(size(*shapes, (1024, 1024)), rel=0.01)
+
+
+def test_the_weights_of_an_lstm_are_read_once_for_all_steps():
+    steps, batch, hidden = 64, 512, 1024
+
+    def lstm(x, w, u):
+        def step(carry, x):
+            h, c = carry
+            i, f, g, o = jnp.split(x @ w + h @ u, 4, -1)
+            c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+            return (jax.nn.sigmoid(o) * jnp.tanh(c), c), None
+
+        zeros = jnp.zeros((batch, hidden))
+        return jax.lax.scan(step, (zeros, zeros), x)[0][0]
+
+    shapes = (steps, batch, hidden), (hidden, 4 * hidden), (hidden, 4 * hidden)
+    operations, moved = counted(lstm, *shapes)
+    assert operations == steps * 2 * batch * hidden * 8 * hidden
+    assert moved == pytest.approx(size(*shapes, (batch, hidden)), rel=0.01)
+
+
+def test_a_convolutions_result_is_moved_twice_more_for_its_layout():
+    image, kernel = (256, 56, 56, 128), (3, 3, 128, 128)
+    layout = ("NHWC", "HWIO", "NHWC")
+    convolve = lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=layout)
+    operations, moved = counted(convolve, image, kernel)
+    assert operations == 2 * 256 * 128 * 128 * (3 * 56 - 2) ** 2  # the taps over the padding do not count
+    assert moved == pytest.approx(size(image, kernel, image) + 2 * size(image), rel=0.01)
