@@ -24,7 +24,7 @@ SMALL, LARGE = "v5e:4x4", "v6e:16x16"
 ON_LARGE = (
     "generative/vae_mnist.py --batch-size 20480",
     "compression/prune_lenet.py --batch-size 20480",
-    "text/char_lm.py --seeds 256",
+    "vision/lenet.py --batch-size 20480",
 )
 
 
@@ -89,8 +89,9 @@ def main() -> None:
     asked = parser.parse_args()
     for command in track(commands()):
         with tempfile.TemporaryDirectory() as folder:
-            table += "".join(rows(command, planned(command, Path(folder))))
-    print(table)
+            found = "".join(rows(command, planned(command, Path(folder))))
+        print(found, flush=True)
+        table += found
     if asked.write:
         before, after = PAGE.read_text().split(MARKS[0])[0], PAGE.read_text().split(MARKS[1])[1]
         PAGE.write_text(f"{before}{MARKS[0]}{table}{MARKS[1]}{after}")
