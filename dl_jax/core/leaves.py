@@ -117,7 +117,7 @@ def number_of(box: Box, shape: tuple[int, ...], block: tuple[int, ...]) -> int:
     return number
 
 
-def box_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
+def box_of(index: Any, shape: tuple[int, ...]) -> Box:
     """The part of an array that an index of slices, such as JAX gives for a shard, stands for."""
     return tuple(each.indices(length)[:2] for each, length in zip(index, shape, strict=True))
 
