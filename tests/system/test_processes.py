@@ -191,17 +191,17 @@ def forks(tmp_path) -> Iterator[Forks]:
 
 
 def test_a_run_goes_on_with_other_processes_from_the_very_same_bits(forks):
-    """4 processes, 1 and 2 with --fsdp, and then 2 that have one seed each."""
+    """4 processes, 1 and 2 with --fsdp, but for two in between that have one seed each."""
     attempts = [  # name, processes, devices of each, the step at which it is asked to end, flags
         ("four", 4, 1, 2, "--fsdp"),
         ("one", 1, 2, 6, "--fsdp"),
-        ("two", 2, 2, 10, "--fsdp"),
-        ("seeds", 2, 1, None),
+        ("seeds", 2, 1, 10),
+        ("two", 2, 2, None, "--fsdp"),
     ]
     steps = [0]
     for i, (name, *attempt) in enumerate(attempts):
         statuses = forks.run(name, *attempt, "--seeds", "2", "--checkpoint-every", "100")
-        assert set(statuses) == {0 if name == "seeds" else 143}, forks.said(name)
+        assert set(statuses) == {0 if name == "two" else 143}, forks.said(name)
         if i:
             saved, restored = forks.state(attempts[i - 1][0], "saved"), forks.state(name, "restored")
             assert restored[0] == saved[0] == steps[-1] > steps[-2]

@@ -55,13 +55,14 @@ def main(cfg: Config, run: Run) -> dict[str, np.ndarray]:
     error = lambda variables, batch, key: {"error": metrics.masked(error_of(variables, batch), batch["mask"])}
     measure = evaluator(error, RECORDS, 24, evaluating)  # 64 rows: the last batch is padded
     mean = lambda variables: {**(found := measure(variables)), "mean": found["error"].mean()}
+    measure_on_fewer = evaluator(error, RECORDS, 9, evaluating)  # of two processes with two devices each, on one each
     stream = data.shuffled(RECORDS, cfg.batch_size, seeds=run.seeds)
     told = dataclasses.replace(stream, read=lambda step, rows: (ending(step), stream.read(step, rows))[1])
     witness(run)
     watch = Watch(4, mean, best=("mean", "min"))
     state = fit(per_seed(make_step(loss, tx)), state, told, steps=cfg.steps, run=run, every=4, watch=watch)
     run.images(cfg.steps, lambda: {"biases": np.asarray(state.params["b"]).reshape(-1, 10, 16, 1)})
-    return measure(state.variables)
+    return measure_on_fewer(state.variables)
 
 
 def ending(step: int) -> None:
