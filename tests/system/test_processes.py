@@ -158,13 +158,16 @@ class Forks(NamedTuple):
     def said(self, name: str) -> str:
         return "\n".join(path.read_text() for path in sorted((self.folder / name).glob("said.*")))
 
-    def state(self, name: str, event: str) -> tuple[int, dict[str, np.ndarray], list[int]]:
-        """The step of the last state that an attempt saved or restored, its leaves, and the bytes on each process.
+    def steps(self, name: str, event: str) -> list[int]:
+        """The steps of the states that an attempt "saved" or "restored"."""
+        return sorted({int(path.name.split("-")[1].split(".")[0]) for path in (self.folder / name).glob(f"{event}-*")})
+
+    def state(self, name: str, event: str, step: int) -> tuple[dict[str, np.ndarray], list[int]]:
+        """The leaves of a state that an attempt saved or restored, and the bytes on each process.
 
         Parts that several devices have are equal, and all parts together fill each leaf.
         """
-        last = max(int(path.name.split("-")[1].split(".")[0]) for path in (self.folder / name).glob(f"{event}-*"))
-        files = [np.load(path) for path in sorted((self.folder / name).glob(f"{event}-{last}.*.npz"))]
+        files = [np.load(path) for path in sorted((self.folder / name).glob(f"{event}-{step}.*.npz"))]
         leaves: dict[str, np.ndarray] = {}
         parts: dict[str, dict[str, np.ndarray]] = {}
         for file in files:
@@ -178,7 +181,7 @@ class Forks(NamedTuple):
             for box, values in held.items():
                 leaf[tuple(slice(*each) for each in boxes[box])] = values
             assert sum(values.size for values in held.values()) == leaf.size
-        return last, leaves, [sum(values.nbytes for values in file.values()) for file in files]
+        return leaves, [sum(values.nbytes for values in file.values()) for file in files]
 
 
 @pytest.fixture
@@ -191,29 +194,39 @@ def forks(tmp_path) -> Iterator[Forks]:
 
 
 def test_a_run_goes_on_with_other_processes_from_the_very_same_bits(forks):
-    """4 processes, 1 and 2 with --fsdp, but for two in between that have one seed each."""
+    """4 processes, 1 and 2 with --fsdp, but for two in between that have one seed each, of which one is damaged."""
     attempts = [  # name, processes, devices of each, the step at which it is asked to end, flags
         ("four", 4, 1, 2, "--fsdp"),
         ("one", 1, 2, 6, "--fsdp"),
         ("seeds", 2, 1, 10),
         ("two", 2, 2, None, "--fsdp"),
     ]
-    steps = [0]
     for i, (name, *attempt) in enumerate(attempts):
         statuses = forks.run(name, *attempt, "--seeds", "2", "--checkpoint-every", "100")
         assert set(statuses) == {0 if name == "two" else 143}, forks.said(name)
         if i:
-            saved, restored = forks.state(attempts[i - 1][0], "saved"), forks.state(name, "restored")
-            assert restored[0] == saved[0] == steps[-1] > steps[-2]
-            assert restored[1].keys() == saved[1].keys()
-            for path, values in saved[1].items():
-                assert restored[1][path].dtype == values.dtype
-                assert restored[1][path].shape == values.shape
-                assert restored[1][path].tobytes() == values.tobytes(), path
-        step, leaves, held = forks.state(name, "saved")
-        steps.append(step)
+            before = attempts[i - 1][0]
+            step = forks.steps(before, "saved")[-1]
+            if name == "two":
+                assert f"skipped the damaged checkpoint {forks.folder}/run/checkpoints/{step}" in forks.said(name)
+                step = forks.steps(before, "saved")[-2]  # that of a measurement
+            assert forks.steps(name, "restored") == [step]
+            (saved, _), (restored, _) = forks.state(before, "saved", step), forks.state(name, "restored", step)
+            assert restored.keys() == saved.keys()
+            for path, values in saved.items():
+                assert restored[path].dtype == values.dtype
+                assert restored[path].shape == values.shape
+                assert restored[path].tobytes() == values.tobytes(), path
+        newest = forks.steps(name, "saved")[-1]
+        leaves, held = forks.state(name, "saved", newest)
         share = np.array(held) / sum(values.nbytes for values in leaves.values())
         assert (share < {4: 0.26, 1: 1.01, 2: 0.51}[len(held)]).all()  # each process has only its part of the state
+        if name == "seeds":  # a shard is damaged that process 1 will need, and process 0 will not
+            shards = forks.folder / "run" / "checkpoints" / str(newest) / "state" / "ocdbt.process_1"
+            largest = max((p for p in shards.rglob("*") if p.is_file()), key=lambda path: path.stat().st_size)
+            content = bytearray(largest.read_bytes())
+            content[len(content) // 2] ^= 1
+            largest.write_bytes(content)
     program = runpy.run_path(str(PROGRAM.with_name("shards.py")), {"ORDER": {"end": None, "notes": str(forks.folder)}})
     alone = program["main"](program["Config"](), Run(None, Settings(seeds=(0, 1))))
     found = json.loads((forks.folder / "run" / "result.json").read_text())["measured"]["error"]["values"]

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from dl_jax.core.fit import Watch, fit
 from dl_jax.core.leaves import box_of, named, stored_values
 from dl_jax.core.step import init_state, make_step, per_seed
 from dl_jax.harness import Run, launch
+from dl_jax.harness.alive import TICK
 
 RECORDS = {
     "x": np.random.default_rng(0).normal(size=(64, 256)).astype(np.float32),
@@ -54,20 +56,27 @@ def main(cfg: Config, run: Run) -> dict[str, np.ndarray]:
     loss = lambda variables, batch, key: (error_of(variables, batch).mean(), ({}, {}))
     error = lambda variables, batch, key: {"error": metrics.masked(error_of(variables, batch), batch["mask"])}
     measure = evaluator(error, RECORDS, 24, evaluating)  # 64 rows: the last batch is padded
-    mean = lambda variables: {**(found := measure(variables)), "mean": found["error"].mean()}
-    measure_on_fewer = evaluator(error, RECORDS, 9, evaluating)  # of two processes with two devices each, on one each
+    on_fewer = evaluator(error, RECORDS, 9, evaluating)  # of two processes with two devices each, on one each
+
+    def measured(variables):
+        found = measure(variables)
+        run.images(0, lambda: {"biases": np.asarray(variables["params"]["b"]).reshape(-1, 10, 16, 1)})
+        return {**found, "mean": found["error"].mean()}
+
     stream = data.shuffled(RECORDS, cfg.batch_size, seeds=run.seeds)
     told = dataclasses.replace(stream, read=lambda step, rows: (ending(step), stream.read(step, rows))[1])
     witness(run)
-    watch = Watch(4, mean, best=("mean", "min"))
+    watch = Watch(4, measured, best=("mean", "min"))
     state = fit(per_seed(make_step(loss, tx)), state, told, steps=cfg.steps, run=run, every=4, watch=watch)
-    run.images(cfg.steps, lambda: {"biases": np.asarray(state.params["b"]).reshape(-1, 10, 16, 1)})
-    return measure_on_fewer(state.variables)
+    assert np.isfinite(np.asarray(state.params["b"])).all()
+    return on_fewer(state.variables)
 
 
 def ending(step: int) -> None:
-    if step == ORDER["end"] and jax.process_index() == 0:
-        os.kill(os.getpid(), signal.SIGTERM)
+    if step == ORDER["end"]:
+        if jax.process_index() == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(2 * TICK)  # meanwhile all processes hear of it
 
 
 def witness(run: Any) -> None:
