@@ -30,7 +30,10 @@ class End(NamedTuple):
 
 
 class Peers:
-    """The processes of this run; this one is `process` of `count`. Every process makes the same calls of `agree`."""
+    """The processes of this run; this one is `process` of `count`.
+
+    Every process makes the same calls of `agree`, `meet`, `gather` and `told`.
+    """
 
     def __init__(self) -> None:
         from jax._src import distributed

@@ -51,7 +51,8 @@ class Checkpoints:
     """The checkpoints of one run in a directory, local or gs://, to which no other process group writes.
 
     The newest `keep` checkpoints are kept, and the best one by `best`, a metric's name and "min" or "max". With several
-    processes, all of them have to call every method; process 0 decides which checkpoint is restored.
+    processes, all of them have to call every method. Each writes and reads the shards of its own devices, and all restore
+    the same checkpoint.
 
     `owner` says whose checkpoints these are. It is saved with them, and those of another owner are refused. `agree` is
     called at each save with {path: CRC-32} of the leaves that each process holds as a whole, and raises where those of
@@ -95,7 +96,8 @@ class Checkpoints:
         Metrics that are not finite are left out, so they cannot make a checkpoint the best one.
 
         Raises InputError where an earlier save failed, this one cannot start, or the directory holds a checkpoint of
-        this step or a later one that this writer has not restored; TypeError where a leaf is not an array.
+        this step or a later one that this writer has not restored, and where two processes differ in a shard that both
+        hold; TypeError where a leaf is not an array.
         """
         self.wait()
         jax.block_until_ready(tree)  # what fails to be computed is no failure to write
@@ -164,7 +166,7 @@ class Checkpoints:
         if found is None:
             return None
         self._latest = found.meta
-        placed = [place_like(found.parts[path], leaf) for path, leaf in leaves.items()]
+        placed = [place_like(found.parts.pop(path), leaf) for path, leaf in leaves.items()]
         return found.meta["step"], jax.tree.unflatten(jax.tree.structure(like), placed), found.meta.get("note")
 
     def wait(self) -> None:
