@@ -51,8 +51,8 @@ class Checkpoints:
     """The checkpoints of one run in a directory, local or gs://, to which no other process group writes.
 
     The newest `keep` checkpoints are kept, and the best one by `best`, a metric's name and "min" or "max". With several
-    processes, all of them have to call every method. Each writes and reads the shards of its own devices, and all restore
-    the same checkpoint.
+    processes, all of them have to call every method. Each writes and reads the shards of its own devices, and all
+    restore the same checkpoint.
 
     `owner` says whose checkpoints these are. It is saved with them, and those of another owner are refused. `agree` is
     called at each save with {path: CRC-32} of the leaves that each process holds as a whole, and raises where those of
