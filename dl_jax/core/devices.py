@@ -103,7 +103,7 @@ def replicated(tree: Tree, mesh: Mesh) -> Tree:
 def put(tree: Tree, shardings: Tree) -> Tree:
     """Places every leaf of `tree` as its sharding says. Every process has to pass the whole tree, with equal values.
 
-    A leaf that lies there already is returned as it is.
+    A leaf that lies there already is returned as it is, and one that lies on several processes is copied to each first.
     """
 
     def one(leaf: Any, sharding: NamedSharding) -> jax.Array:  # device_put takes no typed key to another process
@@ -112,7 +112,7 @@ def put(tree: Tree, shardings: Tree) -> Tree:
         leaf = leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(one(jax.random.key_data(leaf), sharding), impl=jax.random.key_impl(leaf))
-        values = np.asarray(leaf)
+        values = np.asarray(whole(leaf))
         return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
     return jax.tree.map(one, tree, shardings)

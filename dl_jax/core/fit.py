@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from dl_jax.core import events
-from dl_jax.core.devices import fetched, put, whole
+from dl_jax.core.devices import DATA, fetched, put, whole
 from dl_jax.core.errors import InputError
 from dl_jax.core.leaves import is_real
 from dl_jax.core.program import (
@@ -231,8 +231,11 @@ def _hand_over(
 
 
 def _seen(tree: Tree, fsdp: bool) -> Tree:
-    """What the caller gets: readable on every process, although processes train different seeds; but for `fsdp`."""
-    return tree if fsdp else jax.tree.map(whole, tree)
+    """What the caller gets: readable on every process, although processes train different seeds.
+
+    What `fsdp` has split stays split.
+    """
+    return jax.tree.map(lambda leaf: leaf if fsdp and DATA in leaf.sharding.spec else whole(leaf), tree)
 
 
 def _where(seeds: Array, new: Tree, old: Tree) -> Tree:

@@ -1,11 +1,14 @@
 """The leaves of a tree by name: their paths, types and digests, which checkpoints store, and predicates over them.
 
+A leaf that is split over devices consists of blocks of equal shape, its shards. They are numbered in C order, as the
+places of the array of blocks; a leaf that is not split is one block.
+
 A path consists of the fields, keys and indices that lead to a leaf: `opt_state/0/mu/Dense_0/kernel`. Characters of a
 key that have a meaning in storage (`/`, `.` and the like) are percent-encoded, so that no two leaves share a path.
 """
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
 
@@ -18,6 +21,7 @@ from dl_jax.core.errors import InputError
 Tree = Any
 Where = Callable[[jax.tree_util.KeyPath, Any], bool]  # chooses parameters by path, shape and dtype, never by value
 Leaf = Any  # jax.Array, numpy array, or jax.ShapeDtypeStruct
+Box = tuple[tuple[int, int], ...]  # a part of an array: start and stop along each axis
 
 
 class Spec(NamedTuple):
@@ -74,14 +78,62 @@ def stored_values(leaf: Leaf) -> jax.Array | np.ndarray:
     return leaf if isinstance(leaf, jax.Array) else np.array(leaf)
 
 
-def digest(values: jax.Array | np.ndarray) -> int | None:
-    """CRC-32 of the bytes in C order; None for an array that this process holds only in part."""
-    if isinstance(values, jax.Array):
-        if values.is_fully_replicated:
-            values = values.addressable_data(0)
-        elif not values.is_fully_addressable:
-            return None
+def digest(values: np.ndarray) -> int:
+    """CRC-32 of the bytes in C order."""
     return zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+
+
+def block_shape(values: jax.Array | np.ndarray) -> tuple[int, ...]:
+    """The shape of a shard; that of the array where it is not split, or empty."""
+    if isinstance(values, jax.Array) and values.size:
+        return values.sharding.shard_shape(values.shape)
+    return values.shape
+
+
+def digests(values: jax.Array | np.ndarray) -> dict[int, int]:
+    """{number: CRC-32} of the blocks that this process holds, each once though several devices may have it."""
+    if not isinstance(values, jax.Array):
+        return {0: digest(values)}
+    block = block_shape(values)
+    if block == values.shape:
+        return {0: digest(np.asarray(values.addressable_data(0)))}
+    held = {number_of(box_of(s.index, values.shape), values.shape, block): s.data for s in values.addressable_shards}
+    return {number: digest(np.asarray(data)) for number, data in sorted(held.items())}
+
+
+def blocks_in(box: Box, block: tuple[int, ...]) -> Iterator[Box]:
+    """The blocks, of shape `block`, that overlap with a part of an array that is not empty."""
+    first = [start // size for (start, _), size in zip(box, block, strict=True)]
+    count = [(stop - 1) // size + 1 - a for (_, stop), size, a in zip(box, block, first, strict=True)]
+    for place in np.ndindex(*count):
+        yield tuple(((a + i) * size, (a + i + 1) * size) for a, i, size in zip(first, place, block, strict=True))
+
+
+def number_of(box: Box, shape: tuple[int, ...], block: tuple[int, ...]) -> int:
+    """The number of a block of an array that is not empty."""
+    number = 0
+    for (start, _), length, size in zip(box, shape, block, strict=True):
+        number = number * (length // size) + start // size
+    return number
+
+
+def box_of(index: Any, shape: tuple[int, ...]) -> Box:
+    """The part of an array that an index of slices, such as JAX gives for a shard, stands for."""
+    return tuple(each.indices(length)[:2] for each, length in zip(index, shape, strict=True))
+
+
+def whole_box(shape: tuple[int, ...]) -> Box:
+    """All of an array."""
+    return tuple((0, length) for length in shape)
+
+
+def parts_here(like: Leaf) -> set[Box]:
+    """The parts of the stored values that this process needs to place them as `like` lies."""
+    shape, sharding = spec(like).shape, _committed_to(like)
+    if sharding is None:
+        return {whole_box(shape)}
+    places = sharding.addressable_devices_indices_map(shape).values()
+    return {box_of(index, shape) for index in places if index is not None}
 
 
 def differences(stored: Mapping[str, Spec], model: Mapping[str, Spec]) -> list[str]:
@@ -93,22 +145,29 @@ def differences(stored: Mapping[str, Spec], model: Mapping[str, Spec]) -> list[s
     ]
 
 
-def place_like(values: np.ndarray, like: Leaf) -> Leaf:
-    """`values` as a leaf of the same kind as `like`, on the same devices.
+def place_like(parts: Mapping[Box, np.ndarray], like: Leaf) -> Leaf:
+    """A leaf of the same kind as `like`, on the same devices, of the stored values in `parts_here`.
 
     If `like` is not committed to its devices, the result is not either, so that `jit` may still move it.
     """
+    shape, sharding = spec(like).shape, _committed_to(like)
     if isinstance(like, np.ndarray | np.generic):
-        return values
-    sharding = None if isinstance(like, jax.Array) and not like.committed else like.sharding
+        return parts[whole_box(shape)]
     placed = (
-        jax.device_put(values)
+        jax.device_put(parts[whole_box(shape)])
         if sharding is None
-        else jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+        else jax.make_array_from_callback(shape, sharding, lambda index: parts[box_of(index, shape)])
     )
     if not _is_key(like):
         return placed
     return jax.random.wrap_key_data(placed, impl=spec(like).dtype.removeprefix("key<").removesuffix(">"))
+
+
+def _committed_to(like: Leaf) -> Any:
+    """The sharding of a leaf; None for NumPy's, and where `jit` may move it."""
+    if isinstance(like, np.ndarray | np.generic) or (isinstance(like, jax.Array) and not like.committed):
+        return None
+    return like.sharding
 
 
 def _is_key(leaf: Leaf) -> bool:

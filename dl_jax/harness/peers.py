@@ -4,10 +4,11 @@ It goes over the key-value store of jax.distributed, which needs no device and n
 interface to this store; its own functions for several processes, and Orbax's, use it in the same way.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +30,10 @@ class End(NamedTuple):
 
 
 class Peers:
-    """The processes of this run; this one is `process` of `count`. Every process makes the same calls of `agree`."""
+    """The processes of this run; this one is `process` of `count`.
+
+    Every process makes the same calls of `agree`, `meet`, `gather` and `told`.
+    """
 
     def __init__(self) -> None:
         from jax._src import distributed
@@ -58,19 +62,48 @@ class Peers:
         with events.phase("waiting"):
             self.exchange(f"met-{next(_ROUNDS)}", "")
 
+    def gather(self, words: str) -> list[str]:
+        """The words of every process, in their order, on process 0; nothing on the others. All have to call it."""
+        if self.count == 1:
+            return [words]
+        folder = f"dl_jax/gathered-{next(_ROUNDS)}"
+        with events.phase("waiting"), self._met(LONGEST):
+            self._client.key_value_set(f"{folder}/{self.process}", words)
+            if self.process:
+                return []
+            found = [self._client.blocking_key_value_get(f"{folder}/{i}", 1000 * LONGEST) for i in range(self.count)]
+            self._client.key_value_delete(folder)  # with all that is in it
+            return found
+
+    def told(self, words: str) -> str:
+        """The words of process 0, on every process. All have to call it."""
+        if self.count == 1:
+            return words
+        name = f"dl_jax/told-{next(_ROUNDS)}"
+        with events.phase("waiting"), self._met(LONGEST):
+            if self.process == 0:
+                self._client.key_value_set(name, words)
+            return self._client.blocking_key_value_get(name, 1000 * LONGEST)
+
     def exchange(self, name: str, words: str, seconds: float = LONGEST) -> list[str]:
         """The words of every process, in their order, once all have called it with this new `name`."""
         folder = f"dl_jax/{name}"
-        try:
+        with self._met(seconds):
             self._client.key_value_set(f"{folder}/{self.process}", words)
             self._client.wait_at_barrier(folder, int(1000 * seconds))
             found = dict(self._client.key_value_dir_get(f"{folder}/"))
+        return [found[f"{folder}/{process}"] for process in range(self.count)]
+
+    @contextlib.contextmanager
+    def _met(self, seconds: float) -> Iterator[None]:
+        """A context in which the client's errors say that the others did not come."""
+        try:
+            yield
         except RuntimeError as error:  # JaxRuntimeError
             raise Unavailable(
                 f"process {self.process} did not meet the others within {seconds:g} s ({one_line(error)[:200]}); give "
                 "all of them the same command again"
             ) from error
-        return [found[f"{folder}/{process}"] for process in range(self.count)]
 
     def ask_to_end(self) -> None:
         """Tells all processes that this one was asked to end."""

@@ -1,6 +1,7 @@
-"""Two processes give what one gives; one that fails takes the other down.
+"""Several processes give what one gives; one that fails takes the others down.
 
-One pair of processes does all that succeeds, see programs/pair.py, beside one of which a process fails.
+One pair of processes does all that succeeds, see programs/pair.py, beside one of which a process fails. Those of
+programs/shards.py change in number from one attempt at a run to the next.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 
 from dl_jax.harness.checkpoint import store as checkpoint
+from dl_jax.harness.run import Run, Settings
 
 PROGRAM = Path(__file__).parent / "programs" / "pair.py"
 EXPERIMENTS = {  # name -> what it measures
@@ -60,11 +62,15 @@ def end_of(process: subprocess.Popen[str]) -> End:
     return End(process.returncode, stderr, time.monotonic())
 
 
-@contextlib.contextmanager
-def start(folder: Path, *experiments: str) -> Iterator[Pair]:
+def free_address() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+@contextlib.contextmanager
+def start(folder: Path, *experiments: str) -> Iterator[Pair]:
+    address = free_address()
     commands = [[sys.executable, PROGRAM, address, str(i), folder, *experiments] for i in range(2)]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     processes = [subprocess.Popen(c, env={**os.environ, "XLA_FLAGS": ""}, text=True, **pipes) for c in commands]
@@ -131,6 +137,103 @@ def test_sigterm_to_one_saves_and_ends_both_at_the_same_step(pair):
     assert [end.status for end in ends] == [143, 143], ends
     step, tree = checkpoint.load(str(pair.folder / "told" / "checkpoints"))
     assert tree["state"]["step"] == step < 30_000
+
+
+class Forks(NamedTuple):
+    """The process of programs/shards.py, and a folder."""
+
+    process: subprocess.Popen[str]
+    folder: Path
+
+    def run(self, name: str, processes: int, devices: int, end: int | None, *flags: str) -> list[int]:
+        """The exit statuses of an attempt at the run in the folder "run"; its notes are in the folder `name`."""
+        order = {"processes": processes, "devices": devices, "address": free_address(), "end": end}
+        order |= {"notes": str(self.folder / name), "flags": ["--workdir", str(self.folder / "run"), *flags]}
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(f"{json.dumps(order)}\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def said(self, name: str) -> str:
+        return "\n".join(path.read_text() for path in sorted((self.folder / name).glob("said.*")))
+
+    def steps(self, name: str, event: str) -> list[int]:
+        """The steps of the states that an attempt "saved" or "restored"."""
+        return sorted({int(path.name.split("-")[1].split(".")[0]) for path in (self.folder / name).glob(f"{event}-*")})
+
+    def state(self, name: str, event: str, step: int) -> tuple[dict[str, np.ndarray], list[int]]:
+        """The leaves of a state that an attempt saved or restored, and the bytes on each process.
+
+        Parts that several devices have are equal, and all parts together fill each leaf.
+        """
+        files = [np.load(path) for path in sorted((self.folder / name).glob(f"{event}-{step}.*.npz"))]
+        leaves: dict[str, np.ndarray] = {}
+        parts: dict[str, dict[str, np.ndarray]] = {}
+        for file in files:
+            for key, values in file.items():
+                path, _, box = key.partition("|")
+                assert parts.setdefault(path, {}).setdefault(box, values).tobytes() == values.tobytes()
+        for path, held in parts.items():
+            boxes = {box: json.loads(box) for box in held}
+            shape = [max(stop) for stop in zip(*([b for _, b in box] for box in boxes.values()), strict=True)]
+            leaf = leaves[path] = np.empty(shape, next(iter(held.values())).dtype)
+            for box, values in held.items():
+                leaf[tuple(slice(*each) for each in boxes[box])] = values
+            assert sum(values.size for values in held.values()) == leaf.size
+        return leaves, [sum(values.nbytes for values in file.values()) for file in files]
+
+
+@pytest.fixture
+def forks(tmp_path) -> Iterator[Forks]:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    command = [sys.executable, str(PROGRAM.with_name("shards.py"))]
+    with subprocess.Popen(command, env={**os.environ, "XLA_FLAGS": ""}, text=True, **pipes) as process:
+        yield Forks(process, tmp_path)
+        process.stdin.close()
+
+
+def test_a_run_goes_on_with_other_processes_from_the_very_same_bits(forks):
+    """4 processes, 1 and 2 with --fsdp, but for two in between that have one seed each, of which one is damaged."""
+    attempts = [  # name, processes, devices of each, the step at which it is asked to end, flags
+        ("four", 4, 1, 2, "--fsdp"),
+        ("one", 1, 2, 6, "--fsdp"),
+        ("seeds", 2, 1, 10),
+        ("two", 2, 2, None, "--fsdp"),
+    ]
+    for i, (name, *attempt) in enumerate(attempts):
+        statuses = forks.run(name, *attempt, "--seeds", "2", "--checkpoint-every", "100")
+        assert set(statuses) == {0 if name == "two" else 143}, forks.said(name)
+        if i:
+            before = attempts[i - 1][0]
+            step = forks.steps(before, "saved")[-1]
+            if name == "two":
+                assert f"skipped the damaged checkpoint {forks.folder}/run/checkpoints/{step}" in forks.said(name)
+                step = forks.steps(before, "saved")[-2]  # that of a measurement
+            assert forks.steps(name, "restored") == [step]
+            (saved, _), (restored, _) = forks.state(before, "saved", step), forks.state(name, "restored", step)
+            assert restored.keys() == saved.keys()
+            for path, values in saved.items():
+                assert restored[path].dtype == values.dtype
+                assert restored[path].shape == values.shape
+                assert restored[path].tobytes() == values.tobytes(), path
+        newest = forks.steps(name, "saved")[-1]
+        leaves, held = forks.state(name, "saved", newest)
+        share = np.array(held) / sum(values.nbytes for values in leaves.values())
+        assert (share < {4: 0.26, 1: 1.01, 2: 0.51}[len(held)]).all()  # each process has only its part of the state
+        if name == "seeds":  # a shard is damaged that process 1 will need, and process 0 will not
+            shards = forks.folder / "run" / "checkpoints" / str(newest) / "state" / "ocdbt.process_1"
+            largest = max((p for p in shards.rglob("*") if p.is_file()), key=lambda path: path.stat().st_size)
+            content = bytearray(largest.read_bytes())
+            content[len(content) // 2] ^= 1
+            largest.write_bytes(content)
+    program = runpy.run_path(str(PROGRAM.with_name("shards.py")), {"ORDER": {"end": None, "notes": str(forks.folder)}})
+    alone = program["main"](program["Config"](), Run(None, Settings(seeds=(0, 1))))
+    found = json.loads((forks.folder / "run" / "result.json").read_text())["measured"]["error"]["values"]
+    np.testing.assert_allclose(found, alone["error"], rtol=1e-6)
+    lines = (forks.folder / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [4, 4, 8, 8, 12, 12]  # the metrics, and those of watch
+    assert (forks.folder / "run" / "biases.png").exists()
 
 
 def test_a_process_that_fails_takes_the_other_down(failing):

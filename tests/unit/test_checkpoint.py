@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import warnings
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,8 +32,10 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dl_jax.core import files as core_files
+from dl_jax.core import leaves
 from dl_jax.core.errors import InputError, Unavailable
 from dl_jax.harness.checkpoint import files as checkpoint_files
+from dl_jax.harness.checkpoint import store
 from dl_jax.harness.checkpoint.store import Checkpoints, best_step, load
 
 GOLDEN = Path(__file__).parent / "golden" / "checkpoint-v1"
@@ -243,6 +246,173 @@ def test_restored_leaves_are_as_free_to_move_as_the_model_s(tmp_path):
     assert not found["free"].committed
     assert found["bound"].committed
     assert found["bound"].devices() == {jax.devices()[5]}
+
+
+# ---------------------------------------------------------------------------------------------------------- shards
+
+SPLITS = [  # devices, and over which axes of a mesh [2, devices / 2] the two axes of an array are split
+    (8, None, None),
+    (8, "b", None),
+    (8, None, "b"),
+    (8, "a", "b"),
+    (8, ("a", "b"), None),
+    (4, "b", "a"),
+    (2, "a", None),
+]
+
+
+def split_over(count: int, *axes: Any) -> NamedSharding:
+    mesh = jax.make_mesh((2, count // 2), ("a", "b"), (AxisType.Auto,) * 2, devices=jax.devices()[:count])
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def laid(split: tuple[Any, ...], fill: int = 1) -> dict[str, jax.Array]:
+    """A large array, one of few numbers, one without any, and keys."""
+    sharding = split_over(*split)
+    large = np.random.default_rng(0).integers(0, 2**32, (64, 512), np.uint32)
+    tree = {"large": large, "small": (large[:8, :8] % 99).astype(np.float16), "none": large[:, :0], "bare": large[0, 0]}
+    lies = {name: sharding if array.ndim == 2 else split_over(split[0]) for name, array in tree.items()}
+    keys = jax.random.split(jax.random.key(0), 8)
+    placed = {name: jax.device_put(array * fill, lies[name]) for name, array in tree.items()}
+    return {**placed, "keys": jax.device_put(keys, split_over(split[0], split[1]))}
+
+
+def test_a_state_is_restored_with_another_sharding(tmp_path):
+    trees, models = [laid(split) for split in SPLITS], [laid(split, 0) for split in SPLITS]
+    for i, saved in enumerate(trees):
+        with opened(tmp_path / str(i)) as checkpoints:
+            checkpoints.save(1, saved)
+            for tree, like in zip(trees, models, strict=True):
+                _, found, _ = checkpoints.restore(like)
+                same(found, tree)
+                assert all(found[name].sharding == leaf.sharding for name, leaf in like.items())
+        same(load(str(tmp_path / str(i)))[1]["large"], np.asarray(saved["large"]))
+
+
+def test_each_shard_has_a_digest(tmp_path):
+    values = np.arange(64, dtype=np.float32).reshape(8, 8)
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, {"x": jax.device_put(values, split_over(4, "b", "a")), "y": jnp.ones(3)})
+    meta = checkpoint_files.metas(epath.Path(tmp_path))[1]
+    crcs = [zlib.crc32(values[i : i + 4, j : j + 4].tobytes()) for i in (0, 4) for j in (0, 4)]
+    assert meta["blocks"] == {"x": [[4, 4], crcs]}
+    assert meta["leaves"] == {
+        "x": [None, [8, 8], "float32"],
+        "y": [zlib.crc32(np.ones(3, np.float32).tobytes()), [3], "float32"],
+    }
+    assert meta["schema"] == 1
+
+
+def test_a_split_leaf_without_digests_is_restored(tmp_path):
+    """As it was saved before there was a digest for each shard."""
+    tree = laid(SPLITS[3])
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, tree)
+    path = tmp_path / "1" / "meta" / "metadata"
+    meta = {name: value for name, value in json.loads(path.read_text()).items() if name not in ("blocks", "crc32")}
+    path.write_text(json.dumps(checkpoint_files.sealed(meta)))
+    with opened(tmp_path) as checkpoints:
+        same(checkpoints.restore(laid(SPLITS[1], 0))[1], laid(SPLITS[1]))
+        checkpoints.save(1, laid(SPLITS[3]))  # is written again, now with digests
+        checkpoints.wait()
+    assert checkpoint_files.metas(epath.Path(tmp_path))[1]["blocks"].keys() == {"large", "small", "keys"}
+
+
+def test_a_flipped_bit_in_a_shard_is_seen_by_whoever_needs_the_shard(tmp_path):
+    values = np.asarray(laid(SPLITS[0])["large"])  # too random to compress
+    with opened(tmp_path) as checkpoints:
+        for step in (3, 7):
+            checkpoints.save(step, laid(SPLITS[3]))
+    shard = values[32:, 128:256].tobytes()
+    (path,) = [p for p in (tmp_path / "7").rglob("*") if p.is_file() and shard[:64] in p.read_bytes()]
+    data = bytearray(path.read_bytes())
+    data[data.index(shard[:64]) + 5000] ^= 1
+    path.write_bytes(data)
+    root = epath.Path(tmp_path)
+    meta = checkpoint_files.read_meta(root, 7)
+    wanted = {name: {tuple((0, n) for n in leaf[1])} for name, leaf in meta["leaves"].items()}
+    for box, damaged in [
+        (((0, 32), (0, 512)), False),
+        (((32, 64), (0, 128)), False),
+        (((32, 64), (256, 512)), False),
+        (((32, 33), (255, 256)), True),
+        (((31, 33), (120, 130)), True),
+        (((0, 64), (0, 512)), True),
+    ]:
+        if damaged:
+            with pytest.raises(checkpoint_files.Damaged, match=r"^large does not match its digest"):
+                checkpoint_files.read_parts(root, meta, {**wanted, "large": {box}})
+        else:
+            found = checkpoint_files.read_parts(root, meta, {**wanted, "large": {box}})["large"][box]
+            np.testing.assert_array_equal(found, values[tuple(slice(*each) for each in box)])
+    with opened(tmp_path) as checkpoints:
+        with pytest.warns(UserWarning, match="/7: large does not match its digest"):
+            step, found, _ = checkpoints.restore(laid(SPLITS[2], 0))
+        assert step == 3
+        same(found, laid(SPLITS[2]))
+
+
+def test_only_the_blocks_that_a_process_needs_are_read_and_each_once(tmp_path, monkeypatch):
+    values, reads, real = np.arange(4096).reshape(64, 64), [], tensorstore.open
+
+    class Watched(NamedTuple):
+        store: Any
+
+        def result(self):
+            return self if hasattr(self.store, "domain") else Watched(self.store.result())
+
+        def __getitem__(self, index):
+            return Watched(self.store[index])
+
+        def read(self):
+            reads.append(tuple((i.inclusive_min, i.exclusive_max) for i in self.store.domain))
+            return self.store.read()
+
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, {"x": jax.device_put(values, split_over(8, "b", "a"))})  # blocks [16, 32]
+    monkeypatch.setattr(tensorstore, "open", lambda *given, **options: Watched(real(*given, **options)))
+    root = epath.Path(tmp_path)
+    meta = checkpoint_files.read_meta(root, 1)
+    quarter, across = ((32, 48), (0, 64)), ((10, 20), (5, 6))
+    found = checkpoint_files.read_parts(root, meta, {"x": {quarter, across}})["x"]
+    np.testing.assert_array_equal(found[quarter], values[32:48])
+    np.testing.assert_array_equal(found[across], values[10:20, 5:6])
+    assert sorted(reads) == [((0, 16), (0, 32)), ((16, 32), (0, 32)), ((32, 48), (0, 32)), ((32, 48), (32, 64))]
+
+
+@given(
+    grid=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3)), max_size=3), chosen=st.randoms(use_true_random=False)
+)
+def test_blocks_are_numbered_in_c_order(grid, chosen):
+    block, shape = tuple(size for _, size in grid), tuple(count * size for count, size in grid)
+    places = np.arange(np.prod([count for count, _ in grid], dtype=int)).reshape([count for count, _ in grid])
+    number = np.kron(places, np.ones(block, int)) if grid else places
+    box = tuple(sorted(chosen.sample(range(n + 1), 2)) for n in shape)
+    blocks = list(leaves.blocks_in(tuple((start, stop) for start, stop in box), block))
+    found = [leaves.number_of(each, shape, block) for each in blocks]
+    assert found == sorted(set(number[tuple(slice(*each) for each in box)].ravel().tolist()))
+
+
+def test_what_the_processes_of_a_run_tell_each_other():
+    words = lambda held: json.dumps({"w": held})
+    assert store._merged([words([[2, 7], [0, 5]]), words([[1, 6], [2, 7]])]) == ({"w": [5, 6, 7]}, "")
+    assert store._merged([words([[0, 5]]), words([[0, 4]])]) == ({}, "block 0 of w on process 1 and on one before it")
+    valid, other = store.Outcome(meta=1), store.Outcome(meta=2)
+    damaged, lost = store.Outcome(1, "Damaged", "w"), store.Outcome(None, "Damaged", "metadata is missing")
+    busy, foreign = store.Outcome(1, "Unavailable", "busy"), store.Outcome(1, "InputError", "foreign")
+    for outcomes, failure, why in [
+        ([valid, valid], "", ""),
+        ([valid, damaged, valid], "Damaged", "w"),
+        ([lost, lost], "Damaged", "metadata is missing"),
+        ([lost, valid], "Damaged", "metadata is missing"),
+        ([damaged, busy], "Unavailable", "busy"),
+        ([busy, foreign], "InputError", "foreign"),
+        ([valid, lost], "InputError", "process 1 cannot read a/1 as process 0 does (metadata is missing); give a"),
+        ([valid, other], "InputError", "process 1 cannot read a/1 as process 0 does (another file); give a"),
+    ]:
+        found = store._worst(outcomes, "a/1")
+        assert found[0] == failure
+        assert found[1].startswith(why)
 
 
 # ----------------------------------------------------------------------------------------------- what does not fit

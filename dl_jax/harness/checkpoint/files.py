@@ -2,12 +2,16 @@
 
     <step>/state/           the leaves as plain nested dicts, in Orbax's format; typed PRNG keys as their key data
     <step>/meta/metadata    JSON {schema, step, metrics, best, owner, note,
-                            leaves: {path: [crc32, shape, dtype]}, crc32}
+                            leaves: {path: [crc32, shape, dtype]},
+                            blocks: {path: [shape of a block, [crc32, ...]]}, crc32}
     damaged-<step>/         a checkpoint that a restore skipped, and after which a newer one was saved
 
 We keep digests because Orbax restores arrays with flipped bits without an error; the last `crc32` is the digest of the
-metadata. Orbax writes the arrays, but TensorStore, the layer below it, reads them: if one leaf is damaged, Orbax's
-restore leaves the reads of the others running, and each of them prints a traceback.
+metadata. A leaf that was split over devices has null in `leaves` and a digest for each of its shards in `blocks`, by
+their numbers (see `core.leaves`), so that a process verifies what it needs without reading the rest.
+
+Orbax writes the arrays, but TensorStore, the layer below it, reads them: if one leaf is damaged, Orbax's restore leaves
+the reads of the others running, and each of them prints a traceback.
 
 A checkpoint is damaged where a part is missing, cannot be parsed or does not match its digest. A part that cannot be
 read (no permission, an I/O error, too many open files, a bucket that does not answer) says nothing about it: reading is
@@ -25,9 +29,9 @@ from etils import epath
 
 from dl_jax.core import bucket, errors
 from dl_jax.core.errors import InputError
-from dl_jax.core.files import MISSING, children, exists, is_folder, move, patiently, sealed, unsealed
+from dl_jax.core.files import MISSING, children, exists, is_folder, move, sealed, unsealed
 from dl_jax.core.files import absolute as absolute_path
-from dl_jax.core.leaves import Spec, Tree, digest
+from dl_jax.core.leaves import Box, Spec, Tree, blocks_in, digest, number_of, whole_box
 from dl_jax.core.leaves import differences as leaf_differences
 from dl_jax.core.recorder import Best
 from dl_jax.harness.identity import Identity, differences, read_by_both
@@ -42,10 +46,10 @@ PASSING = ("UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "PERMISSION
 
 
 class Valid(NamedTuple):
-    """A checkpoint whose digests all agree."""
+    """A checkpoint in which the digests of all that was read agree."""
 
     meta: Meta
-    arrays: dict[str, np.ndarray]  # by path
+    parts: dict[str, dict[Box, np.ndarray]]  # by path
 
 
 class Damaged(Exception):
@@ -155,7 +159,13 @@ def best_of(candidates: Mapping[int, Meta], criterion: Sequence[str] | None) -> 
 
 
 def describe(
-    step: int, leaves: Mapping[str, list], metrics: Mapping[str, float], best: Best | None, owner: Any, note: Any
+    step: int,
+    leaves: Mapping[str, list],
+    blocks: Mapping[str, list],
+    metrics: Mapping[str, float],
+    best: Best | None,
+    owner: Any,
+    note: Any,
 ) -> Meta:
     """The metadata of a checkpoint, in types that JSON preserves."""
     return {
@@ -166,38 +176,23 @@ def describe(
         "owner": owner,
         "note": note,
         "leaves": dict(leaves),
+        "blocks": dict(blocks),
     }
 
 
 def covers(meta: Meta, other: Meta) -> bool:
     """Whether the checkpoint of `meta` has everything that `other` describes. False if a leaf has no digest."""
-    same = meta["step"] == other["step"] and meta["leaves"] == other["leaves"]
-    known = all(crc is not None for crc, *_ in other["leaves"].values())
+    same = all(meta.get(key, {}) == other[key] for key in ("step", "leaves", "blocks"))
+    known = all(crc is not None or path in other["blocks"] for path, (crc, *_) in other["leaves"].items())
     return same and known and other["metrics"].items() <= meta["metrics"].items()
 
 
-def newest_valid(
-    root: epath.Path,
-    name: str,
-    candidates: Iterable[int],
-    model: Mapping[str, Spec] | None,
-    owner: Identity | None = None,
-) -> tuple[Valid | None, dict[int, str]]:
-    """The first valid checkpoint of `candidates`, and {step: reason} of the damaged ones before it.
-
-    Raises InputError, before any array is read, where its leaves are not those of `model`, if a model is given, and
-    where it belongs to another run than `owner`, if an owner is given; Unavailable where it cannot be read.
-    """
+def newest(candidates: Iterable[int], read: Callable[[int], T]) -> tuple[T | None, dict[int, str]]:
+    """What `read(step)` gives for the first step that is not Damaged, and {step: reason} of those before it."""
     damage: dict[int, str] = {}
     for step in candidates:
-
-        def valid(step: int = step) -> Valid:
-            meta = read_meta(root, step)
-            _check(meta, model, owner, f"{name}/{step}")
-            return Valid(meta, _read_arrays(root, meta))
-
         try:
-            return patiently(valid, f"checkpoint {name}/{step}"), damage
+            return read(step), damage
         except Damaged as error:
             damage[step] = str(error)
     return None, damage
@@ -230,7 +225,8 @@ def reason(error: Exception) -> str:
     return errors.reason(error).split(" [tensorstore_spec")[0][:160]
 
 
-def _check(meta: Meta, model: Mapping[str, Spec] | None, owner: Identity | None, name: str) -> None:
+def require_fit(meta: Meta, model: Mapping[str, Spec] | None, owner: Identity | None, name: str) -> None:
+    """Raises InputError where a checkpoint has another schema, other leaves than a model, or another owner."""
     if meta["schema"] != SCHEMA:
         raise InputError(
             f"checkpoint {name} has schema {meta['schema']}, and this dl_jax reads {SCHEMA}; use the one that wrote it"
@@ -255,17 +251,28 @@ def _check(meta: Meta, model: Mapping[str, Spec] | None, owner: Identity | None,
         )
 
 
-def _read_arrays(root: epath.Path, meta: Meta) -> dict[str, np.ndarray]:
-    """{path: array} of all leaves, on the host. Raises Damaged where one is not valid."""
+def read_parts(
+    root: epath.Path, meta: Meta, wanted: Mapping[str, Iterable[Box]] | None = None
+) -> dict[str, dict[Box, np.ndarray]]:
+    """{path: {part: values}} of the wanted parts of all leaves, on the host; by default the whole leaves.
+
+    A block with which a part overlaps is read once, as a whole, and no other block is read. Raises Damaged where one of
+    them is not valid, and Unreadable.
+    """
     import tensorstore
 
     state = root / str(meta["step"]) / "state"
-    filled = [path for path, (_, shape, _) in meta["leaves"].items() if 0 not in shape]
+    shapes = {path: tuple(shape) for path, (_, shape, _) in meta["leaves"].items()}
+    wanted = wanted or {path: {whole_box(shape)} for path, shape in shapes.items()}
+    layouts = {path: _layout(meta, path) for path in shapes}
+    filled = [path for path, shape in shapes.items() if 0 not in shape]
+    needed = {path: {b for box in wanted[path] for b in blocks_in(box, layouts[path][1])} for path in filled}
 
-    def fetch() -> dict[str, Any]:
-        stores = {path: tensorstore.open(_location(state, path), open=True, read=True) for path in filled}
-        reads = {path: store.result().read() for path, store in stores.items()}
-        return {path: read.result() for path, read in reads.items()}
+    def fetch() -> dict[str, dict[Box, Any]]:
+        opened = {path: tensorstore.open(_location(state, path), open=True, read=True) for path in filled}
+        stores = {path: store.result() for path, store in opened.items()}
+        reads = {path: {b: stores[path][_slices(b)].read() for b in needed[path]} for path in filled}
+        return {path: {b: read.result() for b, read in each.items()} for path, each in reads.items()}
 
     try:
         found = fetch()
@@ -275,13 +282,41 @@ def _read_arrays(root: epath.Path, meta: Meta) -> dict[str, np.ndarray]:
             found = fetch()  # it may have been a failure to read that is over
         except Exception as again:
             raise Damaged(f"its arrays cannot be read, {reason(again)}") from again
-    arrays = {}
-    for path, (crc, shape, dtype) in meta["leaves"].items():
-        stored = np.dtype("uint32" if dtype.startswith("key<") else dtype)
-        array = arrays[path] = found[path] if path in found else np.zeros(shape, stored)
-        if array.shape != tuple(shape) or array.dtype != stored or crc not in (None, digest(array)):
-            raise Damaged(f"{path} does not match its digest")
-    return arrays
+    parts = {}
+    for path, (shape, block, crcs) in layouts.items():
+        dtype = meta["leaves"][path][2]
+        stored, blocks = np.dtype("uint32" if dtype.startswith("key<") else dtype), found.pop(path, {})
+        for box, values in blocks.items():
+            crc = crcs[number_of(box, shape, block)]
+            if values.dtype != stored or crc not in (None, digest(values)):
+                raise Damaged(f"{path} does not match its digest")
+        parts[path] = {box: _part(box, blocks, stored) for box in wanted[path]}
+    return parts
+
+
+def _layout(meta: Meta, path: str) -> tuple[tuple[int, ...], tuple[int, ...], list[int | None]]:
+    """The shape of a leaf, that of its blocks, and their digests; None for one that has none."""
+    crc, shape, _ = meta["leaves"][path]
+    block, crcs = meta.get("blocks", {}).get(path, (shape, [crc]))  # before there were blocks, a split leaf had null
+    return tuple(shape), tuple(block), crcs
+
+
+def _part(box: Box, blocks: Mapping[Box, np.ndarray], dtype: np.dtype) -> np.ndarray:
+    """A part of an array, from the blocks that overlap with it."""
+    if box in blocks:
+        return blocks[box]
+    part = np.zeros([stop - start for start, stop in box], dtype)
+    for block, values in blocks.items():
+        both = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, block, strict=True))
+        if all(start < stop for start, stop in both):
+            part[_slices(both, box)] = values[_slices(both, block)]
+    return part
+
+
+def _slices(box: Box, within: Box | None = None) -> tuple[slice, ...]:
+    """The index of a part in an array, or in another part `within` which it lies."""
+    origin = [start for start, _ in within] if within else [0] * len(box)
+    return tuple(slice(start - o, stop - o) for (start, stop), o in zip(box, origin, strict=True))
 
 
 def _require_readable(folder: epath.Path, error: Exception) -> None:

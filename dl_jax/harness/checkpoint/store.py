@@ -6,28 +6,53 @@ open a folder with a damaged metrics file. `files` describes the files on disk.
 """
 
 import contextlib
+import json
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from dl_jax.core.errors import InputError, Unavailable
-from dl_jax.core.files import patiently
-from dl_jax.core.leaves import Spec, Tree, digest, named, nested, place_like, spec, stored_values
+from dl_jax.core.files import patiently, sealed
+from dl_jax.core.leaves import (
+    Box,
+    Spec,
+    Tree,
+    block_shape,
+    digests,
+    named,
+    nested,
+    parts_here,
+    place_like,
+    spec,
+    stored_values,
+)
 from dl_jax.core.recorder import Best, require_mode
 from dl_jax.harness.checkpoint import files
 from dl_jax.harness.identity import Identity
+from dl_jax.harness.peers import Peers
+
+FAILURES = {error.__name__: error for error in (files.Damaged, InputError, Unavailable)}
+
+
+class Outcome(NamedTuple):
+    """How a process's attempt to read a checkpoint ended, for the others."""
+
+    meta: int | None = None  # the digest of the metadata; None where they are not valid
+    failure: str = ""  # the name of one of FAILURES
+    why: str = ""
 
 
 class Checkpoints:
     """The checkpoints of one run in a directory, local or gs://, to which no other process group writes.
 
     The newest `keep` checkpoints are kept, and the best one by `best`, a metric's name and "min" or "max". With several
-    processes, all of them have to call every method; process 0 decides which checkpoint is restored.
+    processes, all of them have to call every method. Each writes and reads the shards of its own devices, and all
+    restore the same checkpoint.
 
     `owner` says whose checkpoints these are. It is saved with them, and those of another owner are refused. `agree` is
     called at each save with {path: CRC-32} of the leaves that each process holds as a whole, and raises where those of
@@ -47,6 +72,7 @@ class Checkpoints:
         require_mode(best)
         self._name, self._root, self._keep, self._best = directory, files.absolute(directory), keep, best
         self._owner, self._agree = owner, agree
+        self._peers = Peers()
         self._writer: Any = None  # made by the first save: importing Orbax takes a second
         self._finisher = ThreadPoolExecutor(1)
         self._unfinished: Future[None] | None = None  # the save under way
@@ -70,18 +96,36 @@ class Checkpoints:
         Metrics that are not finite are left out, so they cannot make a checkpoint the best one.
 
         Raises InputError where an earlier save failed, this one cannot start, or the directory holds a checkpoint of
-        this step or a later one that this writer has not restored; TypeError where a leaf is not an array.
+        this step or a later one that this writer has not restored, and where two processes differ in a shard that both
+        hold; TypeError where a leaf is not an array.
         """
         self.wait()
         jax.block_until_ready(tree)  # what fails to be computed is no failure to write
         leaves = named(tree)
         values = {path: stored_values(leaf) for path, leaf in leaves.items()}
-        records = {path: [digest(values[path]), *map(_jsonable, spec(leaf))] for path, leaf in leaves.items()}
+        held = {path: digests(array) for path, array in values.items()}
+        blocks = {path: block_shape(array) for path, array in values.items()}
+        one = {path: held[path][0] for path, array in values.items() if blocks[path] == array.shape}
         if self._agree:
-            self._agree({path: crc for path, (crc, *_) in records.items() if crc is not None})
-        finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
-        meta = files.describe(step, records, finite, self._best, self._owner and self._owner(), note)
-        if self._latest is not None and files.covers(self._latest, meta):
+            self._agree(one)
+        split = {path: [*held[path].items()] for path in leaves if path not in one}
+        crcs, differing = _merged(self._peers.gather(json.dumps(split)) if split else [])
+        meta = files.describe(
+            step,
+            {path: [one.get(path), *map(_jsonable, spec(leaf))] for path, leaf in leaves.items()},
+            {path: [list(blocks[path]), each] for path, each in crcs.items()},
+            {name: float(value) for name, value in metrics.items() if math.isfinite(value)},
+            self._best,
+            self._owner and self._owner(),
+            note,
+        )
+        # Process 0 alone knows all digests, and alone writes them, so it says for all what comes next.
+        covered = self._latest is not None and files.covers(self._latest, meta)
+        if split:
+            covered, differing = json.loads(self._peers.told(json.dumps([covered, differing])))
+        if differing:
+            raise InputError(f"processes differ: {differing}; give all of them the same command, code and data")
+        if covered:
             return
         if jax.process_index() == 0:
             self._root.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
@@ -108,8 +152,11 @@ class Checkpoints:
         self.wait()
         leaves = named(like)
         model = {path: spec(leaf) for path, leaf in leaves.items()}
-        found = self._newest(model) if jax.process_count() == 1 else self._agreed(model)
-        for step, why in self._damaged.items():
+        wanted = {path: parts_here(leaf) for path, leaf in leaves.items()}
+        first = jax.process_index() == 0
+        steps = json.loads(self._peers.told(json.dumps(self._steps() if first else [])))
+        found, self._damaged = files.newest(steps, lambda step: self._read(step, model, wanted))
+        for step, why in self._damaged.items() if first else ():
             warnings.warn(f"skipped the damaged checkpoint {self._name}/{step}: {why}", stacklevel=2)
         if found is None and self._damaged:
             raise InputError(
@@ -119,7 +166,7 @@ class Checkpoints:
         if found is None:
             return None
         self._latest = found.meta
-        placed = [place_like(found.arrays[path], leaf) for path, leaf in leaves.items()]
+        placed = [place_like(found.parts.pop(path), leaf) for path, leaf in leaves.items()]
         return found.meta["step"], jax.tree.unflatten(jax.tree.structure(like), placed), found.meta.get("note")
 
     def wait(self) -> None:
@@ -157,36 +204,25 @@ class Checkpoints:
     def _steps(self) -> list[int]:
         return patiently(lambda: files.steps(self._root), self._name)
 
-    def _newest(self, model: Mapping[str, Spec]) -> files.Valid | None:
-        owner = self._owner and self._owner()
-        found, self._damaged = files.newest_valid(self._root, self._name, self._steps(), model, owner)
-        return found
+    def _read(self, step: int, model: Mapping[str, Spec], wanted: Mapping[str, set[Box]]) -> files.Valid:
+        """What this process wants of a checkpoint. Raises the same on all processes unless all of them can have it.
 
-    def _agreed(self, model: Mapping[str, Spec]) -> files.Valid | None:
-        """The checkpoint that process 0 chooses, read by every process."""
-        from jax.experimental import multihost_utils
-
-        found, refusal = None, None
-        if jax.process_index() == 0:
-            try:
-                found = self._newest(model)
-            except InputError as error:
-                refusal = error
-        nothing = -3 if self._damaged else -1
-        choice = -2 if refusal else nothing if found is None else found.meta["step"]
-        choice = int(multihost_utils.broadcast_one_to_all(np.int32(choice)))
-        if choice == -2:
-            raise refusal or InputError(f"process 0 refuses the checkpoints in {self._name}; its message says why")
-        if choice == -3 and jax.process_index():
-            raise InputError(f"all checkpoints in {self._name} are damaged; the message of process 0 says more")
-        if choice < 0 or jax.process_index() == 0:
-            return found
-        found, damage = files.newest_valid(self._root, self._name, [choice], model)
-        if found is None:
-            raise InputError(
-                f"process {jax.process_index()} cannot read {self._name}/{choice} as process 0 does "
-                f"({damage[choice]}); give a --workdir that all hosts share"
+        Raises Damaged; InputError where it does not fit; Unavailable where it cannot be read.
+        """
+        name, here, found, cause = f"{self._name}/{step}", Outcome(), None, None
+        try:
+            meta = patiently(lambda: files.read_meta(self._root, step), f"checkpoint {name}")
+            here = Outcome(meta=sealed(meta)["crc32"])
+            files.require_fit(meta, model, self._owner and self._owner(), name)
+            found = files.Valid(
+                meta, patiently(lambda: files.read_parts(self._root, meta, wanted), f"checkpoint {name}")
             )
+        except (files.Damaged, InputError, Unavailable) as error:
+            cause, here = error, here._replace(failure=type(error).__name__, why=str(error))
+        outcomes = [Outcome(*json.loads(words)) for words in self._peers.gather(json.dumps(here))]
+        failure, why = json.loads(self._peers.told(json.dumps(_worst(outcomes, name))))
+        if failure or found is None:
+            raise FAILURES[failure](why) from cause
         return found
 
     def _make_room(self, step: int) -> None:
@@ -226,13 +262,20 @@ def load(directory: str, step: int | None = None) -> tuple[int, Tree]:
     steps = patiently(lambda: files.steps(root), directory)
     if step is not None and step not in steps:
         raise InputError(f"{directory} has no checkpoint {step}; it has {steps or 'none at all'}")
-    found, damage = files.newest_valid(root, directory, steps if step is None else [step], None)
+
+    def read(step: int) -> files.Valid:
+        meta = files.read_meta(root, step)
+        files.require_fit(meta, None, None, f"{directory}/{step}")
+        return files.Valid(meta, files.read_parts(root, meta))
+
+    patient = lambda step: patiently(lambda: read(step), f"checkpoint {directory}/{step}")
+    found, damage = files.newest(steps if step is None else [step], patient)
     if found is None:
         reasons = "; ".join(f"{step}: {why}" for step, why in damage.items()) or "there is none at all"
         raise InputError(f"no valid checkpoint in {directory} ({reasons}); give another directory or step")
     for skipped, why in damage.items():
         warnings.warn(f"skipped the damaged checkpoint {directory}/{skipped}: {why}", stacklevel=2)
-    return found.meta["step"], nested(found.arrays)
+    return found.meta["step"], nested({path: array for path, parts in found.parts.items() for array in parts.values()})
 
 
 def best_step(directory: str) -> int | None:
@@ -247,3 +290,30 @@ def best_step(directory: str) -> int | None:
 
 def _jsonable(value: tuple[int, ...] | str) -> list[int] | str:
     return list(value) if isinstance(value, tuple) else value
+
+
+def _merged(gathered: Sequence[str]) -> tuple[dict[str, list[int]], str]:
+    """{path: digests of all blocks} from those that the processes hold, and what differs where two hold the same."""
+    found: dict[str, dict[int, int]] = {}
+    for process, words in enumerate(gathered):
+        for path, held in json.loads(words).items():
+            known = found.setdefault(path, {})
+            for number, crc in held:
+                if known.setdefault(number, crc) != crc:
+                    return {}, f"block {number} of {path} on process {process} and on one before it"
+    return {path: [known[number] for number in sorted(known)] for path, known in found.items()}, ""
+
+
+def _worst(outcomes: Sequence[Outcome], name: str) -> tuple[str, str]:
+    """What all processes raise, an exception's name and message, after each has tried to read a checkpoint."""
+    for failure in ("InputError", "Unavailable"):
+        for each in outcomes:
+            if each.failure == failure:
+                return failure, each.why
+    for process, each in enumerate(outcomes):
+        if each.meta != outcomes[0].meta and outcomes[0].meta is not None:
+            return "InputError", (
+                f"process {process} cannot read {name} as process 0 does ({each.why or 'another file'}); "
+                "give a --workdir that all hosts share"
+            )
+    return next(((each.failure, each.why) for each in outcomes if each.failure), ("", ""))

@@ -66,7 +66,7 @@ def train(folder: Path, steps: int, peers: Peers | None, before: Callable[[int],
 def experiment(name: str, folder: Path, address: str, process: int) -> None:
     """As from its command line, but that this process has joined the other before and does not leave it."""
     script = str(ROOT / "experiments" / f"{name}.py")
-    sys.argv = [script, "--preset", "smoke", "--seeds", "1", "--workdir", str(folder / name)]
+    sys.argv = [script, "--preset", "smoke", "--seeds", "2", "--workdir", str(folder / name)]
     sys.argv += ["--coordinator", address, "--processes", "2", "--process-id", str(process)]
     said = folder / f"{name}.{process}"
     said.parent.mkdir(parents=True, exist_ok=True)
