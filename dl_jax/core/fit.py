@@ -1,10 +1,11 @@
 """The training loop. It does not depend on a model or data set."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -98,7 +99,7 @@ def fit(
     """
     _require_intervals(steps, every, scan, watch, stop)
     run = run or Recorder()
-    seeds = np.size(state.step)
+    seeds = np.size(state.step) if isinstance(stream, Stream) and stream.axis else 1  # that batches are split by
     mesh = mesh_for(stream, seeds)
     shardings = shardings_of(state, stream, mesh, carried, run.fsdp)
     target = planned()
@@ -150,7 +151,7 @@ def fit(
         events.waited(window.waited)
         window.reset()
 
-    with ahead(batches, steps if isinstance(stream, Stream) else 0) as upcoming:
+    with _reporting(settle), ahead(batches, steps if isinstance(stream, Stream) else 0) as upcoming:
         while i < steps and not stopped().all():
             asked = time.perf_counter()
             batch = upcoming(i, stride)
@@ -183,6 +184,17 @@ def fit(
     _require_finite(state, i, run)
     run.finish(i, Snapshot(state, rule, window.content()))
     return _seen(state, run.fsdp)
+
+
+@contextlib.contextmanager
+def _reporting(settle: Callable[[int], None]) -> Iterator[None]:
+    """A context after which, if it ends by an exception, what the calls before it have measured is reported."""
+    try:
+        yield
+    except Exception:
+        with contextlib.suppress(Exception):  # the first one tells what is wrong
+            settle(0)
+        raise
 
 
 def _steps_in_a_call(

@@ -4,10 +4,12 @@ import contextlib
 import dataclasses
 import functools
 import math
+import queue
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -161,17 +163,32 @@ def ahead(batches: Batches, stop: int) -> Iterator[Callable[[int, int], Batch]]:
     at that stride, below `stop`. With stride 0, where it is not known yet, nothing is read ahead.
     """
     coming: dict[int, Future[Batch]] = {}
-    with contextlib.ExitStack() as ending:
-        pool = ThreadPoolExecutor(1, "batches")
-        ending.callback(pool.shutdown, cancel_futures=True)
+    asked: queue.SimpleQueue[tuple[int, Future[Batch]] | None] = queue.SimpleQueue()
 
-        def batch(i: int, stride: int) -> Batch:
-            for step in range(i, min(i + AHEAD * stride + 1, stop), stride) if stride else ():
-                if step not in coming:
-                    coming[step] = pool.submit(batches, step)
-            return coming.pop(i).result() if i in coming else batches(i)
+    def read() -> None:
+        while given := asked.get():
+            step, future = given
+            try:
+                future.set_result(batches(step))
+            except BaseException as error:
+                future.set_exception(error)
 
+    def batch(i: int, stride: int) -> Batch:
+        for step in range(i, min(i + AHEAD * stride + 1, stop), stride) if stride else ():
+            if step not in coming:
+                coming[step] = Future()
+                asked.put((step, coming[step]))
+        return coming.pop(i).result() if i in coming else batches(i)
+
+    # A daemon, unlike the threads of an executor: a read that hangs must not keep the process from ending.
+    reader = threading.Thread(target=read, name="batches", daemon=True)
+    reader.start()
+    try:
         yield batch
+        asked.put(None)
+        reader.join()
+    finally:
+        asked.put(None)
 
 
 def _stacked(batches: Sequence[Batch]) -> Batch:

@@ -3,6 +3,7 @@
 import functools
 import json
 import threading
+import time
 
 import flax.linen as nn
 import jax
@@ -300,7 +301,7 @@ def test_the_steps_of_a_call_of_an_accelerator_divide_all_that_is_due(
 
 
 def test_an_accelerator_scans_by_default_and_equals_single_steps(monkeypatch):
-    stream, shapes, advance = data.shuffled(RECORDS, 8, 0), [], fit_module._advance
+    shapes, advance = [], fit_module._advance
     step = per_seed(make_step(noisy_loss, ADAM), one_by_one=True)
     states, stream = jax.tree.map(lambda x: jnp.stack([x, x]), start()), data.shuffled(RECORDS, 8, (0, 1))
     one, many = Log(), Log()
@@ -358,7 +359,44 @@ def test_a_batch_that_cannot_be_read_ends_the_fit():
     log = Log()
     with pytest.raises(OSError, match="no such record"):
         fit(STEP, start(), Stream(64, read), steps=6, every=1, run=log)
-    assert not any(thread.name.startswith("batches") for thread in threading.enumerate())
+    assert [step for step, _ in log.reports] == [1, 2, 3]
+    for thread in threading.enumerate():
+        if thread.name == "batches":
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+def test_a_read_that_hangs_does_not_keep_the_fit_from_ending():
+    hangs = threading.Event()
+
+    class Ends(Log):
+        def stepped(self, step):
+            if step == 2:
+                raise RuntimeError("the run was asked to end")
+            return False
+
+    def read(i, rows):
+        if i == 3:
+            hangs.wait(60)
+        return RECORDS | {}
+
+    began = time.perf_counter()
+    with pytest.raises(RuntimeError, match="asked to end"):
+        fit(STEP, start(), Stream(64, read), steps=6, run=Ends())
+    assert time.perf_counter() - began < 30
+    hangs.set()
+
+
+def test_seeds_may_share_a_batch():
+    """The stream has no axis of seeds, so the rows are split, and every device trains all seeds."""
+    states = jax.tree.map(lambda x: jnp.stack([x] * 4), start())
+    step = jax.vmap(STEP, (0, None))
+    expected = fit(step, states, rows, steps=4)
+    equal(
+        expected,
+        fit(step, states, Stream(8, lambda i, part: {k: v[part] for k, v in rows(i).items()}), steps=4),
+        rtol=1e-5,
+    )
 
 
 def test_a_step_that_does_not_count_is_named():
