@@ -30,7 +30,7 @@ def _of_equation(equation: Any) -> float:
     values = [each for value in params.values() for each in (value if isinstance(value, tuple) else (value,))]
     inner = sum(flops(value) for value in values if hasattr(getattr(value, "jaxpr", value), "eqns"))
     if name == "shard_map":  # its shapes are those of one device
-        return inner * math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+        return inner * math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
     return params["length"] * inner if name == "scan" else inner
 
 

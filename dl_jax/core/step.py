@@ -212,15 +212,10 @@ def over_seeds(function: Callable[[Tree, Tree], Tree]) -> Callable[[Tree, Tree],
         specs = PartitionSpec(SEED), PartitionSpec()
 
         def own(by_seed: Tree, shared: Tree) -> Tree:
-            # The partitioner fails at a result that depends on no number of a seed, such as the weight of a mean.
-            leaves, structure = jax.tree.flatten(function(by_seed, shared))
-            small = [i for i, leaf in enumerate(leaves) if leaf.size < 1000]
+            # The partitioner fails at a result that depends on no number of a seed, such as the weight of a mean: tie
+            # all results to one.
             least = min(jax.tree.leaves(by_seed), key=lambda leaf: (not is_real(leaf), leaf.size))
-            for i, leaf in zip(
-                small, jax.lax.optimization_barrier(([leaves[i] for i in small], least))[0], strict=True
-            ):
-                leaves[i] = leaf
-            return jax.tree.unflatten(structure, leaves)
+            return jax.lax.optimization_barrier((function(by_seed, shared), least))[0]
 
         return jax.shard_map(own, in_specs=specs, out_specs=specs[0], axis_names={SEED}, check_vma=False)(
             by_seed, shared

@@ -127,7 +127,7 @@ def launch(main: Main, presets: Mapping[str, Any], claims: Sequence[Claim]) -> N
             check_common(common)
             keep_freed_memory()
             set_folders(common)
-            if common.plan:
+            if common.plan is not None:
                 sys.exit(plan(Experiment(main, presets, claims), preset, config, common))
             peers = Peers() if join_processes(common) else None
             cache_programs()
@@ -293,6 +293,16 @@ def run_experiment(
 def plan(experiment: Experiment, preset: str, config: Any, common: Common) -> int:
     """Plans the experiment for a slice instead of running it, and returns the exit status."""
     where = slice_of(common.plan or "")
+    for flag, given in {
+        "--restart": common.restart,
+        "--profile": common.profile,
+        "--coordinator": common.coordinator,
+        "--processes": common.processes,
+        "--process-id": common.process_id,
+        "--cluster": common.cluster,
+    }.items():
+        if given is not None and given is not False:
+            raise InputError(f"{flag} is given with --plan, expected one of them: a plan runs nothing; leave one out")
     settings = Settings(seeds=seeds_of(common), skip_nonfinite=common.on_nan == "skip", fsdp=common.fsdp)
     facts = {
         "experiment": name_of(experiment.script),

@@ -134,6 +134,8 @@ def test_seeds_over_devices_equal_one_device_and_do_not_communicate(one_by_one, 
     predict = lambda variables, batch: Net().apply(variables, batch["image"], train=False)
     found = [collect(predict, state.variables, RECORDS, 12) for state in (one, eight)]
     assert found[0].shape == (16, 64, 10)
+    constant = collect(lambda variables, batch: jnp.ones((12, 200)), eight.variables, RECORDS, 12)
+    assert constant.shape == (16, 64, 200)
     np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-5)
 
 

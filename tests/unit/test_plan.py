@@ -5,11 +5,14 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
 
+from dl_jax import classify
 from dl_jax.core.errors import InputError
 from dl_jax.core.flops import flops
+from dl_jax.core.step import make_step, per_seed, start
 from dl_jax.harness.plan import hlo
 from dl_jax.harness.plan.bounds import CALL, HOP, Bounds, bounds, seconds, worthwhile_batch
 from dl_jax.harness.plan.chips import CHIPS, slice_of
@@ -69,6 +72,22 @@ def test_loops_multiply_and_platforms_do_not_add_up():
     assert flops(jax.make_jaxpr(branches)(a)) == 2 * 2 * 4**3
     called = jax.jit(jax.checkpoint(lambda a: a @ a))
     assert flops(jax.make_jaxpr(called)(a)) == 2 * 4**3
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (4, 2), (8, 1)])
+def test_operations_are_those_of_all_seeds_however_they_are_split(shape):
+    model = MLP((300,), classes=10)
+    image = jnp.zeros((BATCH, 28, 28, 1))
+    states = jax.eval_shape(
+        lambda keys: start(model, optax.sgd(0.1), keys, keys, image), jax.random.split(jax.random.key(0), 8)
+    )
+    step = per_seed(make_step(classify.loss(model.apply), optax.sgd(0.1)))
+    batch = {"image": jnp.zeros((8, *image.shape)), "label": jnp.zeros((8, BATCH), jnp.int32)}
+    axes = (jax.sharding.AxisType.Auto,) * 2
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh(shape, ("seed", "data"), axis_types=axes)):
+        found = flops(jax.make_jaxpr(step)(states, batch))
+    forward = 2 * BATCH * (784 * 300 + 300 * 10)
+    assert found == 8 * (2 * forward + 2 * BATCH * 300 * 10)
 
 
 def compiled(function, *args) -> str:
@@ -143,6 +162,54 @@ def test_what_a_tpus_program_does_is_read_of_its_text():
     assert found.bytes == pytest.approx(4 * 1000 + 10 * 4 * 1000 + 4 * 1000, abs=2 * counters)
     assert found.collectives == [Collective("all-reduce", 4 * 1010, 2, 8, 10.0)]
     assert found.callbacks == 1
+
+
+# As libtpu writes asynchronous operations: as starts and ends, and as three fusions of one channel.
+ASYNCHRONOUS = """HloModule jit_step, input_output_alias={ {0}: (1, {}, may-alias) }, num_partitions=16
+
+%fused_start (p.0: f32[1000]) -> f32[4000] {
+  %p.0 = f32[1000]{0:T(1024)S(1)} parameter(0)
+  ROOT %g.0 = f32[4000]{0:T(1024)S(1)} all-gather(%p.0), channel_id=7, replica_groups=[4,4]<=[16], dimensions={0}
+}
+
+%fused_end (p.1: f32[1000]) -> f32[4000] {
+  %p.1 = f32[1000]{0:T(1024)S(1)} parameter(0)
+  ROOT %g.1 = f32[4000]{0:T(1024)S(1)} all-gather(%p.1), channel_id=7, replica_groups=[4,4]<=[16], dimensions={0}
+}
+
+%all-reduce-scatter.3 (p.2: f32[4000]) -> f32[1000] {
+  %p.2 = f32[4000]{0:T(1024)S(1)} parameter(0)
+  %s.2 = f32[4000]{0:T(1024)S(1)} all-reduce(%p.2), channel_id=8, replica_groups=[4,4]<=[16]
+  ROOT %r.2 = f32[1000]{0:T(1024)S(1)} slice(%s.2), slice={[0:1000]}
+}
+
+ENTRY %main (a: f32[1000], b: f32[500]) -> f32[500] {
+  %a = f32[1000]{0:T(1024)S(1)} parameter(0)
+  %b = f32[500]{0:T(512)S(1)} parameter(1)
+  %gather.s = f32[4000]{0:T(1024)S(1)} fusion(%a), kind=kCustom, calls=%fused_start
+  %gather.e = f32[4000]{0:T(1024)S(1)} fusion(%a), kind=kCustom, calls=%fused_end
+  %kept = f32[1000]{0:T(1024)S(1)} fusion(%gather.e), kind=kCustom, calls=%all-reduce-scatter.3
+  %sum.s = f32[1000]{0:T(1024)S(1)} all-reduce-start(%kept), channel_id=1, replica_groups={}
+  %sum.d = f32[1000]{0:T(1024)S(1)} all-reduce-done(%sum.s)
+  %all.s = (f32[1000]{0:S(1)}, f32[4000]{0}) all-gather-start(%sum.d), channel_id=1, replica_groups={}
+  %all.d = f32[4000]{0:T(1024)} all-gather-done(%all.s)
+  %turn.s = (f32[500]{0:S(1)}, f32[500]{0:S(1)}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%b)
+  ROOT %turn.d = f32[500]{0:T(512)S(1)} collective-permute-done(%turn.s)
+}
+"""
+
+
+def test_asynchronous_operations_count_once_with_their_results():
+    found = hlo.read(ASYNCHRONOUS, 16)
+    assert [each[:4] for each in found.collectives] == [
+        ("all-gather", 16000, 1, 4),
+        ("reduce-scatter", 4000, 1, 4),
+        ("all-reduce", 4000, 1, 16),
+        ("all-gather", 16000, 1, 16),
+        ("collective-permute", 2000, 1, 16),
+    ]
+    assert found.bytes == 16000  # the only array that is not in fast memory
+    assert found.in_place == 2000
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ class Found(NamedTuple):
     bytes: float  # read and written in main memory
     collectives: list[Collective]
     callbacks: int  # places where it calls the host, or sends to it
+    in_place: int  # bytes of arguments that results take the place of
 
 
 Computations = Mapping[str, Sequence[Instruction]]
@@ -71,14 +72,38 @@ def read(text: str, devices: int) -> Found:
         types = {each.name: each.type for each in computations[name]}
         for each in computations[name]:
             moved += times * _bytes_of(each, types, computations)
-        for each in _within(computations, name):
-            kind = each.opcode.removesuffix("-start")
-            if kind in COLLECTIVES:
-                # An asynchronous one has its operands in its type too.
-                size, arrays = (n // (2 if each.opcode.endswith("-start") else 1) for n in _whole(each.type))
-                collectives.append(Collective(kind, size, arrays, _group(each.rest, devices), times))
-            callbacks += _calls_host(each)
-    return Found(moved, collectives, callbacks)
+        collectives += [each._replace(times=times) for each in _collectives(computations, name, devices)]
+        callbacks += sum(map(_calls_host, _within(computations, name)))
+    arguments = {each.rest.partition(")")[0]: each.type for each in computations[entry] if each.opcode == "parameter"}
+    header = re.search(r"input_output_alias=\{(.*?)\}, \w+=", text.partition("\n")[0])
+    aliased = set(re.findall(r"\((\d+), \{", header[1])) if header else set()
+    return Found(moved, collectives, callbacks, sum(_whole(arguments[number])[0] for number in aliased))
+
+
+def _collectives(computations: Computations, name: str, devices: int) -> Iterator[Collective]:
+    """The collective operations of one run of a computation."""
+    seen: set[tuple[str, str]] = set()
+    results = {each.operands[0]: each.type for each in computations[name] if each.opcode.endswith("-done")}
+    for each in computations[name]:
+        kind = each.opcode.removesuffix("-start")
+        if (
+            kind in COLLECTIVES
+        ):  # the type of an asynchronous one has operands and contexts too: that of its end has not
+            kind_of = results.get(each.name, each.type) if each.opcode.endswith("-start") else each.type
+            yield Collective(kind, *_whole(kind_of), _group(each.rest, devices), 1)
+        elif each.opcode == "fusion":
+            (called,) = each.called("calls")
+            for inner in _within(computations, called):
+                channel = re.search(r"channel_id=(\d+)", inner.rest)
+                one = inner.opcode, channel[1] if channel else inner.name
+                # libtpu writes the beginning, the middle and the end of an operation as three fusions of one channel.
+                if inner.opcode in COLLECTIVES and one not in seen:
+                    seen.add(one)
+                    scatters = called.startswith("all-reduce-scatter")  # the root is what a device keeps of the sum
+                    kind = "reduce-scatter" if scatters else inner.opcode
+                    yield Collective(
+                        kind, *_whole(each.type if scatters else inner.type), _group(inner.rest, devices), 1
+                    )
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
@@ -142,9 +167,13 @@ def _within(computations: Computations, name: str) -> Iterator[Instruction]:
 
 
 def _bytes_of(each: Instruction, types: Mapping[str, str], computations: Computations) -> float:
+    if each.opcode.removesuffix("-done") in COLLECTIVES and each.opcode.endswith("-done"):
+        return main_memory(each.type)
     if each.opcode in FREE or each.opcode.endswith(("-done", "-update")):
         return 0.0
     operands = [main_memory(types.get(name, "")) for name in each.operands]
+    if each.opcode.removesuffix("-start") in COLLECTIVES and each.opcode.endswith("-start"):
+        return sum(operands)  # its end counts the result
     if each.opcode in SLICES:
         return main_memory(each.type) + (min(operands[0], _whole(each.type)[0]) if operands else 0)
     if each.opcode == "dynamic-update-slice":

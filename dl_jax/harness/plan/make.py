@@ -21,7 +21,7 @@ from dl_jax.core.target import Program, Target, planning
 from dl_jax.harness.plan import bounds, hlo
 from dl_jax.harness.plan.chips import GPUS, Slice
 from dl_jax.harness.plan.show import MB, Cost, Loop, Row, lines
-from dl_jax.harness.workdir import write_json
+from dl_jax.harness.workdir import require_writable, write_json
 
 
 def devices_of(where: Slice) -> list[Any]:
@@ -32,11 +32,13 @@ def devices_of(where: Slice) -> list[Any]:
     jax.config.update("jax_platforms", "cpu")
     of = _gpus if where.kind in GPUS else _tpus
     try:
-        return list(of(where).devices)
+        devices = list(of(where).devices)
     except InputError:
         raise
     except Exception as error:  # JAX's own types, of which the documentation says nothing
         raise InputError(f"--plan {where.name} is refused by the compiler ({reason(error)}); choose another") from error
+    assert len(devices) == where.chips
+    return devices
 
 
 def _tpus(where: Slice) -> Any:
@@ -49,12 +51,14 @@ def _tpus(where: Slice) -> Any:
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
-    host = [min(extent, 2) for extent in where.shape[:2]] + [1]
-    return topologies.get_topology_desc(platform="tpu", topology_name=where.name, chips_per_host_bounds=host)
+    more: dict[str, Any] = {"chips_per_host_bounds": [min(extent, 2) for extent in where.shape[:2]] + [1]}
+    if where.kind == "v4":
+        more["chip_config_name"] = "megacore"  # JAX sees both cores of a chip as one device
+    return topologies.get_topology_desc(platform="tpu", topology_name=where.name, **more)
 
 
 def _gpus(where: Slice) -> Any:
-    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
         raise InputError(
             f"--plan {where.name} needs JAX's CUDA plugin, which is not installed; pip install -e '.[cuda]'"
         )
@@ -73,6 +77,8 @@ def make(main: Callable[[], Any], where: Slice, workdir: str | None, facts: Mapp
 
     `facts` are written beside the rows. The result is whether all of `main` was planned.
     """
+    if workdir:
+        require_writable(epath.Path(absolute(workdir)), workdir)  # before minutes of compilation
     devices, rows = devices_of(where), {}
     times: collections.Counter[str] = collections.Counter()
     hosts = len({device.process_index for device in devices})
@@ -147,7 +153,7 @@ def row_of(program: Program, lowered: Any, where: Slice, hosts: int) -> Row:
         reading=feed.seconds / min(hosts, chips),
     )
     worth = feed.batch_size and bounds.worthwhile_batch(least, feed.batch_size, chips)
-    in_place = min(1.0, size.alias_size_in_bytes / state_bytes(feed.state))
+    in_place = found.in_place / state_bytes(feed.state)
     return row._replace(cost=cost, loop=Loop(feed.steps, feed.batch_size, in_place, least, worth))
 
 
