@@ -131,7 +131,7 @@ def fit(
     state, rule = _copied(saved.state, lies), saved.stop  # a copy: donation deletes the buffers of its input
     i, stride, window = _count(state), 0, Window(saved.window)
     if scan is None:
-        scan = _steps_in_a_call(step, state, stream, mesh, steps, every, watch, run)
+        scan = 1 if i >= steps else _steps_in_a_call(step, state, stream, mesh, steps, every, watch, run)
     batches, compiled = batches_of(stream, mesh, scan, seeds), on_mesh(program(step, stream, scan), stream, mesh)
     pending: collections.deque[tuple[int, Row, np.ndarray]] = collections.deque()
 

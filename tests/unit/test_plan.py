@@ -1,6 +1,7 @@
 """Plans: slices, what is read of a compiled program against hand counts, and the bounds. None of it needs libtpu."""
 
 import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
@@ -164,6 +165,23 @@ def test_what_a_tpus_program_does_is_read_of_its_text():
     assert found.callbacks == 1
 
 
+def test_a_loop_that_does_not_count_up_to_a_constant_counts_once():
+    once = LOOP.replace("direction=LT", "direction=NE")
+    assert [each.times for each in hlo.read(once, 16).collectives] == [1]
+    assert [
+        each.times
+        for each in hlo.read(once.replace("body=%body", 'body=%body, known_trip_count":{"n":"7"}'), 16).collectives
+    ] == [7]
+
+
+def test_of_a_condition_the_branch_that_moves_most_counts():
+    big = jnp.zeros((1000, 1000))
+    text = compiled(lambda p, x: lax.cond(p, lambda x: x * 2 + x.T, lambda x: x, x), True, big)
+    swapped = re.sub(r"branch_computations=\{(%[\w.]+), (%[\w.]+)\}", r"branch_computations={\2, \1}", text)
+    assert swapped != text
+    assert hlo.read(text, 1).bytes == hlo.read(swapped, 1).bytes >= 2 * 4e6
+
+
 # As libtpu writes asynchronous operations: as starts and ends, and as three fusions of one channel.
 ASYNCHRONOUS = """HloModule jit_step, input_output_alias={ {0}: (1, {}, may-alias) }, num_partitions=16
 
@@ -274,8 +292,15 @@ def test_the_time_of_an_all_reduce():
     )
     assert one("all-reduce", 4) == pytest.approx(2 * 3 / 4 * size / 50e9 + 2 * 3 * HOP)  # along one axis
     assert one("all-reduce", 1) == 0
-    torus = seconds(Collective("all-reduce", size, 1, 256, 1), slice_of("v5e:16x16"))
-    assert torus == pytest.approx(2 * 255 / 256 * size / (4 * 50e9) + 2 * 16 * HOP)
+    torus = lambda n, name="v5e:16x16": seconds(Collective("all-reduce", size, 1, n, 1), slice_of(name))
+    assert torus(256) == pytest.approx(2 * 255 / 256 * size / (4 * 50e9) + 2 * 16 * HOP)
+    assert torus(128) == pytest.approx(2 * 127 / 128 * size / (3 * 50e9) + 2 * (8 + 7) * HOP)  # 16 joined, and 8 not
+    assert torus(128, "v5e:8x16") == torus(128)
+    assert torus(16) == pytest.approx(2 * 15 / 16 * size / (2 * 50e9) + 2 * 8 * HOP)
+    assert torus(255) == pytest.approx(torus(256), rel=1e-3)
+    cube = 2 * 63 / 64 * size / (6 * 100e9) + 2 * 6 * HOP
+    assert torus(64, "v5p:4x4x4") == pytest.approx(cube)
+    assert torus(8, "v5p:2x2x2") == pytest.approx(2 * 7 / 8 * size / (3 * 100e9) + 2 * 3 * HOP)
 
 
 def test_bounds_are_times_of_a_step_and_the_longest_binds():
@@ -332,7 +357,7 @@ def test_the_text_of_a_row():
         == """
 dense: 1 x 12 (seeds x rows) on 12 of 16 chips, 4 stand idle, 50 steps a call; compiled in 2 s
   as a run    it is refused: the batch has no equal part for each host; change --batch-size or --seeds
-  memory      16.0 of 16,000 MB a chip (0.1%): arguments 14.0, program 2.0
+  memory      16.0 of 16,911 MB a chip (0.1%): arguments 14.0, program 2.0
   a step      22.5 MFLOP and 9.67 MB a chip; 1 all-reduce of 5.00 MB over 16 chips; 2 all-gather of 2.00 MB over 4 chips
   otherwise   100.0% of the state updated in place, no callbacks of the host
   at least    MXU 0.1, HBM 20.0, ICI 30.0, host loop 15.0, input 10.0 us -> ICI binds, at most 33,333 steps/s

@@ -53,15 +53,14 @@ def bounds(
 def seconds(each: Collective, where: Slice) -> float:
     """The time of a collective operation at best: all links of the chips that take part are used in both directions.
 
-    Those that take part are all chips of the slice, or else are taken to lie along one axis of it.
+    These chips are taken to fill whole axes of the slice, the last one first, and a part of the next.
     """
     n = each.devices
     if n < 2:
         return 0.0
-    axes = [extent for extent in where.shape if extent > 1] if n >= where.chips else [n]
-    wraps = n >= where.chips and where.chip.wraps(where.shape)
-    links = len(axes) * (2 if wraps else 1)
-    hops = sum(extent // 2 if wraps else extent - 1 for extent in axes)
+    axes = _filled(n, where)
+    links = sum(2 if wraps else 1 for _, wraps in axes)
+    hops = sum(extent // 2 if wraps else extent - 1 for extent, wraps in axes)
     share = (n - 1) / n
     # In units of the result: an all-reduce is a reduce-scatter and an all-gather.
     sent, rounds = {
@@ -70,6 +69,16 @@ def seconds(each: Collective, where: Slice) -> float:
         "collective-permute": (1, 1),
     }.get(each.kind, (share, 1))
     return sent * each.bytes / (links * where.chip.link_rate) + rounds * hops * HOP
+
+
+def _filled(n: int, where: Slice) -> list[tuple[int, bool]]:
+    """(extent, whether its ends are joined) of the axes along which n chips lie."""
+    axes = []
+    for extent, wraps in reversed(list(zip(where.shape, where.chip.wraps(where.shape), strict=True))):
+        if n > 1 and extent > 1:
+            axes.append((min(n, extent), wraps and n >= extent))
+            n = math.ceil(n / extent)
+    return axes
 
 
 def worthwhile_batch(found: Bounds, batch_size: int, chips: int) -> int | None:

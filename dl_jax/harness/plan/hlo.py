@@ -67,17 +67,24 @@ Computations = Mapping[str, Sequence[Instruction]]
 def read(text: str, devices: int) -> Found:
     """What the program of this text does, which runs on so many devices."""
     computations, entry = parse(text)
-    moved, collectives, callbacks = 0.0, [], 0
+    collectives, callbacks = [], 0
     for times, name in _runs(computations, entry, 1.0):
-        types = {each.name: each.type for each in computations[name]}
-        for each in computations[name]:
-            moved += times * _bytes_of(each, types, computations)
         collectives += [each._replace(times=times) for each in _collectives(computations, name, devices)]
         callbacks += sum(map(_calls_host, _within(computations, name)))
     arguments = {each.rest.partition(")")[0]: each.type for each in computations[entry] if each.opcode == "parameter"}
     header = re.search(r"input_output_alias=\{(.*?)\}, \w+=", text.partition("\n")[0])
     aliased = set(re.findall(r"\((\d+), \{", header[1])) if header else set()
+    moved = _moved(computations, entry)
     return Found(moved, collectives, callbacks, sum(_whole(arguments[number])[0] for number in aliased))
+
+
+def _moved(computations: Computations, entry: str) -> float:
+    """The bytes of main memory that a computation reads and writes."""
+    total = 0.0
+    for times, name in _runs(computations, entry, 1.0):
+        types = {each.name: each.type for each in computations[name]}
+        total += times * sum(_bytes_of(each, types, computations) for each in computations[name])
+    return total
 
 
 def _collectives(computations: Computations, name: str, devices: int) -> Iterator[Collective]:
@@ -143,19 +150,21 @@ def _runs(computations: Computations, name: str, times: float) -> Iterator[tuple
         elif each.opcode == "conditional":
             roles = ("branch_computations", "true_computation", "false_computation")
             branches = [branch for role in roles for branch in each.called(role)]
-            yield from _runs(computations, branches[-1], times)  # of a choice of platforms, the default
+            yield from _runs(computations, max(branches, key=lambda branch: _moved(computations, branch)), times)
         elif each.opcode in ("call", "async-start"):
             for inner in (*each.called("to_apply"), *each.called("calls")):
                 yield from _runs(computations, inner, times)
 
 
 def _iterations(loop: Instruction, condition: Sequence[Instruction]) -> int:
-    """How often a loop runs. That of `jax.lax.scan` counts from 0 to a constant; of another it may not be known: 1."""
+    """How often a loop runs. That of `jax.lax.scan` counts from 0 to a constant; another, where it is not known, 1."""
     known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.rest)
     if known:
         return int(known[1])
-    bounds = [int(m[1]) for each in condition if each.opcode == "constant" and (m := re.match(r"(\d+)\)", each.rest))]
-    return max(bounds, default=1)
+    constants = {each.name: int(m[1]) for each in condition if (m := re.match(r"(\d+)\)", each.rest))}
+    root = condition[-1]
+    counts = root.opcode == "compare" and "direction=LT" in root.rest
+    return constants.get(root.operands[1], 1) if counts else 1
 
 
 def _within(computations: Computations, name: str) -> Iterator[Instruction]:
