@@ -141,13 +141,13 @@ def fit(
     def settle(most: int) -> None:
         while len(pending) > most:
             at, row, frozen = pending.popleft()
-            window.add(at, row, frozen, run)
+            window.add(at, stride, row, frozen, run)
             events.progress()
             if at % every == 0 or at == steps:
                 report(at)
 
     def report(at: int) -> None:
-        run.report(at, window.means(stride, run.skip_nonfinite))
+        run.report(at, window.means(run.skip_nonfinite))
         events.waited(window.waited)
         window.reset()
 
@@ -173,7 +173,7 @@ def fit(
                 window.elsewhere += time.perf_counter() - began
                 run.report(i, {f"watch/{name}": value for name, value in measured.items()})
                 rule = stop.update(rule, measured, i) if stop else rule
-                if stopped().all() and window.calls:  # the fit ends between two reports
+                if stopped().all() and window.steps:  # the fit ends between two reports
                     report(i)
             due = run.stepped(i)
             if due or (watch and watch.best and measured):

@@ -136,31 +136,37 @@ class Window:
     def __init__(self, content: Mapping[str, Any] = {}) -> None:
         self.reset()
         self.lost_in_a_row: Any = np.asarray(content.get("lost_in_a_row", 0))  # calls, [] or [S]
-        if content:
-            self.names, self.pairs, self.calls = tuple(content["names"]), tuple(content["pairs"]), content["calls"]
+        if "steps" in content:
+            self.names, self.pairs, self.steps = tuple(content["names"]), tuple(content["pairs"]), content["steps"]
             self.totals, self.whole = (np.asarray(content[name], np.float64) for name in ("totals", "whole"))
 
     def reset(self) -> None:
         self.names: tuple[str, ...] = ()
         self.pairs: tuple[int, ...] = ()
-        self.calls, self.calls_here = 0, 0  # in this window, and those of them that this process has made
-        self.totals: np.ndarray = np.zeros(())  # [M + P] or [M + P, S], over the calls that are finite
-        self.whole: np.ndarray = np.zeros(())  # calls that are finite, [] or [S]
+        self.steps, self.steps_here = 0, 0  # in this window, and those of them that this process has made
+        self.totals: np.ndarray = np.zeros(())  # [M + P] or [M + P, S], over the steps that are finite
+        self.whole: np.ndarray = np.zeros(())  # steps that are finite, [] or [S]
         self.began, self.waited, self.elsewhere = time.perf_counter(), 0.0, 0.0  # seconds
 
     def content(self) -> dict[str, Any]:
         arrays = {name: getattr(self, name).tolist() for name in ("totals", "whole", "lost_in_a_row")}
-        return {"names": list(self.names), "pairs": list(self.pairs), "calls": self.calls, **arrays}
+        return {"names": list(self.names), "pairs": list(self.pairs), "steps": self.steps, **arrays}
 
-    def add(self, step: int, row: Row, stopped: np.ndarray, run: Recorder) -> None:
-        """Waits for the metrics of a call and adds them. Raises NonFiniteError where they end the run."""
+    def add(self, step: int, stride: int, row: Row, stopped: np.ndarray, run: Recorder) -> None:
+        """Waits for the metrics of a call of `stride` steps that ends at `step`, and adds them.
+
+        Raises NonFiniteError where they end the run.
+        """
         values: np.ndarray = np.asarray(row.values, np.float64)
         if (self.names, self.pairs) != (row.names, row.pairs):  # the first call, or of a step that was renamed since
-            self.calls, self.totals, self.whole = 0, np.zeros(()), np.zeros(())
+            self.steps, self.totals, self.whole = 0, np.zeros(()), np.zeros(())
         self.names, self.pairs = row.names, row.pairs
         whole = np.isfinite(values).all(0)
-        self.totals, self.whole = self.totals + np.where(whole, values, 0), self.whole + whole
-        self.calls, self.calls_here = self.calls + 1, self.calls_here + 1
+        times = np.full(len(values), float(stride))  # a mean stands for the steps of the call, a sum has them in it
+        times[[*row.pairs, *range(len(row.names), len(values))]] = 1
+        times = times.reshape(-1, *(1,) * (values.ndim - 1))
+        self.totals, self.whole = self.totals + np.where(whole, times * values, 0), self.whole + stride * whole
+        self.steps, self.steps_here = self.steps + stride, self.steps_here + stride
         lost = ~(np.isfinite(values) | stopped)
         self.lost_in_a_row = np.where(lost.any(0), self.lost_in_a_row + 1, 0)
         too_many = self.lost_in_a_row.max() >= MAX_NONFINITE_IN_A_ROW
@@ -173,7 +179,7 @@ class Window:
                 f"{'' if too_many else ' or use --on-nan skip'}"
             )
 
-    def means(self, stride: int, skip: bool) -> Measurements:
+    def means(self, skip: bool) -> Measurements:
         """{name: mean}, NaN where no step was finite. A pair is left out where its weights sum to 0 in every seed."""
         m = len(self.names)
         weights = np.array(np.broadcast_to(self.whole, self.totals[:m].shape), np.float64)
@@ -181,7 +187,7 @@ class Window:
         means = np.divide(self.totals[:m], weights, out=np.full(weights.shape, np.nan), where=weights != 0)
         empty = {self.names[i] for i in self.pairs if not weights[i].any()}
         seconds = time.perf_counter() - self.began - self.elsewhere
-        rates = {"steps_per_second": stride * self.calls_here / seconds, "data_wait": self.waited / seconds}
-        skipped = {"skipped": (stride * (self.calls - self.whole)).astype(int)} if skip else {}
+        rates = {"steps_per_second": self.steps_here / seconds, "data_wait": self.waited / seconds}
+        skipped = {"skipped": (self.steps - self.whole).astype(int)} if skip else {}
         named = {name: mean for name, mean in zip(self.names, means, strict=True) if name not in empty}
         return {**named, **{k: np.asarray(v) for k, v in (rates | skipped).items()}}

@@ -773,6 +773,20 @@ def test_a_resumed_fit_reports_the_means_of_one_that_went_on(cut, skip):
             np.testing.assert_array_equal(found[name], wanted[name], err_msg=f"{name} at {step}")
 
 
+def test_a_fit_that_resumes_with_more_steps_a_call_reports_the_means_of_all_steps():
+    states = jax.vmap(lambda key: start()._replace(key=key))(jax.random.split(jax.random.key(0), 2))._replace(extra={})
+    batches = lambda i: {name: np.stack([value, -value]) for name, value in rows(i).items()}
+    whole, first, second = Log(), Log((4,)), Log()
+    fit(PAIRS, states, batches, run=whole, every=12, steps=12)
+    fit(PAIRS, states, batches, run=first, every=12, steps=12)
+    second.begin = Snapshot(*first.snapshots[4])
+    fit(PAIRS, states, batches, run=second, every=12, steps=12, scan=4)
+    ((_, found),), ((_, wanted),) = timeless(second.reports), timeless(whole.reports)
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, err_msg=name)
+
+
 def test_steps_in_a_row_that_are_not_finite_are_counted_across_a_resume():
     poison = lambda i: {**rows(i), "y": np.full(8, np.nan, np.float32)} if i >= 2 else rows(i)
     first, second = Log((8,), skip=True), Log(skip=True)
