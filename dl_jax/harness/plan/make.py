@@ -75,7 +75,7 @@ def _gpus(where: Slice) -> Any:
 def make(main: Callable[[], Any], where: Slice, workdir: str | None, facts: Mapping[str, Any]) -> bool:
     """Plans what `main` would run, prints it, and writes plan.json to the work folder if there is one.
 
-    `facts` are written beside the rows. The result is whether all of `main` was planned.
+    `facts` are written beside the rows. The result is whether all of `main` was planned, and no program refused.
     """
     if workdir:
         require_writable(epath.Path(absolute(workdir)), workdir)  # before minutes of compilation
@@ -111,7 +111,7 @@ def make(main: Callable[[], Any], where: Slice, workdir: str | None, facts: Mapp
         folder = epath.Path(absolute(workdir))
         found = [{**_plain(row), "times": times[key]} for key, row in rows.items()]
         write_json(folder / "plan.json", {**facts, "slice": where.name, "chips": where.chips, "programs": found})
-    return problem is None
+    return problem is None and not any(row.refused for row in rows.values())
 
 
 def _plain(value: Any) -> Any:
