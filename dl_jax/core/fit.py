@@ -102,22 +102,10 @@ def fit(
     seeds = np.size(state.step) if isinstance(stream, Stream) and stream.axis else 1  # that batches are split by
     mesh = mesh_for(stream, seeds)
     shardings = shardings_of(state, stream, mesh, carried, run.fsdp)
+    due = steps, every, watch.every if watch else 0
     target = planned()
     if target:
-        _hand_over(
-            target,
-            step,
-            state,
-            stream,
-            mesh,
-            shardings,
-            steps=steps,
-            run=run,
-            scan=scan,
-            every=every,
-            watch=watch,
-            stop=stop,
-        )
+        _hand_over(target, step, state, stream, mesh, shardings, scan, due, run, watch, stop)
         return state
     state = put(state, shardings) if shardings else jax.tree.map(jnp.asarray, state)
     given = Snapshot(state, stop.init() if stop else {}, {})
@@ -131,7 +119,7 @@ def fit(
     state, rule = _copied(saved.state, lies), saved.stop  # a copy: donation deletes the buffers of its input
     i, stride, window = _count(state), 0, Window(saved.window)
     if scan is None:
-        scan = 1 if i >= steps else _steps_in_a_call(step, state, stream, mesh, steps, every, watch, run)
+        scan = 1 if i >= steps else _steps_in_a_call(step, state, stream, mesh, due, run)
     batches, compiled = batches_of(stream, mesh, scan, seeds), on_mesh(program(step, stream, scan), stream, mesh)
     pending: collections.deque[tuple[int, Row, np.ndarray]] = collections.deque()
 
@@ -198,17 +186,9 @@ def _reporting(settle: Callable[[int], None]) -> Iterator[None]:
 
 
 def _steps_in_a_call(
-    step: Step,
-    state: State,
-    stream: Stream | Batches,
-    mesh: Mesh,
-    steps: int,
-    every: int,
-    watch: Watch | None,
-    run: Any,
+    step: Step, state: State, stream: Stream | Batches, mesh: Mesh, due: Sequence[int], run: Recorder
 ) -> int:
-    due = _count(state), steps, every, watch.every if watch else 0
-    return 1 if run.skip_nonfinite else steps_in_a_call(step, state, stream, mesh, *due)
+    return 1 if run.skip_nonfinite else steps_in_a_call(step, state, stream, mesh, _count(state), *due)
 
 
 def _hand_over(
@@ -218,28 +198,25 @@ def _hand_over(
     stream: Stream | Batches,
     mesh: Mesh,
     shardings: State,
-    *,
-    steps: int,
-    run: Recorder,
     scan: int | None,
-    every: int,
+    due: Sequence[int],
+    run: Recorder,
     watch: Watch | None,
     stop: StopRule | None,
 ) -> None:
     """Gives the program of a fit to the plan that is being made, and reports made-up numbers."""
-    scan = scan or _steps_in_a_call(step, state, stream, mesh, steps, every, watch, run)
-    lies, shape = tuple(jax.tree.leaves(shardings)), np.shape(stop.init().stopped) if stop else ()
+    scan = scan or _steps_in_a_call(step, state, stream, mesh, due, run)
+    lies, running = tuple(jax.tree.leaves(shardings)), np.shape(stop.init().stopped) if stop else ()
     advance = lambda step, state, batch: _advance(
-        step, state, batch, jnp.zeros(shape, bool), run.skip_nonfinite, stop is not None, mesh, lies
+        step, state, batch, jnp.zeros(running, bool), run.skip_nonfinite, stop is not None, mesh, lies
     )
-    program = planned_program(run.name, jax.jit(advance, donate_argnums=1), step, state, shardings, stream, mesh, scan)
-    target.take(program)
-    row = program.traced.out_info[1]
-    shape = jax.ShapeDtypeStruct(row.values.shape[1:], row.values.dtype)
-    run.report(steps, unknown(dict.fromkeys(row.names, shape)))
+    given = planned_program(run.name, jax.jit(advance, donate_argnums=1), step, state, shardings, stream, mesh, scan)
+    target.take(given)
+    row = given.traced.out_info[1]
+    metric = jax.ShapeDtypeStruct(row.values.shape[1:], row.values.dtype)
+    run.report(due[0], unknown(dict.fromkeys(row.names, metric)))
     if watch:
-        measured = watch.measure(state.variables)
-        run.report(steps, {f"watch/{name}": value for name, value in measured.items()})
+        run.report(due[0], {f"watch/{name}": value for name, value in watch.measure(state.variables).items()})
 
 
 def _seen(tree: Tree, fsdp: bool) -> Tree:

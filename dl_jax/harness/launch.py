@@ -1,20 +1,17 @@
-"""The command line of an experiment: every experiment's file ends with `launch(main, PRESETS, CLAIMS)`."""
+"""Runs an experiment from its command line: every experiment's file ends with `launch(main, PRESETS, CLAIMS)`."""
 
 import contextlib
 import dataclasses
 import inspect
-import itertools
 import os
-import shlex
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import tyro
 from etils import epath
 
 from dl_jax.core.errors import BAD_INPUT, UNAVAILABLE, InputError, Unavailable, lasting_output, one_line, spared
@@ -24,6 +21,7 @@ from dl_jax.core.recorder import NonFiniteError
 from dl_jax.harness.alive import Alive, end_all
 from dl_jax.harness.clock import Clock, goodput, memory
 from dl_jax.harness.fields import check
+from dl_jax.harness.flags import AGREED, Common, check_common, command, parse, seeds_of, set_folders
 from dl_jax.harness.identity import differences, read_by_both
 from dl_jax.harness.machine import (
     cache_programs,
@@ -60,54 +58,6 @@ class Experiment(NamedTuple):
 
 CLAIM_MISSED = 3  # an exit status
 GONE = ("Gloo", "NCCL", "Connection", "UNAVAILABLE", "coordination")  # in JAX's words where another process has ended
-PRESET = tyro.conf.arg(help="Configuration that gives the flags below their defaults.")
-
-
-@dataclasses.dataclass(frozen=True)
-class Common:
-    """The flags that every experiment has."""
-
-    workdir: str | None = None
-    """Folder or gs:// address for checkpoints and results. Repeating the command resumes the run."""
-    data_dir: str | None = None
-    """Folder or gs:// address of prepared TFDS sets [default: $TFDS_DATA_DIR, then TFDS's own]."""
-    cache_dir: str | None = None
-    """Folder or gs:// address for decoded data and compiled programs [default: $DL_JAX_CACHE_DIR, then
-    $XDG_CACHE_HOME/dl_jax]."""
-    seeds: int = 5
-    """Number of seeds."""
-    seed: int = 0
-    """First seed; the run uses seed, seed + 1, ..."""
-    checkpoint_every: int = 1000
-    """Steps between checkpoints (needs --workdir)."""
-    on_nan: Literal["stop", "skip"] = "stop"
-    """At a NaN or infinite metric: stop, or (skip) discard the update of that step and go on; 10 in a row: stop."""
-    fsdp: bool = False
-    """Split large parameters and their optimiser state over the devices that share a batch, to save memory."""
-    restart: bool = False
-    """Begin at step 0 in a folder that holds a run; what is there is moved to a subfolder before-restart."""
-    grace: float = 30.0
-    """Seconds after SIGTERM or Ctrl-C within which the run saves and ends."""
-    deadline: float | None = None
-    """Seconds without a step, or without a batch of an evaluation, after which the run is taken to hang and ends; a
-    measurement without batches counts as one [default: 300, or 50 times the longest so far]."""
-    profile: str | None = None
-    """Steps FIRST..LAST of which to write a trace, in the first fit that comes to them (needs --workdir)."""
-    plan: str | None = None
-    """Instead of running, compile for a TPU slice such as v5e:4x4, which need not be there, and print what a step
-    costs on it, the rate that it allows, and what limits that."""
-    coordinator: str | None = None
-    """Address host:port of process 0, for runs of several processes [default: $JAX_COORDINATOR_ADDRESS]."""
-    processes: int | None = None
-    """Number of processes [default: $JAX_NUM_PROCESSES]."""
-    process_id: int | None = None
-    """Index of this process, from 0 [default: $JAX_PROCESS_ID]."""
-    join_within: float = 300.0
-    """Seconds to wait at the start until all processes have come."""
-    cluster: bool = False
-    """Read --coordinator, --processes and --process-id from the cluster (TPU pod, SLURM, Open MPI, Kubernetes)."""
-    debug: bool = False
-    """Show the traceback of bad input."""
 
 
 def launch(main: Main, presets: Mapping[str, Any], claims: Sequence[Claim]) -> None:
@@ -152,32 +102,6 @@ def launch(main: Main, presets: Mapping[str, Any], claims: Sequence[Claim]) -> N
         leave(status, peers, orderly, why, at_once=status == PREEMPTED and main.__module__ == "__main__")
 
 
-def check_common(common: Common) -> None:
-    """Raises InputError where a flag that every experiment has is out of its range."""
-    wanted = {"--seeds": common.seeds, "--checkpoint-every": common.checkpoint_every, "--processes": common.processes}
-    for flag, value in wanted.items():
-        if value is not None and value < 1:
-            raise InputError(f"{flag} {value}, expected 1 or more; give a positive number")
-    for flag, seconds in {
-        "--grace": common.grace,
-        "--deadline": common.deadline,
-        "--join-within": common.join_within,
-    }.items():
-        if seconds is not None and not 0 < seconds < 1e9:
-            raise InputError(f"{flag} {seconds:g}, expected more than 0 seconds; give a positive number")
-    if not common.workdir:
-        for flag, given in {"--restart": common.restart, "--profile": common.profile}.items():
-            if given:
-                raise InputError(f"{flag} is given without --workdir, expected both; name the folder of the run")
-
-
-def set_folders(common: Common) -> None:
-    """Sets the environment variables that `data` reads from the flags --data-dir and --cache-dir."""
-    for variable, folder in {"TFDS_DATA_DIR": common.data_dir, "DL_JAX_CACHE_DIR": common.cache_dir}.items():
-        if folder:
-            os.environ[variable] = folder
-
-
 def leave(status: int, peers: Peers | None, orderly: bool, why: str, *, at_once: bool = False) -> None:
     """Ends the process. A process of several that ends alone tells the others why, which would wait for it.
 
@@ -192,36 +116,6 @@ def leave(status: int, peers: Peers | None, orderly: bool, why: str, *, at_once:
             stream.flush()
         os._exit(status)
     sys.exit(status)
-
-
-def parse(arguments: Sequence[str], presets: Mapping[str, Any], description: str) -> tuple[str, Any, Common]:
-    """(preset name, its Config with the flags applied, the common flags)."""
-    name = preset_of(arguments, presets)
-    default = presets[name]
-    Arguments = dataclasses.make_dataclass(
-        "Arguments",
-        [
-            ("preset", Annotated[Literal[tuple(presets)], PRESET], dataclasses.field(default=name)),  # type: ignore[valid-type]
-            ("common", tyro.conf.OmitArgPrefixes[Common], dataclasses.field(default=Common())),
-            ("config", tyro.conf.OmitArgPrefixes[type(default)], dataclasses.field(default=default)),
-        ],
-        frozen=True,
-    )
-    parsed: Any = tyro.cli(Arguments, args=list(arguments), description=description)
-    if parsed.preset != name:
-        print("error: --preset is given twice, expected once; remove one", file=sys.stderr)
-        raise SystemExit(BAD_INPUT)
-    return parsed.preset, parsed.config, parsed.common
-
-
-def preset_of(arguments: Sequence[str], presets: Mapping[str, Any]) -> str:
-    """The preset named in the arguments, else 'quick'.
-
-    It gives the other flags their defaults, so it is looked up before they are parsed.
-    """
-    given = [b for a, b in itertools.pairwise([*arguments, ""]) if a == "--preset"]
-    given += [a.removeprefix("--preset=") for a in arguments if a.startswith("--preset=")]
-    return given[-1] if given and given[-1] in presets else "quick"
 
 
 def run_experiment(
@@ -293,16 +187,6 @@ def run_experiment(
 def plan(experiment: Experiment, preset: str, config: Any, common: Common) -> int:
     """Plans the experiment for a slice instead of running it, and returns the exit status."""
     where = slice_of(common.plan or "")
-    for flag, given in {
-        "--restart": common.restart,
-        "--profile": common.profile,
-        "--coordinator": common.coordinator,
-        "--processes": common.processes,
-        "--process-id": common.process_id,
-        "--cluster": common.cluster,
-    }.items():
-        if given is not None and given is not False:
-            raise InputError(f"{flag} is given with --plan, expected one of them: a plan runs nothing; leave one out")
     settings = Settings(seeds=seeds_of(common), skip_nonfinite=common.on_nan == "skip", fsdp=common.fsdp)
     facts = {
         "experiment": name_of(experiment.script),
@@ -314,10 +198,6 @@ def plan(experiment: Experiment, preset: str, config: Any, common: Common) -> in
         "versions": versions(),
     }
     return 0 if make(lambda: experiment.main(config, Run(None, settings)), where, common.workdir, facts) else 1
-
-
-def seeds_of(common: Common) -> tuple[int, ...]:
-    return tuple(range(common.seed, common.seed + common.seeds))
 
 
 def total(attempts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -357,25 +237,6 @@ def name_of(script: Path) -> str:
     """The experiment's name: "vision/lenet" for .../experiments/vision/lenet.py."""
     parts = script.with_suffix("").parts
     return "/".join(parts[parts.index("experiments") + 1 :] if "experiments" in parts else parts[-1:])
-
-
-AGREED = ("checkpoint_every", "on_nan", "restart", "fsdp")  # flags that change what the processes do together
-WITH_VALUE = (
-    *("--workdir", "--data-dir", "--cache-dir", "--coordinator", "--processes", "--process-id"),
-    *("--join-within", "--grace", "--deadline", "--profile"),
-)
-ALONE = ("--cluster", "--no-cluster", "--debug", "--no-debug", "--restart", "--no-restart")
-
-
-def command(experiment: str, arguments: Sequence[str]) -> str:
-    """The command without flags for folders and processes, so that it gives this result on any machine."""
-    kept, skip = [], False
-    for argument in arguments:
-        flag = argument.split("=")[0].replace("_", "-")
-        if not skip and flag not in (*WITH_VALUE, *ALONE):
-            kept.append(argument)
-        skip = not skip and flag in WITH_VALUE and "=" not in argument
-    return shlex.join(["python", f"experiments/{experiment}.py", *kept])
 
 
 def join_processes(common: Common) -> bool:

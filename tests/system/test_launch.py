@@ -26,8 +26,9 @@ from dl_jax.core.step import init_state, make_step
 from dl_jax.data.source import data_folder
 from dl_jax.harness.checkpoint import store as checkpoint
 from dl_jax.harness.fields import Positive
+from dl_jax.harness.flags import command, parse
 from dl_jax.harness.identity import differences
-from dl_jax.harness.launch import command, launch, name_of, parse
+from dl_jax.harness.launch import launch, name_of
 from dl_jax.harness.results.claims import Claim
 from dl_jax.harness.run import Run, Settings
 

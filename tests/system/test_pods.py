@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dl_jax.harness.launch import Common
+from dl_jax.harness.flags import Common
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "pods.md"

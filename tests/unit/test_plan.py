@@ -14,6 +14,7 @@ from dl_jax import classify
 from dl_jax.core.errors import InputError
 from dl_jax.core.flops import flops
 from dl_jax.core.step import make_step, per_seed, start
+from dl_jax.harness.flags import Common, check_common
 from dl_jax.harness.plan import hlo
 from dl_jax.harness.plan.bounds import CALL, HOP, Bounds, bounds, seconds, worthwhile_batch
 from dl_jax.harness.plan.chips import CHIPS, slice_of
@@ -368,3 +369,20 @@ dense: 1 x 12 (seeds x rows) on 12 of 16 chips, 4 stand idle, 50 steps a call; c
     assert list(lines(refused, slice_of("v5e:4x4")))[1:] == ["  refused     out of memory"]
     evaluation = list(lines(row._replace(loop=None), slice_of("v5e:4x4")))
     assert evaluation[-2].startswith("  a batch     1,125.0 MFLOP and 483.50 MB a chip; 50 all-reduce of 250.00 MB")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"cluster": True},
+        {"process_id": 0},
+        {"processes": 2},
+        {"coordinator": "a:1"},
+        {"restart": True},
+        {"profile": "1..2"},
+    ],
+)
+def test_a_plan_refuses_what_belongs_to_a_run(flags):
+    check_common(Common(plan="v5e:4x4", workdir="runs/a"))
+    with pytest.raises(InputError, match=rf"^--{next(iter(flags)).replace('_', '-')} is given with --plan, "):
+        check_common(Common(plan="v5e:4x4", workdir="runs/a", **flags))
