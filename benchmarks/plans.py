@@ -7,6 +7,7 @@ A row is a program that a fit compiles. Equal programs of an experiment are one 
 """
 
 import argparse
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -82,11 +83,19 @@ HEADER = """| fit | seeds × rows | steps/call | MB | MFLOP | MB moved | MB sent
 """
 
 
+def made_by() -> str:
+    """The commit and the versions on which the numbers depend."""
+    commit = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True)
+    packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "libtpu"))
+    return f"Commit {commit.stdout.strip()}{' with changes' * bool(changed.stdout)}, {packages}."
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="put the table into docs/scale.md")
-    table = HEADER
-    asked = parser.parse_args()
+    asked, table = parser.parse_args(), ""
+    by = made_by()
     for command in track(commands()):
         with tempfile.TemporaryDirectory() as folder:
             found = "".join(rows(command, planned(command, Path(folder))))
@@ -94,7 +103,7 @@ def main() -> None:
         table += found
     if asked.write:
         before, after = PAGE.read_text().split(MARKS[0])[0], PAGE.read_text().split(MARKS[1])[1]
-        PAGE.write_text(f"{before}{MARKS[0]}{table}{MARKS[1]}{after}")
+        PAGE.write_text(f"{before}{MARKS[0]}{by}\n\n{HEADER}{table}{MARKS[1]}{after}")
 
 
 if __name__ == "__main__":

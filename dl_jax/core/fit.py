@@ -14,18 +14,17 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from dl_jax.core import events
-from dl_jax.core.devices import DATA, fetched, put, whole
+from dl_jax.core.devices import DATA, fetched, whole
 from dl_jax.core.errors import InputError
 from dl_jax.core.leaves import is_real
 from dl_jax.core.program import (
     Batches,
+    Layout,
     ahead,
     batches_of,
-    mesh_for,
-    on_mesh,
+    layout_of,
     planned_program,
     program,
-    shardings_of,
     steps_in_a_call,
 )
 from dl_jax.core.recorder import (
@@ -99,15 +98,13 @@ def fit(
     """
     _require_intervals(steps, every, scan, watch, stop)
     run = run or Recorder()
-    seeds = np.size(state.step) if isinstance(stream, Stream) and stream.axis else 1  # that batches are split by
-    mesh = mesh_for(stream, seeds)
-    shardings = shardings_of(state, stream, mesh, carried, run.fsdp)
+    layout = layout_of(state, stream, carried, run.fsdp)
     due = steps, every, watch.every if watch else 0
     target = planned()
     if target:
-        _hand_over(target, step, state, stream, mesh, shardings, scan, due, run, watch, stop)
+        _hand_over(target, step, state, layout, scan, due, run, watch, stop)
         return state
-    state = put(state, shardings) if shardings else jax.tree.map(jnp.asarray, state)
+    state = layout.put(state)
     given = Snapshot(state, stop.init() if stop else {}, {})
     saved = run.start(given, steps, watch.best if watch else None)
     if saved is not given and not _same_keys(saved.state, state):  # the batches are those of other seeds
@@ -115,12 +112,12 @@ def fit(
             "the checkpoint to resume from has other random keys than this run; give the --seed and --seeds that it "
             "was begun with, or another --workdir"
         )
-    lies = tuple(jax.tree.leaves(shardings))
+    mesh, lies = layout.mesh, tuple(jax.tree.leaves(layout.shardings))
     state, rule = _copied(saved.state, lies), saved.stop  # a copy: donation deletes the buffers of its input
     i, stride, window = _count(state), 0, Window(saved.window)
     if scan is None:
-        scan = 1 if i >= steps else _steps_in_a_call(step, state, stream, mesh, due, run)
-    batches, compiled = batches_of(stream, mesh, scan, seeds), on_mesh(program(step, stream, scan), stream, mesh)
+        scan = 1 if i >= steps else _steps_in_a_call(step, state, layout, due, run)
+    batches, compiled = batches_of(layout, scan), layout.copied(program(step, stream, scan))
     pending: collections.deque[tuple[int, Row, np.ndarray]] = collections.deque()
 
     def stopped() -> np.ndarray:
@@ -185,19 +182,15 @@ def _reporting(settle: Callable[[int], None]) -> Iterator[None]:
         raise
 
 
-def _steps_in_a_call(
-    step: Step, state: State, stream: Stream | Batches, mesh: Mesh, due: Sequence[int], run: Recorder
-) -> int:
-    return 1 if run.skip_nonfinite else steps_in_a_call(step, state, stream, mesh, _count(state), *due)
+def _steps_in_a_call(step: Step, state: State, layout: Layout, due: Sequence[int], run: Recorder) -> int:
+    return 1 if run.skip_nonfinite else steps_in_a_call(step, state, layout, _count(state), *due)
 
 
 def _hand_over(
     target: Target,
     step: Step,
     state: State,
-    stream: Stream | Batches,
-    mesh: Mesh,
-    shardings: State,
+    layout: Layout,
     scan: int | None,
     due: Sequence[int],
     run: Recorder,
@@ -205,12 +198,12 @@ def _hand_over(
     stop: StopRule | None,
 ) -> None:
     """Gives the program of a fit to the plan that is being made, and reports made-up numbers."""
-    scan = scan or _steps_in_a_call(step, state, stream, mesh, due, run)
-    lies, running = tuple(jax.tree.leaves(shardings)), np.shape(stop.init().stopped) if stop else ()
+    scan = scan or _steps_in_a_call(step, state, layout, due, run)
+    lies, running = tuple(jax.tree.leaves(layout.shardings)), np.shape(stop.init().stopped) if stop else ()
     advance = lambda step, state, batch: _advance(
-        step, state, batch, jnp.zeros(running, bool), run.skip_nonfinite, stop is not None, mesh, lies
+        step, state, batch, jnp.zeros(running, bool), run.skip_nonfinite, stop is not None, layout.mesh, lies
     )
-    given = planned_program(run.name, jax.jit(advance, donate_argnums=1), step, state, shardings, stream, mesh, scan)
+    given = planned_program(run.name, jax.jit(advance, donate_argnums=1), step, state, layout, scan)
     target.take(given)
     row = given.traced.out_info[1]
     metric = jax.ShapeDtypeStruct(row.values.shape[1:], row.values.dtype)

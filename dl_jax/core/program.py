@@ -10,14 +10,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dl_jax.core.devices import data_mesh, fetched, numeric, own, place, replicated, rows_over, states_over
+from dl_jax.core.devices import data_mesh, fetched, numeric, own, place, put, replicated, rows_over, states_over
 from dl_jax.core.errors import InputError
 from dl_jax.core.flops import flops
 from dl_jax.core.step import SEED, Batch, Metric, State, Step, Tree, require_collections
@@ -32,43 +32,53 @@ AHEAD = 2  # batches that are read and placed while the devices compute
 MOST_STEPS, ENOUGH = 50, 1e12
 RESIDENT = 0.25  # of a device's memory, which a data set may take
 LARGE = 2**26  # bytes of the batches of a call
+READINGS = 3  # of a plan, which takes the fastest: others wait for the disk or for other processes
 
 
-def mesh_for(stream: Stream | Batches, seeds: int) -> Mesh:
-    """A mesh of as many devices as can be used. Prints a line if devices are left over, as that costs time."""
-    target = planned()
-    if not isinstance(stream, Stream):
-        return data_mesh(target and target.devices)
-    mesh = mesh_of(stream.batch_size, seeds)
-    if mesh.devices.size < jax.device_count() and jax.process_index() == 0 and not target:
-        idle = f"{mesh.devices.size} of {jax.device_count()} devices"
-        print(f"a batch of {stream.batch_size} is split over {idle}", file=sys.stderr)
-    return mesh
+class Layout(NamedTuple):
+    """The batches of a fit, and where they and its state lie."""
+
+    stream: Stream | Batches
+    seeds: int  # by which the batches are split
+    mesh: Mesh
+    shardings: Any  # a tree like the state. None: it stays on the default device
+
+    def put(self, state: State) -> State:
+        return put(state, self.shardings) if self.shardings else jax.tree.map(jnp.asarray, state)
+
+    def copied(self, tree: Tree) -> Tree:
+        """`tree` on all devices that have a part of the state."""
+        return replicated(tree, self.mesh) if self.shardings else jax.tree.map(jnp.asarray, tree)
 
 
-def shardings_of(state: State, stream: Stream | Batches, mesh: Mesh, carried: Sequence[str], fsdp: bool) -> Any:
-    """Where the leaves of a state lie, a tree of shardings like it.
-
-    It is None for a plain function of the step in one process: its state stays on the default device.
-    """
+def layout_of(state: State, stream: Stream | Batches, carried: Sequence[str], fsdp: bool) -> Layout:
+    """Where a fit has its batches and its state: see `fit`. Prints a line if devices are left over: it costs time."""
     require_collections(state.extra)
     unknown = sorted(set(carried) - state.extra.keys())
     if unknown:
         raise InputError(
             f"carried names {unknown[0]!r}, expected collections of state.extra: {sorted(state.extra)}; correct it"
         )
+    target = planned()
     if not isinstance(stream, Stream):
-        spread = fsdp or planned() or jax.process_count() > 1
-        return states_over(state, mesh, None, fsdp) if spread else None
-    rows = rows_over(mesh, bool(stream.axis))
+        mesh = data_mesh(target and target.devices)
+        spread = fsdp or target or jax.process_count() > 1
+        return Layout(stream, 1, mesh, states_over(state, mesh, None, fsdp) if spread else None)
+    seeds = np.size(state.step) if stream.axis else 1
+    mesh = mesh_of(stream.batch_size, seeds)
+    if mesh.devices.size < jax.device_count() and jax.process_index() == 0 and not target:
+        idle = f"{mesh.devices.size} of {jax.device_count()} devices"
+        print(f"a batch of {stream.batch_size} is split over {idle}", file=sys.stderr)
     rest = {name: value for name, value in state.extra.items() if name not in carried}
     found = states_over(state._replace(extra=rest), mesh, np.size(state.step) if np.ndim(state.step) else None, fsdp)
+    rows = rows_over(mesh, bool(stream.axis))
     split = {name: jax.tree.map(lambda _: rows, state.extra[name]) for name in carried}
-    return found._replace(extra={**found.extra, **split})
+    return Layout(stream, seeds, mesh, found._replace(extra={**found.extra, **split}))
 
 
-def batches_of(stream: Stream | Batches, mesh: Mesh, scan: int, seeds: int) -> Batches:
+def batches_of(layout: Layout, scan: int) -> Batches:
     """A function from the step to the batch, or batches, of one call, on the devices."""
+    stream, seeds, mesh, _ = layout
     if not isinstance(stream, Stream):
         batches = lambda i: numeric(stream(i))
         return batches if scan == 1 else lambda i: _stacked([batches(i + j) for j in range(scan)])
@@ -90,7 +100,7 @@ def batches_of(stream: Stream | Batches, mesh: Mesh, scan: int, seeds: int) -> B
     return placed
 
 
-def steps_in_a_call(step: Step, state: State, stream: Stream | Batches, mesh: Mesh, *counts: int) -> int:
+def steps_in_a_call(step: Step, state: State, layout: Layout, *counts: int) -> int:
     """How many steps a call of the compiled program makes where the caller does not say.
 
     It is 1 on a CPU, for a data set in memory that is too large for that of a device, and for steps that take long by
@@ -98,6 +108,7 @@ def steps_in_a_call(step: Step, state: State, stream: Stream | Batches, mesh: Me
     advances `state.step` divides all of `counts`, the steps at which something else is due. It depends on no
     measurement, so a run that resumes makes the same calls.
     """
+    stream, _, mesh, _ = layout
     if _on_cpu(mesh) or not isinstance(stream, Stream):
         return 1
     if sum(column.nbytes for column in (stream.records or {}).values()) > RESIDENT * _memory(mesh):
@@ -124,20 +135,14 @@ def _on_cpu(mesh: Mesh) -> bool:
 
 def _memory(mesh: Mesh) -> float:
     """The bytes of memory of a device; infinite where it does not tell."""
-    stats = None if planned() else mesh.local_devices[0].memory_stats()
-    return (stats or {}).get("bytes_limit", math.inf)
+    target = planned()
+    stats = None if target else mesh.local_devices[0].memory_stats()
+    return target.memory if target else (stats or {}).get("bytes_limit", math.inf)
 
 
-def on_mesh(tree: Tree, stream: Stream | Batches, mesh: Mesh) -> Tree:
-    """`tree` on every device of the mesh; left on the default device for a plain function in one process."""
-    spread = isinstance(stream, Stream) or jax.process_count() > 1
-    return replicated(tree, mesh) if spread else jax.tree.map(jnp.asarray, tree)
-
-
-def planned_program(
-    name: str, advance: Any, step: Step, state: State, shardings: State, stream: Stream | Batches, mesh: Mesh, scan: int
-) -> Program:
+def planned_program(name: str, advance: Any, step: Step, state: State, layout: Layout, scan: int) -> Program:
     """What a plan takes: `advance`, a jitted function of (program, state, batch), traced for shapes on the mesh."""
+    stream, _, mesh, shardings = layout
     at, everywhere = int(np.max(np.asarray(state.step))), NamedSharding(mesh, PartitionSpec())
     if isinstance(stream, Stream):
         read = functools.partial(stream if scan == 1 else stream.read, rows=slice(None))
@@ -145,13 +150,15 @@ def planned_program(
     else:
         read, rows = stream, everywhere
     steps = scan * advance_of(step, state, stream(at))  # has also prepared what the first batch of an epoch takes
-    began = time.perf_counter()
-    batch = _stacked([read(at + j) for j in range(scan)]) if scan > 1 else read(at)
-    seconds = time.perf_counter() - began
+    times, batch = [], {}
+    for _ in range(READINGS):
+        began = time.perf_counter()
+        batch = _stacked([read(at + j) for j in range(scan)]) if scan > 1 else read(at)
+        times.append(time.perf_counter() - began)
     like = lambda tree, sharding: abstract(tree, jax.tree.map(lambda _: sharding, tree))
     state, batch, whole = abstract(state, shardings), like(batch, rows), program(step, stream, scan)
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
-    feed = Feed(steps, getattr(stream, "batch_size", None), size, seconds, state)
+    feed = Feed(steps, getattr(stream, "batch_size", None), size, min(times), state)
     return Program(name, advance.trace(like(whole, everywhere), state, batch), mesh, feed)
 
 

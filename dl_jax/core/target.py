@@ -38,6 +38,7 @@ class Target(NamedTuple):
     """For which devices to compile, and who takes the programs."""
 
     devices: Sequence[Any]
+    memory: float  # bytes of a device
     take: Callable[[Program], None]
 
 

@@ -296,8 +296,9 @@ def test_the_steps_of_a_call_of_an_accelerator_divide_all_that_is_due(
     monkeypatch.setattr(program, "_on_cpu", lambda mesh: False)
     counted = lambda table, state, batch: (state._replace(step=state.step + advance), {"x": batch["x"].mean() + table})
     step, stream = holding(counted, jnp.float32(1)), data.shuffled(RECORDS, 8, 0)
-    state, mesh = start()._replace(step=jnp.int32(begin)), program.mesh_for(stream, 1)
-    assert program.steps_in_a_call(step, state, stream, mesh, begin, steps, every, watch or 0) == expected
+    state = start()._replace(step=jnp.int32(begin))
+    layout = program.layout_of(state, stream, (), False)
+    assert program.steps_in_a_call(step, state, layout, begin, steps, every, watch or 0) == expected
 
 
 def test_an_accelerator_scans_by_default_and_equals_single_steps(monkeypatch):
@@ -322,7 +323,8 @@ def test_an_accelerator_scans_by_default_and_equals_single_steps(monkeypatch):
 def test_long_steps_and_large_sets_are_not_scanned_by_default(monkeypatch):
     monkeypatch.setattr(program, "_on_cpu", lambda mesh: False)
     stream = data.shuffled(RECORDS, 8, 0)
-    calls = lambda stream=stream: program.steps_in_a_call(STEP, start(), stream, program.mesh_for(stream, 1), 0, 100)
+    layout = lambda stream: program.layout_of(start(), stream, (), False)
+    calls = lambda stream=stream: program.steps_in_a_call(STEP, start(), layout(stream), 0, 100)
     assert calls() == 50
     monkeypatch.setattr(program, "flops", lambda jaxpr: 8 * program.ENOUGH / 7)  # on 8 devices
     assert calls() == 5

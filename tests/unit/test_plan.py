@@ -2,6 +2,10 @@
 
 import importlib.util
 import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,20 +14,24 @@ import optax
 import pytest
 from jax import lax
 
-from dl_jax import classify
+from dl_jax import classify, data
+from dl_jax.core.devices import data_mesh, states_over
 from dl_jax.core.errors import InputError
+from dl_jax.core.fit import fit
 from dl_jax.core.flops import flops
-from dl_jax.core.step import make_step, per_seed, start
+from dl_jax.core.step import State, make_step, per_seed, start
+from dl_jax.core.target import Feed, Program, Target, abstract, planning
 from dl_jax.harness.flags import Common, check_common
 from dl_jax.harness.plan import hlo
 from dl_jax.harness.plan.bounds import CALL, HOP, Bounds, bounds, seconds, worthwhile_batch
 from dl_jax.harness.plan.chips import CHIPS, slice_of
 from dl_jax.harness.plan.hlo import Collective
-from dl_jax.harness.plan.make import devices_of
+from dl_jax.harness.plan.make import devices_of, row_of
 from dl_jax.harness.plan.show import Cost, Loop, Row, lines
 from dl_jax.models.sequence.rnn import LSTM, Recurrent
 from dl_jax.models.vision.mlp import MLP
 
+ROOT = Path(__file__).parents[2]
 BATCH = 32
 
 
@@ -212,7 +220,7 @@ ENTRY %main (a: f32[1000], b: f32[500]) -> f32[500] {
   %sum.d = f32[1000]{0:T(1024)S(1)} all-reduce-done(%sum.s)
   %all.s = (f32[1000]{0:S(1)}, f32[4000]{0}) all-gather-start(%sum.d), channel_id=1, replica_groups={}
   %all.d = f32[4000]{0:T(1024)} all-gather-done(%all.s)
-  %turn.s = (f32[500]{0:S(1)}, f32[500]{0:S(1)}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%b)
+  %turn.s = (f32[500]{0:S(1)}, f32[500]{0:S(1)}) collective-permute-start(%b), source_target_pairs={{0,1},{1,0}}
   ROOT %turn.d = f32[500]{0:T(512)S(1)} collective-permute-done(%turn.s)
 }
 """
@@ -225,7 +233,7 @@ def test_asynchronous_operations_count_once_with_their_results():
         ("reduce-scatter", 4000, 1, 4),
         ("all-reduce", 4000, 1, 16),
         ("all-gather", 16000, 1, 16),
-        ("collective-permute", 2000, 1, 16),
+        ("collective-permute", 2000, 1, 2),
     ]
     assert found.bytes == 16000  # the only array that is not in fast memory
     assert found.in_place == 2000
@@ -330,6 +338,77 @@ def test_each_chip_has_the_published_balance():
         "v6e": 560,
         "h100": 148,
     }
+
+
+def row_on_cpus(program: Program) -> tuple[Row, Cost, Loop]:
+    """What is read of a program that is compiled for the eight simulated devices."""
+    row = row_of(program, program.traced.lower(lowering_platforms=("cpu",)), slice_of("v5e:2x4"), hosts=1)
+    assert row.cost
+    assert row.loop
+    return row, row.cost, row.loop
+
+
+def row_of_a_fit(stream, seeds: int) -> tuple[Row, Cost, Loop]:
+    """The row of a fit of an MLP 784-300-10."""
+    model, keys, tx = MLP((300,), classes=10), jax.random.split(jax.random.key(0), seeds), optax.adam(1e-3)
+    state, step = start(model, tx, keys, keys, jnp.zeros((1, 28, 28, 1))), make_step(classify.loss(model.apply), tx)
+    programs: list[Program] = []
+    with planning(Target(jax.devices(), 1e9, programs.append)):
+        assert fit(per_seed(step), state, stream, steps=10, every=10) is state
+    return row_on_cpus(*programs)
+
+
+def hand_count(rows: int) -> float:
+    return 2 * (2 * rows * (784 * 300 + 300 * 10)) + 2 * rows * 300 * 10
+
+
+SAMPLES = {"image": np.zeros((64, 28, 28, 1), np.float32), "label": np.zeros(64, np.int32)}
+PARAMS = 784 * 300 + 300 + 300 * 10 + 10
+
+
+def test_the_row_of_a_fit_that_splits_its_rows():
+    row, cost, loop = row_of_a_fit(data.shuffled(SAMPLES, 40, [0]), 1)
+    assert (row.mesh, row.uneven, row.refused) == ((1, 8), False, None)
+    assert cost.flops == hand_count(40 // 8)
+    assert {each.kind for each in cost.collectives} == {"all-reduce"}
+    assert sum(each.bytes for each in cost.collectives) == pytest.approx(4 * PARAMS, abs=100)  # and the metrics
+    assert cost.memory["arguments"] == pytest.approx(4 * (3 * PARAMS + 5 * 785), abs=100)  # and counters
+    assert loop[:3] == (1, 40, 1.0)
+    assert (loop.worthwhile_batch or 1) % 8 == 0
+
+
+def test_the_row_of_a_fit_that_splits_its_seeds():
+    row, cost, loop = row_of_a_fit(data.shuffled(SAMPLES, 40, range(8)), 8)
+    assert row.mesh == (8, 1)
+    assert (cost.flops, cost.collectives, loop.in_place) == (hand_count(40), [], 1.0)
+
+
+def test_every_device_computes_all_of_the_batches_of_a_plain_function():
+    batch = {name: column[None, :40] for name, column in SAMPLES.items()}
+    row, cost, loop = row_of_a_fit(lambda i: batch, 1)
+    assert row.mesh == (1, 8)
+    assert cost.flops == hand_count(40)
+    assert (loop.batch_size, loop.worthwhile_batch) == (None, None)
+
+
+def test_what_is_not_updated_in_place_is_seen():
+    mesh = data_mesh()
+    params = {"kept": jnp.zeros(3000), "other": jnp.zeros(1000)}
+    state = State(jnp.int32(0), params, {}, (), jax.random.key(0))
+    state = abstract(state, states_over(state, mesh, None))
+    narrow = lambda params: {"kept": params["kept"] + 1, "other": params["other"].astype(jnp.int16)}
+    advance = jax.jit(lambda s: s._replace(step=s.step + 1, params=narrow(s.params)), donate_argnums=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # JAX says the same
+        _, _, loop = row_on_cpus(Program("fit", advance.trace(state), mesh, Feed(1, None, 0, 0.0, state)))
+    assert loop.in_place == 3003 / 4003  # with the step and the key
+
+
+def test_a_plan_of_an_unknown_slice_ends_with_status_2():
+    command = [sys.executable, "experiments/vision/lenet.py", "--preset", "smoke", "--plan", "v5e:9x9"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: --plan v5e:9x9, expected v5e: and one of [\dx, ]*16x16\n", done.stderr)
 
 
 @pytest.mark.parametrize(("name", "extra"), [("v5e:4x4", "tpu"), ("h100:8", "cuda")])

@@ -81,11 +81,11 @@ def _filled(n: int, where: Slice) -> list[tuple[int, bool]]:
     return axes
 
 
-def worthwhile_batch(found: Bounds, batch_size: int, chips: int) -> int | None:
+def worthwhile_batch(found: Bounds, batch_size: int, split: int) -> int | None:
     """From which batch the chips compute for longer than they communicate or wait for the host's loop.
 
-    It is a multiple of `chips`, and None for a program without products.
+    It is a multiple of `split`, the number of parts of a batch, and None for a program without products.
     """
     if not found.mxu:
         return None
-    return chips * math.ceil(batch_size * max(found.ici, found.host) / found.mxu / chips)
+    return split * math.ceil(batch_size * max(found.ici, found.host) / found.mxu / split)

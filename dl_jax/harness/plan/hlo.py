@@ -240,6 +240,8 @@ def _size(array: tuple[str, str, str]) -> int:
 
 def _group(rest: str, devices: int) -> int:
     """How many devices take part with each other: all where the text does not say."""
+    if "source_target_pairs=" in rest:
+        return 2
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
     if listed:
         return len(listed[1].split(","))

@@ -51,7 +51,9 @@ def _tpus(where: Slice) -> Any:
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
-    more: dict[str, Any] = {"chips_per_host_bounds": [min(extent, 2) for extent in where.shape[:2]] + [1]}
+    whole = where.shape == (2, 4)  # the one slice whose host has eight chips
+    host = where.shape if whole else [min(extent, 2) for extent in where.shape[:2]]
+    more: dict[str, Any] = {"chips_per_host_bounds": [*host, 1]}
     if where.kind == "v4":
         more["chip_config_name"] = "megacore"  # JAX sees both cores of a chip as one device
     return topologies.get_topology_desc(platform="tpu", topology_name=where.name, **more)
@@ -93,7 +95,7 @@ def make(main: Callable[[], Any], where: Slice, workdir: str | None, facts: Mapp
         times[key] += 1
 
     problem = None
-    with planning(Target(devices, take)), warnings.catch_warnings(), np.errstate(all="ignore"):
+    with planning(Target(devices, where.chip.hbm, take)), warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore", RuntimeWarning)  # of numbers that are made up
         try:
             main()
@@ -141,7 +143,8 @@ def row_of(program: Program, lowered: Any, where: Slice, hosts: int) -> Row:
         "temporaries": size.temp_size_in_bytes,
         "program": size.generated_code_size_in_bytes,
     }
-    cost = Cost(memory, flops(program.traced.jaxpr) / chips, found.bytes, found.collectives, found.callbacks)
+    shared = chips if not feed or feed.batch_size else 1  # every chip computes all of a batch that is not a stream's
+    cost = Cost(memory, flops(program.traced.jaxpr) / shared, found.bytes, found.collectives, found.callbacks)
     if not feed:
         return row._replace(cost=cost)
     least = bounds.bounds(
@@ -152,7 +155,7 @@ def row_of(program: Program, lowered: Any, where: Slice, hosts: int) -> Row:
         steps=feed.steps,
         reading=feed.seconds / min(hosts, chips),
     )
-    worth = feed.batch_size and bounds.worthwhile_batch(least, feed.batch_size, chips)
+    worth = feed.batch_size and bounds.worthwhile_batch(least, feed.batch_size, mesh.devices.shape[1])
     in_place = found.in_place / state_bytes(feed.state)
     return row._replace(cost=cost, loop=Loop(feed.steps, feed.batch_size, in_place, least, worth))
 
