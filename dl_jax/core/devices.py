@@ -33,7 +33,8 @@ def data_mesh(
     and splits the seeds first and the rows of the batch second: s of [s, d] divides the number of seeds, and d the
     batch size. Of the splits that use equally many devices it is the one with most in s. So 16 seeds on 16 devices are
     [16, 1], 5 seeds of batches of 128 rows [1, 16], and one of 100 rows on 8 devices [1, 5]. Each process gives equally
-    many devices, unless `by_process` is False.
+    many devices, unless `by_process` is False. On TPUs d also divides the number of all devices: libtpu refuses an
+    all-reduce over 12 of 16 chips.
     """
     # Not jax.make_mesh: it orders devices by the links of a TPU slice, and a process's rows would not be contiguous.
     devices = sorted(jax.devices() if devices is None else devices, key=lambda d: (d.process_index, d.id))
@@ -41,18 +42,19 @@ def data_mesh(
     if batch_size:
         key = lambda device: device.process_index if by_process else 0
         processes = [list(own) for _, own in itertools.groupby(devices, key=key)]
-        shape, each = _split(min(map(len, processes)), len(processes), batch_size, seeds)
+        of = len(devices) if devices[0].platform == "tpu" else None
+        shape, each = _split(min(map(len, processes)), len(processes), batch_size, seeds, of)
         devices = [device for own in processes for device in own[:each]]
     # Auto: with Explicit axes, the default, a Linen CNN with Dropout raises ShardingTypeError.
     return Mesh(np.array(devices).reshape(shape), (SEED, DATA), axis_types=(AxisType.Auto,) * 2)
 
 
-def _split(most: int, processes: int, batch_size: int, seeds: int) -> tuple[tuple[int, int], int]:
-    """The shape [s, d] of the mesh, and the number of devices that it takes from each process."""
+def _split(most: int, processes: int, batch_size: int, seeds: int, of: int | None) -> tuple[tuple[int, int], int]:
+    """The shape [s, d] of the mesh, where d divides `of`, and the number of devices that it takes from each process."""
     for each in range(most, 0, -1):
         n = each * processes
         for s in range(min(n, seeds), 0, -1):
-            whole = n % s == 0 and seeds % s == 0 and batch_size % (n // s) == 0
+            whole = n % s == 0 and seeds % s == 0 and math.gcd(batch_size, of or batch_size) % (n // s) == 0
             if whole and ((n // s) % each == 0 or each % (n // s) == 0):  # a process holds a block of seeds and rows
                 return (s, n // s), each
     return (1, processes), 1  # `own` refuses it

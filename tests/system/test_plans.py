@@ -57,6 +57,11 @@ def test_seeds_over_chips_need_no_collective(tmp_path):
     assert all(sent(each) == [] for each in fits)
 
 
+def test_a_batch_that_the_slice_cannot_split_is_planned_on_fewer_chips(tmp_path):
+    fits = [each for each in plan(FEW[0], tmp_path, "--batch-size", "60", "--seeds", "1") if each["loop"]]
+    assert [(each["mesh"], each["refused"]) for each in fits] == [([1, 4], None)] * len(fits)
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

@@ -194,9 +194,9 @@ def test_seeds_are_split_first_and_rows_second(batch_size, seeds, shape):
 @pytest.mark.parametrize("batch_size", [3, 8, 24])
 @pytest.mark.parametrize("processes", [1, 2, 3, 4])
 def test_the_blocks_of_all_processes_are_the_batch(processes, batch_size, seeds, monkeypatch):
-    device = dataclasses.make_dataclass("Device", ["process_index", "id"], frozen=True)
+    device = dataclasses.make_dataclass("Device", ["process_index", "id", "platform"], frozen=True)
     mesh = devices.data_mesh(
-        [device(p, i) for p in range(processes) for i in range(4)], batch_size=batch_size, seeds=seeds
+        [device(p, i, "cpu") for p in range(processes) for i in range(4)], batch_size=batch_size, seeds=seeds
     )
     times = np.zeros((seeds, batch_size), int)
     for process in range(processes):
@@ -269,10 +269,27 @@ def test_a_mesh_for_a_batch_has_as_many_devices_as_divide_it(size, expected):
 
 
 def test_each_process_gives_as_many_devices_to_a_mesh():
-    device = dataclasses.make_dataclass("Device", ["process_index", "id"], frozen=True)
-    scattered = [device(p, 4 * p + i) for i in range(4) for p in (1, 0)]
+    device = dataclasses.make_dataclass("Device", ["process_index", "id", "platform"], frozen=True)
+    scattered = [device(p, 4 * p + i, "cpu") for i in range(4) for p in (1, 0)]
     assert [d.id for d in devices.data_mesh(scattered, batch_size=18).devices.flat] == [0, 1, 2, 4, 5, 6]
     assert [d.id for d in devices.data_mesh(scattered, batch_size=5).devices.flat] == [0, 4]  # `own` refuses these
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "seeds", "by_process", "expected"),
+    [
+        (60, 1, True, (1, 4)),
+        (60, 5, False, (5, 2)),
+        (250, 5, False, (5, 2)),
+        (60, 3, True, (1, 4)),
+        (64, 1, True, (1, 16)),
+    ],
+)
+def test_the_rows_on_tpus_are_over_a_divisor_of_all_chips(batch_size, seeds, by_process, expected):
+    device = dataclasses.make_dataclass("Device", ["process_index", "id", "platform"], frozen=True)
+    chips = [device(i // 4, i, "tpu") for i in range(16)]
+    mesh = devices.data_mesh(chips, batch_size=batch_size, seeds=seeds, by_process=by_process)
+    assert mesh.devices.shape == expected
 
 
 def test_process_rows_of_one_process_are_all():

@@ -28,7 +28,7 @@ def conv(
         maps,
         (size, size),
         stride,
-        padding=[((size - 1) // 2,) * 2] * 2,
+        padding=(size - 1) // 2,
         feature_group_count=groups,
         use_bias=use_bias,
         kernel_init=he_normal,
