@@ -12,9 +12,10 @@ import re
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-from dl_jax.core.errors import InputError, Unavailable, reason
+from dl_jax.core.errors import InputError, Unavailable, one_line, reason
 
-ADDRESS = re.compile(r"gs://([a-z0-9][-_.a-z0-9]{1,220}[a-z0-9])(?:/(.*))?")
+# Not every name that a bucket takes: of its clients some expand * ? [ ], and others read # % and .. as parts of a URL.
+ADDRESS = re.compile(r"gs://([a-z0-9][-_.a-z0-9]{1,220}[a-z0-9])(?!.*/\.\.(?:/|$))(?:/[^][*?#%\x00-\x1f\x7f]*)?")
 CLIENTS = ("gcsfs", "fsspec", "google", "aiohttp", "requests")  # packages whose exceptions say that a bucket failed
 PATIENCE = 10.0  # seconds for one request of `swap` and `look`
 BUSY = (408, 429)  # HTTP's codes below 500 for what may be better later
@@ -49,9 +50,14 @@ def require(address: str, flag: str) -> None:
     """
     found = ADDRESS.fullmatch(address)
     if not found:
-        raise InputError(f"{flag} {address}, expected a local folder or gs://BUCKET/NAME; give one of them")
+        raise InputError(
+            f"{flag} {one_line(address)}, expected a local folder or gs://BUCKET/NAME without any of * ? [ ] # % and "
+            "..; give one of them"
+        )
     try:
-        client().call("GET", "b/{}/o", found[1], maxResults=1)
+        client().call(
+            "GET", "b/{}/o", found[1], maxResults=1, timeout=3 * PATIENCE
+        )  # the first asks for an account too
     except FileNotFoundError as error:
         raise InputError(
             f"{flag} {address}: there is no bucket {found[1]}, expected one that exists; create it with "
