@@ -19,6 +19,7 @@ ADDRESS = re.compile(r"gs://([a-z0-9][-_.a-z0-9]{1,220}[a-z0-9])(?!.*/\.\.(?:/|$
 CLIENTS = ("gcsfs", "fsspec", "google", "aiohttp", "requests")  # packages whose exceptions say that a bucket failed
 PATIENCE = 10.0  # seconds for one request of `swap` and `look`
 BUSY = (408, 429)  # HTTP's codes below 500 for what may be better later
+FORBIDDEN = ("Forbidden", "PERMISSION_DENIED", "UNAUTHENTICATED")  # gcsfs's word for it, and TensorStore's codes
 
 
 @functools.cache
@@ -73,7 +74,7 @@ def refusal(what: str, error: Exception) -> InputError | Unavailable:
     """What to raise for a failed access to the address `what`: InputError where the bucket has refused it."""
     code = getattr(error, "code", None)  # of gcsfs's HttpError
     refused = isinstance(code, int) and 400 <= code < 500 and code not in BUSY
-    if refused or str(error).startswith("Forbidden") or getattr(error, "retryable", True) is False:
+    if refused or str(error).startswith(FORBIDDEN) or getattr(error, "retryable", True) is False:
         return InputError(
             f"{what} may not be used ({reason(error)}), expected an account that may list, read and write it; log in "
             "with `gcloud auth application-default login`, or name another"

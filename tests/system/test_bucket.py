@@ -355,6 +355,17 @@ def test_a_damaged_checkpoint_in_a_bucket_is_skipped_and_renamed(address):
     assert checkpoint_files.metas(address)[2]["metrics"] == {"error": 0.5}
 
 
+def test_a_save_to_a_bucket_that_does_not_answer_may_succeed_later(address):
+    with contextlib.closing(Checkpoints(str(address))) as checkpoints:
+        with away(), pytest.raises(OSError) as silent:
+            (address / "2" / "state").write_text("")
+        found = checkpoints._failure(2, silent.value)
+        assert isinstance(found, Unavailable)
+        assert str(found).startswith(f"checkpoint {address}/2 was not written (Connect call failed")
+        assert isinstance(checkpoints._failure(2, ValueError("UNAVAILABLE: Error writing")), Unavailable)
+        assert isinstance(checkpoints._failure(2, ValueError("PERMISSION_DENIED: Error writing")), InputError)
+
+
 def test_a_step_counts_once_it_is_marked(address):
     for name in ("3/commit_success.txt", "7/state", "damaged-9/commit_success.txt", "replaced-5/commit_success.txt"):
         (address / name).write_text("")
