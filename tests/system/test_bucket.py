@@ -357,7 +357,7 @@ def test_a_damaged_checkpoint_in_a_bucket_is_skipped_and_renamed(address):
 
 def test_a_save_to_a_bucket_that_does_not_answer_may_succeed_later(address):
     with contextlib.closing(Checkpoints(str(address))) as checkpoints:
-        with away(), pytest.raises(OSError) as silent:
+        with away(), pytest.raises(OSError, match="Connect") as silent:
             (address / "2" / "state").write_text("")
         found = checkpoints._failure(2, silent.value)
         assert isinstance(found, Unavailable)
