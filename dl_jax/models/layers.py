@@ -1,5 +1,9 @@
 """Layers that image networks share."""
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,7 +12,15 @@ from jax.typing import DTypeLike
 from dl_jax.core.errors import InputError
 from dl_jax.models import ops
 
-he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015, section 2.2, backward case
+def he_normal(
+    key: jax.Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32, out_sharding: Any = None
+) -> jax.Array:
+    """A kernel [kh, kw, C, D] of normal numbers with variance 2 / (kh kw D): He et al. 2015, section 2.2, backward case.
+
+    They are drawn as one row. XLA takes three times as long to compile the draw of an array with four axes.
+    """
+    draws = jax.random.normal(key, (math.prod(shape),), dtype).reshape(shape)
+    return math.sqrt(2 / (math.prod(shape[:-2]) * shape[-1])) * draws
 
 
 def conv(
