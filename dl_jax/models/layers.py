@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from dl_jax.core.errors import InputError
 from dl_jax.models import ops
 
+
 def he_normal(
     key: jax.Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32, out_sharding: Any = None
 ) -> jax.Array:

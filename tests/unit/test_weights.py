@@ -110,12 +110,21 @@ def changed(**changes):
     ("changes", "message"),
     [
         ({"bn1__weight": None}, r"key bn1\.weight: found none, expected shape \[16\]"),
-        ({"linear__wieght": np.ones(3)}, r"linear\.wieght: found shape \[3\], expected no such key; did you mean linear"),
+        (
+            {"linear__wieght": np.ones(3)},
+            r"linear\.wieght: found shape \[3\], expected no such key; did you mean linear",
+        ),
         ({"linear__weight": np.ones((64, 10), "f")}, r"linear\.weight: found shape \[64, 10\], expected \[10, 64\]"),
-        ({"conv1__weight": np.ones((16, 1, 3, 3), "f")}, r"conv1\.weight: found shape \[16, 1, 3, 3\], expected \[16, 3"),
+        (
+            {"conv1__weight": np.ones((16, 1, 3, 3), "f")},
+            r"conv1\.weight: found shape \[16, 1, 3, 3\], expected \[16, 3",
+        ),
         ({"conv1__weight": np.ones((16, 3, 3, 3), "i1")}, r"conv1\.weight: found int8, expected a float type"),
         ({"fc__num_batches_tracked": np.zeros(())}, r"fc\.num_batches_tracked: found shape \[\], expected no such key"),
-        ({"layer1__0__downsample__0__weight": np.ones((16, 16, 1, 1))}, r"downsample\.0\.weight: .* expected no such key"),
+        (
+            {"layer1__0__downsample__0__weight": np.ones((16, 16, 1, 1))},
+            r"downsample\.0\.weight: .* expected no such key",
+        ),
     ],
 )
 def test_a_wrong_key_is_refused(changes, message):
@@ -172,15 +181,12 @@ def test_other_channels_on_request_alone():
 
 
 def test_files(tmp_path):
-    bfloat = {"a": jnp.arange(3, dtype=jnp.bfloat16)}
     state = changed()
     weights.save(tmp_path / "ours.safetensors", state)
     found = weights.load(tmp_path / "ours.safetensors")
     assert found.keys() == state.keys()
     for key, array in state.items():
         np.testing.assert_array_equal(found[key], array)
-    weights.save(tmp_path / "half.safetensors", {key: np.asarray(array) for key, array in bfloat.items()})
-    np.testing.assert_array_equal(weights.load(tmp_path / "half.safetensors")["a"].astype(np.float32), [0, 1, 2])
     with pytest.raises(InputError, match=r"cannot read .*none\.safetensors"):
         weights.load(tmp_path / "none.safetensors")
     content = (tmp_path / "ours.safetensors").read_bytes()
@@ -193,7 +199,10 @@ def test_files(tmp_path):
 @each_net
 def test_against_pytorch_itself(name):
     """A state dict that we wrote fits PyTorch's network with every key, and both compute the same."""
-    for package in ("torch", *(["timm"] if name == "mobilenetv2_100" else ["torchvision"] if name != "resnet20" else [])):
+    for package in (
+        "torch",
+        *(["timm"] if name == "mobilenetv2_100" else ["torchvision"] if name != "resnet20" else []),
+    ):
         pytest.importorskip(package, reason=f"{package}, to compare with, is not installed", exc_type=ImportError)
     model, variables, _, _ = loaded(name)
     image = np.random.default_rng(2).standard_normal((2, SIZES[name], SIZES[name], 3), np.float32)

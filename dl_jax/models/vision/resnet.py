@@ -214,9 +214,7 @@ def published() -> dict[str, tuple[nn.Module, dict[str, jax.ShapeDtypeStruct], i
     either; Table 6 of the paper rounds them to 0.27, 0.46, 0.66, 0.85 and 1.7 million. Those for ImageNet are the
     `num_params` of torchvision's weights.
     """
-    small, large = (
-        {"image": jax.ShapeDtypeStruct((1, size, size, 3), jnp.dtype(jnp.float32))} for size in (32, 224)
-    )
+    small, large = ({"image": jax.ShapeDtypeStruct((1, size, size, 3), jnp.dtype(jnp.float32))} for size in (32, 224))
     return {
         "ResNet20": (CifarResNet(20), small, 269_722),
         "ResNet32": (CifarResNet(32), small, 464_154),
