@@ -106,14 +106,14 @@ def timm_mobilenet_v2(blocks: Sequence[int]) -> Layers:
 
 
 def load(path: str | os.PathLike[str]) -> State:
-    """The arrays of a safetensors file. Raises InputError where it cannot be read or is none."""
+    """The arrays of a safetensors file. Raises InputError where it cannot be read, is none or holds bfloat16."""
     numpy = _safetensors()
     try:
         return numpy.load(read(path))
     except InputError:
         raise
     except Exception as e:  # safetensors has its own class of errors, and NumPy others for types that it lacks
-        raise InputError(f"{path} is not a safetensors file of NumPy's types ({reason(e)}); export it again") from e
+        raise InputError(f"{path} is not a safetensors file of NumPy's types ({reason(e)}); save it as float32") from e
 
 
 def save(path: str | os.PathLike[str], state: Mapping[str, np.ndarray]) -> None:
@@ -147,8 +147,8 @@ def from_torch(
     for key in state:
         if key not in leaves and key not in counters:
             raise InputError(
-                f"key {key}: found shape {list(np.shape(state[key]))}, expected no such key{nearest(key, leaves)}; take "
-                "the weights of the network that the model is"
+                f"key {key}: found shape {list(np.shape(state[key]))}, expected no such key{nearest(key, leaves)}; "
+                "take the weights of the network that the model is"
             )
     found, report = {}, []
     for key, (path, leaf) in leaves.items():
@@ -225,5 +225,5 @@ def _safetensors() -> Any:
     try:
         import safetensors.numpy
     except ImportError as e:
-        raise InputError("the package safetensors is not installed; pip install 'dl_jax[export]'") from e
+        raise InputError(f"weights need {e.name}, which is not installed; run: pip install 'dl_jax[export]'") from e
     return safetensors.numpy

@@ -16,7 +16,7 @@ from dl_jax.models import ops
 def he_normal(
     key: jax.Array, shape: Sequence[int], dtype: DTypeLike = jnp.float32, out_sharding: Any = None
 ) -> jax.Array:
-    """A kernel [kh, kw, C, D] of normal numbers with variance 2 / (kh kw D): He et al. 2015, section 2.2, backward case.
+    """A kernel [kh, kw, C, D], normal with variance 2 / (kh kw D): He et al. 2015, section 2.2, backward case.
 
     They are drawn as one row. XLA takes three times as long to compile the draw of an array with four axes.
     """

@@ -1,4 +1,4 @@
-"""Weights from PyTorch and back, against logits that PyTorch computed once (see torch_weights.py), and against itself."""
+"""Weights from PyTorch and back, against what PyTorch computed once (see torch_weights.py), and against itself."""
 
 import functools
 import json

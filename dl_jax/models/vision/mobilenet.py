@@ -144,9 +144,9 @@ def examples() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
     """Tiny instances with a batch of inputs each, for the tests of the whole zoo."""
     image = np.random.default_rng(0).random((3, 8, 8, 3), np.float32)
     return {
-        "MobileNetV1": (MobileNetV1(stem=(8, 2), blocks=((12, 1), (16, 2)), classes=5), {"image": image}),
+        "MobileNetV1": (MobileNetV1(stem=(8, 2), blocks=((12, 2),), classes=5), {"image": image}),
         "MobileNetV2": (
-            MobileNetV2(groups=((1, 8, 1, 1), (2, 8, 1, 1)), last=16, classes=5, width=0.25),
+            MobileNetV2(groups=((2, 8, 1, 1),), last=16, classes=5, width=0.25),
             {"image": image},
         ),
     }
@@ -156,8 +156,8 @@ def published() -> dict[str, tuple[nn.Module, dict[str, jax.ShapeDtypeStruct], i
     """The published instances, with the shapes of their inputs and their number of parameters.
 
     Version 1 has as many as timm's `mobilenetv1_100`; Table 4 of its paper gives 4.2 million, and 29.3 million for the
-    dense network, whose number is our own count. Those of version 2 are of torchvision's `mobilenet_v2(width_mult=...)`;
-    Table 4 of its paper gives 3.4 and 6.9 million.
+    dense network, whose number is our own count. Those of version 2 are of torchvision's `mobilenet_v2` with a
+    `width_mult` of 1 and 1.4; Table 4 of its paper gives 3.4 and 6.9 million.
     """
     inputs = {"image": jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.dtype(jnp.float32))}
     models = {

@@ -203,7 +203,7 @@ def examples() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
     image = np.random.default_rng(0).random((3, 8, 8, 3), np.float32)
     return {
         "CifarResNet": (CifarResNet(depth=8, classes=5, width=4), {"image": image}),
-        "ResNet": (ResNet(blocks=(1, 1), classes=5, width=4), {"image": image}),
+        "ResNet": (ResNet(blocks=(1,), classes=5, width=4), {"image": image}),
     }
 
 
