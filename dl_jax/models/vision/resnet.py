@@ -174,7 +174,7 @@ class ResNet(nn.Module):
         layers.require_image(self, image, 2 ** (len(self.blocks) + 1))
         x = layers.conv(self.width, 7, 2, dtype=self.dtype, name="stem_conv")(image.astype(self.dtype))
         x = self.activation(layers.batch_norm(train, dtype=self.dtype, name="stem_norm")(x))  # [B, H / 2, W / 2, width]
-        x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))  # type: ignore[arg-type]  # Flax says str
         x = stages(  # [B, H / 32, W / 32, 32 * width]
             x,
             self.blocks,
