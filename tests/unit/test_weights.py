@@ -2,6 +2,7 @@
 
 import functools
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -208,3 +209,9 @@ def test_against_pytorch_itself(name):
     image = np.random.default_rng(2).standard_normal((2, SIZES[name], SIZES[name], 3), np.float32)
     expected = torch_weights.logits_of(torch_weights.network(name), weights.to_torch(variables, NETS[name][1]), image)
     assert_same(jax.jit(lambda v, image: model.apply(v, image, train=False))(variables, image), expected)
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    with pytest.raises(InputError, match=r"weights need safetensors.*, which is not installed; run: pip install"):
+        weights.save(tmp_path / "ours.safetensors", {})

@@ -10,6 +10,7 @@ from dl_jax.core.errors import InputError
 from dl_jax.models.vision import mobilenet
 from dl_jax.models.vision.mobilenet import InvertedResidual, MobileNetV1, MobileNetV2, multiple_of_8
 
+OFTEN = ("MobileNetV1", "MobileNetV2")
 IMAGE = np.random.default_rng(0).random((2, 8, 8, 3), np.float32)
 
 
@@ -17,7 +18,9 @@ def count(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("name", mobilenet.published())
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in OFTEN)) for n in mobilenet.published()]
+)
 def test_published_parameters(name):
     model, inputs, expected = mobilenet.published()[name]
     assert (

@@ -13,7 +13,7 @@ from dl_jax.core.errors import InputError
 from dl_jax.models.vision import resnet
 from dl_jax.models.vision.resnet import Block, CifarResNet, ResNet, basic, bottleneck
 
-OFTEN = ("ResNet20", "ResNet18", "ResNet50")  # the deeper ones take seconds to trace
+OFTEN = ("ResNet20", "ResNet50")  # the deeper ones take seconds to trace
 IMAGE = np.random.default_rng(0).random((2, 8, 8, 3), np.float32)
 block = functools.partial(
     Block, projection=True, residual=True, zero_scale=False, drop_path=0.0, activation=jax.nn.relu, dtype=jnp.float32

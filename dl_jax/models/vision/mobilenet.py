@@ -5,6 +5,7 @@ Howard et al., "MobileNets: efficient convolutional neural networks for mobile v
 bottlenecks", CVPR 2018, Tables 1 and 2.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -22,6 +23,14 @@ def multiple_of_8(maps: float) -> int:
     """The multiple of 8 nearest to `maps`, from 8 on, but the next where more than a tenth would be lost."""
     nearest = max(8, int(maps + 4) // 8 * 8)
     return nearest if nearest >= 0.9 * maps else nearest + 8
+
+
+def _layer(
+    x: jax.Array, maps: int, size: int, stride: int, name: str, groups: int = 1, *, train: bool, dtype: DTypeLike
+) -> jax.Array:
+    """A convolution with batch normalisation, within the `__call__` of a network."""
+    x = layers.conv(maps, size, stride, groups=groups, dtype=dtype, name=f"{name}_conv")(x)
+    return layers.batch_norm(train, dtype=dtype, name=f"{name}_norm")(x)
 
 
 class MobileNetV1(nn.Module):
@@ -50,18 +59,15 @@ class MobileNetV1(nn.Module):
         require_positive({"width": self.width, "classes": self.classes})
         layers.require_image(self, image, math.prod(stride for _, stride in (self.stem, *self.blocks)))
 
-        def layer(x: jax.Array, maps: int, size: int, stride: int, name: str, groups: int = 1) -> jax.Array:
-            x = layers.conv(maps, size, stride, groups=groups, dtype=self.dtype, name=f"{name}_conv")(x)
-            return nn.relu(layers.batch_norm(train, dtype=self.dtype, name=f"{name}_norm")(x))
-
+        layer = functools.partial(_layer, train=train, dtype=self.dtype)
         scaled = [(max(8, round(self.width * maps)), stride) for maps, stride in (self.stem, *self.blocks)]
-        x = layer(image.astype(self.dtype), scaled[0][0], 3, scaled[0][1], "stem")
+        x = nn.relu(layer(image.astype(self.dtype), scaled[0][0], 3, scaled[0][1], "stem"))
         for i, (maps, stride) in enumerate(scaled[1:]):
             if self.separable:
-                x = layer(x, x.shape[-1], 3, stride, f"block{i}_depthwise", groups=x.shape[-1])
-                x = layer(x, maps, 1, 1, f"block{i}_pointwise")
+                x = nn.relu(layer(x, x.shape[-1], 3, stride, f"block{i}_depthwise", groups=x.shape[-1]))
+                x = nn.relu(layer(x, maps, 1, 1, f"block{i}_pointwise"))
             else:
-                x = layer(x, maps, 3, stride, f"block{i}")
+                x = nn.relu(layer(x, maps, 3, stride, f"block{i}"))
         return nn.Dense(self.classes, dtype=self.dtype, name="head")(x.mean((1, 2))).astype(jnp.float32)
 
 
@@ -78,10 +84,7 @@ class InvertedResidual(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        def layer(x: jax.Array, maps: int, size: int, stride: int, name: str, groups: int = 1) -> jax.Array:
-            x = layers.conv(maps, size, stride, groups=groups, dtype=self.dtype, name=f"{name}_conv")(x)
-            return layers.batch_norm(train, dtype=self.dtype, name=f"{name}_norm")(x)
-
+        layer = functools.partial(_layer, train=train, dtype=self.dtype)
         y, wide = x, self.expansion * x.shape[-1]
         if self.expansion > 1:
             y = nn.relu6(layer(y, wide, 1, 1, "expand"))
@@ -120,10 +123,8 @@ class MobileNetV2(nn.Module):
         require_positive({"width": self.width, "classes": self.classes})
         require_probability({"dropout": self.dropout})
         layers.require_image(self, image, 2 * math.prod(stride for *_, stride in self.groups))
-        x = layers.conv(multiple_of_8(32 * self.width), 3, 2, dtype=self.dtype, name="stem_conv")(
-            image.astype(self.dtype)
-        )
-        x = nn.relu6(layers.batch_norm(train, dtype=self.dtype, name="stem_norm")(x))
+        layer = functools.partial(_layer, train=train, dtype=self.dtype)
+        x = nn.relu6(layer(image.astype(self.dtype), multiple_of_8(32 * self.width), 3, 2, "stem"))
         for group, (expansion, maps, blocks, stride) in enumerate(self.groups):
             for i in range(blocks):
                 block = InvertedResidual(
@@ -134,8 +135,7 @@ class MobileNetV2(nn.Module):
                     name=f"group{group}_block{i}",
                 )
                 x = block(x, train=train)
-        x = layers.conv(multiple_of_8(self.last * max(1.0, self.width)), 1, dtype=self.dtype, name="last_conv")(x)
-        x = nn.relu6(layers.batch_norm(train, dtype=self.dtype, name="last_norm")(x)).mean((1, 2))
+        x = nn.relu6(layer(x, multiple_of_8(self.last * max(1.0, self.width)), 1, 1, "last")).mean((1, 2))
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.classes, dtype=self.dtype, name="head")(x).astype(jnp.float32)
 
