@@ -1,9 +1,11 @@
 """Layers that image networks share."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from dl_jax.core.errors import InputError
 from dl_jax.models import ops
 
 he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015, section 2.2, backward case
@@ -49,3 +51,26 @@ def batch_norm(
     return nn.BatchNorm(
         use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, scale_init=scale_init, name=name
     )
+
+
+def require_image(module: nn.Module, image: jax.Array, smallest: int) -> None:
+    """Raises InputError unless `image` is [B, H, W, C] with `smallest` pixels or more on each side, and C fits.
+
+    C has to be the number of channels of the first convolution, "stem_conv", once `module` has parameters.
+    """
+    name = type(module).__name__
+    if image.ndim != 4:
+        raise InputError(f"{name} takes images [B, H, W, C], not an array of shape {image.shape}; reshape it")
+    height, width, channels = image.shape[1:]
+    if min(height, width) < smallest:
+        raise InputError(
+            f"image of {height} x {width} pixels, expected {smallest} x {smallest} or more, the product of the strides "
+            f"of {name}; enlarge it"
+        )
+    if module.has_variable("params", "stem_conv"):
+        expected = module.get_variable("params", "stem_conv")["kernel"].shape[2]
+        if channels != expected:
+            raise InputError(
+                f"image with {channels} channels, expected {expected} as in the parameters of {name}; convert it, or "
+                "initialise the model for it"
+            )
