@@ -60,7 +60,11 @@ def with_batch(inputs: Inputs, size: int) -> Inputs:
 
 def variables(model: nn.Module, inputs: Inputs) -> Any:
     """The shapes and types of the variables that `model` starts with."""
-    return jax.eval_shape(lambda inputs: model.init(jax.random.key(0), **inputs, train=False), inputs)
+
+    def init(inputs: Any) -> Any:
+        return model.init(jax.random.key(0), **inputs, train=False)
+
+    return jax.eval_shape(init, inputs)
 
 
 def parameters(model: nn.Module, inputs: Inputs) -> int:
@@ -79,7 +83,7 @@ def layers(model: nn.Module, inputs: Inputs) -> list[Layer]:
     calls: dict[str, tuple[str, list[str]]] = {}
     start = variables(model, inputs)
 
-    def apply(variables: Any, inputs: Inputs) -> Any:
+    def apply(variables: Any, inputs: Any) -> Any:
         with nn.intercept_methods(_noting(calls)):
             return model.apply(variables, **inputs, train=False)
 

@@ -123,10 +123,11 @@ def test_training_reaches_every_parameter_with_finite_gradients(name):
 
 @zoo
 def test_classifiers_give_one_logit_per_class(name):
+    """Of an example or, if it is labelled point by point, of each of its points."""
     model, inputs, *_, output = example(name)
     if not hasattr(model, "classes"):
         pytest.skip("not a classifier")
-    assert output.shape == (len(jax.tree.leaves(inputs)[0]), model.classes)
+    assert (len(output), output.shape[-1]) == (len(jax.tree.leaves(inputs)[0]), model.classes)
 
 
 def test_input_dropout_hides_pixels_and_only_in_training():

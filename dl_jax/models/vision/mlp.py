@@ -14,10 +14,10 @@ from dl_jax.models.layers import batch_norm
 
 
 class MLP(nn.Module):
-    """Dense layers with `activation` and dropout, and a linear layer: image [B, H, W, C] -> float32 logits [B, classes].
+    """Hidden dense layers, and a linear layer: image [B, H, W, C] -> float32 logits [B, classes].
 
-    Dropout uses the random stream "dropout". Raises InputError for a probability outside [0, 1), and for a layer
-    without units.
+    Hidden layers are followed by `activation` and dropout, which uses the random stream "dropout". Raises InputError
+    for a probability outside [0, 1), and for a layer without units.
     """
 
     hidden: tuple[int, ...]  # units of each hidden layer
@@ -55,6 +55,6 @@ def examples() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
 
 
 def published() -> dict[str, tuple[nn.Module, dict[str, jax.ShapeDtypeStruct], int]]:
-    """The teacher of Hinton, Vinyals and Dean 2015 (arXiv:1503.02531), section 3, whose layers' sizes give its count."""
+    """The teacher of Hinton, Vinyals and Dean 2015 (arXiv:1503.02531), section 3; its layers' sizes give the number."""
     image = jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32)
     return {"MLP": (MLP((1200, 1200)), {"image": image}, 785 * 1200 + 1201 * 1200 + 1201 * 10)}

@@ -57,7 +57,7 @@ class SeparableNet(nn.Module):
 
 def examples() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
     """Tiny instances with a batch of images each, for the tests of the whole zoo."""
-    image, blocks = np.random.default_rng(0).random((3, 6, 8, 2), np.float32), ((6, 1), (8, 2))
+    image, blocks = np.random.default_rng(0).random((3, 4, 6, 2), np.float32), ((6, 2),)
     return {
         "SeparableNet": (SeparableNet(4, blocks), {"image": image}),
         "SeparableNetDense": (SeparableNet(4, blocks, separable=False), {"image": image}),

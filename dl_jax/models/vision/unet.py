@@ -95,8 +95,8 @@ class UNet(nn.Module):
 
 def examples() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
     """A tiny instance with a batch of images, for the tests of the whole zoo."""
-    image = np.random.default_rng(0).random((3, 8, 4, 1), np.float32)
-    return {"UNet": (UNet((3, 4, 5)), {"image": image})}
+    image = np.random.default_rng(0).random((3, 4, 6, 1), np.float32)
+    return {"UNet": (UNet((3, 4)), {"image": image})}
 
 
 def published() -> dict[str, tuple[nn.Module, dict[str, jax.ShapeDtypeStruct], int]]:

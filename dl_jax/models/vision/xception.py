@@ -55,7 +55,7 @@ class Block(nn.Module):
             y = self.activation(y) if i or self.activated else y
             y = SeparableConv(maps, self.dtype)(y, train)
         if self.pooled:
-            y = nn.max_pool(y, (3, 3), (2, 2), ((1, 1), (1, 1)))
+            y = nn.max_pool(y, (3, 3), (2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
             x = conv(self.maps[-1], 1, 2, dtype=self.dtype, name="shortcut")(x)
             x = batch_norm(train, dtype=self.dtype, name="shortcut_norm")(x)
         return x + y
@@ -108,8 +108,8 @@ SmallXception = functools.partial(
 
 def examples() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
     """A tiny instance with a batch of images, for the tests of the whole zoo."""
-    image = np.random.default_rng(0).random((3, 8, 8, 2), np.float32)
-    model = Xception(stem=(3, 4), stride=1, entry=(5,), middle=1, exit=(6, 7, 8), classes=5)
+    image = np.random.default_rng(0).random((3, 4, 6, 2), np.float32)
+    model = Xception(stem=(3, 4), stride=1, entry=(), middle=0, exit=(6, 7, 8), classes=5)
     return {"Xception": (model, {"image": image})}
 
 
