@@ -2,7 +2,6 @@
 
 import importlib
 import pkgutil
-import subprocess
 import sys
 
 import flax.linen as nn
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 
 from dl_jax import models
-from dl_jax.core.errors import InputError
 from dl_jax.core.flops import by_scope, flops
 from dl_jax.models import __main__ as command
 from dl_jax.models import summary
@@ -132,13 +130,79 @@ def test_scans_multiply_and_recomputed_and_mapped_layers_are_named():
     assert added(rows.values()) == total(Lifted(), X)
 
 
-@pytest.mark.parametrize("transform", [jax.grad, lambda f: jax.vmap(jax.grad(f)), lambda f: jax.grad(jax.checkpoint(f))])
-def test_scopes_add_up_under_transformations(transform):
-    variables = jax.tree.map(lambda leaf: np.zeros((2, *leaf.shape)), summary.variables(Lifted(), X))
-    one = jax.tree.map(lambda leaf: leaf[0], variables)
-    loss = lambda variables: Lifted().apply(variables, np.ones((4, 6)), train=False).sum()
-    backward = by_scope(jax.make_jaxpr(jax.grad(loss))(one))
-    assert all("Lifted" in scope for scope in backward)
-    # Each of the 7 cells: two products forward, and four backward (two more where it is recomputed).
-    product, first = 2 * 4 * 6 * 6, 1  # the input of the first product of all has no gradient
-    assert backward.total() == (7 * 6 + 1 - first + 1) * product or backward.total() > 0
+@pytest.mark.parametrize("seeds", [None, 3])
+def test_scopes_of_a_gradient_are_those_of_the_layers(seeds):
+    """A cell makes two products and four in its gradient; one of them is computed again where it is recomputed."""
+    shapes = summary.variables(Lifted(), X)
+    loss = lambda variables: Lifted().apply(variables, np.ones((4, 6), np.float32), train=False).sum()
+    gradient = jax.grad(loss)
+    if seeds:
+        gradient = jax.vmap(gradient)
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((seeds, *leaf.shape), leaf.dtype), shapes)
+    found = by_scope(jax.make_jaxpr(gradient)(shapes))
+    product, cells = (seeds or 1) * 2 * 4 * 6 * 6, ("scanned", "recomputed", "mapped")
+    assert {cell: sum(n for scope, n in found.items() if cell in scope) for cell in cells} == {
+        "scanned": 5 * 6 * product,
+        "recomputed": 7 * product,
+        "mapped": 6 * product,
+    }
+
+
+def run(monkeypatch, capsys, *arguments):
+    """(exit status, output, errors) of the command."""
+    monkeypatch.setattr(sys, "argv", ["models", *arguments])
+    status = command.main()
+    return status, *capsys.readouterr()
+
+
+def test_the_command_lists_all_models(monkeypatch, capsys):
+    status, out, _ = run(monkeypatch, capsys)
+    rows = [line.split() for line in out.splitlines() if line.strip()]
+    assert status == 0
+    assert ["LeNet5", "image", "[1,", "28,", "28,", "1]", "60,000"] in rows
+    assert {row[0] for row in rows} >= PUBLISHED.keys()
+
+
+def test_the_command_prints_the_layers_and_their_totals(monkeypatch, capsys):
+    status, out, _ = run(monkeypatch, capsys, "LeNet300", "--batch-size", "2")
+    assert status == 0
+    assert [line.split() for line in out.splitlines() if line.strip() and "─" not in line] == [
+        ["LeNet300", "MLP", "image", "[2,", "28,", "28,", "1]", "parameters", "FLOPs"],
+        ["Dense_0", "Dense", "[2,", "300]", "235,500", "940,800"],
+        ["Dense_1", "Dense", "[2,", "100]", "30,100", "120,000"],
+        ["Dense_2", "Dense", "[2,", "10]", "1,010", "4,000"],
+        ["total", "266,610", "1,064,800"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["LeNet"], "there is no model 'LeNet', expected one of CharLM, ConvNet, "),
+        (["LeNet5", "--batch-size", "0"], "the batch size is 0, expected 1 or more"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(monkeypatch, capsys, arguments, message):
+    status, out, errors = run(monkeypatch, capsys, *arguments)
+    assert (status, out) == (2, "")
+    assert errors.startswith(f"error: {message}")
+    assert errors.count("\n") == 1
+
+
+def test_a_summary_compiles_nothing():
+    """The batch size is one that no other test has, so that an operation would have to be compiled."""
+    compilations = []
+
+    def listen(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compilations.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        model, inputs, _ = PUBLISHED["SeparableNet"]
+        assert summary.layers(model, summary.with_batch(inputs, 23))
+        assert not compilations
+        jnp.ones((23, 28, 28, 1))
+        assert compilations
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
