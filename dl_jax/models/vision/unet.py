@@ -24,8 +24,8 @@ he_fan_in = nn.initializers.variance_scaling(2.0, "fan_in", "normal")  # the pap
 class UpConv(nn.Module):
     """A transposed convolution 2x2 with stride 2: [B, H, W, C] -> [B, 2 H, 2 W, maps].
 
-    The windows do not overlap, so it is one matrix product to the four pixels of each window. On one core of a CPU a
-    forward and backward pass takes a seventh to a twentieth of that of `nn.ConvTranspose`.
+    The windows do not overlap, so it is one matrix product to the four pixels of each window. A forward and backward
+    pass on one core of a CPU is 6 to 16 times faster than that of `nn.ConvTranspose`, a forward pass 1.1 to 1.8 times.
     """
 
     maps: int
@@ -36,8 +36,10 @@ class UpConv(nn.Module):
         batch, height, width, channels = x.shape
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (2, 2, channels, self.maps))
         bias = self.param("bias", nn.initializers.zeros, (self.maps,))
-        x = jnp.einsum("bhwc,ijcd->bhiwjd", x.astype(self.dtype), kernel.astype(self.dtype))
-        return x.reshape(batch, 2 * height, 2 * width, self.maps) + bias.astype(self.dtype)
+        kernel = kernel.astype(self.dtype).transpose(2, 0, 1, 3).reshape(channels, 4 * self.maps)
+        x = (x.astype(self.dtype) @ kernel).reshape(batch, height, width, 2, 2, self.maps)
+        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, 2 * height, 2 * width, self.maps)
+        return x + bias.astype(self.dtype)
 
 
 class Convolutions(nn.Module):
