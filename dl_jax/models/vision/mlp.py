@@ -49,7 +49,7 @@ def examples() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
     image = np.random.default_rng(0).random((3, 8, 8, 1), np.float32)
     deep = MLP(hidden=(12, 12), activation=nn.sigmoid, batch_norm=True, residual=True)
     return {
-        "MLP": (MLP(hidden=(16, 12), classes=5, dropout=0.5), {"image": image}),
+        "MLP": (MLP(hidden=(12, 12), classes=5, dropout=0.5), {"image": image}),
         "DeepMLP": (deep, {"image": image}),
     }
 
