@@ -1,40 +1,56 @@
 """The floating-point operations of a traced program, with loops multiplied out, where XLA counts a loop's body once."""
 
 import math
+from collections import Counter
 from typing import Any
 
 import numpy as np
 
 
-def flops(jaxpr: Any) -> float:
+def flops(jaxpr: Any) -> int:
     """The multiplications and additions in the matrix products and convolutions of a jaxpr, over all devices.
 
     A scan counts as many times as it iterates, and a loop whose number of iterations is not known counts once. Of the
     branches of a condition it is the costliest, and of branches for different platforms the default: a convolution
     counts as one, however a CPU computes it. Products with zeros of a padding or a dilation do not count.
     """
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)  # of a ClosedJaxpr
-    return sum(map(_of_equation, jaxpr.eqns))
+    return by_scope(jaxpr).total()
 
 
-def _of_equation(equation: Any) -> float:
-    name, params = equation.primitive.name, equation.params
+def by_scope(jaxpr: Any) -> Counter[str]:
+    """The parts of `flops` by the scope that an operation was traced in, such as "Net/Dense_0" (`jax.named_scope`)."""
+    found: Counter[str] = Counter()
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:  # of a ClosedJaxpr, or itself
+        found.update(_of_equation(equation))
+    return found
+
+
+def _of_equation(equation: Any) -> Counter[str]:
+    name, params, scope = equation.primitive.name, equation.params, str(equation.source_info.name_stack)
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
-        return 2.0 * _size(equation.outvars[0]) * math.prod(equation.invars[0].aval.shape[i] for i in contracted)
+        terms = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
+        return Counter({scope: 2 * _size(equation.outvars[0]) * terms})
     if name == "conv_general_dilated":
-        return _of_convolution(equation)
+        return Counter({scope: _of_convolution(equation)})
+    times = 1
     if name == "cond":
         platforms, branches = params.get("branches_platforms"), params["branches"]
-        return flops(branches[platforms.index(None)]) if platforms else max(map(flops, branches))
-    values = [each for value in params.values() for each in (value if isinstance(value, tuple) else (value,))]
-    inner = sum(flops(value) for value in values if hasattr(getattr(value, "jaxpr", value), "eqns"))
+        inner = [branches[platforms.index(None)]] if platforms else [max(branches, key=flops)]
+    else:
+        values = [each for value in params.values() for each in (value if isinstance(value, tuple) else (value,))]
+        inner = [value for value in values if hasattr(getattr(value, "jaxpr", value), "eqns")]
     if name == "shard_map":  # its shapes are those of one device
-        return inner * math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
-    return params["length"] * inner if name == "scan" else inner
+        times = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
+    elif name == "scan":
+        times = params["length"]
+    found: Counter[str] = Counter()
+    for within, operations in sum(map(by_scope, inner), Counter()).items():
+        found["/".join(filter(None, (scope, within)))] += times * operations
+    return found
 
 
-def _of_convolution(equation: Any) -> float:
+def _of_convolution(equation: Any) -> int:
     (image, kernel), params = (variable.aval.shape for variable in equation.invars), equation.params
     numbers, result = params["dimension_numbers"], equation.outvars[0].aval.shape
     (_, channels, *taps), (batch, maps, *size) = numbers.rhs_spec, numbers.out_spec
@@ -48,7 +64,7 @@ def _of_convolution(equation: Any) -> float:
         params["rhs_dilation"],
         strict=True,
     )
-    return 2.0 * result[batch] * result[maps] * kernel[channels] * math.prod(_products(*each) for each in spatial)
+    return 2 * result[batch] * result[maps] * kernel[channels] * math.prod(_products(*each) for each in spatial)
 
 
 def _products(n: int, taps: int, results: int, stride: int, padding: tuple[int, int], holes: int, step: int) -> int:

@@ -6,6 +6,7 @@ import pkgutil
 import re
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,10 +124,11 @@ def test_training_reaches_every_parameter_with_finite_gradients(name):
 
 @zoo
 def test_classifiers_give_one_logit_per_class(name):
+    """Of an example or, if it is labelled point by point, of each of its points."""
     model, inputs, *_, output = example(name)
     if not hasattr(model, "classes"):
         pytest.skip("not a classifier")
-    assert output.shape == (len(jax.tree.leaves(inputs)[0]), model.classes)
+    assert (len(output), output.shape[-1]) == (len(jax.tree.leaves(inputs)[0]), model.classes)
 
 
 def test_input_dropout_hides_pixels_and_only_in_training():
@@ -157,6 +159,28 @@ def test_mlp_against_numpy():
         x = np.maximum(x @ params[layer]["kernel"] + params[layer]["bias"], 0)
     x = x @ params["Dense_2"]["kernel"] + params["Dense_2"]["bias"]
     np.testing.assert_allclose(predict({"params": params}, inputs), x, atol=1e-5)
+
+
+def test_deep_mlp_against_numpy():
+    """BatchNorm stands before the activation, and only the second hidden layer is as wide as what it gets."""
+    _, inputs, variables, predict, _ = example("vision.mlp.DeepMLP")
+    params, stats = moved(variables["params"], 0.1), moved(variables["batch_stats"], 0.1)
+    assert params["Dense_0"].keys() == {"kernel"}
+    x = inputs["image"].reshape(3, -1).astype(np.float64)
+    for i, residual in enumerate((0, 1)):
+        y, norm, running = x @ params[f"Dense_{i}"]["kernel"], params[f"BatchNorm_{i}"], stats[f"BatchNorm_{i}"]
+        y = (y - running["mean"]) / np.sqrt(running["var"] + 1e-5) * norm["scale"] + norm["bias"]
+        y = 1 / (1 + np.exp(-y))
+        x = x + y if residual else y
+    x = x @ params["Dense_2"]["kernel"] + params["Dense_2"]["bias"]
+    found = predict({"params": params, "batch_stats": stats}, inputs)
+    np.testing.assert_allclose(found, x, atol=1e-5)
+
+
+def test_mlp_draws_every_kernel_by_its_initialiser():
+    model = MLP((3, 3), kernel_init=nn.initializers.constant(0.5))
+    params = jit(lambda key: model.init(key, np.zeros((1, 2, 2, 1), np.float32), train=False))(KEYS["params"])["params"]
+    assert all((layer["kernel"] == 0.5).all() for layer in params.values())
 
 
 def test_lenet5_has_the_papers_parameters():

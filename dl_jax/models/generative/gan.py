@@ -82,3 +82,13 @@ def examples() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
         "Generator": (Generator(hidden=(16, 12), shape=(8, 8, 1), spread=0.3), {"noise": noise}),
         "Discriminator": (Discriminator(hidden=(12, 8), pieces=3, spread=0.3), {"image": image}),
     }
+
+
+def published() -> dict[str, tuple[nn.Module, dict[str, jax.ShapeDtypeStruct], int]]:
+    """The networks of the authors' code for MNIST, whose layers' sizes give their numbers of parameters."""
+    noise, image = jax.ShapeDtypeStruct((1, 100), jnp.float32), jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32)
+    pieces = 5 * 240  # linear functions of a maxout layer
+    return {
+        "Generator": (Generator(), {"noise": noise}, 101 * 1200 + 1201 * 1200 + 1201 * 784),
+        "Discriminator": (Discriminator(), {"image": image}, 785 * pieces + 241 * pieces + 241),
+    }

@@ -186,3 +186,10 @@ def examples() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
     size = {"latents": 5, "shape": (8, 12, 1)}
     models = {"VAE": VAE(hidden=(16, 12), **size), "ConvVAE": ConvVAE(features=(4, 6), **size)}
     return {name: (model, {"image": image}) for name, model in models.items()}
+
+
+def published() -> dict[str, tuple[nn.Module, dict[str, jax.ShapeDtypeStruct], int]]:
+    """The paper's network with one stochastic layer, whose layers' sizes give its number of parameters."""
+    image = jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32)
+    encoder, decoder = 785 * 200 + 201 * 200 + 201 * 100, 51 * 200 + 201 * 200 + 201 * 784
+    return {"VAE": (VAE(), {"image": image}, encoder + decoder)}

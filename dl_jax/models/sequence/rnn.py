@@ -237,3 +237,22 @@ def examples() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
         "SequenceTagger": (SequenceTagger(3, hidden=5), {"x": x}),
         "CharLM": (CharLM(7, hidden=5, layers=2, cell=GRU), {"tokens": tokens}),
     }
+
+
+def published() -> dict[str, tuple[nn.Module, dict[str, jax.ShapeDtypeStruct], int]]:
+    """The networks of the experiments, whose layers' sizes give their numbers of parameters.
+
+    Those for chorales of 88 keys have the sizes of Bai et al. 2018 (arXiv:1803.01271); the language model has ours.
+    """
+    frames = {"x": jax.ShapeDtypeStruct((1, 129, 88), jnp.float32)}
+    tokens = {"tokens": jax.ShapeDtypeStruct((1, 64), jnp.int32)}
+
+    def layers(gates: int, biases: int, inputs: int, hidden: int, n: int) -> int:
+        return gates * hidden * sum(d + hidden + biases for d in (inputs, *[hidden] * (n - 1)))
+
+    return {
+        "LSTM": (SequenceTagger(88, 200, 2, LSTM, 0.2), frames, layers(4, 1, 88, 200, 2) + 201 * 88),
+        "GRU": (SequenceTagger(88, 230, 2, GRU, 0.2), frames, layers(3, 2, 88, 230, 2) + 231 * 88),
+        "RNN": (SequenceTagger(88, 290, 2, VANILLA, 0.2), frames, layers(1, 1, 88, 290, 2) + 291 * 88),
+        "CharLM": (CharLM(256, 256, dropout=0.1), tokens, 256 * 256 + layers(4, 1, 256, 256, 1) + 257 * 256),
+    }

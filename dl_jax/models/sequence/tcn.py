@@ -100,3 +100,13 @@ def examples() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
     """A tiny instance with a batch of inputs, for the tests of the whole zoo."""
     x = np.random.default_rng(0).standard_normal((3, 9, 4), np.float32)
     return {"TCN": (TCN(outputs=3, hidden=5, levels=2, taps=3, dropout=0.5), {"x": x})}
+
+
+def published() -> dict[str, tuple[nn.Module, dict[str, jax.ShapeDtypeStruct], int]]:
+    """The paper's network for chorales of 88 keys (Table 2 of the supplement), whose layers' sizes give its count.
+
+    The paper rounds it to 300 thousand (Table 1).
+    """
+    x = jax.ShapeDtypeStruct((1, 129, 88), jnp.float32)
+    convolutions = (3 * 88 + 2) * 150 + 3 * (3 * 150 + 2) * 150  # kernel, scale and bias of each map
+    return {"TCN": (TCN(88, 150, levels=2, taps=3, dropout=0.5), {"x": x}, convolutions + 89 * 150 + 151 * 88)}

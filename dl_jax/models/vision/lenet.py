@@ -200,3 +200,17 @@ def examples() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
     image = np.random.default_rng(0).random((3, 28, 28, 1), np.float32)
     models = {"LeNet5": LeNet5(), "LeNetCaffe": LeNetCaffe(), "LeNet300": LeNet300()}
     return {name: (model, {"image": image}) for name, model in models.items()}
+
+
+def published() -> dict[str, tuple[nn.Module, dict[str, jax.ShapeDtypeStruct], int]]:
+    """The instances of the papers.
+
+    The number of LeNet-5 is that of LeCun et al., section II.B. Those of the others are the sizes of Caffe's
+    `lenet_train_test.prototxt` and of 784-300-100-10; Han et al. round them to 431 and 267 thousand (Table 1).
+    """
+    image = {"image": jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32)}
+    return {
+        "LeNet5": (LeNet5(), image, 60_000),
+        "LeNetCaffe": (LeNetCaffe(), image, 431_080),
+        "LeNet300": (LeNet300(), image, 266_610),
+    }

@@ -1,5 +1,6 @@
 """The multi-layer perceptron."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -9,19 +10,24 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from dl_jax.core.errors import require_positive, require_probability
+from dl_jax.models.layers import batch_norm
 
 
 class MLP(nn.Module):
-    """Dense layers with ReLU and dropout, and a linear layer: image [B, H, W, C] -> float32 logits [B, classes].
+    """Hidden dense layers, and a linear layer: image [B, H, W, C] -> float32 logits [B, classes].
 
-    Dropout uses the random stream "dropout". Raises InputError for a probability outside [0, 1), and for a layer
-    without units.
+    Hidden layers are followed by `activation` and dropout, which uses the random stream "dropout". Raises InputError
+    for a probability outside [0, 1), and for a layer without units.
     """
 
     hidden: tuple[int, ...]  # units of each hidden layer
     classes: int = 10
     dropout: float = 0.0  # probability that a hidden unit is dropped in training
     input_dropout: float = 0.0  # probability that a pixel is dropped in training
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()  # of every layer
+    batch_norm: bool = False  # between each hidden layer, which then has no bias, and its activation
+    residual: bool = False  # a hidden layer as wide as the one before adds to it
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -31,12 +37,24 @@ class MLP(nn.Module):
         x = image.reshape(image.shape[0], -1)  # [B, H * W * C]
         x = nn.Dropout(self.input_dropout, deterministic=not train)(x)
         for units in self.hidden:
-            x = nn.relu(nn.Dense(units, dtype=self.dtype)(x))
-            x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return nn.Dense(self.classes, dtype=self.dtype)(x).astype(jnp.float32)
+            y = nn.Dense(units, use_bias=not self.batch_norm, dtype=self.dtype, kernel_init=self.kernel_init)(x)
+            y = batch_norm(train, dtype=self.dtype)(y) if self.batch_norm else y
+            y = nn.Dropout(self.dropout, deterministic=not train)(self.activation(y))
+            x = x + y if self.residual and x.shape == y.shape else y
+        return nn.Dense(self.classes, dtype=self.dtype, kernel_init=self.kernel_init)(x).astype(jnp.float32)
 
 
 def examples() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
-    """A tiny instance with a batch of inputs, for the tests of the whole zoo."""
+    """Tiny instances with a batch of inputs each, for the tests of the whole zoo."""
     image = np.random.default_rng(0).random((3, 8, 8, 1), np.float32)
-    return {"MLP": (MLP(hidden=(16, 12), classes=5, dropout=0.5), {"image": image})}
+    deep = MLP(hidden=(12, 12), activation=nn.sigmoid, batch_norm=True, residual=True)
+    return {
+        "MLP": (MLP(hidden=(12, 12), classes=5, dropout=0.5), {"image": image}),
+        "DeepMLP": (deep, {"image": image}),
+    }
+
+
+def published() -> dict[str, tuple[nn.Module, dict[str, jax.ShapeDtypeStruct], int]]:
+    """The teacher of Hinton, Vinyals and Dean 2015 (arXiv:1503.02531), section 3; its layers' sizes give the number."""
+    image = jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32)
+    return {"MLP": (MLP((1200, 1200)), {"image": image}, 785 * 1200 + 1201 * 1200 + 1201 * 10)}
