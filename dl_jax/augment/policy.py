@@ -108,13 +108,38 @@ def _equalized(images: Array) -> Array:
     """Values mapped so that a channel's 256 are equally frequent, as far as they can be: Pillow's equalize."""
     b, h, w, c = images.shape
     values = jnp.moveaxis(jnp.round(255 * images).astype(jnp.int32), -1, 1).reshape(b, c, h * w)
-    high, low = (jax.nn.one_hot(digit, 16) for digit in (values // 16, values % 16))  # [B, C, HW, 16]
-    # The histogram, and the table's values at the pixels, as products with the two hexadecimal digits of a value:
-    # exact also in bfloat16, and without the scatters and gathers that accelerators are slow at.
-    count = jnp.einsum("bcnh,bcnl->bchl", high, low).reshape(b, c, 256).astype(jnp.int32)
+    count = jax.lax.platform_dependent(values, cpu=counted, default=counted_by_digits)
     brightest = jnp.take_along_axis(count, values.max(-1, keepdims=True), -1)
     step = (h * w - brightest) // 255
     table = (step // 2 + jnp.cumsum(count, -1) - count) // jnp.maximum(step, 1)
-    table = jnp.where(step > 0, jnp.minimum(table, 255), jnp.arange(256)).astype(jnp.float32)
-    found = (jnp.einsum("bcnh,bchl->bcnl", high, table.reshape(b, c, 16, 16)) * low).sum(-1)
-    return jnp.moveaxis(found.reshape(b, c, h, w), 1, -1) / 255
+    table = jnp.where(step > 0, jnp.minimum(table, 255), jnp.arange(256))
+    found = jax.lax.platform_dependent(table, values, cpu=looked_up, default=looked_up_by_digits)
+    return jnp.moveaxis(found.reshape(b, c, h, w), 1, -1) / jnp.float32(255)
+
+
+# The histogram int [B, C, 256] of values int [B, C, HW], and the entries of a table int [B, C, 256] at these values.
+# Accelerators are slow at scatters and gathers, so there they are products with the two hexadecimal digits of a value,
+# exact also in bfloat16. On a CPU this would take seven times as long.
+
+
+def counted(values: Array) -> Array:
+    return jax.vmap(jax.vmap(lambda each: jnp.zeros(256, jnp.int32).at[each].add(1)))(values)
+
+
+def counted_by_digits(values: Array) -> Array:
+    high, low = _digits(values)
+    return jnp.einsum("bcnh,bcnl->bchl", high, low).reshape(*values.shape[:2], 256).astype(jnp.int32)
+
+
+def looked_up(table: Array, values: Array) -> Array:
+    return jnp.take_along_axis(table, values, -1)
+
+
+def looked_up_by_digits(table: Array, values: Array) -> Array:
+    high, low = _digits(values)
+    rows = jnp.einsum("bcnh,bchl->bcnl", high, table.reshape(*table.shape[:2], 16, 16).astype(jnp.float32))
+    return (rows * low).sum(-1).astype(jnp.int32)
+
+
+def _digits(values: Array) -> tuple[Array, Array]:  # [B, C, HW, 16] each
+    return jax.nn.one_hot(values // 16, 16), jax.nn.one_hot(values % 16, 16)

@@ -418,7 +418,7 @@ def test_events_are_uploaded(address, accumulated, tmp_path):
 def local(tmp_path_factory) -> Path:
     """A data folder with the set `scans`."""
     root = tmp_path_factory.mktemp("data")
-    shutil.copytree(digits.prepared(root / "cache"), root / "tfds" / "scans" / "1.0.0")
+    shutil.copytree(bundled.prepared(digits.SET, root / "cache"), root / "tfds" / "scans" / "1.0.0")
     return root / "tfds"
 
 

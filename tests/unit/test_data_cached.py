@@ -27,7 +27,7 @@ SPLIT = "test[:8]"
 def prepared(tmp_path_factory) -> Path:
     """A cache folder with the prepared digits, to copy."""
     folder = tmp_path_factory.mktemp("cache")
-    digits.prepared(folder)
+    bundled.prepared(digits.SET, folder)
     return folder
 
 
