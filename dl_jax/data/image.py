@@ -76,8 +76,12 @@ def _fitted(image: np.ndarray, name: str, size: int, channels: int) -> np.ndarra
             f"data set {name} has an image of {height}x{width} pixels, expected {size}x{size} or more: choose a "
             "smaller size"
         )
-    if height == width == size:
-        return image
+    return scaled_centre(image, size)
+
+
+def scaled_centre(image: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [H, W, C] scaled until its shorter side is `size`, and cropped at its centre: [size, size, C]."""
+    height, width, _ = image.shape
     side = min(height, width)
     scaled = resized(image, round(height * size / side), round(width * size / side))
     top, left = (scaled.shape[0] - size) // 2, (scaled.shape[1] - size) // 2

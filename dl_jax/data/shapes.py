@@ -2,8 +2,8 @@
 
 It is made for smoke runs and tests of colour networks. The colours of the shape and of the ground, the texture, the
 light, and the shape's place, size and direction are drawn independently of its kind, so that neither the mean colour
-nor any single pixel gives it away: logistic regression errs in 87 % of the test images, where
-chance is 90 %.
+nor any single pixel gives it away: logistic regression on the pixels errs in 87 % of the test images, on the mean
+colour in 91 %, where chance is 90 %.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def images(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     They are computed by sums, products, quotients and square roots, which are the same on every machine.
     """
     rng = np.random.default_rng(seed)
-    labels = rng.permutation(np.arange(n, dtype=np.uint8) % len(KINDS))
+    labels = rng.permutation(np.arange(n) % len(KINDS)).astype(np.uint8)
     return np.concatenate([_drawn(rng, labels[i : i + _CHUNK]) for i in range(0, n, _CHUNK)]), labels
 
 

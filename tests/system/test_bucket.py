@@ -31,7 +31,7 @@ from dl_jax.core import bucket
 from dl_jax.core.errors import InputError, Unavailable
 from dl_jax.core.fit import fit
 from dl_jax.core.step import init_state, make_step
-from dl_jax.data import columns, digits
+from dl_jax.data import bundled, columns, digits
 from dl_jax.harness import Run, lease, workdir
 from dl_jax.harness.checkpoint import files as checkpoint_files
 from dl_jax.harness.checkpoint.store import Checkpoints, load

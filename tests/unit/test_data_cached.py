@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from dl_jax import data
 from dl_jax.core.errors import InputError, Unavailable
 from dl_jax.core.inputs import recorded
-from dl_jax.data import cached, digits, text
+from dl_jax.data import bundled, cached, digits, text
 from dl_jax.data import columns as columns_module
 
 SPLIT = "test[:8]"

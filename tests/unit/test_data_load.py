@@ -14,9 +14,9 @@ import pytest
 
 from dl_jax import data
 from dl_jax.core.errors import InputError
+from dl_jax.data import bundled, digits
 from dl_jax.data import cached as cached_module
 from dl_jax.data import columns as columns_module
-from dl_jax.data import bundled, digits
 
 
 @pytest.fixture(scope="module")
