@@ -2,8 +2,8 @@
 
 It is made for smoke runs and tests of colour networks. The colours of the shape and of the ground, the texture, the
 light, and the shape's place, size and direction are drawn independently of its kind, so that neither the mean colour
-nor any single pixel gives it away: logistic regression on the pixels errs in 87 % of the test images, on the mean
-colour in 91 %, where chance is 90 %.
+nor any single pixel gives it away: logistic regression errs in 88 % of the test images on their pixels and in 90 % on
+their mean colours, where chance is 90 %.
 """
 
 from collections.abc import Callable

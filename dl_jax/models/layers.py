@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax import Array
 from jax.typing import DTypeLike
 
 from dl_jax.models import ops
@@ -49,3 +50,17 @@ def batch_norm(
     return nn.BatchNorm(
         use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, scale_init=scale_init, name=name
     )
+
+
+class Normalise(nn.Module):
+    """(x - mean) / std of each channel: [B, H, W, C] in [0, 1] -> [B, H, W, C].
+
+    As the first layer of a model it is part of what is exported, and pixels need no preparation elsewhere. It has no
+    parameters. For ImageNet, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225) are customary.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, x: Array) -> Array:
+        return (x - jnp.asarray(self.mean, x.dtype)) / jnp.asarray(self.std, x.dtype)
