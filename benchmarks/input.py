@@ -11,6 +11,7 @@ by the stream's images/s per core.
 """
 
 import argparse
+import contextlib
 import functools
 import io
 import sys
@@ -65,7 +66,8 @@ def prepare(folder: str, n: int) -> None:
                 yield i, {"image": jpeg(rng), "label": i % 1000}
 
     tfds.disable_progress_bar()
-    Smooth(data_dir=folder, file_format="array_record").download_and_prepare()
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download on stdout, though there is none
+        Smooth(data_dir=folder, file_format="array_record").download_and_prepare()
 
 
 def per_core(work: Callable[[int], Any], images: int, calls: int) -> float:

@@ -1,8 +1,9 @@
 """RandAugment: some operations of one strength, drawn for each example.
 
-Each of the operations is computed for the whole batch, and each example takes its own. All geometric operations share
-one resampling, and all blends one blend, so this costs less than to choose an operation with `jax.lax.switch`: mapped
-over the examples a switch computes all branches, and in a loop over the examples devices would wait for each other.
+Each of the operations is computed for the whole batch, and each example takes its own; the geometric operations share
+one resampling, and the blends one blend. A `jax.lax.switch` for each example would compute all branches as well where
+it is mapped, over the examples or over seeds, and without sharing. In a loop over the examples it computes one branch,
+which is less work for a CPU, but an accelerator would work on one image at a time.
 """
 
 import jax
