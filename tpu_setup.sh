@@ -40,7 +40,7 @@ Options
   --restarts N       how often `launch` starts a run again  [default: 10]
   --attempts N       how often a step that failed is tried  [default: 5]; `run` and `check` are tried once
   --pause SECONDS    before the second try, doubled after   [default: 5]
-  --dry-run          print every command and call none
+  --dry-run          print every command and call none; without a COMMAND, those of a launch
   --help             print this
 
 Example
@@ -139,6 +139,14 @@ look() {
   queue=$(state queued-resources state.state) && node=$(state tpu-vm state)
 }
 
+# require_there: ends where what was there is deleted, and not by us: who deletes a slice does not want another.
+require_there() {
+  case $queue/$node in
+    MISSING/MISSING | DELETING/*) ! "$seen" || die "$name was deleted meanwhile; the same command requests it anew" ;;
+    *) seen=true ;;
+  esac
+}
+
 # lost: whether what was requested will never be of use, or never again.
 lost() {
   case $queue/$node in
@@ -194,10 +202,12 @@ ensure_created() { # TYPE [FLAG]...
   local wait=$pause image
   image=$(runtime "$@") || return
   look || return
+  require_there
   if lost || { "$dry" && "$recreate"; }; then
     "$recreate" || die "$name is lost (queued resource $queue, slice $node); run: ./tpu_setup.sh --name $name --zone $zone delete"
     "$dry" || say "$name is lost (queued resource $queue, slice $node); making it anew"
     note "if it has failed or was pre-empted:"
+    seen=false
     remove || return
     "$dry" || queue=MISSING node=MISSING
     note "if there is none:"
@@ -213,6 +223,7 @@ ensure_created() { # TYPE [FLAG]...
     sleep "$wait"
     wait=$((wait < 30 ? wait * 2 : 60))
     look || return
+    require_there
   done
   "$dry" || say "$name is ready"
 }
@@ -254,7 +265,9 @@ TEXT
   cat <<'TEXT'
 exec 9> install.lock
 flock 9
-rm -rf src installed && tar -xzf ../dl_jax.tar.gz && ln -sfn src/experiments experiments
+rm -rf src installed
+tar -xzf ../dl_jax.tar.gz || exit 1
+ln -sfn src/experiments experiments
 test -x tools/bin/uv || python3 -m pip install --quiet --target tools uv || exit 1
 uv() { tools/bin/uv "$@" --quiet || exit 1; }
 uv venv --allow-existing --python 3.12 venv
@@ -283,7 +296,7 @@ remote_again() {
   remote_enter
   cat <<'TEXT'
 if [ -e run.stopped ]; then echo "the run was ended with ./tpu_setup.sh stop; the same command resumes it" >&2; exit 2; fi
-if alive; then end; fi
+if alive && ! end; then echo "process $pid is still running on $(hostname)" >&2; exit 1; fi
 rm -f run.pid run.status
 TEXT
 }
@@ -307,7 +320,7 @@ remote_follow() {
   cat <<'TEXT'
 while alive; do sleep 0.5; done &
 tail -n 100 -s 0.2 --pid=$! -f run.log
-[ -e run.status ] || { echo "the run on $(hostname) was cut off; its host has probably been restarted" >&2; exit 75; }
+[ -s run.status ] || { echo "the run on $(hostname) was cut off; its host has probably been restarted" >&2; exit 75; }
 exit "$(cat run.status)"
 TEXT
 }
@@ -315,8 +328,8 @@ TEXT
 remote_stop() {
   remote_enter
   cat <<'TEXT'
-alive || { echo "nothing runs on $(hostname)"; exit 0; }
 : > run.stopped
+alive || { echo "nothing runs on $(hostname)"; exit 0; }
 end || { echo "process $pid is still running on $(hostname)" >&2; exit 1; }
 echo "stopped on $(hostname)"
 TEXT
@@ -337,7 +350,14 @@ TEXT
 }
 
 require_type() { # TYPE [FLAG]...
+  local flag
   (($# >= 1)) || die "a slice type comes first: create v6e-16 --spot"
+  for flag in "${@:2}"; do
+    case ${flag%%=*} in
+      --zone | --project | --node-id | --node-count | --node-prefix | --accelerator-type)
+        die "'$flag' after $command, but that is for every call; say it before, with --zone, --project or --name, or by the type" ;;
+    esac
+  done
   runtime "$@" >/dev/null
 }
 
@@ -472,7 +492,7 @@ finish() {
 }
 
 name=${TPU_NAME:-} zone=${TPU_ZONE:-} project=${TPU_PROJECT:-}
-attempts=5 pause=5 restarts=10 internal="" data="" environment=() dry=false begun=false recreate=false
+attempts=5 pause=5 restarts=10 internal="" data="" environment=() dry=false begun=false recreate=false seen=false
 root=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
 
 while (($#)); do
@@ -499,6 +519,7 @@ while (($#)); do
   esac
   shift
 done
+if "$dry" && (($# == 0)); then set -- launch v6e-16 --spot experiments/vision/lenet.py --workdir gs://bucket/lenet; fi
 (($#)) || die "which command? see ./tpu_setup.sh --help"
 command=$1
 shift
@@ -507,9 +528,9 @@ if "$dry"; then name=${name:-name} zone=${zone:-zone}; fi # to look at, they nee
 [[ $name =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || die "--name '$name', expected the slice's name: lower-case letters, digits and hyphens"
 [[ $zone =~ ^[a-z0-9-]+$ ]] || die "--zone '$zone', expected a zone such as us-central2-b"
 [[ -z $data || $data =~ ^gs://[^/]+ ]] || die "--data '$data', expected a folder in a bucket: gs://bucket/tfds"
-[[ $restarts =~ ^[0-9]+$ ]] || die "--restarts '$restarts', expected a whole number from 0"
+[[ $restarts =~ ^(0|[1-9][0-9]*)$ ]] || die "--restarts '$restarts', expected a whole number from 0"
 [[ $attempts =~ ^[1-9][0-9]*$ ]] || die "--attempts '$attempts', expected a whole number from 1"
-[[ $pause =~ ^[0-9]+$ ]] || die "--pause '$pause', expected whole seconds"
+[[ $pause =~ ^(0|[1-9][0-9]*)$ ]] || die "--pause '$pause', expected whole seconds"
 
 if "$dry"; then
   scratch=${TMPDIR:-/tmp}/dl_jax

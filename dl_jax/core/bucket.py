@@ -12,12 +12,14 @@ import re
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-from dl_jax.core.errors import InputError, Unavailable, reason
+from dl_jax.core.errors import InputError, Unavailable, one_line, reason
 
-ADDRESS = re.compile(r"gs://([a-z0-9][-_.a-z0-9]{1,220}[a-z0-9])(?:/(.*))?")
+# Not every name that a bucket takes: of its clients some expand * ? [ ], and others read # % and .. as parts of a URL.
+ADDRESS = re.compile(r"gs://([a-z0-9][-_.a-z0-9]{1,220}[a-z0-9])(?!.*/\.\.(?:/|$))(?:/[^][*?#%\x00-\x1f\x7f]*)?")
 CLIENTS = ("gcsfs", "fsspec", "google", "aiohttp", "requests")  # packages whose exceptions say that a bucket failed
 PATIENCE = 10.0  # seconds for one request of `swap` and `look`
 BUSY = (408, 429)  # HTTP's codes below 500 for what may be better later
+FORBIDDEN = ("Forbidden", "PERMISSION_DENIED", "UNAUTHENTICATED")  # gcsfs's word for it, and TensorStore's codes
 
 
 @functools.cache
@@ -49,9 +51,14 @@ def require(address: str, flag: str) -> None:
     """
     found = ADDRESS.fullmatch(address)
     if not found:
-        raise InputError(f"{flag} {address}, expected a local folder or gs://BUCKET/NAME; give one of them")
+        raise InputError(
+            f"{flag} {one_line(address)}, expected a local folder or gs://BUCKET/NAME without any of * ? [ ] # % and "
+            "..; give one of them"
+        )
     try:
-        client().call("GET", "b/{}/o", found[1], maxResults=1)
+        client().call(
+            "GET", "b/{}/o", found[1], maxResults=1, timeout=3 * PATIENCE
+        )  # the first asks for an account too
     except FileNotFoundError as error:
         raise InputError(
             f"{flag} {address}: there is no bucket {found[1]}, expected one that exists; create it with "
@@ -67,7 +74,7 @@ def refusal(what: str, error: Exception) -> InputError | Unavailable:
     """What to raise for a failed access to the address `what`: InputError where the bucket has refused it."""
     code = getattr(error, "code", None)  # of gcsfs's HttpError
     refused = isinstance(code, int) and 400 <= code < 500 and code not in BUSY
-    if refused or str(error).startswith("Forbidden") or getattr(error, "retryable", True) is False:
+    if refused or str(error).startswith(FORBIDDEN) or getattr(error, "retryable", True) is False:
         return InputError(
             f"{what} may not be used ({reason(error)}), expected an account that may list, read and write it; log in "
             "with `gcloud auth application-default login`, or name another"

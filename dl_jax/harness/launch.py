@@ -31,7 +31,7 @@ from dl_jax.harness.machine import (
     keep_freed_memory,
     versions,
 )
-from dl_jax.harness.peers import Peers
+from dl_jax.harness.peers import Peers, says_gone
 from dl_jax.harness.plan.chips import slice_of
 from dl_jax.harness.plan.make import make
 from dl_jax.harness.profile import Profile
@@ -57,7 +57,6 @@ class Experiment(NamedTuple):
 
 
 CLAIM_MISSED = 3  # an exit status
-GONE = ("Gloo", "NCCL", "Connection", "UNAVAILABLE", "coordination")  # in JAX's words where another process has ended
 
 
 def launch(main: Main, presets: Mapping[str, Any], claims: Sequence[Claim]) -> None:
@@ -96,7 +95,7 @@ def launch(main: Main, presets: Mapping[str, Any], claims: Sequence[Claim]) -> N
         except Exception as error:
             traceback.print_exc()
             status, orderly, why = 1, False, one_line(f"{type(error).__name__}: {error}")
-            if peers and isinstance(error, jax.errors.JaxRuntimeError) and any(word in why for word in GONE):
+            if peers and isinstance(error, jax.errors.JaxRuntimeError) and says_gone(error):
                 status, why = UNAVAILABLE, f"another process cannot be reached: {why[:200]}"
                 print(f"error: {why}", file=sys.stderr)
         leave(status, peers, orderly, why, at_once=status == PREEMPTED and main.__module__ == "__main__")

@@ -22,7 +22,7 @@ from dl_jax.core.errors import reason, spared
 
 NAME = ".lease"
 RENEWED = 10.0  # seconds between renewals
-LOST = 40.0  # seconds without a renewal that succeeded, after which the holder gives up
+LOST = 40.0  # seconds without a renewal that succeeded, after which the holder tries once more and gives up
 FREE = 60.0  # seconds without a renewal that is seen, after which another takes the lease; LOST and a request are less
 TICK = 2.0  # seconds between looks at a lease that another holds
 
@@ -40,22 +40,24 @@ def leased(folder: Any, lost: Callable[[str], object]) -> Iterator[None]:
     held, over = [_take(file, content)], threading.Event()
 
     def renew() -> None:
-        renewed = time.monotonic()
-        while not over.wait(RENEWED):
+        renewed, pause = time.monotonic(), RENEWED
+        while not over.wait(pause):
             began = time.monotonic()
             try:
                 held[0] = _written(file, content, held[0])
-                renewed = began
+                renewed, pause = began, RENEWED
             except BlockingIOError as error:
                 lost(f"the lease {file} is lost to {error.strerror}; this process ends, and what was saved is kept")
                 return
             except Exception as error:  # of the bucket's client
-                if time.monotonic() - renewed > LOST:
+                spent = time.monotonic() - renewed
+                if spent > LOST:
                     lost(
-                        f"the lease {file} could not be renewed for {time.monotonic() - renewed:.0f} s "
-                        f"({reason(error)}), and another process may take it; give the same command again"
+                        f"the lease {file} could not be renewed for {spent:.0f} s ({reason(error)}), and another "
+                        "process may take it; give the same command again"
                     )
                     return
+                pause = min(RENEWED, LOST - spent)  # so that the last attempt ends before FREE
 
     thread = threading.Thread(target=renew, name="dl_jax-lease", daemon=True)
     thread.start()

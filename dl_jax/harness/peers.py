@@ -18,6 +18,7 @@ from dl_jax.core.errors import InputError, Unavailable, one_line
 
 LONGEST = 10**6  # seconds that a process waits for the others; `alive` has shorter limits
 SHOWN = 3  # differing facts in a message
+GONE = ("Gloo", "NCCL", "Connection", "UNAVAILABLE", "coordination")  # in JAX's words where another process has ended
 _ROUNDS = itertools.count()  # of this process, as a name is used once
 
 
@@ -118,6 +119,14 @@ class Peers:
         found = dict(self._client.key_value_dir_get("dl_jax/news/"))
         ends = [End(*json.loads(words)) for key, words in sorted(found.items()) if "/end/" in key]
         return "dl_jax/news/asked" in found, ends[0] if ends else None
+
+
+def says_gone(error: BaseException) -> bool:
+    """Whether `error`, or what it was raised from, is in JAX's words for another process that has ended."""
+    causes = [error]
+    while causes[-1].__cause__:
+        causes.append(causes[-1].__cause__)
+    return any(word in str(each) for each in causes for word in GONE)
 
 
 def flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -71,7 +71,7 @@ def test_shellcheck_finds_nothing_in_the_sbatch_script() -> None:
 
 @pytest.mark.parametrize(
     ("status", "restarts", "requeued"),
-    [(0, 0, False), (2, 0, False), (3, 0, False), (143, 0, True), (75, 19, True), (143, 20, False)],
+    [(0, 0, False), (2, 0, False), (3, 0, False), (143, 0, True), (75, 19, True), (137, 1, True), (143, 20, False)],
 )
 def test_the_sbatch_script_requeues_what_may_go_on(tmp_path: Path, status: int, restarts: int, requeued: bool) -> None:
     for name, ends in (("srun", status), ("scontrol", 0)):

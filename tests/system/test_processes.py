@@ -183,6 +183,16 @@ class Forks(NamedTuple):
             assert sum(values.size for values in held.values()) == leaf.size
         return leaves, [sum(values.nbytes for values in file.values()) for file in files]
 
+    def check_restored(self, name: str, before: str, step: int) -> None:
+        """An attempt has restored the state of `step` that the one before had saved, bit for bit."""
+        assert self.steps(name, "restored") == [step]
+        (saved, _), (restored, _) = self.state(before, "saved", step), self.state(name, "restored", step)
+        assert restored.keys() == saved.keys()
+        for path, values in saved.items():
+            assert restored[path].dtype == values.dtype
+            assert restored[path].shape == values.shape
+            assert restored[path].tobytes() == values.tobytes(), path
+
 
 @pytest.fixture
 def forks(tmp_path) -> Iterator[Forks]:
@@ -210,13 +220,7 @@ def test_a_run_goes_on_with_other_processes_from_the_very_same_bits(forks):
             if name == "two":
                 assert f"skipped the damaged checkpoint {forks.folder}/run/checkpoints/{step}" in forks.said(name)
                 step = forks.steps(before, "saved")[-2]  # that of a measurement
-            assert forks.steps(name, "restored") == [step]
-            (saved, _), (restored, _) = forks.state(before, "saved", step), forks.state(name, "restored", step)
-            assert restored.keys() == saved.keys()
-            for path, values in saved.items():
-                assert restored[path].dtype == values.dtype
-                assert restored[path].shape == values.shape
-                assert restored[path].tobytes() == values.tobytes(), path
+            forks.check_restored(name, before, step)
         newest = forks.steps(name, "saved")[-1]
         leaves, held = forks.state(name, "saved", newest)
         share = np.array(held) / sum(values.nbytes for values in leaves.values())
@@ -229,11 +233,17 @@ def test_a_run_goes_on_with_other_processes_from_the_very_same_bits(forks):
             largest.write_bytes(content)
     program = runpy.run_path(str(PROGRAM.with_name("shards.py")), {"ORDER": {"end": None, "notes": str(forks.folder)}})
     alone = program["main"](program["Config"](), Run(None, Settings(seeds=(0, 1))))
-    found = json.loads((forks.folder / "run" / "result.json").read_text())["measured"]["error"]["values"]
-    np.testing.assert_allclose(found, alone["error"], rtol=1e-6)
+    measured = lambda: json.loads((forks.folder / "run" / "result.json").read_text())["measured"]["error"]["values"]
+    np.testing.assert_allclose(measured(), alone["error"], rtol=1e-6)
     lines = (forks.folder / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [4, 4, 8, 8, 12, 12]  # the metrics, and those of watch
     assert (forks.folder / "run" / "biases.png").exists()
+    # The run that has ended, with half as many devices, which evaluate the state that four have saved.
+    (forks.folder / "run" / "result.json").unlink()
+    assert forks.run("ended", 2, 1, None, "--fsdp", "--seeds", "2", "--checkpoint-every", "100") == [0, 0]
+    forks.check_restored("ended", "two", forks.steps("two", "saved")[-1])
+    assert forks.steps("ended", "saved") == []
+    np.testing.assert_allclose(measured(), alone["error"], rtol=1e-6)
 
 
 def test_a_process_that_fails_takes_the_other_down(failing):

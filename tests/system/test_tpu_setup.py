@@ -357,6 +357,11 @@ def test_a_dry_run_prints_what_a_run_calls(host: Cloud) -> None:
     assert commands == printed(done.stderr)
 
 
+def test_a_dry_run_without_a_command_is_that_of_a_launch(idle: Cloud) -> None:
+    example = ["launch", "v6e-16", "--spot", "experiments/vision/lenet.py", "--workdir", "gs://bucket/lenet"]
+    assert idle("--dry-run").stdout == idle("--dry-run", *example).stdout
+
+
 def test_a_dry_run_needs_no_slice(idle: Cloud, tmp_path: Path) -> None:
     linked = tmp_path / SCRIPT
     linked.symlink_to(idle.repository / SCRIPT)
@@ -398,7 +403,9 @@ def test_shellcheck_finds_nothing(script: str) -> None:
         (["--zone", "", "delete"], "--zone ''"),
         (["--attempts", "0", "check"], "--attempts '0'"),
         (["--restarts", "-1", "check"], "--restarts '-1'"),
+        (["--restarts", "08", "check"], "--restarts '08'"),
         (["--pause", "1.5", "check"], "--pause '1.5'"),
+        (["--pause", "08", "check"], "--pause '08'"),
         (["--data", "tfds", "install"], "--data 'tfds', expected a folder in a bucket"),
         (["--env", "check"], "--env check, but no such variable is set here"),
         (["--env", "A B=c", "check"], "--env 'A B=c', expected NAME=VALUE"),
@@ -407,6 +414,9 @@ def test_shellcheck_finds_nothing(script: str) -> None:
         (["create", "v9-16"], "slice type 'v9-16', expected v4-N, v5litepod-N, v5p-N or v6e-N"),
         (["create", "tpu7x-16"], "docs/pods.md"),
         (["launch", "v4-16", "--spot"], "launch needs an experiment's file, not ''"),
+        (["launch", "v4-16", "--node-id=x", "experiments/lenet.py"], "'--node-id=x' after launch, but"),
+        (["launch", "v4-16", "--project", "x", "experiments/lenet.py"], "'--project' after launch, but"),
+        (["create", "v4-16", "--accelerator-type=v4-8"], "'--accelerator-type=v4-8' after create"),
         (["launch", "experiments/lenet.py"], "a slice type comes first"),
         (["launch", "v4-16", "experiments/../x.py"], "launch needs an experiment's file"),
         (["install", "no-such-branch"], "no commit 'no-such-branch'"),
@@ -717,6 +727,12 @@ def test_an_install_that_fails_on_one_worker_fails(pod: Cloud) -> None:
     assert pod.verbs == ["ssh", "scp", "ssh", "ssh"] * 2
 
 
+def test_an_archive_that_cannot_be_read_is_not_installed(host: Cloud) -> None:
+    executable(host.folder / "worker-bin" / "tar", "#!/usr/bin/env bash\nmkdir src; touch src/pyproject.toml; exit 2\n")
+    assert host("--attempts", "2", "install", host.commit("HEAD~1")).returncode == 1
+    assert not (host.home() / "installed").exists()
+
+
 def test_an_install_that_failed_is_not_taken_for_the_one_before(host: Cloud) -> None:
     executable(host.home() / "tools" / "bin" / "uv", "#!/usr/bin/env bash\nexit 2\n")
     assert host("--attempts", "1", "install", host.commit("HEAD~1")).returncode == 1
@@ -762,7 +778,7 @@ def test_check_fails_where_a_worker_does(hosts: Cloud) -> None:
 
 def test_arguments_and_environment_reach_the_experiment_untouched(hosts: Cloud) -> None:
     arguments = ["--note", 'it\'s a "test"', "$HOME $(touch pwned) `id`", "*", "a\nb", "", "ü|&;<>\\", "--x=1 2"]
-    hosts.environment["TOKEN"] = "a'b $(touch pwned)\n*"
+    hosts.environment["TOKEN"] = "a'b $(touch pwned)\n*\n"
     variables = ["--env", "TOKEN", "--env", "FLAGS=--a=1 '--b'", "--env", "NONE="]
     done = hosts(*variables, "run", "experiments/lenet.py", *arguments)
     assert done.returncode == 0
@@ -770,7 +786,8 @@ def test_arguments_and_environment_reach_the_experiment_untouched(hosts: Cloud) 
         got = (hosts.home(worker) / "arguments").read_text().split("\0")[:-1]
         assert got == ["experiments/lenet.py", *arguments, "--cluster"]
         environment = (hosts.home(worker) / "environment").read_text().split("\0")
-        assert {"PYTHONUNBUFFERED=1", "TOKEN=a'b $(touch pwned)\n*", "FLAGS=--a=1 '--b'", "NONE="} <= set(environment)
+        given = {"TOKEN=a'b $(touch pwned)\n*\n", "FLAGS=--a=1 '--b'", "NONE="}
+        assert {"PYTHONUNBUFFERED=1", *given} <= set(environment)
     assert not list(hosts.folder.rglob("pwned"))
 
 
@@ -995,3 +1012,38 @@ def test_what_is_left_of_a_run_is_ended_before_it_starts_again(hosts: Cloud) -> 
         assert launching.wait(timeout=20) == 0
     assert (hosts.home(1) / "saved").exists()
     assert hosts.runs == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("stop", "the run was ended with ./tpu_setup.sh stop"),
+        ("delete", "tpu_setup: pod was deleted meanwhile; the same"),
+    ],
+)
+def test_between_two_runs_the_supervisor_can_be_ended(hosts: Cloud, command: str, says: str) -> None:
+    hosts.ends(1)
+    pause = '#!/usr/bin/env bash\ntouch "$FAKE_CLOUD/paused"; until [[ -e $FAKE_CLOUD/go ]]; do /bin/sleep 0.02; done\n'
+    executable(hosts.folder / "bin" / "sleep", pause)
+    executable(hosts.folder / "worker-bin" / "sleep", '#!/usr/bin/env bash\nexec /bin/sleep "$@"\n')
+    with hosts.during(*COMMANDS["launch"]) as launching:
+        wait_for(hosts.folder / "paused")
+        assert hosts(command).returncode == 0
+        hosts.end()
+        assert f"\n{says}" in launching.communicate(timeout=20)[1]
+    assert launching.returncode == 2
+    assert hosts.runs == 1
+    assert hosts.verbs.count("create") == 0
+
+
+def test_no_run_is_started_beside_one_that_does_not_end(idle: Cloud, tmp_path: Path) -> None:
+    commands = printed(idle("--dry-run", *COMMANDS["launch"]).stdout)
+    [again] = [w.partition("=")[2] for command in commands for w in command if "run.stopped ]" in w]
+    (tmp_path / "dl_jax").mkdir()
+    deaf = subprocess.Popen(["bash", "-c", ": run.sh; trap '' TERM; (read -r); :"], stdin=subprocess.PIPE)
+    (tmp_path / "dl_jax" / "run.pid").write_text(str(deaf.pid))
+    done = subprocess.run(["bash", "-c", f"sleep() {{ :; }}\n{again}"], cwd=tmp_path, capture_output=True, text=True)
+    deaf.communicate()
+    assert done.returncode == 1
+    assert f"process {deaf.pid} is still running on " in done.stderr
+    assert (tmp_path / "dl_jax" / "run.pid").exists()

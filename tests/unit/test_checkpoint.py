@@ -921,6 +921,21 @@ def test_a_failed_write_is_told_by_wait_and_harms_nothing(tmp_path, monkeypatch)
     assert on_disk(tmp_path) == ["1", "3"]
 
 
+def test_a_save_beside_a_process_that_has_gone_may_succeed_later(tmp_path, monkeypatch):
+    gone = TimeoutError("Timed out while waiting for async_commit_complete barrier.")
+    gone.__cause__ = RuntimeError("INTERNAL: Barrier failed because: UNAVAILABLE: Task 1 heartbeat timeout")
+    with opened(tmp_path) as checkpoints:
+        checkpoints.save(1, state(1))
+        checkpoints.wait()
+        for error in (gone, ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")):
+            assert isinstance(checkpoints._failure(2, error), InputError)
+            monkeypatch.setattr(checkpoints._peers, "count", 2)
+            found = checkpoints._failure(2, error)
+            monkeypatch.undo()
+            assert isinstance(found, Unavailable)
+            assert str(found).startswith(f"checkpoint {tmp_path}/2 was not written, as another process has gone (")
+
+
 def test_a_path_that_is_no_directory(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):

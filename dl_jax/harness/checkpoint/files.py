@@ -28,7 +28,7 @@ import numpy as np
 from etils import epath
 
 from dl_jax.core import bucket, errors
-from dl_jax.core.errors import InputError
+from dl_jax.core.errors import InputError, Unavailable
 from dl_jax.core.files import MISSING, children, exists, is_folder, move, sealed, unsealed
 from dl_jax.core.files import absolute as absolute_path
 from dl_jax.core.leaves import Box, Spec, Tree, blocks_in, digest, number_of, whole_box
@@ -223,6 +223,12 @@ def _read(file: epath.Path) -> bytes:
 def reason(error: Exception) -> str:
     """Why `error` happened, in one line, without the specification of a store that TensorStore adds."""
     return errors.reason(error).split(" [tensorstore_spec")[0][:160]
+
+
+def may_pass(error: Exception, directory: str) -> bool:
+    """Whether a failure to write may be over later: a bucket has failed, and has not refused it."""
+    failed = isinstance(error, OSError) or bucket.is_failure(error) or str(error).startswith(PASSING)
+    return "://" in directory and failed and isinstance(bucket.refusal(directory, error), Unavailable)
 
 
 def require_fit(meta: Meta, model: Mapping[str, Spec] | None, owner: Identity | None, name: str) -> None:

@@ -34,7 +34,7 @@ from dl_jax.core.leaves import (
 from dl_jax.core.recorder import Best, require_mode
 from dl_jax.harness.checkpoint import files
 from dl_jax.harness.identity import Identity
-from dl_jax.harness.peers import Peers
+from dl_jax.harness.peers import Peers, says_gone
 
 FAILURES = {error.__name__: error for error in (files.Damaged, InputError, Unavailable)}
 
@@ -97,7 +97,8 @@ class Checkpoints:
 
         Raises InputError where an earlier save failed, this one cannot start, or the directory holds a checkpoint of
         this step or a later one that this writer has not restored, and where two processes differ in a shard that both
-        hold; TypeError where a leaf is not an array.
+        hold; Unavailable where a save failed as another process has gone or a bucket does not answer; TypeError where a
+        leaf is not an array.
         """
         self.wait()
         jax.block_until_ready(tree)  # what fails to be computed is no failure to write
@@ -172,7 +173,7 @@ class Checkpoints:
     def wait(self) -> None:
         """Waits until the current save is on disk and older checkpoints are removed.
 
-        Raises InputError where the save failed. Then the checkpoints before it are unchanged.
+        Raises InputError or Unavailable where the save failed. Then the checkpoints before it are unchanged.
         """
         unfinished, self._unfinished = self._unfinished, None
         if unfinished is not None:
@@ -185,7 +186,8 @@ class Checkpoints:
         finally:
             self._finisher.shutdown()
             if self._writer is not None:
-                self._writer.close()
+                with contextlib.suppress(Exception):  # of a save that failed, which `wait` has told of
+                    self._writer.close()
 
     def _finish(self, step: int) -> None:
         """Ends a save, in a thread of its own because object storage takes seconds to remove a checkpoint."""
@@ -239,15 +241,21 @@ class Checkpoints:
                 "restore it first or use another --workdir"
             )
 
-    def _failure(self, step: int, error: Exception) -> InputError:
+    def _failure(self, step: int, error: Exception) -> InputError | Unavailable:
         self._latest = None
         if jax.process_index() == 0:
             with contextlib.suppress(Exception):  # the next writer tries again
                 files.tidy(self._root)
+        what = f"checkpoint {self._name}/{step} was not written"
+        if self._peers.count > 1 and says_gone(error):
+            return Unavailable(
+                f"{what}, as another process has gone ({files.reason(error)}); give the same command again"
+            )
+        if files.may_pass(error, self._name):
+            return Unavailable(f"{what} ({files.reason(error)}); give the same command again when the bucket answers")
         full = "RESOURCE_EXHAUSTED" in str(error) or "No space left" in str(error)
         return InputError(
-            f"checkpoint {self._name}/{step} was not written ({'disk full' if full else files.reason(error)}); "
-            "make room there or use another --workdir"
+            f"{what} ({'disk full' if full else files.reason(error)}); make room there or use another --workdir"
         )
 
 
