@@ -122,8 +122,9 @@ def resized_crop(
                     "it in a transform before"
                 )
         image = example["image"]
-        top, left, height, width = _random_window(rng, *image.shape[:2], scale, ratio)
-        return {**example, "image": resized(image[top : top + height, left : left + width], size, size)}
+        height, width = image.shape[:2]
+        top, left, h, w = _random_window(rng, height, width, scale, ratio)
+        return {**example, "image": resized(image[top : top + h, left : left + w], size, size)}
 
     return crop
 
