@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 Array = jax.Array
 State = tuple[Array, ...]  # state of one layer and direction: (h,) or (h, c), float32 [B, H] each
@@ -116,6 +117,7 @@ def recur(
 
 def _step(cell: Cell, kernel: Array, bias: Array | None) -> Callable[..., tuple[State, Array, Kept]]:
     """One step of the forward pass: (state, x [B, G H], valid) -> (new state, slopes, kept)."""
+    kernel = _whole(kernel)
 
     def step(state: State, x: Array, valid: Array | None) -> tuple[State, Array, Kept]:
         h = _product(state[0], kernel)
@@ -141,13 +143,14 @@ def _recur_forward(cell: Cell, kernel, bias, x, state, valid):
 def _recur_backward(cell: Cell, residuals, grads):
     kernel, bias, like_x, first, valid, h, slopes, kept = residuals
     dh, dlast = grads
+    transposed = _whole(kernel).T  # outside of the scan, which would transpose it in every step on a CPU
 
     def body(carry: tuple[State, Array], inputs):
         (grad, slopes), (t, dh, kept, valid) = carry, inputs
         grad = (grad[0] + dh, *grad[1:])
         (dbefore, *rest), dgates, own = cell.backward(_at(slopes, t), kept, grad)
         dgates = where_valid(valid, dgates, jnp.zeros_like(dgates))
-        new = (dbefore + _product(dgates, kernel.T), *rest)
+        new = (dbefore + _product(dgates, transposed), *rest)
         return (where_valid(valid, new, grad), _put(slopes, dgates, t)), own
 
     steps = jnp.arange(len(h))
@@ -163,6 +166,12 @@ def _recur_backward(cell: Cell, residuals, grads):
 
 
 recur.defvjp(_recur_forward, _recur_backward)
+
+
+def _whole(kernel: Array) -> Array:
+    """`kernel`, gathered on every device that computes with it: split, it would be gathered in every step of a scan."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return kernel if mesh.empty else lax.with_sharding_constraint(kernel, PartitionSpec())
 
 
 def _at(x: Array, t: Array) -> Array:

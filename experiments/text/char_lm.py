@@ -27,6 +27,7 @@ import optax
 
 from dl_jax import decode, losses, optim
 from dl_jax.core import seeds
+from dl_jax.core.devices import whole
 from dl_jax.core.fit import Watch, fit
 from dl_jax.core.step import Array, Batch, State, Tree, make_step, per_seed, start
 from dl_jax.data import text
@@ -93,7 +94,8 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     bits = [1 / count / np.log(2) for count in counts]
 
     def nats(variables: Tree, windows: Batch) -> np.ndarray:  # [S], the sum over all characters
-        return np.asarray(score(variables["params"], windows), np.float64).sum(-1)
+        params = jax.tree.map(whole, variables["params"])  # gathered once, not for every window
+        return np.asarray(score(params, windows), np.float64).sum(-1)
 
     states = fit(
         per_seed(make_step(functools.partial(window_loss, model), tx)),

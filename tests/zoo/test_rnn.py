@@ -12,6 +12,8 @@ from quick import drawn, jit, shapes
 
 from dl_jax.core import devices
 from dl_jax.core.errors import InputError
+from dl_jax.harness.plan import hlo
+from dl_jax.models.recur import recur
 from dl_jax.models.sequence import rnn
 from dl_jax.models.sequence.rnn import GRU, LSTM, VANILLA, CharLM, Recurrent, SequenceClassifier
 from dl_jax.models.vision.mlp import MLP
@@ -445,3 +447,19 @@ def test_it_computes_what_torch_computes(cell, bidirectional):
             pairs |= {"bias_ih": ours["input"]["bias"]} | ({"bias_hh": ours["bias"]} if cell.bias else {})
             for name, value in pairs.items():
                 assert_close(value, getattr(twin, f"{name}_l{layer}{suffix}").grad.numpy())
+
+
+def test_a_kernel_that_is_split_over_devices_is_gathered_once_for_all_steps():
+    mesh, steps, batch, hidden = devices.data_mesh(), 5, 16, 32
+    split = lambda axis, *shape: jax.ShapeDtypeStruct(
+        shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
+    )
+    kernel, x = split(0, hidden, 4 * hidden), split(1, steps, batch, 4 * hidden)
+
+    def loss(kernel, x):
+        zeros = jnp.zeros((batch, hidden))
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return recur(LSTM, kernel, None, x, (zeros, zeros), None)[0].sum()
+
+    text = jax.jit(jax.grad(loss, (0, 1)), out_shardings=(kernel.sharding, x.sharding)).lower(kernel, x).compile()
+    assert {each.times for each in hlo.read(text.as_text(), 8).collectives} == {1}
