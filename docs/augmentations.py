@@ -27,6 +27,8 @@ DIGITS = {
     "affine(\n  scale=(0.8, 1.2), squeeze=(0.8, 1.2),\n  shear=(-0.3, 0.3), translate=(-3, 3))": augment.affine(
         scale=(0.8, 1.2), squeeze=(0.8, 1.2), shear=(-0.3, 0.3), translate=(-3, 3)
     ),
+    "elastic(34, 4)": augment.elastic(34, 4),
+    "barrel((-0.3, 0.5))": augment.barrel((-0.3, 0.5)),
     "noise(0.2)": augment.noise(0.2),
     "cutout(12)": augment.cutout(12),
     "compose(\n  rotate((-15, 15)), contrast((0.4, 1)),\n  noise(0.1))": augment.compose(
@@ -42,6 +44,11 @@ COLOURS = {
     "\n  hue_turns=(-0.1, 0.1))": augment.colour_jitter(
         brightness_factor=(0.6, 1.4), contrast_factor=(0.6, 1.4), saturation_factor=(0.6, 1.4), hue_turns=(-0.1, 0.1)
     ),
+    "centre_crop(24)": augment.centre_crop(24),
+    "resized_crop(32)": augment.resized_crop(SIZE),
+    "rand_augment()": augment.rand_augment(),
+    "mixup(1, 10)": augment.mixup(1, 10),
+    "cutmix(1, 10)": augment.cutmix(1, 10),
 }
 
 
@@ -64,9 +71,15 @@ def flower() -> np.ndarray:
 
 
 def row(number: int, augmentation: augment.Augmentation, original: np.ndarray) -> np.ndarray:
-    """The original image and its augmented versions side by side, on white: [H, W, 3] with values in [0, 1]."""
-    batch = {"image": np.broadcast_to(original, (DRAWS, *original.shape))}
-    drawn = jax.jit(augmentation)(jax.random.key(number), batch)["image"]
+    """The original image and its augmented versions side by side, on white: [H, W, 3] with values in [0, 1].
+
+    Every second example of the batch is the image, the others are turned upside down, to be mixed with it.
+    """
+    pair = np.stack([original[::-1], original])
+    batch = {"image": np.tile(pair, (DRAWS, 1, 1, 1)), "label": np.zeros(2 * DRAWS, int)}
+    drawn = np.asarray(jax.jit(augmentation)(jax.random.key(number), batch)["image"][1::2])
+    margin = (SIZE - drawn.shape[1]) // 2  # of a crop
+    drawn = np.pad(drawn, ((0, 0), (margin, margin), (margin, margin), (0, 0)), constant_values=1)
     images = np.clip([original, *drawn], 0, 1).repeat(ENLARGED, 1).repeat(ENLARGED, 2)
     images = np.broadcast_to(images, (*images.shape[:3], 3))
     framed = np.pad(images, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=1)

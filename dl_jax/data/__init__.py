@@ -12,7 +12,7 @@ from dl_jax.data import text
 from dl_jax.data.batches import per_seed, shuffled
 from dl_jax.data.columns import load
 from dl_jax.data.describe import Feature, Info, info
-from dl_jax.data.image import check_images, check_labels, enlarge, grey_images
+from dl_jax.data.image import check_images, check_labels, enlarge, grey_images, images, resized_crop
 from dl_jax.data.streaming import streamed
 
 __all__ = [
@@ -25,9 +25,11 @@ __all__ = [
     "enlarge",
     "epoch",
     "grey_images",
+    "images",
     "info",
     "load",
     "per_seed",
+    "resized_crop",
     "shuffled",
     "streamed",
     "text",

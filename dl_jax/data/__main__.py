@@ -6,7 +6,7 @@ import tyro
 
 from dl_jax.core.errors import BAD_INPUT, UNAVAILABLE, InputError, Unavailable, lasting_output
 from dl_jax.data.prepare import prepare
-from dl_jax.data.source import Prepared, data_folder, prepared, split_sizes
+from dl_jax.data.source import BUNDLED, Prepared, data_folder, prepared, split_sizes
 
 
 def prepare_set(name: tyro.conf.Positional[str], data_dir: str | None = None) -> None:
@@ -26,7 +26,7 @@ def list_sets(data_dir: str | None = None) -> None:
         data_dir: Folder or gs:// address to look in [default: $TFDS_DATA_DIR, else ~/tensorflow_datasets].
     """
     found = prepared(data_dir)
-    print(f"{len(found)} prepared in {data_folder(data_dir)}; digits is always available")
+    print(f"{len(found)} prepared in {data_folder(data_dir)}; {' and '.join(BUNDLED)} are always available")
     for each in found:
         print(_summary(each))
 

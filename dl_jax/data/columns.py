@@ -33,6 +33,14 @@ _CHUNK = 256  # examples decoded at a time
 _PATIENCE = 2.0  # seconds without a progress bar
 
 
+class Change(NamedTuple):
+    """What is done to each example when it is decoded, before it is kept."""
+
+    name: str  # what is kept is named after it, so that another change is another name
+    features: Callable[[dict[str, Feature]], dict[str, Feature]]  # the columns before -> those afterwards
+    example: Callable[[Example], Example]
+
+
 def load(
     name: str, split: str, data_dir: str | None = None, cache_dir: str | None = None, *, budget: int = BUDGET
 ) -> Columns:
@@ -53,15 +61,28 @@ def load(
     features, or that cannot be stacked, and for columns of more than `budget` bytes, for which there is `streamed`.
     Raises Unavailable where the cache cannot be read at present.
     """
+    return load_changed(name, split, AS_IT_IS, data_dir, cache_dir, budget=budget)
+
+
+def load_changed(
+    name: str,
+    split: str,
+    change: Change,
+    data_dir: str | None = None,
+    cache_dir: str | None = None,
+    *,
+    budget: int = BUDGET,
+) -> Columns:
+    """As `load`, of examples to which `change` has been applied; what is kept and noted carries its name."""
     found, split = find(name, data_dir, cache_dir), normal_split(split)
-    place = cache_entry(found, cache_dir) / _folder_name(split)
+    place = cache_entry(found, cache_dir) / f"{_folder_name(split)}{change.name}"
     address = cache_address(cache_dir)
     shared = address and address / place.relative_to(cache_folder(cache_dir)).as_posix()
 
     def make() -> None:
         if shared and _received(shared, place):
             return
-        _write(_decode(found, split, budget), place)
+        _write(_decode(found, split, change, budget), place)
         if shared:
             _send(place, shared)
 
@@ -69,8 +90,11 @@ def load(
     size = sum(column.nbytes for column in read.columns.values())
     if size > budget:
         raise InputError(_too_large(found, split, size, budget))
-    note(f"{found.name} {split}", f"{found.version} {read.digest}")
+    note(f"{found.name} {split}{change.name}", f"{found.version} {read.digest}")
     return read.columns
+
+
+AS_IT_IS = Change("", lambda features: features, lambda example: example)
 
 
 class _Read(NamedTuple):
@@ -160,12 +184,13 @@ def _digest(columns: Columns) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _decode(found: Prepared, split: str, budget: int) -> Columns:
+def _decode(found: Prepared, split: str, change: Change, budget: int) -> Columns:
     records = Records(found, split)
-    n = len(records)
+    n, features = len(records), change.features(records.features)
     columns: Columns = {}
     for start in _shown(range(0, n, _CHUNK), n, f"decoding {found.name} {split}"):
-        chunk = _padded(records.read(range(start, min(start + _CHUNK, n))), records.features)
+        examples = records.read(range(start, min(start + _CHUNK, n)))
+        chunk = _padded([change.example(example) for example in examples], features)
         room = {name: _room(columns.get(name), part, n) for name, part in chunk.items()}
         size = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in room.values())
         if size > budget:

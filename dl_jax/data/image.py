@@ -1,11 +1,147 @@
-"""Loads, checks and enlarges the images of a data set."""
+"""Loads, checks, enlarges and crops the images of a data set."""
 
-from collections.abc import Collection, Mapping
+import functools
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
 from dl_jax.core.errors import InputError
-from dl_jax.data.columns import load
+from dl_jax.data.columns import BUDGET, Change, load, load_changed
+from dl_jax.data.describe import Feature, info
+from dl_jax.data.places import lies_in_the_image
+from dl_jax.data.records import Example
+
+
+def images(
+    name: str,
+    split: str,
+    *,
+    size: int,
+    channels: int = 3,
+    columns: Sequence[str] = ("label",),
+    classes: int | None = None,
+    data_dir: str | None = None,
+    cache_dir: str | None = None,
+    budget: int = BUDGET,
+) -> dict[str, np.ndarray]:
+    """Loads images of any sizes as uint8 [N, size, size, channels], with the columns `columns`.
+
+    Each image is scaled down until its shorter side is `size`, without aliasing (Pillow's bilinear), and cropped at its
+    centre; images of that size stay as they are. They are decoded once and kept, as by `load`. Labels are within
+    0 .. classes - 1, by default the number of classes that the set declares.
+
+    Raises InputError for smaller images, another number of channels, labels outside, columns that the set does not
+    have, and those in the coordinates of the images, such as boxes; and as `load` does.
+    """
+    if size < 1:
+        raise InputError(f"size={size}: expected the side of the images in pixels, 1 or more")
+    described = info(name, data_dir, cache_dir)
+    _check_columns(described.features, name, ("image", *columns))
+    wanted = Feature((size, size, channels), "uint8")
+    fit = functools.partial(_fitted, name=name, size=size, channels=channels)
+    change = Change(
+        "-".join(["", f"{size}x{size}x{channels}", *(column.replace("/", "_") for column in columns)]),
+        lambda features: {"image": wanted, **{column: features[column] for column in columns}},
+        lambda example: {"image": fit(example["image"]), **{column: example[column] for column in columns}},
+    )
+    records = load_changed(name, split, change, data_dir, cache_dir, budget=budget)
+    if "label" in columns and (count := classes or described.classes):
+        check_labels(records, name, count)
+    return dict(records)
+
+
+def _check_columns(features: Mapping[str, Feature], name: str, columns: Sequence[str]) -> None:
+    for column in columns:
+        if column not in features:
+            raise InputError(f"data set {name} has the columns {', '.join(features)}, expected {column!r}")
+        if column != "image" and lies_in_the_image(column, 1 + len(features[column].shape)):
+            raise InputError(
+                f"column {column!r} of data set {name} lies in the coordinates of the images, which are scaled and "
+                "cropped, expected others; leave it out, or take both from `load`"
+            )
+    image = features["image"]
+    if image.dtype != "uint8" or len(image.shape) != 3:
+        found = f"{image.dtype} of shape {image.shape}"
+        raise InputError(f"the images of data set {name} are {found}, expected uint8 [H, W, C]; choose another set")
+
+
+def _fitted(image: np.ndarray, name: str, size: int, channels: int) -> np.ndarray:
+    """uint8 [H, W, channels] -> [size, size, channels], as `images` says."""
+    height, width, found = image.shape
+    if found != channels:
+        raise InputError(f"data set {name} has an image of {found} channels, expected {channels}: set the channels")
+    if min(height, width) < size:
+        raise InputError(
+            f"data set {name} has an image of {height}x{width} pixels, expected {size}x{size} or more: choose a "
+            "smaller size"
+        )
+    return scaled_centre(image, size)
+
+
+def scaled_centre(image: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [H, W, C] scaled until its shorter side is `size`, and cropped at its centre: [size, size, C]."""
+    height, width, _ = image.shape
+    side = min(height, width)
+    scaled = resized(image, round(height * size / side), round(width * size / side))
+    top, left = (scaled.shape[0] - size) // 2, (scaled.shape[1] - size) // 2
+    return scaled[top : top + size, left : left + size]
+
+
+def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 [H, W, C] -> [height, width, C], bilinear without aliasing, as Pillow does it."""
+    import PIL.Image
+
+    if image.shape[:2] == (height, width):
+        return image
+    scale = lambda part: np.asarray(PIL.Image.fromarray(part).resize((width, height), PIL.Image.Resampling.BILINEAR))
+    if image.shape[-1] == 3:
+        return scale(image)
+    return np.stack([scale(channel) for channel in np.moveaxis(image, -1, 0)], -1)  # alpha is a channel like others
+
+
+def resized_crop(
+    size: int, scale: tuple[float, float] = (0.08, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3)
+) -> Callable[[np.random.Generator, Example], Example]:
+    """A transform for `streamed`: a random window of example["image"], resized to `size` x `size`, uint8.
+
+    The window is that of `augment.resized_crop`: of an area uniform in `scale` of the image, and of a width / height
+    that is log-uniform in `ratio`; the first of ten draws that fits, else the middle with the nearest ratio. Raises
+    InputError for intervals that are not in order or not above 0, and for an example with boxes, masks or keypoints.
+    """
+    if size < 1 or not (0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1] < math.inf):
+        raise InputError(
+            f"size={size}, scale={scale}, ratio={ratio}: expected 1 or more, an interval in (0, 1], and one above 0"
+        )
+
+    def crop(rng: np.random.Generator, example: Example) -> Example:
+        for column, value in example.items():
+            if column != "image" and lies_in_the_image(column, 1 + np.ndim(value)):
+                raise InputError(
+                    f"column {column!r} lies in the coordinates of the image, which is cropped, expected others; drop "
+                    "it in a transform before"
+                )
+        image = example["image"]
+        height, width = image.shape[:2]
+        top, left, h, w = _random_window(rng, height, width, scale, ratio)
+        return {**example, "image": resized(image[top : top + h, left : left + w], size, size)}
+
+    return crop
+
+
+def _random_window(
+    rng: np.random.Generator, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a window of an image."""
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        drawn = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        h, w = round(math.sqrt(area / drawn)), round(math.sqrt(area * drawn))
+        if 0 < h <= height and 0 < w <= width:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    nearest = min(max(width / height, ratio[0]), ratio[1])
+    h, w = min(height, round(width / nearest)), min(width, round(height * nearest))
+    return (height - h) // 2, (width - w) // 2, h, w
 
 
 def grey_images(name: str, split: str, *, size: int = 28, classes: int = 10) -> dict[str, np.ndarray]:

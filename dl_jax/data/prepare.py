@@ -7,8 +7,18 @@ from pathlib import Path
 
 from dl_jax.core.errors import InputError, nearest
 from dl_jax.core.files import locked
-from dl_jax.data.digits import NAME
-from dl_jax.data.source import FORM, Prepared, brief, data_folder, find, lookup, require_name, split_sizes, tfds_names
+from dl_jax.data.source import (
+    BUNDLED,
+    FORM,
+    Prepared,
+    brief,
+    data_folder,
+    find,
+    lookup,
+    require_name,
+    split_sizes,
+    tfds_names,
+)
 
 
 def prepare(name: str, data_dir: str | None = None) -> Prepared:
@@ -19,7 +29,7 @@ def prepare(name: str, data_dir: str | None = None) -> Prepared:
     installed, and where the network or the disk fails.
     """
     require_name(name)
-    if name == NAME:
+    if name in BUNDLED:
         return find(name)
     if not FORM.fullmatch(name):
         raise InputError(

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 from dl_jax.core import bucket
 from dl_jax.core.errors import InputError, nearest, one_line
 from dl_jax.core.files import absolute, cache_folder, patiently
-from dl_jax.data import copies, digits
+from dl_jax.data import bundled, copies, digits, shapes
 from dl_jax.data.cached import attempted
 
 FORM = re.compile(r"(?P<set>\w+)(?:/(?P<config>[^/:]+))?(?::(?P<version>[\d.]+))?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _RECORDS = re.compile(r"-\d{5,}-of-\d{5,}")  # in the names of record files
+BUNDLED = {each.name: each for each in (digits.SET, shapes.SET)}
 _LAYOUT = 3  # version of the cache; increase it when decoding or what is kept changes
 _LONGEST_NAME, _LONGEST_SPLIT, _LONGEST_PATH = 200, 1000, 3000  # bytes; a file system takes 255 and 4096
 
@@ -104,8 +105,8 @@ def find(name: str, data_dir: str | None = None, cache_dir: str | None = None) -
     Of a set in a bucket the description is copied to the cache folder. Raises Unavailable where it cannot be read.
     """
     require_name(name)
-    if name == digits.NAME:
-        return Prepared(name, digits.VERSION, digits.prepared(_cache(cache_dir)))
+    if name in BUNDLED:
+        return Prepared(name, BUNDLED[name].version, bundled.prepared(BUNDLED[name], _cache(cache_dir)))
     root = data_folder(data_dir)
     found = lookup(name, root)
     if not found:
@@ -211,7 +212,7 @@ def _absent(name: str, root: Any, data_dir: str | None) -> str:
     here = [found.name for found in prepared(str(root))]
     return (
         f"data set {name} is neither prepared in {root} nor known to TFDS: `python -m dl_jax.data list` lists the "
-        f"prepared sets, and --dataset digits is always available{nearest(name, {*here, *tfds_names(), digits.NAME})}"
+        f"prepared sets, and --dataset digits is always available{nearest(name, {*here, *tfds_names(), *BUNDLED})}"
     )
 
 

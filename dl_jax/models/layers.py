@@ -87,3 +87,17 @@ def require_image(module: nn.Module, image: jax.Array, smallest: int) -> None:
                 f"image with {channels} channels, expected {expected} as in the parameters of {name}; convert it, or "
                 "initialise the model for it"
             )
+
+
+class Normalise(nn.Module):
+    """(x - mean) / std of each channel: [B, H, W, C] in [0, 1] -> [B, H, W, C].
+
+    As the first layer of a model it is part of what is exported, and pixels need no preparation elsewhere. It has no
+    parameters. For ImageNet, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225) are customary.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return (x - jnp.asarray(self.mean, x.dtype)) / jnp.asarray(self.std, x.dtype)

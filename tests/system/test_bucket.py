@@ -31,7 +31,7 @@ from dl_jax.core import bucket
 from dl_jax.core.errors import InputError, Unavailable
 from dl_jax.core.fit import fit
 from dl_jax.core.step import init_state, make_step
-from dl_jax.data import columns, digits
+from dl_jax.data import bundled, columns, digits
 from dl_jax.harness import Run, lease, workdir
 from dl_jax.harness.checkpoint import files as checkpoint_files
 from dl_jax.harness.checkpoint.store import Checkpoints, load
@@ -443,7 +443,7 @@ def test_events_are_uploaded(address, accumulated, tmp_path):
 def local(tmp_path_factory) -> Path:
     """A data folder with the set `scans`."""
     root = tmp_path_factory.mktemp("data")
-    shutil.copytree(digits.prepared(root / "cache"), root / "tfds" / "scans" / "1.0.0")
+    shutil.copytree(bundled.prepared(digits.SET, root / "cache"), root / "tfds" / "scans" / "1.0.0")
     return root / "tfds"
 
 

@@ -2,6 +2,7 @@
 
 import colorsys
 import inspect
+import math
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,17 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
+import PIL.ImageEnhance
+import PIL.ImageOps
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from scipy import ndimage, stats
 
-from dl_jax import augment
+from dl_jax import augment, classify, losses
+from dl_jax.augment import geometry, policy, sampling
 from dl_jax.core.errors import InputError
 
 KEY = jax.random.key(0)
@@ -38,6 +44,10 @@ ALL = {
     "saturation": augment.saturation((0.0, 2.0)),
     "hue": augment.hue((-0.5, 0.5)),
     "colour_jitter": augment.colour_jitter(**JITTER),
+    "resized_crop": augment.resized_crop(7),
+    "elastic": augment.elastic(20, 2),
+    "barrel": augment.barrel((-0.2, 0.4)),
+    "rand_augment": augment.rand_augment(1, 15),
     "noise": augment.noise(0.1),
     "cutout": augment.cutout(5),
     "compose": augment.compose(augment.flip(), augment.pad_and_crop(2), augment.noise(0.1)),
@@ -47,7 +57,8 @@ SHAPE = (16, 12, 10, 3)
 each = pytest.mark.parametrize("name", ALL)
 # All programs there are, for what is dear to compile: `rotate`, `scale`, `translate` and `shear` are `affine` with
 # other intervals, `colour_jitter` runs the four colours, and `compose` flips, crops and adds noise.
-each_program = pytest.mark.parametrize("name", ["affine", "colour_jitter", "cutout", "compose"])
+PROGRAMS = ["affine", "colour_jitter", "resized_crop", "elastic", "rand_augment", "cutout", "compose"]
+each_program = pytest.mark.parametrize("name", PROGRAMS)
 
 
 def random_images(*shape: int, seed: int = 0) -> np.ndarray:
@@ -106,7 +117,7 @@ def test_shape_dtype_range_and_other_columns_stay(name):
     images, label, mask = random_images(*SHAPE), np.arange(16), np.ones(16)
     before = images.copy()
     result = JITTED[name](KEY, {"image": images})["image"]
-    assert result.shape == SHAPE
+    assert result.shape == ((16, 7, 7, 3) if name == "resized_crop" else SHAPE)
     assert result.dtype == jnp.float32
     if name not in ("noise", "compose"):
         assert float(result.min()) >= 0
@@ -181,7 +192,7 @@ def test_identity_of_hue_to_rounding():
     np.testing.assert_allclose(applied(augment.hue((0, 0)), images), images, atol=1e-6)
 
 
-@each_program
+@pytest.mark.parametrize("name", [name for name in PROGRAMS if name != "rand_augment"])  # which rounds
 def test_gradients_pass_and_are_finite(name):
     images = random_images(*SHAPE)
     images[:, :2] = 0.5  # grey: no hue
@@ -298,6 +309,287 @@ def test_squeeze_keeps_the_area():
     np.testing.assert_allclose(width * height, 1, rtol=1e-4)
     assert (width > 1).any()
     assert (width < 1).any()
+
+
+def test_the_padding_has_the_colour_that_was_asked_for():
+    images = random_images(200, 6, 6, 2)
+    fill = np.array([0.25, 0.75], np.float32)
+    shifted = applied(augment.pad_and_crop(3, fill), images)
+    plain = applied(augment.pad_and_crop(3), images)
+    np.testing.assert_array_equal(shifted, np.where((plain == 0).all(-1, keepdims=True), fill, plain))
+    assert (plain == 0).any()
+    hole = applied(augment.cutout(3, (0.25, 0.75)), images)
+    np.testing.assert_array_equal(hole, np.where(applied(augment.cutout(3), images) == 0, fill, images))
+
+
+def test_resampling_fills_what_lies_outside():
+    images = random_images(2, 5, 6, 2)
+    source = jnp.broadcast_to(jnp.array([[1.0, 0, 2.5], [0, 1, 0]]), (2, 2, 3))
+    found = jax.jit(augment.resample)(images, source, jnp.array([0.2, 0.9]))
+    padded = np.concatenate([images, np.broadcast_to(np.float32([0.2, 0.9]), (2, 5, 4, 2))], 2)
+    np.testing.assert_allclose(found, (padded[:, :, 2:8] + padded[:, :, 3:9]) / 2, atol=1e-6)
+
+
+def test_the_centre_is_cropped():
+    images = random_images(2, 7, 10, 3)
+    np.testing.assert_array_equal(applied(augment.centre_crop(4), images), images[:, 1:5, 3:7])
+
+
+WINDOWS = jax.jit(sampling.resize_windows, static_argnums=5)
+
+
+@pytest.mark.parametrize(("h", "w"), [(5, 5), (6, 9), (20, 31), (13, 2)])
+def test_windows_are_resized_as_pillow_does(h, w):
+    """Enlarged, reduced and both; Pillow rounds twice, after each axis."""
+    image = np.random.default_rng(1).integers(0, 256, (24, 40, 3), np.uint8)
+    expected = PIL.Image.fromarray(image[3 : 3 + h, 4 : 4 + w]).resize((9, 9), PIL.Image.Resampling.BILINEAR)
+    at = [jnp.array([each]) for each in (3, 4, h, w)]
+    found = WINDOWS(np.float32(image[None]), *at, 9)[0]
+    np.testing.assert_allclose(found, np.asarray(expected), atol=1.01)
+
+
+def brute_force_window(part, log_ratio, place, height, width):
+    """torchvision's rule, for draws [10], [10] and [2]."""
+    for area, drawn in zip(part * height * width, np.exp(log_ratio), strict=True):
+        h, w = round(np.sqrt(area / drawn)), round(np.sqrt(area * drawn))
+        if 0 < h <= height and 0 < w <= width:
+            return int(place[0] * (height - h + 1)), int(place[1] * (width - w + 1)), h, w
+    if width / height < 3 / 4:
+        h, w = round(width / (3 / 4)), width
+    elif width / height > 4 / 3:
+        h, w = height, round(height * 4 / 3)
+    else:
+        h, w = height, width
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+@pytest.mark.parametrize(("height", "width"), [(12, 10), (30, 8), (5, 60)])
+def test_windows_are_drawn_as_torchvision_does(height, width):
+    n, limits = 300, (math.log(3 / 4), math.log(4 / 3))
+    one, other = jax.random.split(KEY)
+    low, high = jnp.float32([0.08, limits[0]]), jnp.float32([1, limits[1]])
+    draws = np.asarray(jax.random.uniform(one, (n, 10, 2), minval=low, maxval=high))
+    places = np.asarray(jax.random.uniform(other, (n, 2)))
+    expected = [brute_force_window(d[:, 0], d[:, 1], p, height, width) for d, p in zip(draws, places, strict=True)]
+    found = np.stack(geometry.random_windows(KEY, n, height, width, (0.08, 1), (3 / 4, 4 / 3)), -1)
+    assert (found != np.array(expected)).any(-1).mean() < 0.02  # a product that rounds to the other side
+    assert (found[:, :2] >= 0).all()
+    assert (found[:, :2] + found[:, 2:] <= [height, width]).all()
+    assert (found[:, 2:] > 0).all()
+
+
+# Warps
+
+
+def mapped(images, rows, columns):
+    return np.stack(
+        [
+            np.stack(
+                [
+                    ndimage.map_coordinates(plane, [r, c], order=1, mode="grid-constant")
+                    for plane in np.moveaxis(x, -1, 0)
+                ],
+                -1,
+            )
+            for x, r, c in zip(images, rows, columns, strict=True)
+        ]
+    )
+
+
+def test_elastic_distortion_against_scipy():
+    images, alpha, sigma = random_images(*SHAPE), 20, 2
+    field = np.asarray(jax.random.uniform(KEY, (16, 2, 12, 10), minval=-1, maxval=1))
+    moved = alpha * ndimage.gaussian_filter(field.astype(float), sigma, axes=(2, 3), mode="constant", truncate=4)
+    assert 1 < np.abs(moved).max() < 10
+    expected = mapped(images, np.arange(12)[:, None] + moved[:, 0], np.arange(10) + moved[:, 1])
+    np.testing.assert_allclose(JITTED["elastic"](KEY, {"image": images})["image"], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("strength", [-0.3, 0.0, 0.5])
+def test_barrel_distortion_against_scipy(strength):
+    images = random_images(2, 9, 12, 2)
+    y, x = np.mgrid[:9, :12] - np.array([4.0, 5.5])[:, None, None]
+    stretch = 1 + strength * (x**2 + y**2) / (4.5**2 + 6**2)
+    expected = mapped(images, [4 + y * stretch] * 2, [5.5 + x * stretch] * 2)
+    np.testing.assert_allclose(eager(augment.barrel((strength, strength)), images), expected, atol=1e-5)
+
+
+def test_distortions_of_no_strength_change_nothing():
+    images = random_images(2, 7, 10, 3)
+    np.testing.assert_array_equal(eager(augment.elastic(0, 2), images), images)
+    np.testing.assert_array_equal(eager(augment.barrel((0, 0)), images), images)
+
+
+# Mixing
+
+
+MIXERS = {"mixup": jax.jit(augment.mixup(0.7, 16)), "cutmix": jax.jit(augment.cutmix(1.0, 16))}
+each_mixer = pytest.mark.parametrize("name", MIXERS)
+
+
+@each_mixer
+def test_labels_are_mixed_as_the_images_are(name):
+    """Constant images show the fraction of the other: each example is mixed with the one before it."""
+    image = np.broadcast_to(np.linspace(0.1, 1, 16, dtype=np.float32)[:, None, None, None], SHAPE)
+    batch = {"image": image, "label": np.arange(16), "weight": np.ones(16)}
+    mixed = MIXERS[name](KEY, batch)
+    kept = np.diagonal(mixed["label"])
+    before = np.roll(np.eye(16), 1, 0)
+    np.testing.assert_allclose(mixed["label"], kept[:, None] * np.eye(16) + (1 - kept)[:, None] * before, atol=1e-6)
+    expected = kept * image[:, 0, 0, 0] + (1 - kept) * np.roll(image[:, 0, 0, 0], 1)
+    np.testing.assert_allclose(mixed["image"].mean((1, 2, 3)), expected, atol=1e-6)
+    assert len(np.unique(kept)) > 10
+    assert kept.min() >= 0
+    assert kept.max() <= 1
+    assert mixed["weight"].shape == (16,)
+
+
+@each_mixer
+def test_labels_that_are_probabilities_are_mixed_as_they_are(name):
+    batch = {"image": random_images(*SHAPE), "label": np.arange(16)}
+    soft = {**batch, "label": 0.9 * np.eye(16, dtype=np.float32) + 0.1 / 16}
+    whole, smoothed = (MIXERS[name](KEY, each)["label"] for each in (batch, soft))
+    np.testing.assert_allclose(smoothed, 0.9 * whole + 0.1 / 16, atol=1e-6)
+    with pytest.raises(InputError, match=r"labels \(16, 3\): expected one class number per example"):
+        MIXERS[name](KEY, {**batch, "label": np.ones((16, 3), np.float32)})
+
+
+@each_mixer
+def test_devices_that_mix_give_the_same(name):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    batch = {"image": random_images(*SHAPE), "label": np.arange(16)}
+    placed = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+    for found, alone in zip(
+        jax.tree.leaves(MIXERS[name](KEY, placed)), jax.tree.leaves(MIXERS[name](KEY, batch)), strict=True
+    ):
+        np.testing.assert_allclose(found, alone, atol=2e-6)
+
+
+def test_mixup_draws_from_the_beta_distribution():
+    n, alpha = 4000, 0.4
+    batch = {"image": np.zeros((n, 1, 1, 1), np.float32), "label": np.arange(n) % 2}
+    kept = np.asarray(jax.jit(augment.mixup(alpha, 2))(KEY, batch)["label"])[np.arange(n), np.arange(n) % 2]
+    assert stats.kstest(kept, stats.beta(alpha, alpha).cdf).pvalue > 0.001
+
+
+def test_cutmix_pastes_a_rectangle_of_the_other_image():
+    images = random_images(*SHAPE)
+    batch = {"image": images, "label": np.arange(16)}
+    mixed = np.asarray(MIXERS["cutmix"](KEY, batch)["image"])
+    other = np.roll(images, 1, 0)
+    pasted = (mixed == other).all(-1)
+    np.testing.assert_array_equal(mixed, np.where(pasted[..., None], other, images))
+    for mask in pasted:
+        rows, columns = mask.any(1), mask.any(0)
+        np.testing.assert_array_equal(mask, rows[:, None] & columns)
+        assert (np.diff(np.flatnonzero(rows)) == 1).all()
+        assert (np.diff(np.flatnonzero(columns)) == 1).all()
+    assert 0 < pasted.mean() < 1
+
+
+def test_a_classifiers_loss_takes_mixed_labels():
+    batch = {"image": random_images(*SHAPE), "label": np.arange(16) % 4}
+    logits = jnp.asarray(random_images(16, 4))
+    loss = classify.loss(lambda variables, image, train, rngs: logits)
+    mix = augment.mixup(1, 4)
+    value, _ = losses.label_smoothing(losses.with_batch(loss, mix), 4, 0.1)({}, batch, KEY)
+    targets = mix(
+        jax.random.split(jax.random.split(KEY)[1])[0], {**batch, "label": losses.smooth_labels(batch["label"], 4, 0.1)}
+    )["label"]
+    np.testing.assert_allclose(value, losses.soft_cross_entropy(logits, targets).mean(), rtol=1e-6)
+
+
+# RandAugment against Pillow
+
+
+def by_pillow(image: PIL.Image.Image, operation: str, strength: float) -> PIL.Image.Image:
+    factor, (width, height) = 1 + 0.9 * strength, image.size
+    bilinear = lambda a, b, c, d, e, f: image.transform(
+        image.size, PIL.Image.Transform.AFFINE, (a, b, c, d, e, f), PIL.Image.Resampling.BILINEAR, fillcolor=(128,) * 3
+    )
+    x, y = width / 2, height / 2
+    match operation:
+        case "identity":
+            return image
+        case "auto_contrast":
+            return PIL.ImageOps.autocontrast(image)
+        case "equalize":
+            return PIL.ImageOps.equalize(image)
+        case "rotate":
+            return image.rotate(30 * strength, PIL.Image.Resampling.BILINEAR, fillcolor=(128,) * 3)
+        case "solarize":
+            return PIL.ImageOps.solarize(image, 255 * (1 - abs(strength)))
+        case "saturation":
+            return PIL.ImageEnhance.Color(image).enhance(factor)
+        case "posterize":
+            return PIL.ImageOps.posterize(image, 8 - round(4 * abs(strength)))
+        case "contrast":
+            return PIL.ImageEnhance.Contrast(image).enhance(factor)
+        case "brightness":
+            return PIL.ImageEnhance.Brightness(image).enhance(factor)
+        case "sharpness":
+            return PIL.ImageEnhance.Sharpness(image).enhance(factor)
+        case "shear_x":
+            return bilinear(1, 0.3 * strength, -0.3 * strength * y, 0, 1, 0)
+        case "shear_y":
+            return bilinear(1, 0, 0, 0.3 * strength, 1, -0.3 * strength * x)
+        case "translate_x":
+            return bilinear(1, 0, 150 / 331 * width * strength, 0, 1, 0)
+        case "translate_y":
+            return bilinear(1, 0, 0, 0, 1, 150 / 331 * height * strength)
+    raise AssertionError(operation)
+
+
+OPERATED = jax.jit(policy.operated)
+
+
+def test_the_operations_of_rand_augment_are_pillows():
+    """All 14 in both directions; Pillow rounds, and leaves a point outside its image's pixels to the fill."""
+    y, x = np.mgrid[:24, :20] / 24
+    smooth = np.stack([x, y, (x + y) / 2], -1) * [200, 150, 250] + 20
+    image = np.round(smooth + np.random.default_rng(0).random((24, 20, 3)) * 20).astype(np.uint8)
+    names = list(policy.OPERATIONS)
+    cases = [(name, sign * 0.7) for name in names for sign in (1, -1)]
+    images = np.broadcast_to(np.float32(image) / 255, (len(cases), 24, 20, 3))
+    found = OPERATED(images, np.array([names.index(n) for n, _ in cases]), np.float32([s for _, s in cases]))
+    for result, (name, strength) in zip(np.asarray(found) * 255, cases, strict=True):
+        expected = np.asarray(by_pillow(PIL.Image.fromarray(image), name, strength), float)
+        different = np.abs(result - expected).max(-1) > 2
+        assert different.mean() < (
+            0.15 if name in ("rotate", "shear_x", "shear_y", "translate_x", "translate_y") else 0.005
+        ), name
+        if name in ("identity", "equalize", "posterize", "solarize"):
+            np.testing.assert_allclose(result, expected, atol=1e-3, err_msg=name)
+        if name != "identity":
+            assert np.abs(result - image).max() > 4, name
+
+
+def test_the_histogram_of_other_devices_is_that_of_the_cpu():
+    values = np.random.default_rng(0).integers(0, 256, (2, 3, 77))
+    table = np.random.default_rng(1).integers(0, 256, (2, 3, 256))
+    np.testing.assert_array_equal(policy.counted_by_digits(values), policy.counted(values))
+    np.testing.assert_array_equal(policy.counted(values)[1, 2], np.bincount(values[1, 2], minlength=256))
+    np.testing.assert_array_equal(policy.looked_up_by_digits(table, values), policy.looked_up(table, values))
+
+
+def test_the_operations_of_rand_augment_follow_each_other():
+    images, (key, other) = random_images(28, 24, 20, 3), jax.random.split(KEY)
+    drawn = jax.random.randint(key, (28, 2), 0, 14)
+    strength = jax.random.rademacher(other, (28, 2), jnp.float32) * 0.5
+    twice = OPERATED(OPERATED(images, drawn[:, 0], strength[:, 0]), drawn[:, 1], strength[:, 1])
+    found = applied(augment.rand_augment(2, 15), images)
+    assert (np.abs(found - twice).max((1, 2, 3)) < 1e-5).mean() > 0.9  # or a value was rounded to the other side
+
+
+def test_rand_augment_draws_every_operation_and_direction():
+    """Of one operation on a ramp with a stripe: what each does to it is different."""
+    image = random_images(8, 8, 3)
+    drawn = applied(augment.rand_augment(1, 20), np.broadcast_to(image, (600, 8, 8, 3))).reshape(600, -1)
+    kinds, counts = np.unique(np.round(drawn, 5), axis=0, return_counts=True)
+    one_way = 5  # identity, auto_contrast, equalize, solarize, posterize
+    assert len(kinds) == one_way + 2 * (14 - one_way)
+    assert counts.max() < 600 / 14 * 1.6
+    assert counts.min() > 600 / 28 * 0.4
 
 
 # Colour
@@ -425,6 +717,18 @@ def test_cutout_zeroes_the_clipped_square_alone(size):
         lambda: augment.saturation((-0.1, 1.0)),
         lambda: augment.hue((-0.6, 0.0)),
         lambda: augment.hue((0.0, 0.6)),
+        lambda: augment.centre_crop(0),
+        lambda: augment.resized_crop(0),
+        lambda: augment.resized_crop(8, scale=(0.0, 1.0)),
+        lambda: augment.resized_crop(8, scale=(0.5, 1.1)),
+        lambda: augment.resized_crop(8, ratio=(0.0, 1.0)),
+        lambda: augment.elastic(-1, 4),
+        lambda: augment.elastic(34, 0),
+        lambda: augment.barrel((-0.4, 0.0)),
+        lambda: augment.mixup(0, 10),
+        lambda: augment.cutmix(1, 0),
+        lambda: augment.rand_augment(0),
+        lambda: augment.rand_augment(2, 31),
     ],
 )
 def test_hyper_parameters_without_sense_are_refused(make):
@@ -437,6 +741,11 @@ def test_hyper_parameters_without_sense_are_refused(make):
     [
         (augment.pad_and_crop(8), np.zeros((1, 8, 9, 1), np.float32), "padding=8: expected less than the 8x9"),
         (augment.cutout(9), np.zeros((1, 8, 9, 1), np.float32), "size=9: expected a square no larger than the 8x9"),
+        (
+            augment.centre_crop(9),
+            np.zeros((1, 8, 9, 1), np.float32),
+            "size=9: expected a window no larger than the 8x9",
+        ),
         (augment.hue((0, 0)), np.zeros((1, 8, 8, 1), np.float32), "3 channels"),
         (augment.saturation((1, 1)), np.zeros((1, 8, 8, 1), np.float32), "3 channels"),
         (augment.flip(), np.zeros((1, 8, 8), np.float32), r"expect float32 \[B, H, W, C\]"),
@@ -451,18 +760,15 @@ def test_images_that_do_not_fit_are_refused(augmentation, images, message):
 
 
 def test_the_figure_shows_every_augmentation():
-    public = {
-        name
-        for name, f in vars(augment).items()
-        if inspect.isfunction(f) and not name.startswith("_") and f.__module__ == augment.__name__
-    }
+    public = {name for name in augment.__all__ if inspect.isfunction(getattr(augment, name))} - {"resample"}
     script = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "augmentations.py"))
     shown = {label.split("(")[0] for rows in (script["DIGITS"], script["COLOURS"]) for label in rows}
-    assert shown == public - {"resample"}
-    assert set(ALL) == public - {"resample"}
+    assert shown == public
+    assert set(ALL) == public - {"centre_crop", "mixup", "cutmix"}  # these have tests of their own
 
 
 GEOMETRY = ("flip", "pad_and_crop", "affine", "rotate", "scale", "translate", "shear", "compose")
+GEOMETRY += ("resized_crop", "elastic", "barrel", "rand_augment")
 
 
 @pytest.mark.parametrize(
@@ -507,6 +813,9 @@ def test_what_lies_in_the_images_coordinates_does_not_stay_behind(column):
         jax.eval_shape(ALL[augmentation], KEY, batch)
     for augmentation in set(ALL) - set(GEOMETRY):
         assert jax.eval_shape(ALL[augmentation], KEY, whole).keys() == whole.keys()
+    for augmentation in (augment.centre_crop(5), augment.mixup(1, 16), augment.cutmix(1, 16)):
+        with pytest.raises(InputError, match=f"column '{name}' .* has image coordinates"):
+            jax.eval_shape(augmentation, KEY, whole)
 
 
 @pytest.mark.parametrize(

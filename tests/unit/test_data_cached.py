@@ -17,7 +17,7 @@ import tensorflow_datasets as tfds
 from dl_jax import data
 from dl_jax.core.errors import InputError, Unavailable
 from dl_jax.core.inputs import recorded
-from dl_jax.data import cached, digits, text
+from dl_jax.data import bundled, cached, digits, text
 from dl_jax.data import columns as columns_module
 
 SPLIT = "test[:8]"
@@ -27,7 +27,7 @@ SPLIT = "test[:8]"
 def prepared(tmp_path_factory) -> Path:
     """A cache folder with the prepared digits, to copy."""
     folder = tmp_path_factory.mktemp("cache")
-    digits.prepared(folder)
+    bundled.prepared(digits.SET, folder)
     return folder
 
 
@@ -115,7 +115,8 @@ def test_damaged_digits_are_prepared_anew(cache):
     assert {"dataset_info.json", "features.json"} < {file.name for file in files}
     for file in (*files, cache / "tfds" / "digits.json"):
         content = file.read_bytes()
-        damage(file, content[:-40] + bytes([content[-40] ^ 1]) + content[-39:])
+        middle = len(content) // 2
+        damage(file, content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
         with pytest.warns(UserWarning, match="digits in the cache is damaged"):
             assert equal(load(cache), whole)
         assert data.info("digits", cache_dir=str(cache)) == info

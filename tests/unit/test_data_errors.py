@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 
 from dl_jax import data
 from dl_jax.core.errors import InputError
-from dl_jax.data import digits
+from dl_jax.data import bundled, digits
 from dl_jax.data.__main__ import main
 from dl_jax.data.prepare import prepare
 from dl_jax.data.source import find, prepared, tfds_names
@@ -20,7 +20,7 @@ from dl_jax.data.source import find, prepared, tfds_names
 @pytest.fixture(scope="module")
 def valid(tmp_path_factory) -> Path:
     """The version folder of the prepared digits."""
-    return digits.prepared(tmp_path_factory.mktemp("cache"))
+    return bundled.prepared(digits.SET, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture

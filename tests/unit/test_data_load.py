@@ -14,9 +14,9 @@ import pytest
 
 from dl_jax import data
 from dl_jax.core.errors import InputError
+from dl_jax.data import bundled, digits
 from dl_jax.data import cached as cached_module
 from dl_jax.data import columns as columns_module
-from dl_jax.data import digits
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_digits_prepare_themselves_and_keep_every_pixel(cache):
 def test_columns_equal_what_tfds_decodes(cache):
     import tensorflow_datasets as tfds
 
-    source = tfds.builder_from_directory(digits.prepared(Path(cache))).as_data_source("test[10:30]")
+    source = tfds.builder_from_directory(bundled.prepared(digits.SET, Path(cache))).as_data_source("test[10:30]")
     records = data.load("digits", "test[10:30]", cache_dir=cache)
     np.testing.assert_array_equal(records["image"], np.stack([example["image"] for example in source]))
     np.testing.assert_array_equal(records["label"], [example["label"] for example in source])

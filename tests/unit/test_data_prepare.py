@@ -99,7 +99,10 @@ def test_the_commands(command, tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", here)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     status, out, _ = command("list")
-    assert (status, out) == (0, f"1 prepared in {here}; digits is always available\ndl_jax_words 1.0.0: train 3\n")
+    assert (status, out) == (
+        0,
+        f"1 prepared in {here}; digits and shapes are always available\ndl_jax_words 1.0.0: train 3\n",
+    )
     assert command("prepare", "dl_jax_words", "--data-dir", here)[:2] == (0, "dl_jax_words 1.0.0: train 3\n")
     assert command("prepare", "digits")[:2] == (0, "digits 1.0.0: train 1437, test 360\n")
     assert Path(tmp_path, "cache", "dl_jax", "tfds", "digits", "1.0.0").is_dir()
