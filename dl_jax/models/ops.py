@@ -8,7 +8,7 @@ all of these cases. Its TPU backend takes minutes to compile the gradients of co
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+FEW_PRODUCTS = 300  # most products of a pixel and a kernel for multiply-adds: 1 -> 20 maps by 5 x 5 taps are too many
 FEW = (6, 16)  # most input channels and maps for blocks of pixels on a TPU; with 20 maps they would be slower
 COPY = 150  # time to copy a number into a tile, in multiply-adds; the speed changes little around this value
 
@@ -33,11 +34,16 @@ def conv_general_dilated(
 ) -> jax.Array:
     """`lax.conv_general_dilated` with the same arguments and result, for `nn.Conv(conv_general_dilated=...)`.
 
-    On a CPU, a plain image convolution (NHWC, HWIO) becomes a banded matrix product. A forward and backward pass is
-    then 1.1 to 3 times faster if there are no more input channels than the kernel has taps, and 0.9 to 1.5 times as
-    fast if there are more. A plain convolution of sequences (NWC, WIO) with more input channels than taps becomes a
-    matrix product with patches. This is 1.3 to 2.7 times faster when vmapped over kernels, 20 times faster inside a
-    scan, and 0.6 to 1.7 times as fast otherwise.
+    On a CPU, a plain convolution of images (NHWC, HWIO) or sequences (NWC, WIO) is computed by the fastest of these
+    forms, as measured for each kind of shape alone, under `jax.vmap` over kernels, and in a loop:
+
+    - with kernels of one pixel, a matrix product;
+    - depthwise, a sum of shifted products;
+    - with one input channel and few products, multiply-adds, whose gradients are banded matrix products;
+    - with at most as many input channels as the kernel has taps, or with strides or dilation, a banded matrix product;
+    - with more, XLA's convolution in a form that uses all cores, also for the gradient of the image; the gradient of
+      the kernel is a banded matrix product;
+    - for sequences with more channels than taps, a matrix product with patches.
 
     On a TPU, an image convolution of few channels and maps (FEW) without strides and dilation becomes a convolution of
     blocks of pixels. A train step with its gradients then compiles in seconds instead of minutes.
@@ -58,12 +64,13 @@ def conv_general_dilated(
     shape = jax.eval_shape(convolve, lhs, rhs).shape
     layout = {3: ("NWC", "WIO", "NWC"), 4: ("NHWC", "HWIO", "NHWC")}.get(lhs.ndim)
     few_channels = rhs.shape[-2] <= math.prod(rhs.shape[:-2])  # patches of such sequences cost more time than they save
+    depthwise = lhs.ndim == 4 and rhs.shape[-2] == 1 < feature_group_count == lhs.shape[-1] == rhs.shape[-1]
     if (
         layout is None
         or dimension_numbers is None
         or lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
         != lax.conv_dimension_numbers(lhs.shape, rhs.shape, layout)
-        or feature_group_count != 1
+        or (feature_group_count != 1 and not depthwise)
         or any(dilation != 1 for dilation in lhs_dilation or ())
         or (few_channels and lhs.ndim == 3)
         or 0 in shape
@@ -73,18 +80,144 @@ def conv_general_dilated(
     if isinstance(padding, str):
         window = [(taps - 1) * step + 1 for taps, step in zip(rhs.shape[:-2], dilation, strict=True)]
         padding = lax.padtype_to_pads(lhs.shape[1:-1], window, window_strides, padding)
-    products = functools.partial(
-        _banded_product if lhs.ndim == 4 else _patch_product,
-        size=shape[1:-1],
-        strides=window_strides,
-        padding=padding,
-        dilation=dilation,
+    simple = {*window_strides, *dilation} == {1}
+    settings: dict[str, Any] = {
+        "size": shape[1:-1],
+        "strides": tuple(window_strides),
+        "padding": tuple(map(tuple, padding)),
+        "dilation": dilation,
+        "precision": precision,
+    }
+    if lhs.ndim == 3:
+        on_cpu = functools.partial(_patch_product, **settings)
+    elif depthwise:
+        on_cpu = functools.partial(_shifted_products, **settings)
+    elif rhs.shape[:2] == (1, 1):
+        on_cpu = functools.partial(_pixel_product, **settings)
+    elif rhs.shape[2] == 1 and math.prod(rhs.shape) <= FEW_PRODUCTS:
+        on_cpu = _with_banded_gradients(functools.partial(_shifted_products, **settings), settings)
+    elif few_channels or not simple:
+        on_cpu = functools.partial(_banded_product, **settings)
+    else:
+        on_cpu = _long_convolution(settings)
+    if lhs.ndim == 4 and not depthwise and rhs.shape[2] <= FEW[0] and rhs.shape[3] <= FEW[1] and simple:
+        blocks = functools.partial(_block_convolution, width=shape[2], padding=padding, precision=precision)
+        return lax.platform_dependent(lhs, rhs, cpu=on_cpu, tpu=blocks, default=convolve)
+    return lax.platform_dependent(lhs, rhs, cpu=on_cpu, default=convolve)
+
+
+Convolution = Callable[[jax.Array, jax.Array], jax.Array]  # (image [B, H, W, C], kernel) -> [B, H', W', D]
+
+
+def _with_banded_gradients(forward: Convolution, settings: Mapping[str, Any]) -> Convolution:
+    """`forward`, with the derivatives of a banded product."""
+
+    @jax.custom_jvp
+    def convolve(image: jax.Array, kernel: jax.Array) -> jax.Array:
+        return forward(image, kernel)
+
+    def banded(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+        (image, kernel), (d_image, d_kernel) = primals, tangents
+        output = convolve(image, kernel)
+        product = functools.partial(_banded_product, **settings)
+        terms = [] if _is_zero(d_image) else [product(d_image, kernel)]
+        terms += [] if _is_zero(d_kernel) else [product(image, d_kernel)]
+        return output, functools.reduce(operator.add, terms)
+
+    convolve.defjvp(banded, symbolic_zeros=True)
+    return convolve
+
+
+def _is_zero(tangent: Any) -> bool:
+    return isinstance(tangent, jax.custom_derivatives.SymbolicZero)
+
+
+def _long_convolution(settings: Mapping[str, Any]) -> Convolution:
+    """XLA's convolution without strides, with derivatives that are fast on a CPU."""
+    padding, precision = settings["padding"], settings["precision"]
+
+    @jax.custom_jvp
+    def convolve(image: jax.Array, kernel: jax.Array) -> jax.Array:
+        return _longer(image, kernel, padding, precision)
+
+    def derivative(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+        (image, kernel), (d_image, d_kernel) = primals, tangents
+        output, terms = convolve(image, kernel), []
+        if not _is_zero(d_image):
+            # Written as the transpose of what is to be computed: reverse-mode differentiation transposes it back.
+            turned = kernel[::-1, ::-1].swapaxes(2, 3)
+            rest = [(taps - 1 - low, taps - 1 - high) for taps, (low, high) in zip(kernel.shape, padding, strict=False)]
+            pull_back = lambda grad: _longer(grad, turned, rest, precision)
+            terms += jax.linear_transpose(pull_back, output)(d_image)
+        if not _is_zero(d_kernel):
+            terms.append(_banded_product(image, d_kernel, **settings))
+        return output, functools.reduce(operator.add, terms)
+
+    convolve.defjvp(derivative, symbolic_zeros=True)
+    return convolve
+
+
+def _longer(image: jax.Array, kernel: jax.Array, padding: Sequence[tuple[int, int]], precision: Any) -> jax.Array:
+    """A convolution whose result is longer than the image, without the rows that are too many.
+
+    XLA then takes a kernel of Eigen's, which uses all cores, where it would take one that uses one core.
+    """
+    (low, high), columns = padding
+    height = image.shape[1] + low + high - kernel.shape[0] + 1
+    more = max(0, image.shape[1] + 1 - height)
+    result = lax.conv_general_dilated(
+        image,
+        kernel,
+        (1, 1),
+        ((low, high + more), columns),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
         precision=precision,
     )
-    if lhs.ndim == 4 and rhs.shape[2] <= FEW[0] and rhs.shape[3] <= FEW[1] and {*window_strides, *dilation} == {1}:
-        blocks = functools.partial(_block_convolution, width=shape[2], padding=padding, precision=precision)
-        return lax.platform_dependent(lhs, rhs, cpu=products, tpu=blocks, default=convolve)
-    return lax.platform_dependent(lhs, rhs, cpu=products, default=convolve)
+    return result[:, :height]
+
+
+def _pixel_product(
+    image: jax.Array,  # [B, H, W, C]
+    kernel: jax.Array,  # [1, 1, C, D]
+    *,
+    size: Sequence[int],  # H', W'
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+    precision: Any,
+) -> jax.Array:
+    """A convolution with kernels of one pixel as a matrix product: [B, H', W', D]."""
+    return jnp.matmul(_tap(image, (0, 0), size, strides, padding), kernel[0, 0], precision=precision)
+
+
+def _shifted_products(
+    image: jax.Array,  # [B, H, W, C]
+    kernel: jax.Array,  # [kh, kw, 1, D], where C is 1 or D
+    *,
+    size: Sequence[int],  # H', W'
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+    precision: Any,
+) -> jax.Array:
+    """A depthwise convolution, or one of a single channel, as a sum over the kernel's taps: [B, H', W', D]."""
+    taps = np.ndindex(*kernel.shape[:2])
+    offset = lambda tap: tuple(i * step for i, step in zip(tap, dilation, strict=True))
+    products = [_tap(image, offset(tap), size, strides, padding) * kernel[*tap, 0] for tap in taps]
+    return functools.reduce(operator.add, products)
+
+
+def _tap(
+    image: jax.Array,
+    offset: Sequence[int],
+    size: Sequence[int],
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+) -> jax.Array:
+    """The pixels [B, H', W', C] that meet the tap of a kernel at `offset`."""
+    image = lax.pad(image, jnp.zeros((), image.dtype), ((0, 0, 0), *((*pads, 0) for pads in padding), (0, 0, 0)))
+    (top, left), (height, width), (down, right) = offset, size, strides
+    return image[:, top : top + (height - 1) * down + 1 : down, left : left + (width - 1) * right + 1 : right]
 
 
 def _block_convolution(
@@ -194,23 +327,30 @@ def _banded_product(
     return product.reshape(batch, height, tiles * outputs, maps)[:, :, :width]
 
 
-def max_pool(image: jax.Array, window: int) -> jax.Array:
-    """The maximum over non-overlapping square windows: [B, H, W, C] -> [B, H // window, W // window, C].
+def max_pool(image: jax.Array, window: int, stride: int | None = None, padding: int = 0) -> jax.Array:
+    """The maximum over square windows, by default next to each other: [B, H, W, C] -> [B, H', W', C].
 
-    Rows and columns that fill no window are left out, and equal maxima share the gradient. The gradient of
-    `nn.max_pool` is a select-and-scatter, which takes a CPU 3 to 6 times longer.
+    H' is (H + 2 * padding - window) // stride + 1: rows and columns that fill no window are left out. Equal maxima
+    share the gradient. On a CPU, the gradient of `nn.max_pool`, a select-and-scatter, takes 3 to 6 times longer.
     """
-    return _pool(jnp.maximum, image, window)
+    stride = stride or window
+    if padding:
+        lowest = -jnp.inf if jnp.issubdtype(image.dtype, jnp.floating) else jnp.iinfo(image.dtype).min
+        edges = ((0, 0, 0), (padding, padding, 0), (padding, padding, 0), (0, 0, 0))
+        image = lax.pad(image, jnp.asarray(lowest, image.dtype), edges)
+    return _pool(jnp.maximum, image, window, stride)
 
 
 def sum_pool(image: jax.Array, window: int) -> jax.Array:
     """The sum over non-overlapping square windows: [B, H, W, C] -> [B, H // window, W // window, C].
 
-    Rows and columns that fill no window are left out. A TPU gets XLA's own windows: the gradient of slices is a sum of
-    padded images, which costs it more than the convolutions of LeNet-5.
+    Rows and columns that fill no window are left out. A TPU gets XLA's own windows.
     """
-    slices = functools.partial(_pool, operator.add, window=window)
-    return lax.platform_dependent(image, tpu=functools.partial(_window_sum, window=window), default=slices)
+    return lax.platform_dependent(
+        image,
+        tpu=functools.partial(_window_sum, window=window),
+        default=functools.partial(_slice_sum, window),
+    )
 
 
 def _window_sum(image: jax.Array, window: int) -> jax.Array:
@@ -218,10 +358,28 @@ def _window_sum(image: jax.Array, window: int) -> jax.Array:
     return lax.reduce_window(image, image.dtype.type(0), lax.add, sides, sides, "VALID")
 
 
-def _pool(combine: Callable[[Any, Any], Any], image: jax.Array, window: int) -> jax.Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _slice_sum(window: int, image: jax.Array) -> jax.Array:
+    """Sums of slices, which are faster than sums over axes; the gradient of those is faster: it repeats pixels."""
+    return _pool(operator.add, image, window, window)
+
+
+@_slice_sum.defjvp
+def _axis_sum(window: int, primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    (image,), (tangent,) = primals, tangents
+    batch, height, width, channels = image.shape
+    rows, columns = height // window, width // window
+    tangent = tangent[:, : rows * window, : columns * window]
+    blocks = tangent.reshape(batch, rows, window, columns, window, channels)
+    return _slice_sum(window, image), blocks.sum((2, 4))
+
+
+def _pool(combine: Callable[[Any, Any], Any], image: jax.Array, window: int, stride: int) -> jax.Array:
     for axis in (1, 2):
-        end = image.shape[axis] // window * window
+        n = max(0, (image.shape[axis] - window) // stride + 1)
+        reach = (n - 1) * stride + 1 if n else 0
         # Slices: indexing becomes a gather where the batch size is unknown, as in an exported file.
-        taps = [lax.slice_in_dim(image, min(i, end), end, window, axis) for i in range(window)]
+        starts = range(window) if n else [0]
+        taps = [lax.slice_in_dim(image, i, i + reach, stride, axis) for i in starts]
         image = functools.reduce(combine, taps)
     return image

@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import os
+import re
 import subprocess
 import sys
 
@@ -88,7 +89,12 @@ CONFIGURATIONS = {  # image, kernel, strides, padding, dilation
     "dilated": ((2, 13, 12, 4), (2, 4, 4, 3), (1, 2), ((1, 2), (0, 3)), (2, 3)),
     "cropped": ((2, 9, 9, 2), (3, 3, 2, 3), (1, 1), ((-1, 0), (1, -2)), None),
     "pointwise": ((2, 5, 5, 1), (1, 1, 1, 4), (1, 1), "SAME", None),
+    "pointwise, padded and strided": ((2, 6, 5, 3), (1, 1, 3, 4), (2, 3), ((1, 0), (-1, 2)), None),
     "many channels": ((2, 6, 6, 12), (3, 3, 12, 5), (1, 1), "SAME", None),
+    "many channels, cropped": ((2, 7, 6, 12), (3, 2, 12, 5), (1, 1), ((-1, 4), (2, -1)), None),
+    "many channels, strided": ((2, 7, 6, 12), (3, 3, 12, 5), (2, 2), "SAME", None),
+    "one channel, many maps": ((2, 9, 8, 1), (3, 3, 1, 32), (1, 2), "SAME", None),
+    "one channel, too many maps": ((2, 9, 8, 1), (5, 5, 1, 20), (1, 1), "VALID", None),
     "nothing comes out": ((2, 4, 4, 1), (5, 5, 1, 2), (1, 1), "VALID", None),
 }
 
@@ -97,6 +103,26 @@ CONFIGURATIONS = {  # image, kernel, strides, padding, dilation
 def test_convolution_equals_brute_force(name):
     image, kernel, *arguments = CONFIGURATIONS[name]
     assert_equals_brute_force(draw(*image), draw(*kernel, seed=1), *arguments, LAYOUT)
+
+
+@settings(deadline=None, max_examples=12, derandomize=True)
+@given(
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    taps=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    strides=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 3)),
+    padding=st.sampled_from(["SAME", "VALID"]) | st.tuples(*[st.tuples(st.integers(-1, 3), st.integers(0, 3))] * 2),
+)
+def test_any_depthwise_convolution_equals_brute_force(size, taps, strides, dilation, padding):
+    """It is a convolution whose kernel is zero between different channels."""
+    channels = 3
+    image, kernel = draw(2, *size, channels), draw(*taps, 1, channels, seed=1)
+    settings = {"rhs_dilation": dilation, "dimension_numbers": LAYOUT, "feature_group_count": channels}
+    convolve = lambda x, w: ops.conv_general_dilated(x, w, strides, padding, **settings)
+    expected = brute_force(image, kernel * np.eye(channels, dtype=np.float32), strides, padding, dilation)
+    output, d_image, d_kernel = expected
+    own = d_kernel[:, :, np.arange(channels), np.arange(channels)][:, :, None]
+    assert_close(jit(value_and_gradients(convolve))(image, kernel), (output, d_image, own))
 
 
 SEQUENCES = ("NWC", "WIO", "NWC")
@@ -145,19 +171,28 @@ def same(image, kernel):
     return ops.conv_general_dilated(image, kernel, (1, 1), "SAME", dimension_numbers=LAYOUT)
 
 
-def test_convolution_against_finite_differences():
-    check_grads(jax.jit(same), (draw(2, 4, 3, 2), draw(3, 3, 2, 2, seed=1)), order=2, modes=("fwd", "rev"), rtol=5e-2)
+# Channels and maps for each form: few channels, many, and a single one.
+channels_and_maps = pytest.mark.parametrize(("channels", "maps"), [(2, 4), (10, 2), (1, 16)])
 
 
-def test_vmapped_convolution_equals_one_by_one():
-    images, kernels, run = draw(3, 2, 6, 6, 2), draw(3, 3, 3, 2, 4, seed=1), value_and_gradients(same)
+@channels_and_maps
+def test_convolution_against_finite_differences(channels, maps):
+    arguments = draw(2, 4, 3, channels), draw(3, 3, channels, maps, seed=1)
+    check_grads(jax.jit(same), arguments, order=2, modes=("fwd", "rev"), rtol=5e-2, atol=1e-2)
+
+
+@channels_and_maps
+def test_vmapped_convolution_equals_one_by_one(channels, maps):
+    images, kernels = draw(3, 2, 6, 6, channels), draw(3, 3, 3, channels, maps, seed=1)
+    run = value_and_gradients(same)
     alone = jit(run)
     members = [alone(image, kernel) for image, kernel in zip(images, kernels, strict=True)]
     assert_close(jit(jax.vmap(run))(images, kernels), jax.tree.map(lambda *rows: np.stack(rows), *members))
 
 
-def test_scanned_convolution_equals_one_by_one():
-    images, kernel = draw(3, 2, 6, 6, 2), draw(3, 3, 2, 4, seed=1)
+@channels_and_maps
+def test_scanned_convolution_equals_one_by_one(channels, maps):
+    images, kernel = draw(3, 2, 6, 6, channels), draw(3, 3, channels, maps, seed=1)
     gradient = jax.grad(lambda w, x: (same(x, w) ** 2).sum())
     total = jit(lambda: lax.scan(lambda sum, x: (sum + gradient(kernel, x), None), 0 * kernel, images)[0])()
     alone = jit(gradient)
@@ -202,22 +237,26 @@ def test_vmapped_convolution_of_blocks_equals_xla():
     assert_close(found, expected)
 
 
-both = pytest.mark.parametrize(
-    ("function", "arguments"),
-    [
-        (forward_and_backward, IMAGES),
-        (forward_and_backward, DEEP),
-        (causal_forward_and_backward, (jnp.ones((2, 9, 4)), jnp.ones((3, 4, 5)))),
-    ],
-    ids=["images", "deep images", "sequences"],
-)
+def depthwise_forward_and_backward(image, kernel):
+    settings = {"dimension_numbers": LAYOUT, "feature_group_count": image.shape[-1]}
+    convolve = lambda x, w: ops.conv_general_dilated(x, w, (2, 2), "SAME", **settings)
+    return jax.vjp(convolve, image, kernel)[1](convolve(image, kernel))
+
+
+products = [
+    (forward_and_backward, IMAGES),
+    (forward_and_backward, (jnp.ones((2, 6, 6, 1)), jnp.ones((3, 3, 1, 16)))),
+    (forward_and_backward, (jnp.ones((2, 6, 6, 8)), jnp.ones((1, 1, 8, 4)))),
+    (depthwise_forward_and_backward, (jnp.ones((2, 6, 6, 4)), jnp.ones((3, 3, 1, 4)))),
+    (causal_forward_and_backward, (jnp.ones((2, 9, 4)), jnp.ones((3, 4, 5)))),
+]
 
 
 def lowered(platform, function, arguments):
     return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
 
 
-@both
+@pytest.mark.parametrize(("function", "arguments"), [*products, (forward_and_backward, DEEP)])
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_accelerators_get_convolutions(platform, function, arguments):
     text = lowered(platform, function, arguments)
@@ -240,11 +279,18 @@ def test_tpu_gets_blocks_for_few_channels_only():
     assert not gets_blocks((5, 5, 1, 6), dilation=(1, 2))
 
 
-@both
+@pytest.mark.parametrize(("function", "arguments"), products)
 def test_cpu_gets_no_convolution_even_vmapped(function, arguments):
     assert "stablehlo.convolution" not in lowered("cpu", function, arguments)
     members = [jnp.stack([leaf, leaf]) for leaf in arguments]
     assert "stablehlo.convolution" not in lowered("cpu", jax.vmap(function), members)
+
+
+def test_cpu_gets_convolutions_of_many_channels_in_the_one_layout_that_is_fast_in_loops():
+    text = lowered("cpu", forward_and_backward, DEEP)
+    found = re.findall(r"stablehlo\.convolution.*dim_numbers = (\S+), window", text)
+    assert found == ["[b,0,1,f]x[0,1,i,o]->[b,0,1,f]"] * 2  # forward, and the gradient of the image
+    assert "transpose" not in text.split("stablehlo.convolution")[0]
 
 
 def test_one_export_serves_all_platforms():
@@ -257,7 +303,8 @@ def test_one_export_serves_all_platforms():
 @pytest.mark.parametrize(
     ("image", "kernel", "arguments"),
     [
-        ((2, 6, 6, 4), (3, 3, 1, 4), {"dimension_numbers": LAYOUT, "feature_group_count": 4}),
+        ((2, 6, 6, 4), (3, 3, 2, 4), {"dimension_numbers": LAYOUT, "feature_group_count": 2}),
+        ((2, 6, 6, 4), (3, 3, 1, 8), {"dimension_numbers": LAYOUT, "feature_group_count": 4}),
         ((2, 6, 6, 2), (3, 3, 2, 4), {"dimension_numbers": LAYOUT, "lhs_dilation": (2, 2)}),
         ((2, 6, 2), (3, 2, 4), {"dimension_numbers": SEQUENCES}),  # no more channels than taps
         ((2, 6, 4), (3, 1, 4), {"dimension_numbers": SEQUENCES, "feature_group_count": 4}),
@@ -319,6 +366,23 @@ def test_a_sum_over_windows_equals_one_of_slices(shape, window):
     forms = ops._window_sum, ops.sum_pool
     run = lambda form, image, like: (form(image, window), jax.grad(lambda x: (form(x, window) ** 2).sum())(like))
     assert_close(*jit(lambda *images: [run(form, *images) for form in forms])(draw(*shape), draw(*shape, seed=1)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "window", "stride", "padding"),
+    [((2, 8, 7, 3), 3, 2, 1), ((2, 6, 9, 2), 2, 1, 0), ((1, 9, 9, 2), 2, 3, 1), ((2, 5, 5, 1), 5, 2, 2)],
+)
+def test_overlapping_maxima_equal_flax(shape, window, stride, padding):
+    image = draw(*shape)
+    sides = (window,) * 2, (stride,) * 2, ((padding,) * 2,) * 2
+    forms = lambda x: ops.max_pool(x, window, stride, padding), lambda x: nn.max_pool(x, *sides)
+    run = lambda form, x: (form(x), jax.grad(lambda x: (form(x) ** 2).sum())(x))
+    assert_close(*jit(lambda image: [run(form, image) for form in forms])(image))
+
+
+def test_a_window_larger_than_the_image_gives_nothing():
+    assert ops.max_pool(jnp.zeros((2, 3, 5, 1)), 4).shape == (2, 0, 1, 1)
+    assert ops.sum_pool(jnp.zeros((2, 3, 5, 1)), 4).shape == (2, 0, 1, 1)
 
 
 def test_equal_maxima_share_the_gradient():
