@@ -147,6 +147,45 @@ class Stopping(NamedTuple):
     stopped: np.ndarray  # bool
 
 
+class AverageState(NamedTuple):
+    """State of `averaged`."""
+
+    step: Array  # int32 []
+    average: Tree  # like the parameters
+
+
+def averaged(decay: float) -> optax.GradientTransformation:
+    """Keeps an exponential moving average of the weights, which `average` returns. Put it last in the chain.
+
+    After step t = 0, 1, ... the average moves by 1 - min(decay, (1 + t) / (10 + t)) towards the updated weights, so that
+    the first weights are soon forgotten (TensorFlow's ExponentialMovingAverage with `num_updates`). The updates are
+    left as they are. Raises InputError where `decay` is outside [0, 1).
+    """
+    if not 0 <= decay < 1:
+        raise InputError(f"averaged: decay is {decay}, expected a number in [0, 1); 0.999 is usual")
+
+    def init(params: Tree) -> AverageState:
+        return AverageState(jnp.zeros([], jnp.int32), jax.tree.map(jnp.asarray, params))
+
+    def update(updates: Tree, state: Any, params: Tree | None = None) -> tuple[Tree, AverageState]:
+        if params is None:
+            raise ValueError(
+                "averaged: update got no params, expected the current parameters; call tx.update(..., params)"
+            )
+        rate = 1 - jnp.minimum(decay, (1 + state.step) / (10 + state.step))
+        move = lambda mean, p: (mean + rate * (at_least_float32(p) - mean)).astype(mean.dtype)
+        return updates, AverageState(
+            state.step + 1, jax.tree.map(move, state.average, optax.apply_updates(params, updates))
+        )
+
+    return optax.GradientTransformation(init, update)
+
+
+def average(opt_state: Tree) -> Tree:
+    """The average of the weights in the state of a chain with `averaged`."""
+    return optax.tree.get(opt_state, "average")
+
+
 def early_stopping(
     metric: str, patience: int, min_delta: float = 0.0, *, mode: Literal["min", "max"], seeds: int | None = None
 ) -> StopRule:

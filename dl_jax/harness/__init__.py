@@ -2,7 +2,7 @@
 
 from dl_jax.harness.fields import Between, Distinct, Fraction, NonNegative, Positive, Probability, Some
 from dl_jax.harness.launch import launch
-from dl_jax.harness.report.figures import confusion_figure
+from dl_jax.harness.report.figures import confusion_figure, curves_figure
 from dl_jax.harness.results.claims import Claim, on_digits
 from dl_jax.harness.run import Run
 
@@ -17,6 +17,7 @@ __all__ = [
     "Run",
     "Some",
     "confusion_figure",
+    "curves_figure",
     "launch",
     "on_digits",
 ]

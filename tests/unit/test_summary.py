@@ -99,7 +99,7 @@ def added(layers):
 X = {"x": jax.ShapeDtypeStruct((4, 6), jnp.float32)}
 
 
-@pytest.mark.parametrize("name", ["LeNet5", "LSTM", "GRU", "CharLM", "TCN", "VAE", "ConvNet", "SeparableNet"])
+@pytest.mark.parametrize("name", ["LeNet5", "LSTM", "GRU", "CharLM", "TCN", "VAE", "ConvNet", "SmallMobileNet"])
 def test_rows_add_up(name):
     model, inputs, _ = PUBLISHED[name]
     layers = summary.layers(model, inputs)
@@ -199,7 +199,7 @@ def test_a_summary_compiles_nothing():
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        model, inputs, _ = PUBLISHED["SeparableNet"]
+        model, inputs, _ = PUBLISHED["SmallMobileNet"]
         assert summary.layers(model, summary.with_batch(inputs, 23))
         assert not compilations
         jnp.ones((23, 28, 28, 1))

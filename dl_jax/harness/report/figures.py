@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,6 +43,33 @@ def confusion_figure(counts: Any, class_names: Sequence[str]) -> "Figure":
         colour = "white" if share[row, column] > 0.5 else "black"
         text = f"{counts[row, column]:.0f}"
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=9 if len(text) <= 4 else 7)
+    return figure
+
+
+def curves_figure(
+    curves: Mapping[str, tuple[Any, Any]], *, xlabel: str, ylabel: str, log_y: bool = False, title: str = ""
+) -> "Figure":
+    """Lines with a legend. `curves` are, by label, x [n] and y [n], or [n, S]: the mean with a band from least to most.
+
+    Raises InputError where x and y have not equal lengths, or no point is finite.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for label, (x, y) in curves.items():
+        x, y = np.asarray(x), np.asarray(y, np.float64)
+        if y.shape[:1] != x.shape:
+            raise InputError(
+                f"curve {label!r} has x of shape {x.shape} and y of shape {y.shape}, expected equal lengths"
+            )
+        if not np.isfinite(y).any():
+            raise InputError(f"curve {label!r} has no finite number, expected one to draw; leave it out")
+        y = y.reshape(len(y), -1)
+        (line,) = axes.plot(x, y.mean(1), label=label)
+        axes.fill_between(x, y.min(1), y.max(1), alpha=0.2, color=line.get_color())
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title, yscale="log" if log_y else "linear")
+    axes.legend()
     return figure
 
 

@@ -40,7 +40,7 @@ class MobileNetV1(nn.Module):
     With `separable=False` it is a dense 3 x 3 convolution instead, which is "Conv MobileNet" in Table 4.
 
     Raises InputError for an image smaller than the strides multiplied (32 x 32 pixels in the published network) or with
-    another number of channels than the parameters, and for a width that is not above 0.
+    another number of channels than the parameters, and for a width, a number of maps or a stride that is not above 0.
     """
 
     stem: tuple[int, int] = (32, 2)  # maps and stride of the dense convolution that comes first
@@ -56,9 +56,9 @@ class MobileNetV1(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array, *, train: bool) -> jax.Array:
-        require_positive({"width": self.width, "classes": self.classes})
+        least = {"stem": min(self.stem), "blocks": min(map(min, self.blocks), default=1)}
+        require_positive({**least, "width": self.width, "classes": self.classes})
         layers.require_image(self, image, math.prod(stride for _, stride in (self.stem, *self.blocks)))
-
         layer = functools.partial(_layer, train=train, dtype=self.dtype)
         scaled = [(max(8, round(self.width * maps)), stride) for maps, stride in (self.stem, *self.blocks)]
         x = nn.relu(layer(image.astype(self.dtype), scaled[0][0], 3, scaled[0][1], "stem"))
@@ -69,6 +69,12 @@ class MobileNetV1(nn.Module):
             else:
                 x = nn.relu(layer(x, maps, 3, stride, f"block{i}"))
         return nn.Dense(self.classes, dtype=self.dtype, name="head")(x.mean((1, 2))).astype(jnp.float32)
+
+
+# A small one for images of 28 or 32 pixels.
+SmallMobileNet = functools.partial(
+    MobileNetV1, stem=(16, 1), blocks=((32, 1), (64, 2), (64, 1), (128, 2), (128, 1)), classes=10
+)
 
 
 class InvertedResidual(nn.Module):
@@ -156,7 +162,7 @@ def published() -> dict[str, tuple[nn.Module, dict[str, jax.ShapeDtypeStruct], i
     """The published instances, with the shapes of their inputs and their number of parameters.
 
     Version 1 has as many as timm's `mobilenetv1_100`; Table 4 of its paper gives 4.2 million, and 29.3 million for the
-    dense network, whose number is our own count. Those of version 2 are of torchvision's `mobilenet_v2` with a
+    dense network, whose number is our own count. The small ones are ours. Those of version 2 are of torchvision's `mobilenet_v2` with a
     `width_mult` of 1 and 1.4; Table 4 of its paper gives 3.4 and 6.9 million.
     """
     inputs = {"image": jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.dtype(jnp.float32))}
@@ -166,4 +172,13 @@ def published() -> dict[str, tuple[nn.Module, dict[str, jax.ShapeDtypeStruct], i
         "MobileNetV2": (MobileNetV2(), 3_504_872),
         "MobileNetV2_140": (MobileNetV2(width=1.4), 6_108_776),
     }
-    return {name: (model, inputs, count) for name, (model, count) in models.items()}
+    maps = [(16, 32), (32, 64), (64, 64), (64, 128), (128, 128)]
+    ends = 9 * 16 + 2 * 16 + 129 * 10  # the first convolution with its normalisation, and the linear layer
+    separable = sum((9 + 2) * before + (before + 2) * after for before, after in maps)
+    dense = sum((9 * before + 2) * after for before, after in maps)
+    small = {"image": jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.dtype(jnp.float32))}
+    return {
+        **{name: (model, inputs, count) for name, (model, count) in models.items()},
+        "SmallMobileNet": (SmallMobileNet(), small, ends + separable),
+        "SmallConvMobileNet": (SmallMobileNet(separable=False), small, ends + dense),
+    }

@@ -15,7 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from dl_jax.core.errors import InputError, require_positive, require_probability
-from dl_jax.models import layers
+from dl_jax.models import layers, ops
 
 Convolution = tuple[int, int, int]  # maps, size of the kernel, stride
 
@@ -118,6 +118,7 @@ class CifarResNet(nn.Module):
     projection: bool = False
     zero_scale: bool = False  # the last scale of each block starts at zero, and the block as the identity
     drop_path: float = 0.0  # probability that an example skips the last block in training
+    normalise: Callable[[jax.Array], jax.Array] = lambda image: image  # of the image, such as `layers.Normalise`
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     dtype: DTypeLike = jnp.float32
 
@@ -131,7 +132,7 @@ class CifarResNet(nn.Module):
         if not self.residual and (self.drop_path or self.zero_scale or self.projection):
             raise InputError("drop_path, zero_scale and projection need shortcuts; leave them out or set residual")
         layers.require_image(self, image, 4)
-        x = layers.conv(self.width, 3, dtype=self.dtype, name="stem_conv")(image.astype(self.dtype))
+        x = layers.conv(self.width, 3, dtype=self.dtype, name="stem_conv")(self.normalise(image).astype(self.dtype))
         x = self.activation(layers.batch_norm(train, dtype=self.dtype, name="stem_norm")(x))
         x = stages(  # [B, H / 4, W / 4, 4 * width]
             x,
@@ -164,6 +165,7 @@ class ResNet(nn.Module):
     width: int = 64  # maps of the first stage
     zero_scale: bool = False  # the last scale of each block starts at zero, and the block as the identity
     drop_path: float = 0.0  # probability that an example skips the last block in training
+    normalise: Callable[[jax.Array], jax.Array] = lambda image: image  # of the image, such as `layers.Normalise`
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     dtype: DTypeLike = jnp.float32
 
@@ -172,9 +174,9 @@ class ResNet(nn.Module):
         require_positive({"blocks": min(self.blocks, default=0), "width": self.width, "classes": self.classes})
         require_probability({"drop_path": self.drop_path})
         layers.require_image(self, image, 2 ** (len(self.blocks) + 1))
-        x = layers.conv(self.width, 7, 2, dtype=self.dtype, name="stem_conv")(image.astype(self.dtype))
+        x = layers.conv(self.width, 7, 2, dtype=self.dtype, name="stem_conv")(self.normalise(image).astype(self.dtype))
         x = self.activation(layers.batch_norm(train, dtype=self.dtype, name="stem_norm")(x))  # [B, H / 2, W / 2, width]
-        x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))  # type: ignore[arg-type]  # Flax says str
+        x = ops.max_pool(x, 3, 2, 1)
         x = stages(  # [B, H / 32, W / 32, 32 * width]
             x,
             self.blocks,

@@ -16,6 +16,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from dl_jax.core.errors import require_positive
+from dl_jax.models import ops
 from dl_jax.models.layers import batch_norm, conv, require_image
 
 
@@ -55,7 +56,7 @@ class Block(nn.Module):
             y = self.activation(y) if i or self.activated else y
             y = SeparableConv(maps, self.dtype)(y, train)
         if self.pooled:
-            y = nn.max_pool(y, (3, 3), (2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
+            y = ops.max_pool(y, 3, 2, 1)
             x = conv(self.maps[-1], 1, 2, dtype=self.dtype, name="shortcut")(x)
             x = batch_norm(train, dtype=self.dtype, name="shortcut_norm")(x)
         return x + y

@@ -1,4 +1,4 @@
-"""The separable net and its dense twin; BatchNorm under seeds and devices, on this net."""
+"""The small MobileNet and its dense twin; BatchNorm under seeds and devices, on this network."""
 
 import functools
 
@@ -13,9 +13,9 @@ from dl_jax.core.errors import InputError
 from dl_jax.core.fit import fit
 from dl_jax.core.step import init_state, make_step, per_seed
 from dl_jax.models import summary
-from dl_jax.models.vision.separable import SeparableNet
+from dl_jax.models.vision.mobilenet import MobileNetV1, SmallMobileNet
 
-NET = SeparableNet(4, ((6, 2),), classes=3)
+NET = MobileNetV1((8, 1), ((10, 2),), classes=3)
 RECORDS = {
     "image": np.random.default_rng(0).integers(0, 256, (48, 6, 6, 1), np.uint8),
     "label": np.random.default_rng(1).integers(0, 3, 48),
@@ -57,26 +57,26 @@ def test_eight_devices_use_the_statistics_of_the_global_batch():
     image = np.pad(STREAM(0)["image"] / 255, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))  # [S, B, H + 2, W + 2, 1]
     windows = np.lib.stride_tricks.sliding_window_view(image, (3, 3), (2, 3))
     maps = np.einsum("sbhwcij,sijcd->sbhwd", windows, kernel)
-    running = eight.extra["batch_stats"]["BatchNorm_0"]
+    running = eight.extra["batch_stats"]["stem_norm"]
     np.testing.assert_allclose(running["mean"], 0.1 * maps.mean((1, 2, 3)), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(running["var"], 0.9 + 0.1 * maps.var((1, 2, 3)), rtol=1e-5)
 
 
 def test_a_separable_block_against_a_dense_one():
     """Howard et al. 2017, section 3.1: 1 / N + 1 / 9 of the multiply-adds of a block of N maps, without padding's."""
-    model = SeparableNet(16, ((32, 1),))
+    model = MobileNetV1((16, 1), ((32, 1),))
     inputs = {"image": jax.ShapeDtypeStruct((1, 9, 9, 1), np.float32)}
     separable = {layer.path: layer.flops for layer in summary.layers(model, inputs)}
     dense = {layer.path: layer.flops for layer in summary.layers(model.clone(separable=False), inputs)}
     taps = 25**2  # 9 positions times 3 taps along an axis, but for one at either edge
-    assert separable["depthwise_0"] == 2 * taps * 16
-    assert separable["pointwise_0"] == 2 * 81 * 16 * 32
-    assert dense["dense_0"] == 2 * taps * 16 * 32
+    assert separable["block0_depthwise_conv"] == 2 * taps * 16
+    assert separable["block0_pointwise_conv"] == 2 * 81 * 16 * 32
+    assert dense["block0_conv"] == 2 * taps * 16 * 32
 
 
 def test_seven_times_fewer_multiply_adds():
     """Counted by hand, with the products along an axis that do not fall on padding: 82 for 28 pixels, and so on."""
-    nets = [summary.published()[name] for name in ("SeparableNetDense", "SeparableNet")]
+    nets = [summary.published()[name] for name in ("SmallConvMobileNet", "SmallMobileNet")]
     dense, separable = (sum(layer.flops for layer in summary.layers(net.model, net.inputs)) // 2 for net in nets)
     blocks = [(16, 32, 82, 28), (32, 64, 41, 14), (64, 64, 40, 14), (64, 128, 20, 7), (128, 128, 19, 7)]
     ends = 82**2 * 16 + 128 * 10
@@ -88,9 +88,9 @@ def test_seven_times_fewer_multiply_adds():
 @pytest.mark.parametrize(
     ("model", "shape", "message"),
     [
-        (SeparableNet(), (28, 3, 1), "28 x 3 pixels, expected 4 x 4 or more"),
-        (SeparableNet(blocks=((8, 0),)), (8, 8, 1), "blocks is 0, expected more than 0"),
-        (SeparableNet(stem=0), (8, 8, 1), "stem is 0, expected more than 0"),
+        (SmallMobileNet(), (28, 3, 1), "28 x 3 pixels, expected 4 x 4 or more"),
+        (SmallMobileNet(blocks=((8, 0),)), (8, 8, 1), "blocks is 0, expected more than 0"),
+        (SmallMobileNet(stem=(0, 1)), (8, 8, 1), "stem is 0, expected more than 0"),
     ],
 )
 def test_what_is_refused(model, shape, message):
