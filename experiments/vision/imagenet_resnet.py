@@ -5,11 +5,11 @@ He, Zhang, Ren & Sun 2016, "Deep residual learning for image recognition", with 
 
     python experiments/vision/imagenet_resnet.py --preset paper --seeds 1 --workdir gs://BUCKET/resnet50
 
-Expected: 76.5 ± 0.5 % of the validation images right after 100 epochs. The example took two hours on a TPU v3-32. It has
-not been run here; docs/scale.md has its plans.
+Expected: 76.5 ± 0.5 % of the validation images right after 100 epochs. The example took two hours on a TPU v3-32. This
+has not been run; docs/scale.md has its plans.
 
-As in the example: the network (version 1.5), 100 epochs in batches of 1,024, Nesterov's momentum 0.9, a learning rate of
-0.1 for each 256 images that rises over five epochs and then falls as a cosine, a weight decay of 1e-4 and bfloat16.
+As in the example: the network (version 1.5), 100 epochs in batches of 1,024, Nesterov's momentum 0.9, a learning rate
+of 0.1 for each 256 images that rises over five epochs and then falls as a cosine, a weight decay of 1e-4 and bfloat16.
 Images are random windows of 8 to 100 % of the area, scaled to 224 pixels and flipped; they are tested scaled to 256
 pixels and cropped at the centre. Two things are ours: label smoothing of 0.1, and the last scale of each block starts
 at zero, as in Goyal et al.

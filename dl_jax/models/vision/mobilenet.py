@@ -162,8 +162,8 @@ def published() -> dict[str, tuple[nn.Module, dict[str, jax.ShapeDtypeStruct], i
     """The published instances, with the shapes of their inputs and their number of parameters.
 
     Version 1 has as many as timm's `mobilenetv1_100`; Table 4 of its paper gives 4.2 million, and 29.3 million for the
-    dense network, whose number is our own count. The small ones are ours. Those of version 2 are of torchvision's `mobilenet_v2` with a
-    `width_mult` of 1 and 1.4; Table 4 of its paper gives 3.4 and 6.9 million.
+    dense network, whose number is our own count. The small ones are ours. Those of version 2 are of torchvision's
+    `mobilenet_v2` with a `width_mult` of 1 and 1.4; Table 4 of its paper gives 3.4 and 6.9 million.
     """
     inputs = {"image": jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.dtype(jnp.float32))}
     models = {
