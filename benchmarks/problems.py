@@ -1,8 +1,9 @@
-"""The train steps that benchmarks/train_step.py times: seven networks, each on one batch.
+"""The train steps that benchmarks/train_step.py times: ten networks, each on one batch.
 
 The same networks in PyTorch are in torch_nets.py. The sizes are the usual ones: Hinton's MLP of 1200-1200 units with
-dropout, Kingma's VAE of 500 units and 20 latents, LeNet-5 as published, the CNN of Flax's MNIST example, and a language
-model of two recurrent layers of 256 units on 32 sequences of 64 characters.
+dropout, Kingma's VAE of 500 units and 20 latents, LeNet-5 as published, the CNN of Flax's MNIST example, ResNet-20, the
+textbook net and a small MobileNet on colour images of 32 x 32 pixels, and a language model of two recurrent layers of 256
+units on 32 sequences of 64 characters.
 """
 
 import functools
@@ -20,8 +21,11 @@ from dl_jax.losses import latent
 from dl_jax.models import ops
 from dl_jax.models.generative.vae import VAE
 from dl_jax.models.sequence.rnn import GRU, LSTM, VANILLA, Cell, CharLM
+from dl_jax.models.vision.convnet import ConvNet
 from dl_jax.models.vision.lenet import LeNet5, map_loss
 from dl_jax.models.vision.mlp import MLP
+from dl_jax.models.vision.mobilenet import SmallMobileNet
+from dl_jax.models.vision.resnet import CifarResNet
 
 BATCH = 128  # images
 SEQUENCES, LENGTH, VOCABULARY = 32, 64, 96
@@ -43,6 +47,15 @@ def images(n: int = BATCH) -> dict[str, np.ndarray]:
     return {
         "image": random.random((n, 28, 28, 1), np.float32),
         "label": random.integers(0, 10, n).astype(np.int32),
+    }
+
+
+def colour_images() -> dict[str, np.ndarray]:
+    """Random images float32 [B, 32, 32, 3] and labels int32 [B]."""
+    random = np.random.default_rng(0)
+    return {
+        "image": random.random((BATCH, 32, 32, 3), np.float32),
+        "label": random.integers(0, 10, BATCH).astype(np.int32),
     }
 
 
@@ -94,6 +107,24 @@ def lenet_step():
 
 def cnn_step():
     return classifier_step(CNN(), losses.cross_entropy)
+
+
+def resnet_step():
+    return colour_step(CifarResNet(20))
+
+
+def convnet_step():
+    return colour_step(ConvNet())
+
+
+def mobilenet_step():
+    return colour_step(SmallMobileNet())
+
+
+def colour_step(model: Any):
+    """A train step of a classifier of colour images with SGD and momentum, and its initial state."""
+    variables = jax.jit(lambda key: model.init(key, colour_images()["image"][:1], train=False))(jax.random.key(0))
+    return _step(classify.loss(model.apply), variables, optax.sgd(1e-3, momentum=0.9))
 
 
 def classifier_step(model: Any, per_example: Callable[..., Any]):
@@ -150,8 +181,11 @@ def _step(loss, variables, tx):
 
 PROBLEMS = {
     "MLP": Problem(images, mlp_step, ">= 2.2"),
-    "LeNet-5": Problem(images, lenet_step, ">= 0.9"),
-    "CNN": Problem(images, cnn_step, ">= 1.0"),
+    "LeNet-5": Problem(images, lenet_step, ">= 1.0"),
+    "CNN": Problem(images, cnn_step, ">= 0.85"),
+    "ResNet-20": Problem(colour_images, resnet_step, ">= 0.55"),
+    "ConvNet": Problem(colour_images, convnet_step, ">= 0.75"),
+    "MobileNet": Problem(colour_images, mobilenet_step, ">= 0.8"),
     "VAE": Problem(images, vae_step, ">= 2.2"),
     "RNN": Problem(text, rnn_step, ">= 1.4"),
     "GRU": Problem(text, gru_step, ">= 1.4"),

@@ -100,6 +100,57 @@ class CNN(nn.Module):
         _copy(self.out, params["Dense_1"])
 
 
+def _normed(inputs: int, maps: int, size: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, maps, size, stride, (size - 1) // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(maps))
+
+
+class ResNet20(nn.Module):
+    """The twin of `dl_jax.models.vision.resnet.CifarResNet` with 20 layers, whose logits `export.weights` compares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks, inputs = _normed(3, 16, 3), nn.ModuleList(), 16
+        for maps in (16, 32, 64):
+            for _ in range(3):
+                first = _normed(inputs, maps, 3, 1 if maps == inputs else 2)
+                self.blocks.append(nn.Sequential(first, nn.ReLU(), _normed(maps, maps, 3)))
+                inputs = maps
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        x = functional.relu(self.stem(image))
+        for block in self.blocks:
+            y = block(x)
+            if x.shape != y.shape:
+                x = functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, x.shape[1] // 2, x.shape[1] // 2))
+            x = functional.relu(x + y)
+        return self.head(x.mean((2, 3)))
+
+
+class ConvNet(nn.Sequential):
+    """The twin of `dl_jax.models.vision.convnet.ConvNet` for images of 32 x 32 pixels."""
+
+    def __init__(self) -> None:
+        layers: list[nn.Module] = []
+        for i, (inputs, maps, size) in enumerate(((3, 32, 5), (32, 32, 5), (32, 64, 3), (64, 64, 3), (64, 64, 3))):
+            layers += [nn.Conv2d(inputs, maps, size, padding=size // 2), nn.ReLU()]
+            layers += [nn.MaxPool2d(2)] if i in (1, 4) else []
+        dense = [nn.Flatten(), nn.Linear(64 * 64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10)]
+        super().__init__(*layers, *dense)
+
+
+class SmallMobileNet(nn.Sequential):
+    """The twin of `dl_jax.models.vision.mobilenet.SmallMobileNet` for colour images."""
+
+    def __init__(self) -> None:
+        layers, inputs = [_normed(3, 16, 3), nn.ReLU()], 16
+        for maps, stride in ((32, 1), (64, 2), (64, 1), (128, 2), (128, 1)):
+            layers += [_normed(inputs, inputs, 3, stride, inputs), nn.ReLU(), _normed(inputs, maps, 1), nn.ReLU()]
+            inputs = maps
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 10))
+
+
 def map_loss(logits: torch.Tensor, labels: torch.Tensor, rubbish: float) -> torch.Tensor:
     """The twin of `dl_jax.models.vision.lenet.map_loss`: losses [B]."""
     others = torch.cat([logits, torch.full_like(logits[:, :1], -rubbish)], -1)
@@ -189,6 +240,9 @@ TWINS = {
     "MLP": Twin(functools.partial(MLP, (1200, 1200), dropout=0.5), cross_entropy, SGD),
     "LeNet-5": Twin(LeNet5, reading_loss, SGD),
     "CNN": Twin(CNN, cross_entropy, SGD),
+    "ResNet-20": Twin(ResNet20, cross_entropy, SGD),
+    "ConvNet": Twin(ConvNet, cross_entropy, SGD),
+    "MobileNet": Twin(SmallMobileNet, cross_entropy, SGD),
     "VAE": Twin(functools.partial(VAE, 500, 20), negative_elbo, ADAM),
     "RNN": Twin(functools.partial(language, nn.RNN), next_character, ADAM),
     "GRU": Twin(functools.partial(language, nn.GRU), next_character, ADAM),

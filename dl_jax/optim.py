@@ -158,8 +158,8 @@ def averaged(decay: float) -> optax.GradientTransformation:
     """Keeps an exponential moving average of the weights, which `average` returns. Put it last in the chain.
 
     After step t = 0, 1, ... the average moves by 1 - min(decay, (1 + t) / (10 + t)) towards the updated weights, so
-    that the first weights are soon forgotten (TensorFlow's ExponentialMovingAverage with `num_updates`). The updates are
-    left as they are. Raises InputError where `decay` is outside [0, 1).
+    that the first weights are soon forgotten (TensorFlow's ExponentialMovingAverage with `num_updates`). The updates
+    are left as they are. Raises InputError where `decay` is outside [0, 1).
     """
     if not 0 <= decay < 1:
         raise InputError(f"averaged: decay is {decay}, expected a number in [0, 1); 0.999 is usual")

@@ -364,3 +364,25 @@ def test_proximal_zeros_are_exact_where_updates_are_coarser_than_parameters():
     tx = optim.proximal_elastic_net(0.1, 1.0, where=everything)
     updates, _ = tx.update(jnp.zeros(2, jnp.bfloat16), tx.init(p), p)
     np.testing.assert_array_equal(optax.apply_updates(p, updates) == 0, [True, False])
+
+
+# averaged
+
+
+def test_the_average_is_that_of_the_updated_weights_by_hand():
+    tx = optax.chain(optax.sgd(0.5), optim.averaged(0.3))
+    params, expected = {"w": jnp.array([1.0, -2.0])}, np.array([1.0, -2.0])
+    state = tx.init(params)
+    for step in range(6):
+        updates, state = tx.update({"w": jnp.array([1.0, step])}, state, params)
+        params = optax.apply_updates(params, updates)
+        decay = min(0.3, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * np.asarray(params["w"])
+        np.testing.assert_allclose(optim.average(state)["w"], expected, rtol=1e-6)
+    np.testing.assert_allclose(params["w"], [1 - 3.0, -2 - 7.5])  # as by SGD alone
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
+def test_a_decay_outside_its_range_is_refused(decay):
+    with pytest.raises(InputError, match=rf"decay is {decay}, expected a number in \[0, 1\)"):
+        optim.averaged(decay)

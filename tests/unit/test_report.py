@@ -18,7 +18,7 @@ from etils import epath
 from dl_jax.core.errors import InputError
 from dl_jax.harness.report import terminal
 from dl_jax.harness.report import writers as report
-from dl_jax.harness.report.figures import confusion_figure, image_sheet
+from dl_jax.harness.report.figures import confusion_figure, curves_figure, image_sheet
 from dl_jax.harness.report.terminal import Progress, print_table
 from dl_jax.harness.report.writers import JsonLines, TensorBoard
 from dl_jax.harness.results.claims import Claim, judge, summary
@@ -317,6 +317,27 @@ def test_a_sheet_is_a_grid_with_white_lines(n, shape):
 def test_a_sheet_of_something_else_is_refused(wrong):
     with pytest.raises(InputError, match=r"expected .*\[N, H, W, C\]|expected uint8"):
         image_sheet(wrong)
+
+
+def test_curves_have_their_mean_and_their_range_over_seeds():
+    y = np.array([[1.0, 3.0], [2.0, 8.0]])
+    figure = curves_figure(
+        {"a": ([0, 10], y), "b": ([0, 5, 10], [3, 2, 1])}, xlabel="steps", ylabel="error", log_y=True
+    )
+    (axes,) = figure.axes
+    first, second = axes.lines
+    np.testing.assert_array_equal(first.get_xydata(), [[0, 2], [10, 5]])
+    np.testing.assert_array_equal(second.get_ydata(), [3, 2, 1])
+    corners = axes.collections[0].get_paths()[0].vertices
+    assert {(10.0, 2.0), (10.0, 8.0), (0.0, 1.0), (0.0, 3.0)} <= set(map(tuple, corners))
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_yscale()) == ("steps", "error", "log")
+
+
+@pytest.mark.parametrize(("y", "said"), [([1.0], "expected equal lengths"), ([np.nan, np.inf], "no finite number")])
+def test_what_is_no_curve_is_refused(y, said):
+    with pytest.raises(InputError, match=f"curve 'a' .*{said}"):
+        curves_figure({"a": ([0, 1], y)}, xlabel="", ylabel="")
 
 
 def test_confusion_figure_shows_counts_and_shares():

@@ -18,7 +18,11 @@ from dl_jax.models import summary
 PUBLISHED = summary.published()
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+# Those take seconds to trace, and a smaller one of the same class is checked always.
+DEEP = ("ResNet32", "ResNet44", "ResNet56", "ResNet110", "ResNet34", "ResNet101", "ResNet152", "MobileNetV2_140")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in DEEP)) for n in PUBLISHED])
 def test_published_numbers_of_parameters(name):
     model, inputs, expected = PUBLISHED[name]
     assert summary.parameters(model, inputs) == expected

@@ -7,25 +7,13 @@ import pytest
 from quick import drawn, jit, shapes
 
 from dl_jax.core.errors import InputError
-from dl_jax.models.vision import mobilenet
 from dl_jax.models.vision.mobilenet import InvertedResidual, MobileNetV1, MobileNetV2, multiple_of_8
 
-OFTEN = ("MobileNetV1", "MobileNetV2")
 IMAGE = np.random.default_rng(0).random((2, 8, 8, 3), np.float32)
 
 
 def count(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in OFTEN)) for n in mobilenet.published()]
-)
-def test_published_parameters(name):
-    model, inputs, expected = mobilenet.published()[name]
-    assert (
-        count(shapes(model, *(jnp.zeros(x.shape, x.dtype) for x in inputs.values()), train=False)["params"]) == expected
-    )
 
 
 @pytest.mark.slow
@@ -90,7 +78,7 @@ def test_what_is_refused(model, shape, message):
 
 
 def test_another_number_of_channels_than_the_parameters_is_refused():
-    model = mobilenet.examples()["MobileNetV2"][0]
+    model = MobileNetV2(groups=((2, 8, 1, 1),), last=16, classes=5, width=0.25)
     variables = drawn(model, IMAGE, train=False)
     with pytest.raises(InputError, match="image with 1 channels, expected 3 as in the parameters of MobileNetV2"):
         model.apply(variables, IMAGE[..., :1], train=False)
