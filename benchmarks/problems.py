@@ -2,8 +2,8 @@
 
 The same networks in PyTorch are in torch_nets.py. The sizes are the usual ones: Hinton's MLP of 1200-1200 units with
 dropout, Kingma's VAE of 500 units and 20 latents, LeNet-5 as published, the CNN of Flax's MNIST example, ResNet-20, the
-textbook net and a small MobileNet on colour images of 32 x 32 pixels, and a language model of two recurrent layers of 256
-units on 32 sequences of 64 characters.
+textbook net and a small MobileNet on colour images of 32 x 32 pixels, and a language model of two recurrent layers of
+256 units on 32 sequences of 64 characters.
 """
 
 import functools
