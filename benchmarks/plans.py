@@ -3,7 +3,8 @@
     python benchmarks/plans.py            half an hour on one core; needs pip install -e '.[tpu]' and the prepared sets
     python benchmarks/plans.py --write    also puts the table into docs/scale.md
 
-A row is a program that a fit compiles. Equal programs of an experiment are one row.
+A row is a program that a fit compiles. Equal programs of an experiment are one row. ImageNet need not be prepared: a few
+generated images of its size stand for it.
 """
 
 import argparse
@@ -19,9 +20,14 @@ from typing import Any
 from rich.progress import track
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.input import prepare
+
 PAGE = ROOT / "docs" / "scale.md"
 MARKS = ("<!-- plans: begin -->\n", "<!-- plans: end -->\n")
-SMALL, LARGE = "v5e:4x4", "v6e:16x16"
+SMALL, LARGE, LARGEST = "v5e:4x4", "v6e:16x16", "v5p:8x8x8"
+IMAGENET = "vision/imagenet_resnet.py"
 ON_LARGE = (
     "generative/vae_mnist.py --batch-size 20480",
     "compression/prune_lenet.py --batch-size 20480",
@@ -35,17 +41,21 @@ def commands() -> list[str]:
     small = [f"{script} --preset paper --plan {SMALL}" for script in every]
     script = lambda line: line.split()[0]
     large = [f"{script(line)} --preset paper{line.removeprefix(script(line))} --plan {LARGE}" for line in ON_LARGE]
-    return small + large
+    return small + large + [f"{IMAGENET} --preset large --plan {slice}" for slice in (LARGE, LARGEST)]
 
 
 def planned(command: str, folder: Path) -> list[dict[str, Any]]:
     """The programs of a plan. Raises CalledProcessError, after its output, where it fails."""
-    words = [sys.executable, *f"experiments/{command} --workdir {folder}".split()]
+    data = ""
+    if command.startswith(IMAGENET):
+        prepare(str(folder / "data"), 100)
+        data = f"--dataset smooth --test-split train --data-dir {folder / 'data'} --cache-dir {folder / 'cache'}"
+    words = [sys.executable, *f"experiments/{command} --workdir {folder / 'plan'} {data}".split()]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         print(done.stdout, done.stderr, sep="\n", file=sys.stderr)
         done.check_returncode()
-    return json.loads((folder / "plan.json").read_text())["programs"]
+    return json.loads((folder / "plan" / "plan.json").read_text())["programs"]
 
 
 def rows(command: str, programs: list[dict[str, Any]]) -> Iterator[str]:

@@ -18,6 +18,7 @@ first step, also with residual connections.
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ from dl_jax import classify, data, inspect
 from dl_jax.core.evaluate import evaluator
 from dl_jax.core.fit import Watch, fit
 from dl_jax.core.step import Array, Batch, Tree, init_variables, make_step, per_seed, start
-from dl_jax.harness import Claim, Positive, Probability, Run, curves_figure, launch, on_digits
+from dl_jax.harness import Between, Claim, Positive, Probability, Run, curves_figure, launch, on_digits
 from dl_jax.models.vision.mlp import MLP
 
 
@@ -37,7 +38,7 @@ class Config:
     dataset: str = "mnist"  # TFDS name of a set of ten classes of 28x28 or 8x8 grey images
     train_split: str = "train"  # TFDS split to learn from
     test_split: str = "test"  # TFDS split to test on
-    layers: Positive[int] = 30  # hidden layers of the deep network
+    layers: Annotated[int, Between(low=2)] = 30  # hidden layers of the deep network
     units: Positive[int] = 256  # units of each of them
     steps: Positive[int] = 1000  # train steps of the deep network
     batch_size: Positive[int] = 128  # examples per step of the deep network, over all devices
@@ -55,8 +56,8 @@ class Config:
 PRESETS = {
     "paper": Config(),
     "quick": Config(dataset="digits", steps=200, batch_size=64, sigmoid_steps=1500, accuracy=85.0, watch_every=20),
-    "smoke": Config(dataset="digits", train_split="train[:64]", test_split="test[:40]", layers=4, units=16, steps=2,
-                    batch_size=16, sigmoid_units=8, sigmoid_steps=4, sigmoid_batch=16, watch_every=2),
+    "smoke": Config(dataset="digits", train_split="train[:64]", test_split="test[:40]", layers=2, units=16, steps=2,
+                    batch_size=16, sigmoid_layers=1, sigmoid_units=8, sigmoid_steps=4, sigmoid_batch=16, watch_every=2),
 }  # fmt: skip
 
 he = functools.partial(Claim, paper="He et al. 2015", given={"dataset": "mnist"})

@@ -21,6 +21,8 @@ ROOT = Path(__file__).parents[2]
 LIBTPU = importlib.util.find_spec("libtpu") is not None
 EVERY = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "experiments").rglob("*.py"))
 FEW = ("experiments/compression/prune_lenet.py", "experiments/generative/vae_mnist.py", "experiments/vision/lenet.py")
+# Batch normalisation sums statistics over the rows in every layer, forward and backward.
+NORMALISED = ("degradation", "cifar_resnet", "imagenet_resnet", "separable", "depth")
 pytestmark = [pytest.mark.plan, pytest.mark.skipif(not LIBTPU, reason="libtpu is not installed")]
 
 
@@ -47,8 +49,9 @@ def test_an_experiment_as_it_is_compiles_to_one_all_reduce_in_place(script, tmp_
         assert each["cost"]["callbacks"] == 0
         assert each["loop"]["in_place"] > 0.999
         many = each["mesh"][1] > 1
-        assert [kind for kind, _ in sent(each)] == ["all-reduce"] * many, (each["name"], sent(each))
+        assert {kind for kind, _ in sent(each)} == {"all-reduce"} if many else sent(each) == [], each["name"]
         assert all(times <= 1 for _, times in sent(each))
+        assert len(sent(each)) <= 1 or Path(script).stem in NORMALISED, (each["name"], sent(each))
 
 
 def test_seeds_over_chips_need_no_collective(tmp_path):
