@@ -3,8 +3,8 @@
     python benchmarks/plans.py            half an hour on one core; needs pip install -e '.[tpu]' and the prepared sets
     python benchmarks/plans.py --write    also puts the table into docs/scale.md
 
-A row is a program that a fit compiles. Equal programs of an experiment are one row. ImageNet need not be prepared: a few
-generated images of its size stand for it.
+A row is a program that a fit compiles. Equal programs of an experiment are one row. ImageNet need not be prepared: a
+few generated images of its size stand for it.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from typing import Any
 
 from rich.progress import track
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.input import prepare
 
+ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "scale.md"
 MARKS = ("<!-- plans: begin -->\n", "<!-- plans: end -->\n")
 SMALL, LARGE, LARGEST = "v5e:4x4", "v6e:16x16", "v5p:8x8x8"
