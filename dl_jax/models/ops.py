@@ -8,7 +8,7 @@ all of these cases. Its TPU backend takes minutes to compile the gradients of co
 import functools
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-FEW_PRODUCTS = 300  # most products of a pixel and a kernel for multiply-adds: 1 -> 20 maps by 5 x 5 taps are too many
+LANES = 16  # numbers that a CPU multiplies at once: multiply-adds pay where the maps are a multiple
 FEW = (6, 16)  # most input channels and maps for blocks of pixels on a TPU; with 20 maps they would be slower
 COPY = 150  # time to copy a number into a tile, in multiply-adds; the speed changes little around this value
 
@@ -39,7 +39,8 @@ def conv_general_dilated(
 
     - with kernels of one pixel, a matrix product;
     - depthwise, a sum of shifted products;
-    - with one input channel and few products, multiply-adds, whose gradients are banded matrix products;
+    - with one input channel, up to 3 x 3 taps and a multiple of 16 maps, multiply-adds, whose gradients are banded
+      matrix products;
     - with at most as many input channels as the kernel has taps, or with strides or dilation, a banded matrix product;
     - with more, XLA's convolution in a form that uses all cores, also for the gradient of the image; the gradient of
       the kernel is a banded matrix product;
@@ -88,18 +89,21 @@ def conv_general_dilated(
         "dilation": dilation,
         "precision": precision,
     }
+    banded, shifted = (functools.partial(form, **settings) for form in (_banded_product, _shifted_products))
     if lhs.ndim == 3:
         on_cpu = functools.partial(_patch_product, **settings)
     elif depthwise:
-        on_cpu = functools.partial(_shifted_products, **settings)
+        on_cpu = _bilinear(shifted, shifted, shifted)
     elif rhs.shape[:2] == (1, 1):
         on_cpu = functools.partial(_pixel_product, **settings)
-    elif rhs.shape[2] == 1 and math.prod(rhs.shape) <= FEW_PRODUCTS:
-        on_cpu = _with_banded_gradients(functools.partial(_shifted_products, **settings), settings)
+    elif rhs.shape[2] == 1 and rhs.shape[3] % LANES == 0 and max(rhs.shape[:2]) <= 3:
+        on_cpu = _bilinear(shifted, banded, banded)
     elif few_channels or not simple:
-        on_cpu = functools.partial(_banded_product, **settings)
+        on_cpu = _bilinear(banded, banded, banded)
     else:
-        on_cpu = _long_convolution(settings)
+        on_cpu = _bilinear(
+            functools.partial(_longer, **settings), functools.partial(_longer_of_image, **settings), banded
+        )
     if lhs.ndim == 4 and not depthwise and rhs.shape[2] <= FEW[0] and rhs.shape[3] <= FEW[1] and simple:
         blocks = functools.partial(_block_convolution, width=shape[2], padding=padding, precision=precision)
         return lax.platform_dependent(lhs, rhs, cpu=on_cpu, tpu=blocks, default=convolve)
@@ -109,71 +113,65 @@ def conv_general_dilated(
 Convolution = Callable[[jax.Array, jax.Array], jax.Array]  # (image [B, H, W, C], kernel) -> [B, H', W', D]
 
 
-def _with_banded_gradients(forward: Convolution, settings: Mapping[str, Any]) -> Convolution:
-    """`forward`, with the derivatives of a banded product."""
+def _bilinear(forward: Convolution, of_image: Convolution, of_kernel: Convolution) -> Convolution:
+    """`forward`, with the derivatives of two other forms of the same convolution.
+
+    Reverse-mode differentiation transposes these. What `of_kernel` makes of the image, such as patches, is computed in
+    the backward pass, where it would otherwise be kept from the forward pass on.
+    """
 
     @jax.custom_jvp
     def convolve(image: jax.Array, kernel: jax.Array) -> jax.Array:
         return forward(image, kernel)
 
-    def banded(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-        (image, kernel), (d_image, d_kernel) = primals, tangents
-        output = convolve(image, kernel)
-        product = functools.partial(_banded_product, **settings)
-        terms = [] if _is_zero(d_image) else [product(d_image, kernel)]
-        terms += [] if _is_zero(d_kernel) else [product(image, d_kernel)]
-        return output, functools.reduce(operator.add, terms)
-
-    convolve.defjvp(banded, symbolic_zeros=True)
-    return convolve
-
-
-def _is_zero(tangent: Any) -> bool:
-    return isinstance(tangent, jax.custom_derivatives.SymbolicZero)
-
-
-def _long_convolution(settings: Mapping[str, Any]) -> Convolution:
-    """XLA's convolution without strides, with derivatives that are fast on a CPU."""
-    padding, precision = settings["padding"], settings["precision"]
-
-    @jax.custom_jvp
-    def convolve(image: jax.Array, kernel: jax.Array) -> jax.Array:
-        return _longer(image, kernel, padding, precision)
-
     def derivative(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
         (image, kernel), (d_image, d_kernel) = primals, tangents
-        output, terms = convolve(image, kernel), []
-        if not _is_zero(d_image):
-            # Written as the transpose of what is to be computed: reverse-mode differentiation transposes it back.
-            turned = kernel[::-1, ::-1].swapaxes(2, 3)
-            rest = [(taps - 1 - low, taps - 1 - high) for taps, (low, high) in zip(kernel.shape, padding, strict=False)]
-            pull_back = lambda grad: _longer(grad, turned, rest, precision)
-            terms += jax.linear_transpose(pull_back, output)(d_image)
-        if not _is_zero(d_kernel):
-            terms.append(_banded_product(image, d_kernel, **settings))
-        return output, functools.reduce(operator.add, terms)
+        is_zero = lambda tangent: isinstance(tangent, jax.custom_derivatives.SymbolicZero)
+        terms = [] if is_zero(d_image) else [of_image(d_image, kernel)]
+        terms += [] if is_zero(d_kernel) else [jax.checkpoint(of_kernel, prevent_cse=False)(image, d_kernel)]
+        return convolve(image, kernel), functools.reduce(operator.add, terms)
 
     convolve.defjvp(derivative, symbolic_zeros=True)
     return convolve
 
 
-def _longer(image: jax.Array, kernel: jax.Array, padding: Sequence[tuple[int, int]], precision: Any) -> jax.Array:
-    """A convolution whose result is longer than the image, without the rows that are too many.
+def _longer(
+    image: jax.Array,  # [B, H, W, C]
+    kernel: jax.Array,  # [kh, kw, C, D]
+    *,
+    size: Sequence[int],  # H', W'
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+    precision: Any,
+) -> jax.Array:
+    """A convolution without strides and dilation, [B, H', W', D], as the first rows of a longer result.
 
-    XLA then takes a kernel of Eigen's, which uses all cores, where it would take one that uses one core.
+    Where the result is longer than the image, XLA takes a kernel of Eigen's, which uses all cores, instead of one that
+    uses one core.
     """
     (low, high), columns = padding
-    height = image.shape[1] + low + high - kernel.shape[0] + 1
-    more = max(0, image.shape[1] + 1 - height)
+    more = max(0, image.shape[1] + 1 - size[0])
     result = lax.conv_general_dilated(
         image,
         kernel,
-        (1, 1),
+        strides,
         ((low, high + more), columns),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         precision=precision,
     )
-    return result[:, :height]
+    return result[:, : size[0]]
+
+
+def _longer_of_image(image: jax.Array, kernel: jax.Array, **settings: Any) -> jax.Array:
+    """The same, written as the transpose of what its gradient is to be: the gradient is then `_longer` too."""
+    turned = kernel[::-1, ::-1].swapaxes(2, 3)
+    rest = [
+        (taps - 1 - low, taps - 1 - high) for taps, (low, high) in zip(kernel.shape, settings["padding"], strict=False)
+    ]
+    back = functools.partial(_longer, kernel=turned, **{**settings, "padding": rest, "size": image.shape[1:3]})
+    output = jax.ShapeDtypeStruct((len(image), *settings["size"], kernel.shape[3]), image.dtype)
+    return jax.linear_transpose(back, output)(image)[0]
 
 
 def _pixel_product(
