@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-LANES = 16  # numbers that a CPU multiplies at once: multiply-adds pay where the maps are a multiple
+VECTOR = 16  # numbers that a CPU multiplies at once: multiply-adds pay where the maps are a multiple
 FEW = (6, 16)  # most input channels and maps for blocks of pixels on a TPU; with 20 maps they would be slower
 COPY = 150  # time to copy a number into a tile, in multiply-adds; the speed changes little around this value
 
@@ -96,7 +96,7 @@ def conv_general_dilated(
         on_cpu = _bilinear(shifted, shifted, shifted)
     elif rhs.shape[:2] == (1, 1):
         on_cpu = functools.partial(_pixel_product, **settings)
-    elif rhs.shape[2] == 1 and rhs.shape[3] % LANES == 0 and max(rhs.shape[:2]) <= 3:
+    elif rhs.shape[2] == 1 and rhs.shape[3] % VECTOR == 0 and max(rhs.shape[:2]) <= 3:
         on_cpu = _bilinear(shifted, banded, banded)
     elif few_channels or not simple:
         on_cpu = _bilinear(banded, banded, banded)

@@ -19,6 +19,7 @@ ELSEWHERE = {
     "&& python experiments/vision/lenet.py --dataset digits",  # what follows the installation is run below
     "pip install -e '.[export]'",
     "pip install -e '.[test]' && python -m pytest",
+    "python -m dl_jax.models",  # test_summary runs it
     # test_plans runs such commands, where libtpu is installed
     "python experiments/generative/vae_mnist.py --preset paper --batch-size 20480 --plan v6e:16x16",
 }
