@@ -6,7 +6,7 @@ He, Zhang, Ren & Sun 2016, "Deep residual learning for image recognition", with 
     python experiments/vision/imagenet_resnet.py --preset paper --seeds 1 --workdir gs://BUCKET/resnet50
 
 Expected: 76.5 ± 0.5 % of the validation images right after 100 epochs. The example took two hours on a TPU v3-32. This
-has not been run; docs/scale.md has its plans.
+has not been run.
 
 As in the example: the network (version 1.5), 100 epochs in batches of 1,024, Nesterov's momentum 0.9, a learning rate
 of 0.1 for each 256 images that rises over five epochs and then falls as a cosine, a weight decay of 1e-4 and bfloat16.
