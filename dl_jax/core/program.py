@@ -157,8 +157,7 @@ def planned_program(name: str, advance: Any, step: Step, state: State, layout: L
         times.append(time.perf_counter() - began)
     like = lambda tree, sharding: abstract(tree, jax.tree.map(lambda _: sharding, tree))
     state, batch, whole = abstract(state, shardings), like(batch, rows), program(step, stream, scan)
-    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
-    feed = Feed(steps, getattr(stream, "batch_size", None), size, min(times), state)
+    feed = Feed(steps, getattr(stream, "batch_size", None), min(times), state)
     return Program(name, advance.trace(like(whole, everywhere), state, batch), mesh, feed)
 
 

@@ -20,7 +20,6 @@ class Feed(NamedTuple):
 
     steps: int  # by which a call advances `state.step`
     batch_size: int | None  # rows of a step; None where the stream does not say
-    row_bytes: int  # of the batches of a call, over all hosts
     seconds: float  # that reading a call's batches has taken here, on one thread, for all hosts
     state: State  # shapes and shardings
 

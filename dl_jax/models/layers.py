@@ -30,14 +30,13 @@ def conv(
     stride: int = 1,
     *,
     groups: int = 1,
-    use_bias: bool = False,
     dtype: DTypeLike = jnp.float32,
     name: str | None = None,
 ) -> nn.Conv:
     """A convolution with square kernels: [B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), maps] for an odd size.
 
-    It is padded with (size - 1) // 2 pixels on every side, as PyTorch's networks are; "SAME" pads a strided convolution
-    of an even image on one side only.
+    It has no bias, and (size - 1) // 2 pixels of padding on every side, as PyTorch's networks have; "SAME" pads a
+    strided convolution of an even image on one side only.
     """
     return nn.Conv(
         maps,
@@ -45,7 +44,7 @@ def conv(
         stride,
         padding=(size - 1) // 2,
         feature_group_count=groups,
-        use_bias=use_bias,
+        use_bias=False,
         kernel_init=he_normal,
         dtype=dtype,
         conv_general_dilated=ops.conv_general_dilated,

@@ -9,7 +9,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,35 +79,43 @@ def conv_general_dilated(
         return convolve(lhs, rhs)
     dilation = tuple(rhs_dilation or (1,) * (lhs.ndim - 2))
     if isinstance(padding, str):
-        window = [(taps - 1) * step + 1 for taps, step in zip(rhs.shape[:-2], dilation, strict=True)]
-        padding = lax.padtype_to_pads(lhs.shape[1:-1], window, window_strides, padding)
+        spans = [(taps - 1) * step + 1 for taps, step in zip(rhs.shape[:-2], dilation, strict=True)]
+        padding = lax.padtype_to_pads(lhs.shape[1:-1], spans, window_strides, padding)
     simple = {*window_strides, *dilation} == {1}
-    settings: dict[str, Any] = {
-        "size": shape[1:-1],
-        "strides": tuple(window_strides),
-        "padding": tuple(map(tuple, padding)),
-        "dilation": dilation,
-        "precision": precision,
-    }
-    banded, shifted = (functools.partial(form, **settings) for form in (_banded_product, _shifted_products))
+    window = Window(
+        shape[1:-1], tuple(window_strides), tuple((low, high) for low, high in padding), dilation, precision
+    )
+    banded, shifted = (functools.partial(form, window=window) for form in (_banded_product, _shifted_products))
     if lhs.ndim == 3:
-        on_cpu = functools.partial(_patch_product, **settings)
+        on_cpu = functools.partial(_patch_product, window=window)
     elif depthwise:
         on_cpu = _bilinear(shifted, shifted, shifted)
     elif rhs.shape[:2] == (1, 1):
-        on_cpu = functools.partial(_pixel_product, **settings)
+        on_cpu = functools.partial(_pixel_product, window=window)
     elif rhs.shape[2] == 1 and rhs.shape[3] % VECTOR == 0 and max(rhs.shape[:2]) <= 3:
         on_cpu = _bilinear(shifted, banded, banded)
     elif few_channels or not simple:
         on_cpu = _bilinear(banded, banded, banded)
     else:
-        on_cpu = _bilinear(
-            functools.partial(_longer, **settings), functools.partial(_longer_of_image, **settings), banded
-        )
+        long, of_image = (functools.partial(form, window=window) for form in (_longer, _longer_of_image))
+        on_cpu = _bilinear(long, of_image, banded)
     if lhs.ndim == 4 and not depthwise and rhs.shape[2] <= FEW[0] and rhs.shape[3] <= FEW[1] and simple:
-        blocks = functools.partial(_block_convolution, width=shape[2], padding=padding, precision=precision)
+        blocks = functools.partial(_block_convolution, window=window)
         return lax.platform_dependent(lhs, rhs, cpu=on_cpu, tpu=blocks, default=convolve)
     return lax.platform_dependent(lhs, rhs, cpu=on_cpu, default=convolve)
+
+
+Padding = Sequence[tuple[int, int]]  # before and after, for each spatial axis
+
+
+class Window(NamedTuple):
+    """What a convolution does along its spatial axes: one for sequences, rows and columns for images."""
+
+    size: tuple[int, ...]  # of the result: T', or H' and W'
+    strides: tuple[int, ...]
+    padding: Padding
+    dilation: tuple[int, ...]  # of the kernel
+    precision: Any  # of the products
 
 
 Convolution = Callable[[jax.Array, jax.Array], jax.Array]  # (image [B, H, W, C], kernel) -> [B, H', W', D]
@@ -138,93 +146,74 @@ def _bilinear(forward: Convolution, of_image: Convolution, of_kernel: Convolutio
 def _longer(
     image: jax.Array,  # [B, H, W, C]
     kernel: jax.Array,  # [kh, kw, C, D]
-    *,
-    size: Sequence[int],  # H', W'
-    strides: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    dilation: Sequence[int],
-    precision: Any,
+    window: Window,
 ) -> jax.Array:
     """A convolution without strides and dilation, [B, H', W', D], as the first rows of a longer result.
 
     Where the result is longer than the image, XLA takes a kernel of Eigen's, which uses all cores, instead of one that
     uses one core.
     """
-    (low, high), columns = padding
-    more = max(0, image.shape[1] + 1 - size[0])
-    result = lax.conv_general_dilated(
-        image,
-        kernel,
-        strides,
-        ((low, high + more), columns),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=precision,
-    )
-    return result[:, : size[0]]
+    (low, high), columns = window.padding
+    more = max(0, image.shape[1] + 1 - window.size[0])
+    result = _convolution(image, kernel, ((low, high + more), columns), window.precision)
+    return result[:, : window.size[0]]
 
 
-def _longer_of_image(image: jax.Array, kernel: jax.Array, **settings: Any) -> jax.Array:
+def _convolution(image: jax.Array, kernel: jax.Array, padding: Padding, precision: Any) -> jax.Array:
+    """XLA's convolution of images without strides and dilation."""
+    layout = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(image, kernel, (1, 1), padding, dimension_numbers=layout, precision=precision)
+
+
+def _longer_of_image(image: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
     """The same, written as the transpose of what its gradient is to be: the gradient is then `_longer` too."""
     turned = kernel[::-1, ::-1].swapaxes(2, 3)
-    rest = [
-        (taps - 1 - low, taps - 1 - high) for taps, (low, high) in zip(kernel.shape, settings["padding"], strict=False)
-    ]
-    back = functools.partial(_longer, kernel=turned, **{**settings, "padding": rest, "size": image.shape[1:3]})
-    output = jax.ShapeDtypeStruct((len(image), *settings["size"], kernel.shape[3]), image.dtype)
+    sides = zip(kernel.shape[:2], window.padding, strict=True)
+    rest = tuple((taps - 1 - low, taps - 1 - high) for taps, (low, high) in sides)
+    back = functools.partial(_longer, kernel=turned, window=window._replace(size=image.shape[1:3], padding=rest))
+    output = jax.ShapeDtypeStruct((len(image), *window.size, kernel.shape[3]), image.dtype)
     return jax.linear_transpose(back, output)(image)[0]
 
 
 def _pixel_product(
     image: jax.Array,  # [B, H, W, C]
     kernel: jax.Array,  # [1, 1, C, D]
-    *,
-    size: Sequence[int],  # H', W'
-    strides: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    dilation: Sequence[int],
-    precision: Any,
+    window: Window,
 ) -> jax.Array:
     """A convolution with kernels of one pixel as a matrix product: [B, H', W', D]."""
-    return jnp.matmul(_tap(image, (0, 0), size, strides, padding), kernel[0, 0], precision=precision)
+    return jnp.matmul(_tap(image, (0, 0), window), kernel[0, 0], precision=window.precision)
 
 
 def _shifted_products(
     image: jax.Array,  # [B, H, W, C]
     kernel: jax.Array,  # [kh, kw, 1, D], where C is 1 or D
-    *,
-    size: Sequence[int],  # H', W'
-    strides: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    dilation: Sequence[int],
-    precision: Any,
+    window: Window,
 ) -> jax.Array:
     """A depthwise convolution, or one of a single channel, as a sum over the kernel's taps: [B, H', W', D]."""
     taps = np.ndindex(*kernel.shape[:2])
-    offset = lambda tap: tuple(i * step for i, step in zip(tap, dilation, strict=True))
-    products = [_tap(image, offset(tap), size, strides, padding) * kernel[*tap, 0] for tap in taps]
+    products = [_tap(image, tap, window) * kernel[*tap, 0] for tap in taps]
     return functools.reduce(operator.add, products)
 
 
-def _tap(
-    image: jax.Array,
-    offset: Sequence[int],
-    size: Sequence[int],
-    strides: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-) -> jax.Array:
-    """The pixels [B, H', W', C] that meet the tap of a kernel at `offset`."""
-    image = lax.pad(image, jnp.zeros((), image.dtype), ((0, 0, 0), *((*pads, 0) for pads in padding), (0, 0, 0)))
-    (top, left), (height, width), (down, right) = offset, size, strides
+def _padded(image: jax.Array, padding: Padding) -> jax.Array:
+    """`image` [B, ..., C] with zeros around its spatial axes, or without what a negative padding cuts off."""
+    return lax.pad(
+        image, jnp.zeros((), image.dtype), ((0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0))
+    )
+
+
+def _tap(image: jax.Array, tap: tuple[int, ...], window: Window) -> jax.Array:
+    """The pixels [B, H', W', C] that meet a tap of the kernel."""
+    image = _padded(image, window.padding)
+    top, left = (i * step for i, step in zip(tap, window.dilation, strict=True))
+    (height, width), (down, right) = window.size, window.strides
     return image[:, top : top + (height - 1) * down + 1 : down, left : left + (width - 1) * right + 1 : right]
 
 
 def _block_convolution(
     image: jax.Array,  # [B, H, W, C]
     kernel: jax.Array,  # [kh, kw, C, D]
-    *,
-    width: int,  # W'
-    padding: Sequence[tuple[int, int]],
-    precision: Any,
+    window: Window,
 ) -> jax.Array:
     """A convolution of images as one of blocks of n neighbouring pixels of a row: [B, H', W', D].
 
@@ -233,58 +222,47 @@ def _block_convolution(
     more of the matrix unit, but the kernel gets zeros that are multiplied.
     """
     kh, kw, channels, maps = kernel.shape
-    n = 4 if channels == 1 else 2
+    n, width, (rows, (left, right)) = 4 if channels == 1 else 2, window.size[1], window.padding
     outputs, taps = math.ceil(width / n), math.ceil((kw - 1) / n) + 1  # in blocks
     blocks = outputs + taps - 1
-    overhang = blocks * n - image.shape[2] - sum(padding[1])  # pixels of the last block beyond the image
-    edges = ((0, 0, 0), (*padding[0], 0), (padding[1][0], padding[1][1] + overhang, 0), (0, 0, 0))
-    image = lax.pad(image, jnp.zeros((), image.dtype), edges)
+    overhang = blocks * n - image.shape[2] - left - right  # pixels of the last block beyond the image
+    image = _padded(image, (rows, (left, right + overhang)))
 
     place = np.zeros((kw, taps * n, n), kernel.dtype)  # 1 where a tap of an output falls on a pixel
     for tap, output in np.ndindex(kw, n):
         place[tap, output + tap, output] = 1
     wide = jnp.einsum("ijcd,jwo->iwcod", kernel, place, precision="highest")
-    product = lax.conv_general_dilated(
-        image.reshape(*image.shape[:2], blocks, n * channels),
-        wide.reshape(kh, taps, n * channels, n * maps),
-        (1, 1),
-        "VALID",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=precision,
-    )
+    wide = wide.reshape(kh, taps, n * channels, n * maps)
+    image = image.reshape(*image.shape[:2], blocks, n * channels)
+    product = _convolution(image, wide, ((0, 0), (0, 0)), window.precision)
     return product.reshape(*product.shape[:2], outputs * n, maps)[:, :, :width]
 
 
 def _patch_product(
     sequence: jax.Array,  # [B, T, C]
     kernel: jax.Array,  # [k, C, D]
-    *,
-    size: Sequence[int],  # T'
-    strides: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    dilation: Sequence[int],
-    precision: Any,
+    window: Window,
 ) -> jax.Array:
     """A convolution of sequences as one matrix product of patches and kernel: [B, T', D].
 
     The patch of an output is the k inputs [k C] that it depends on.
     """
-    sequence = lax.pad(sequence, jnp.zeros((), sequence.dtype), ((0, 0, 0), (*padding[0], 0), (0, 0, 0)))
-    reach = (size[0] - 1) * strides[0] + 1
-    firsts = [tap * dilation[0] for tap in range(len(kernel))]
-    patches = jnp.concatenate([sequence[:, first : first + reach : strides[0]] for first in firsts], -1)  # [B, T', k C]
-    return jnp.matmul(patches, kernel.reshape(-1, kernel.shape[-1]), precision=precision)
+    sequence, (size,), (stride,), (step,) = (
+        _padded(sequence, window.padding),
+        window.size,
+        window.strides,
+        window.dilation,
+    )
+    reach = (size - 1) * stride + 1
+    firsts = [tap * step for tap in range(len(kernel))]
+    patches = jnp.concatenate([sequence[:, first : first + reach : stride] for first in firsts], -1)  # [B, T', k C]
+    return jnp.matmul(patches, kernel.reshape(-1, kernel.shape[-1]), precision=window.precision)
 
 
 def _banded_product(
     image: jax.Array,  # [B, H, W, C]
     kernel: jax.Array,  # [kh, kw, C, D]
-    *,
-    size: Sequence[int],  # H', W'
-    strides: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    dilation: Sequence[int],
-    precision: Any,
+    window: Window,
 ) -> jax.Array:
     """A convolution of images as one matrix product with a banded matrix: [B, H', W', D].
 
@@ -293,7 +271,8 @@ def _banded_product(
     outputs. The band also has zeros that are multiplied, but a wide product runs at full speed, and far fewer numbers
     are copied than with one patch per output.
     """
-    (height, width), (kh, kw, channels, maps), batch = size, kernel.shape, image.shape[0]
+    (height, width), strides, (above, (left, right)), dilation, precision = window
+    (kh, kw, channels, maps), batch = kernel.shape, image.shape[0]
 
     def pixels(outputs: int) -> int:
         return (outputs - 1) * strides[1] + (kw - 1) * dilation[1] + 1
@@ -304,10 +283,9 @@ def _banded_product(
     outputs = min(range(1, width + 1), key=cost)
     columns, tiles = pixels(outputs), math.ceil(width / outputs)
     lefts = [tile * outputs * strides[1] for tile in range(tiles)]
-    overhang = lefts[-1] + columns - image.shape[2] - sum(padding[1])  # pixels of the last tile beyond the image
-    edges = ((0, 0, 0), (*padding[0], 0), (padding[1][0], padding[1][1] + overhang, 0), (0, 0, 0))
-    image = lax.pad(image, jnp.zeros((), image.dtype), edges)
-    rows = jnp.stack([image[:, :, left : left + columns] for left in lefts], 2).reshape(*image.shape[:2], tiles, -1)
+    overhang = lefts[-1] + columns - image.shape[2] - left - right  # pixels of the last tile beyond the image
+    image = _padded(image, (above, (left, right + overhang)))
+    rows = jnp.stack([image[:, :, first : first + columns] for first in lefts], 2).reshape(*image.shape[:2], tiles, -1)
     reach = (height - 1) * strides[0] + 1
     tops = [tap * dilation[0] for tap in range(kh)]
     patches = jnp.stack([rows[:, top : top + reach : strides[0]] for top in tops], 3)  # [B, H', tiles, kh, columns * C]

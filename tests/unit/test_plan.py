@@ -400,7 +400,7 @@ def test_what_is_not_updated_in_place_is_seen():
     advance = jax.jit(lambda s: s._replace(step=s.step + 1, params=narrow(s.params)), donate_argnums=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # JAX says the same
-        _, _, loop = row_on_cpus(Program("fit", advance.trace(state), mesh, Feed(1, None, 0, 0.0, state)))
+        _, _, loop = row_on_cpus(Program("fit", advance.trace(state), mesh, Feed(1, None, 0.0, state)))
     assert loop.in_place == 3003 / 4003  # with the step and the key
 
 

@@ -70,41 +70,65 @@ class Block(nn.Module):
         return jnp.pad(x[:, ::stride, ::stride], ((0, 0), (0, 0), (0, 0), (new // 2, new - new // 2)))
 
 
-def stages(
-    x: jax.Array,  # [B, H, W, C]
-    blocks: tuple[int, ...],  # of each stage
-    width: int,
-    convolutions: Callable[[int, int], tuple[Convolution, ...]],  # of a block, from maps and stride
-    *,
-    drop_path: float,
-    train: bool,
-    **fields: Any,  # of `Block`
-) -> jax.Array:
-    """The blocks of a network within its `__call__`. Each stage but the first halves the image and doubles the maps.
+class Residual(nn.Module, kw_only=True):
+    """What the networks for CIFAR and ImageNet have in common. Drop-path uses the random stream "dropout"."""
 
-    The probability of skipping a block grows linearly over the blocks, to `drop_path` at the last: Huang, Sun, Liu,
-    Sedra and Weinberger, "Deep networks with stochastic depth", ECCV 2016, equation 4. Here each example skips on its
-    own, and F(x) is divided by the probability of its being kept, so that nothing changes in evaluation.
-    """
-    done = 0
-    for stage, count in enumerate(blocks):
-        for i in range(count):
-            done += 1
-            block = Block(
-                convolutions(width * 2**stage, 2 if stage and i == 0 else 1),
-                drop_path=drop_path * done / sum(blocks),
-                name=f"stage{stage + 1}_block{i}",
-                **fields,
-            )
-            x = block(x, train=train)
-    return x
+    zero_scale: bool = False  # the last scale of each block starts at zero, and the block as the identity
+    drop_path: float = 0.0  # probability that an example skips the last block in training
+    normalise: Callable[[jax.Array], jax.Array] = lambda image: image  # of the image, such as `layers.Normalise`
+    activation: Callable[[jax.Array], jax.Array] = nn.relu
+    dtype: DTypeLike = jnp.float32
+
+    def stem(self, image: jax.Array, maps: int, size: int, stride: int, train: bool) -> jax.Array:
+        """The first convolution: [B, H, W, C] -> [B, H / stride, W / stride, maps]."""
+        require_probability({"drop_path": self.drop_path})
+        image = self.normalise(image).astype(self.dtype)
+        x = layers.conv(maps, size, stride, dtype=self.dtype, name="stem_conv")(image)
+        return self.activation(layers.batch_norm(train, dtype=self.dtype, name="stem_norm")(x))
+
+    def stages(
+        self,
+        x: jax.Array,  # [B, H, W, width]
+        blocks: tuple[int, ...],  # of each stage
+        convolutions: Callable[[int, int], tuple[Convolution, ...]],  # of a block, from maps and stride
+        *,
+        projection: bool,
+        residual: bool,
+        train: bool,
+    ) -> jax.Array:
+        """The blocks of a network. Each stage but the first halves the image and doubles the maps.
+
+        The probability of skipping a block grows linearly over the blocks, to `drop_path` at the last: Huang, Sun, Liu,
+        Sedra and Weinberger, "Deep networks with stochastic depth", ECCV 2016, equation 4. Here each example skips on
+        its own, and F(x) is divided by the probability of its being kept, so that nothing changes in evaluation.
+        """
+        width, done = x.shape[-1], 0
+        for stage, count in enumerate(blocks):
+            for i in range(count):
+                done += 1
+                block = Block(
+                    convolutions(width * 2**stage, 2 if stage and i == 0 else 1),
+                    projection=projection,
+                    residual=residual,
+                    zero_scale=self.zero_scale,
+                    drop_path=self.drop_path * done / sum(blocks),
+                    activation=self.activation,
+                    dtype=self.dtype,
+                    name=f"stage{stage + 1}_block{i}",
+                )
+                x = block(x, train=train)
+        return x
+
+    def head(self, x: jax.Array, classes: int) -> jax.Array:
+        """The mean over the pixels and a linear layer: [B, H, W, C] -> float32 [B, classes]."""
+        return nn.Dense(classes, dtype=self.dtype, name="head")(x.mean((1, 2))).astype(jnp.float32)
 
 
-class CifarResNet(nn.Module):
+class CifarResNet(Residual):
     """The ResNet of CIFAR with 6 n + 2 layers: image [B, H, W, C] -> float32 logits [B, classes].
 
     `residual=False` leaves out the shortcuts, which is the paper's plain network. Shortcuts have no parameters
-    (option A) unless `projection` is set (option B). Drop-path uses the random stream "dropout".
+    (option A) unless `projection` is set (option B).
 
     Raises InputError for a depth that is not 6 n + 2, for an image smaller than 4 x 4 pixels or with another number of
     channels than the parameters, for `drop_path` outside [0, 1), and for `drop_path`, `zero_scale` or `projection`
@@ -116,11 +140,6 @@ class CifarResNet(nn.Module):
     width: int = 16  # maps of the first stage
     residual: bool = True
     projection: bool = False
-    zero_scale: bool = False  # the last scale of each block starts at zero, and the block as the identity
-    drop_path: float = 0.0  # probability that an example skips the last block in training
-    normalise: Callable[[jax.Array], jax.Array] = lambda image: image  # of the image, such as `layers.Normalise`
-    activation: Callable[[jax.Array], jax.Array] = nn.relu
-    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, image: jax.Array, *, train: bool) -> jax.Array:
@@ -128,32 +147,18 @@ class CifarResNet(nn.Module):
         if rest or blocks < 1:
             raise InputError(f"depth is {self.depth}, expected 6 n + 2; give 20, 32, 44, 56 or 110")
         require_positive({"width": self.width, "classes": self.classes})
-        require_probability({"drop_path": self.drop_path})
         if not self.residual and (self.drop_path or self.zero_scale or self.projection):
             raise InputError("drop_path, zero_scale and projection need shortcuts; leave them out or set residual")
         layers.require_image(self, image, 4)
-        x = layers.conv(self.width, 3, dtype=self.dtype, name="stem_conv")(self.normalise(image).astype(self.dtype))
-        x = self.activation(layers.batch_norm(train, dtype=self.dtype, name="stem_norm")(x))
-        x = stages(  # [B, H / 4, W / 4, 4 * width]
-            x,
-            (blocks,) * 3,
-            self.width,
-            basic,
-            projection=self.projection,
-            residual=self.residual,
-            zero_scale=self.zero_scale,
-            drop_path=self.drop_path,
-            activation=self.activation,
-            dtype=self.dtype,
-            train=train,
-        )
-        return nn.Dense(self.classes, dtype=self.dtype, name="head")(x.mean((1, 2))).astype(jnp.float32)
+        x = self.stem(image, self.width, 3, 1, train)
+        x = self.stages(x, (blocks,) * 3, basic, projection=self.projection, residual=self.residual, train=train)
+        return self.head(x, self.classes)  # of [B, H / 4, W / 4, 4 * width]
 
 
-class ResNet(nn.Module):
+class ResNet(Residual):
     """The ResNet of ImageNet, version 1.5: image [B, H, W, C] -> float32 logits [B, classes].
 
-    The fields default to ResNet-50. Drop-path uses the random stream "dropout".
+    The fields default to ResNet-50.
 
     Raises InputError for an image smaller than the strides multiplied (32 x 32 pixels for four stages) or with another
     number of channels than the parameters, and for `drop_path` outside [0, 1).
@@ -163,34 +168,14 @@ class ResNet(nn.Module):
     convolutions: Callable[[int, int], tuple[Convolution, ...]] = bottleneck  # of a block, from maps and stride
     classes: int = 1000
     width: int = 64  # maps of the first stage
-    zero_scale: bool = False  # the last scale of each block starts at zero, and the block as the identity
-    drop_path: float = 0.0  # probability that an example skips the last block in training
-    normalise: Callable[[jax.Array], jax.Array] = lambda image: image  # of the image, such as `layers.Normalise`
-    activation: Callable[[jax.Array], jax.Array] = nn.relu
-    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, image: jax.Array, *, train: bool) -> jax.Array:
         require_positive({"blocks": min(self.blocks, default=0), "width": self.width, "classes": self.classes})
-        require_probability({"drop_path": self.drop_path})
         layers.require_image(self, image, 2 ** (len(self.blocks) + 1))
-        x = layers.conv(self.width, 7, 2, dtype=self.dtype, name="stem_conv")(self.normalise(image).astype(self.dtype))
-        x = self.activation(layers.batch_norm(train, dtype=self.dtype, name="stem_norm")(x))  # [B, H / 2, W / 2, width]
-        x = ops.max_pool(x, 3, 2, 1)
-        x = stages(  # [B, H / 32, W / 32, 32 * width]
-            x,
-            self.blocks,
-            self.width,
-            self.convolutions,
-            projection=True,
-            residual=True,
-            zero_scale=self.zero_scale,
-            drop_path=self.drop_path,
-            activation=self.activation,
-            dtype=self.dtype,
-            train=train,
-        )
-        return nn.Dense(self.classes, dtype=self.dtype, name="head")(x.mean((1, 2))).astype(jnp.float32)
+        x = ops.max_pool(self.stem(image, self.width, 7, 2, train), 3, 2, 1)  # [B, H / 4, W / 4, width]
+        x = self.stages(x, self.blocks, self.convolutions, projection=True, residual=True, train=train)
+        return self.head(x, self.classes)  # of [B, H / 32, W / 32, C]
 
 
 ResNet18 = functools.partial(ResNet, (2, 2, 2, 2), basic)
