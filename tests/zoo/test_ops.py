@@ -105,14 +105,17 @@ def test_convolution_equals_brute_force(name):
     assert_equals_brute_force(draw(*image), draw(*kernel, seed=1), *arguments, LAYOUT)
 
 
+ANY = {  # of a convolution of images
+    "size": st.tuples(st.integers(1, 11), st.integers(1, 11)),
+    "taps": st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    "strides": st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    "dilation": st.tuples(st.integers(1, 2), st.integers(1, 3)),
+    "padding": st.sampled_from(["SAME", "VALID"]) | st.tuples(*[st.tuples(st.integers(-1, 3), st.integers(0, 3))] * 2),
+}
+
+
 @settings(deadline=None, max_examples=12, derandomize=True)
-@given(
-    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
-    taps=st.tuples(st.integers(1, 4), st.integers(1, 4)),
-    strides=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    dilation=st.tuples(st.integers(1, 2), st.integers(1, 3)),
-    padding=st.sampled_from(["SAME", "VALID"]) | st.tuples(*[st.tuples(st.integers(-1, 3), st.integers(0, 3))] * 2),
-)
+@given(**ANY)
 def test_any_depthwise_convolution_equals_brute_force(size, taps, strides, dilation, padding):
     """It is a convolution whose kernel is zero between different channels."""
     channels = 3
@@ -143,14 +146,7 @@ def test_any_convolution_of_sequences_equals_brute_force(size, taps, more, strid
 
 
 @settings(deadline=None, max_examples=12, derandomize=True)
-@given(
-    size=st.tuples(st.integers(1, 11), st.integers(1, 11)),
-    taps=st.tuples(st.integers(1, 5), st.integers(1, 5)),
-    maps=st.tuples(st.integers(1, 4), st.integers(1, 9)),
-    strides=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    dilation=st.tuples(st.integers(1, 2), st.integers(1, 3)),
-    padding=st.sampled_from(["SAME", "VALID"]) | st.tuples(*[st.tuples(st.integers(0, 3), st.integers(0, 3))] * 2),
-)
+@given(maps=st.tuples(st.integers(1, 4), st.integers(1, 9)), **ANY)
 def test_any_convolution_equals_brute_force(size, taps, maps, strides, dilation, padding):
     image, kernel = draw(2, *size, maps[0]), draw(*taps, *maps, seed=1)
     assert_equals_brute_force(image, kernel, strides, padding, dilation, LAYOUT)
