@@ -129,7 +129,7 @@ def race(cfg: Config, run: Run, train: data.Columns, test: data.Columns, keys) -
         reached = values >= cfg.accuracy
         found[f"steps/{name}"] = np.where(reached.any(0), steps[reached.argmax(0)], cfg.sigmoid_steps)
     run.figure("accuracy", cfg.sigmoid_steps, lambda: curves_figure(
-        curves, xlabel="steps", ylabel="test accuracy (%)", title=f"hidden sigmoid layers: {cfg.sigmoid_layers}"))  # fmt: skip
+        curves, xlabel="steps", ylabel="test accuracy (%)", title=f"{cfg.sigmoid_layers} sigmoid layers"))  # fmt: skip
     return {**found, "steps_ratio": found["steps/sigmoid"] / found["steps/batch_norm"]}
 
 
