@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from dl_jax.core import events
 from dl_jax.core.devices import fetched, own, place, put, rows_over, states_over
-from dl_jax.core.fit import IN_FLIGHT
+from dl_jax.core.program import calls_in_flight
 from dl_jax.core.recorder import Measurements
 from dl_jax.core.step import Array, Batch, Tree, over_seeds
 from dl_jax.core.stream import count, epoch
@@ -58,7 +58,7 @@ def evaluator(
             return {name: value for name, (value, _) in unknown(traced.out_info).items()}
         variables, batches = _on(mesh, variables), _placed(records, batch_size, mesh)
         found = (measure(mesh, variables, batch, keys, np.int32(i)) for i, batch in enumerate(batches))
-        for pairs in _two_in_flight(found):
+        for pairs in _results(found, calls_in_flight(mesh)):
             for name, pair in pairs.items():
                 value, weight = (np.asarray(x, np.float64) for x in pair)
                 value_before, weight_before = total.get(name, (0.0, 0.0))
@@ -100,7 +100,8 @@ def collect(
         rows = lambda s: jax.ShapeDtypeStruct((s.shape[0], count(records), *s.shape[2:]), s.dtype)
         return unknown(jax.tree.map(rows, traced.out_info))
     variables = _on(mesh, variables)
-    found = list(_two_in_flight(answer(variables, batch) for batch in _placed(records, batch_size, mesh)))
+    calls = (answer(variables, batch) for batch in _placed(records, batch_size, mesh))
+    found = list(_results(calls, calls_in_flight(mesh)))
     return jax.tree.map(lambda *parts: np.concatenate(parts, 1)[:, : count(records)], *found)
 
 
@@ -124,13 +125,13 @@ def _on(mesh: Mesh, variables: Tree) -> Tree:
     return variables if there else put(variables, states_over(variables, mesh, seeds))
 
 
-def _two_in_flight(calls: Iterator[Any]) -> Iterator[Any]:
-    """Yields the results of asynchronous calls, on the host. While a result is fetched, the next call runs."""
+def _results(calls: Iterator[Any], at_a_time: int) -> Iterator[Any]:
+    """Yields the results of asynchronous calls, on the host, with at most `at_a_time` of them under way."""
     pending: collections.deque[Any] = collections.deque()
     for call in calls:
-        if len(pending) == IN_FLIGHT:
-            yield _fetched(pending.popleft())
         pending.append(call)
+        if len(pending) == at_a_time:
+            yield _fetched(pending.popleft())
     while pending:
         yield _fetched(pending.popleft())
 

@@ -22,6 +22,7 @@ from dl_jax.core.program import (
     Layout,
     ahead,
     batches_of,
+    calls_in_flight,
     layout_of,
     planned_program,
     program,
@@ -44,8 +45,6 @@ from dl_jax.core.stream import Stream
 from dl_jax.core.target import Target, planned, unknown
 
 Lies = tuple[NamedSharding, ...]  # of the leaves of a state; () where they lie on the default device
-
-IN_FLIGHT = 2  # calls under way at a time: without a bound, simulated devices hung, and a NaN is noticed late
 
 
 @events.phase("steps")
@@ -112,6 +111,7 @@ def fit(
             "the checkpoint to resume from has other random keys than this run; give the --seed and --seeds that it "
             "was begun with, or another --workdir"
         )
+    at_a_time = calls_in_flight(layout.mesh)
     mesh, lies = layout.mesh, tuple(jax.tree.leaves(layout.shardings))
     state, rule = _copied(saved.state, lies), saved.stop  # a copy: donation deletes the buffers of its input
     i, stride, window = _count(state), 0, Window(saved.window)
@@ -141,7 +141,7 @@ def fit(
             asked = time.perf_counter()
             batch = upcoming(i, stride)
             window.waited += time.perf_counter() - asked
-            settle(IN_FLIGHT - 1)
+            settle(at_a_time - 1)
             state, row = _advance(compiled, state, batch, stopped(), run.skip_nonfinite, stop is not None, mesh, lies)
             stride = stride or _checked_stride(_count(state) - i, i, steps, every, watch)
             i += stride
