@@ -3,7 +3,7 @@
 from dl_jax.harness.fields import Between, Distinct, Fraction, NonNegative, Positive, Probability, Some
 from dl_jax.harness.launch import launch
 from dl_jax.harness.report.figures import confusion_figure, curves_figure
-from dl_jax.harness.results.claims import Claim, on_digits
+from dl_jax.harness.results.claims import Claim, on_digits, on_shapes
 from dl_jax.harness.run import Run
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "curves_figure",
     "launch",
     "on_digits",
+    "on_shapes",
 ]

@@ -31,7 +31,7 @@ from dl_jax import augment, classify, data, losses, optim
 from dl_jax.core.evaluate import evaluator
 from dl_jax.core.fit import Watch, fit
 from dl_jax.core.step import State, Tree, make_step, per_seed, start
-from dl_jax.harness import Claim, NonNegative, Positive, Probability, Run, launch
+from dl_jax.harness import Claim, NonNegative, Positive, Probability, Run, launch, on_shapes
 from dl_jax.models.layers import Normalise
 from dl_jax.models.vision.resnet import CifarResNet
 
@@ -72,10 +72,13 @@ PRESETS = {
 }  # fmt: skip
 
 error = functools.partial(Claim, "test_error", paper="He et al. 2016", unit="%", tolerance=0.5)
-CLAIMS = tuple(
+CLAIMS = (
+    *(
         error(locator=f"Table 6, ResNet-{depth}", claimed=claimed,
               given={"dataset": "cifar10", "depth": depth, "warmup": 400 * (depth == 110)})
         for depth, claimed in {20: 8.75, 32: 7.51, 44: 7.17, 56: 6.97, 110: 6.43}.items()
+    ),
+    on_shapes("test_error", at_most=73.1, unit="%", note="logistic regression: 88 %"),
 )  # fmt: skip
 KEEPS = ("seen.png",)  # files in the run's folder
 

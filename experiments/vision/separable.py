@@ -27,7 +27,7 @@ from dl_jax.core.evaluate import evaluator
 from dl_jax.core.fit import Watch, fit
 from dl_jax.core.flops import flops
 from dl_jax.core.step import Tree, make_step, per_seed, start
-from dl_jax.harness import Claim, Positive, Probability, Run, Some, launch
+from dl_jax.harness import Claim, Positive, Probability, Run, Some, launch, on_digits
 from dl_jax.models.vision.mobilenet import MobileNetV1
 
 
@@ -59,6 +59,8 @@ CLAIMS = (
          tolerance=0.3, unit="%", note="On ImageNet: 29.4 and 28.3 % (Howard et al. 2017, Table 4)."),
     ours("multiply_adds/ratio", locator="dense against separable", claimed=6.99, tolerance=0.005, unit="x",
          better="higher", note="On ImageNet: 4866 and 569 million (Howard et al. 2017, Table 4)."),
+    on_digits("test_error/separable", at_most=10.0, unit="%", note="logistic regression: 10.0 %"),
+    on_digits("test_error/dense", at_most=5.0, unit="%", note="logistic regression: 10.0 %"),
 )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """What a paper claims, what was measured, and the verdict between the two."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -84,24 +85,28 @@ class Claim:
         return f"worst seed of {self.metric}" if self.worst else self.metric
 
 
-def on_digits(
-    metric: str, *, unit: str, note: str, at_least: float | None = None, at_most: float | None = None
+def quick_bar(
+    dataset: str, metric: str, *, unit: str, note: str, at_least: float | None = None, at_most: float | None = None
 ) -> Claim:
-    """Our own bar for the preset quick on the bundled digits; docs/guide.md says how it is set.
+    """Our own bar for the preset quick on a bundled data set; docs/guide.md says how it is set.
 
     `note` names a simple baseline and what it reaches. Raises InputError as `Claim` does.
     """
     return Claim(
         metric,
         paper="our bar",
-        locator="bundled digits",
+        locator=f"bundled {dataset}",
         unit=unit,
         preset="quick",
-        given={"dataset": "digits"},
+        given={"dataset": dataset},
         note=note,
         at_least=at_least,
         at_most=at_most,
     )
+
+
+on_digits = functools.partial(quick_bar, "digits")
+on_shapes = functools.partial(quick_bar, "shapes")
 
 
 def _is_pair(cell: Any) -> bool:
