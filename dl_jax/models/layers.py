@@ -65,10 +65,11 @@ def batch_norm(
     )
 
 
-def require_image(module: nn.Module, image: jax.Array, smallest: int) -> None:
+def require_image(module: nn.Module, image: jax.Array, smallest: int, first: tuple[str, ...] = ("stem_conv",)) -> None:
     """Raises InputError unless `image` is [B, H, W, C] with `smallest` pixels or more on each side, and C fits.
 
-    C has to be the number of channels of the first convolution, "stem_conv", once `module` has parameters.
+    C has to be the number of channels of the first convolution, the layer at path `first`, once `module` has
+    parameters.
     """
     name = type(module).__name__
     if image.ndim != 4:
@@ -76,16 +77,35 @@ def require_image(module: nn.Module, image: jax.Array, smallest: int) -> None:
     height, width, channels = image.shape[1:]
     if min(height, width) < smallest:
         raise InputError(
-            f"image of {height} x {width} pixels, expected {smallest} x {smallest} or more, the product of the strides "
-            f"of {name}; enlarge it"
+            f"image of {height} x {width} pixels, expected {smallest} x {smallest} or more, the smallest that {name} "
+            "takes; enlarge it"
         )
-    if module.has_variable("params", "stem_conv"):
-        expected = module.get_variable("params", "stem_conv")["kernel"].shape[2]
-        if channels != expected:
-            raise InputError(
-                f"image with {channels} channels, expected {expected} as in the parameters of {name}; convert it, or "
-                "initialise the model for it"
-            )
+    expected = _inputs_of(module, first)
+    if expected not in (None, channels):
+        raise InputError(
+            f"image with {channels} channels, expected {expected} as in the parameters of {name}; convert it, or "
+            "initialise the model for it"
+        )
+
+
+def require_values(module: nn.Module, x: jax.Array, first: tuple[str, ...]) -> None:
+    """Raises InputError unless the examples of `x` [B, ...] have as many values as the dense layer at `first` takes."""
+    values, expected = math.prod(x.shape[1:]), _inputs_of(module, first)
+    if expected not in (None, values):
+        raise InputError(
+            f"examples of shape {x.shape[1:]} with {values} values, expected {expected} as in the parameters of "
+            f"{type(module).__name__}; convert them, or initialise the model for them"
+        )
+
+
+def _inputs_of(module: nn.Module, layer: tuple[str, ...]) -> int | None:
+    """The channels or features that a layer takes, None before it has parameters."""
+    if not module.has_variable("params", layer[0]):
+        return None
+    found = module.get_variable("params", layer[0])
+    for name in layer[1:]:
+        found = found[name]
+    return found["kernel"].shape[-2]
 
 
 class Normalise(nn.Module):

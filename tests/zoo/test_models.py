@@ -66,6 +66,16 @@ def test_parameters_are_float32_whatever_it_computes_in(name):
 
 
 @zoo
+def test_an_image_with_other_channels_than_the_parameters_has_one_clear_line(name):
+    model, inputs, variables, *_ = example(name)
+    if "image" not in inputs:
+        pytest.skip("takes no images")
+    wrong = inputs | {"image": np.concatenate([inputs["image"]] * 2, -1)}
+    with pytest.raises(InputError, match=r"^image with |^examples of shape |takes images of shape"):
+        model.apply(variables, **wrong, train=False)
+
+
+@zoo
 def test_half_precision_is_used_in_every_product_and_near(name):
     model, inputs, variables, _, full = example(name)
     half = model.clone(dtype=jnp.bfloat16)

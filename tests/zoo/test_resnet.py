@@ -154,7 +154,7 @@ def test_another_activation_is_used_everywhere():
         (CifarResNet(width=0), (32, 32, 3), "width is 0, expected more than 0"),
         (CifarResNet(residual=False, drop_path=0.1), (32, 32, 3), "drop_path, zero_scale and projection need"),
         (CifarResNet(drop_path=1.0), (32, 32, 3), "drop_path is 1.0, expected a probability"),
-        (ResNet(), (31, 64, 3), "image of 31 x 64 pixels, expected 32 x 32 or more, the product of the strides"),
+        (ResNet(), (31, 64, 3), "image of 31 x 64 pixels, expected 32 x 32 or more, the smallest that ResNet takes"),
         (ResNet(blocks=()), (64, 64, 3), "blocks is 0, expected more than 0"),
     ],
 )

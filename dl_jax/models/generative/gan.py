@@ -15,6 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from dl_jax.core.errors import require_positive, require_probability
+from dl_jax.models.layers import require_values
 
 
 def symmetric(spread: float) -> Callable[..., jax.Array]:
@@ -50,7 +51,8 @@ class Discriminator(nn.Module):
 
     Takes images [B, H, W, C] and returns the logits [B] that each is a real image. In training, `dropout` is the
     probability that a hidden unit is dropped and `input_dropout` the probability that a pixel is; both use the random
-    stream "dropout". Raises InputError for a probability outside [0, 1), a layer without units, and `pieces` < 1.
+    stream "dropout". Raises InputError for a probability outside [0, 1), a layer without units, `pieces` < 1, and
+    images of another size than the parameters.
     """
 
     hidden: tuple[int, ...] = (240, 240)
@@ -64,6 +66,7 @@ class Discriminator(nn.Module):
     def __call__(self, image: jax.Array, *, train: bool) -> jax.Array:
         require_positive({"hidden": min(self.hidden, default=1), "pieces": self.pieces})
         require_probability({"dropout": self.dropout, "input_dropout": self.input_dropout})
+        require_values(self, image, ("Dense_0",))
         init = symmetric(self.spread)
         x = image.reshape(image.shape[0], -1)  # [B, H * W * C]
         x = nn.Dropout(self.input_dropout, deterministic=not train)(x)

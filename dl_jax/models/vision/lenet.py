@@ -18,7 +18,7 @@ from dl_jax.core.errors import InputError
 from dl_jax.core.leaves import at_least_float32
 from dl_jax.losses import require_labels
 from dl_jax.losses.inputs import class_numbers
-from dl_jax.models import ops
+from dl_jax.models import layers, ops
 from dl_jax.models.vision.mlp import MLP
 
 # Table I: for each of the 16 maps of C3, the maps of S2 that it is connected to.
@@ -169,6 +169,9 @@ class LeNetCaffe(nn.Module):
 
     Only the hidden dense layer has a ReLU. There are 431,080 parameters for images of 28 x 28 pixels and 10 classes.
     Kernels are initialised uniformly in ±sqrt(3 / fan-in), Caffe's "xavier".
+
+    Raises InputError for an image smaller than 16 x 16 pixels or with other channels or another size than the
+    parameters are for.
     """
 
     classes: int = 10
@@ -176,6 +179,7 @@ class LeNetCaffe(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array, *, train: bool) -> jax.Array:
+        layers.require_image(self, image, 16, ("Conv_0",))
         init = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
         conv = functools.partial(
             nn.Conv,
@@ -188,6 +192,7 @@ class LeNetCaffe(nn.Module):
         dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=init)
         x = ops.max_pool(conv(20)(image), 2)  # [B, 12, 12, 20]
         x = ops.max_pool(conv(50)(x), 2)  # [B, 4, 4, 50]
+        layers.require_values(self, x, ("Dense_0",))
         x = nn.relu(dense(500)(x.reshape(x.shape[0], -1)))
         return dense(self.classes)(x).astype(jnp.float32)
 

@@ -10,14 +10,14 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from dl_jax.core.errors import require_positive, require_probability
-from dl_jax.models.layers import batch_norm
+from dl_jax.models.layers import batch_norm, require_values
 
 
 class MLP(nn.Module):
     """Hidden dense layers, and a linear layer: image [B, H, W, C] -> float32 logits [B, classes].
 
     Hidden layers are followed by `activation` and dropout, which uses the random stream "dropout". Raises InputError
-    for a probability outside [0, 1), and for a layer without units.
+    for a probability outside [0, 1), for a layer without units, and for images of another size than the parameters.
     """
 
     hidden: tuple[int, ...]  # units of each hidden layer
@@ -34,6 +34,7 @@ class MLP(nn.Module):
     def __call__(self, image: jax.Array, *, train: bool) -> jax.Array:
         require_positive({"hidden": min(self.hidden, default=1), "classes": self.classes})
         require_probability({"dropout": self.dropout, "input_dropout": self.input_dropout})
+        require_values(self, image, ("Dense_0",))
         x = image.reshape(image.shape[0], -1)  # [B, H * W * C]
         x = nn.Dropout(self.input_dropout, deterministic=not train)(x)
         for units in self.hidden:

@@ -64,8 +64,8 @@ class UNet(nn.Module):
     `maps` has the number of maps at each level, from the whole image to the smallest; each level halves the height and
     the width. The paper's network has 31,030,658 parameters for grey images and two classes.
 
-    Raises InputError for an image whose sides 2 to the power of `len(maps) - 1` does not divide, and for a level
-    without maps.
+    Raises InputError for an image whose sides 2 to the power of `len(maps) - 1` does not divide, for another
+    number of channels than the parameters, and for a level without maps.
     """
 
     maps: tuple[int, ...] = (64, 128, 256, 512, 1024)
@@ -77,7 +77,7 @@ class UNet(nn.Module):
     def __call__(self, image: jax.Array, *, train: bool) -> jax.Array:
         require_positive({"maps": min(self.maps, default=0), "classes": self.classes})
         factor = 2 ** (len(self.maps) - 1)
-        require_image(self, image, factor)
+        require_image(self, image, factor, ("down_0", "Conv_0"))
         if image.shape[1] % factor or image.shape[2] % factor:
             raise InputError(
                 f"image of {image.shape[1]} x {image.shape[2]} pixels, expected sides that {factor} divides, as UNet "
