@@ -82,14 +82,6 @@ def test_a_plain_network_has_the_parameters_of_its_residual_twin():
     assert plain == residual
 
 
-def test_projections_add_their_parameters():
-    """Option B: 1 x 1 convolutions from 4 to 8 and from 8 to 16 maps, each with a scale and a bias."""
-    zeros, projected = (
-        count(shapes(CifarResNet(8, width=4, projection=p), IMAGE, train=False)["params"]) for p in (False, True)
-    )
-    assert projected - zeros == 4 * 8 + 8 * 16 + 2 * (8 + 16)
-
-
 def test_a_zero_scale_makes_a_block_its_shortcut():
     x = np.random.default_rng(1).random((2, 6, 6, 4), np.float32)
     model = block(basic(4, 1), zero_scale=True)
@@ -152,7 +144,7 @@ def test_another_activation_is_used_everywhere():
         (CifarResNet(), (32, 3, 3), "image of 32 x 3 pixels, expected 4 x 4 or more"),
         (CifarResNet(), (32, 32), r"CifarResNet takes images \[B, H, W, C\], not an array of shape \(1, 32, 32\)"),
         (CifarResNet(width=0), (32, 32, 3), "width is 0, expected more than 0"),
-        (CifarResNet(residual=False, drop_path=0.1), (32, 32, 3), "drop_path, zero_scale and projection need"),
+        (CifarResNet(residual=False, drop_path=0.1), (32, 32, 3), "drop_path and zero_scale need shortcuts"),
         (CifarResNet(drop_path=1.0), (32, 32, 3), "drop_path is 1.0, expected a probability"),
         (ResNet(), (31, 64, 3), "image of 31 x 64 pixels, expected 32 x 32 or more, the smallest that ResNet takes"),
         (ResNet(blocks=()), (64, 64, 3), "blocks is 0, expected more than 0"),

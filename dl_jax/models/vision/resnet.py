@@ -128,18 +128,17 @@ class CifarResNet(Residual):
     """The ResNet of CIFAR with 6 n + 2 layers: image [B, H, W, C] -> float32 logits [B, classes].
 
     `residual=False` leaves out the shortcuts, which is the paper's plain network. Shortcuts have no parameters
-    (option A) unless `projection` is set (option B).
+    (option A).
 
     Raises InputError for a depth that is not 6 n + 2, for an image smaller than 4 x 4 pixels or with another number of
-    channels than the parameters, for `drop_path` outside [0, 1), and for `drop_path`, `zero_scale` or `projection`
-    without shortcuts.
+    channels than the parameters, for `drop_path` outside [0, 1), and for `drop_path` or `zero_scale` without
+    shortcuts.
     """
 
     depth: int = 20
     classes: int = 10
     width: int = 16  # maps of the first stage
     residual: bool = True
-    projection: bool = False
 
     @nn.compact
     def __call__(self, image: jax.Array, *, train: bool) -> jax.Array:
@@ -147,11 +146,11 @@ class CifarResNet(Residual):
         if rest or blocks < 1:
             raise InputError(f"depth is {self.depth}, expected 6 n + 2; give 20, 32, 44, 56 or 110")
         require_positive({"width": self.width, "classes": self.classes})
-        if not self.residual and (self.drop_path or self.zero_scale or self.projection):
-            raise InputError("drop_path, zero_scale and projection need shortcuts; leave them out or set residual")
+        if not self.residual and (self.drop_path or self.zero_scale):
+            raise InputError("drop_path and zero_scale need shortcuts; leave them out or set residual")
         layers.require_image(self, image, 4)
         x = self.stem(image, self.width, 3, 1, train)
-        x = self.stages(x, (blocks,) * 3, basic, projection=self.projection, residual=self.residual, train=train)
+        x = self.stages(x, (blocks,) * 3, basic, projection=False, residual=self.residual, train=train)
         return self.head(x, self.classes)  # of [B, H / 4, W / 4, 4 * width]
 
 
