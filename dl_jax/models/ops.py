@@ -18,6 +18,7 @@ from jax import lax
 
 VECTOR = 16  # numbers that a CPU multiplies at once: multiply-adds pay where the maps are a multiple
 FEW = (6, 16)  # most input channels and maps for blocks of pixels on a TPU; with 20 maps they would be slower
+GROUP = 16  # most images whose depthwise weight gradient is computed at a time: 4 to 64 are about as fast
 COPY = 150  # time to copy a number into a tile, in multiply-adds; the speed changes little around this value
 
 
@@ -89,7 +90,9 @@ def conv_general_dilated(
     if lhs.ndim == 3:
         on_cpu = functools.partial(_patch_product, window=window)
     elif depthwise:
-        on_cpu = _bilinear(shifted, shifted, shifted)
+        undilated = set(dilation) == {1}
+        of_image = functools.partial(_of_image, _shifted_products, window=window) if undilated else shifted
+        on_cpu = _bilinear(shifted, of_image, functools.partial(_in_groups, shifted))
     elif rhs.shape[:2] == (1, 1):
         on_cpu = functools.partial(_pixel_product, window=window)
     elif rhs.shape[2] == 1 and rhs.shape[3] % VECTOR == 0 and max(rhs.shape[:2]) <= 3:
@@ -97,8 +100,8 @@ def conv_general_dilated(
     elif few_channels or not simple:
         on_cpu = _bilinear(banded, banded, banded)
     else:
-        long, of_image = (functools.partial(form, window=window) for form in (_longer, _longer_of_image))
-        on_cpu = _bilinear(long, of_image, banded)
+        long = functools.partial(_longer, window=window)
+        on_cpu = _bilinear(long, functools.partial(_of_image, _longer, window=window), banded)
     if lhs.ndim == 4 and not depthwise and rhs.shape[2] <= FEW[0] and rhs.shape[3] <= FEW[1] and simple:
         blocks = functools.partial(_block_convolution, window=window)
         return lax.platform_dependent(lhs, rhs, cpu=on_cpu, tpu=blocks, default=convolve)
@@ -165,14 +168,38 @@ def _convolution(image: jax.Array, kernel: jax.Array, padding: Padding, precisio
     return lax.conv_general_dilated(image, kernel, (1, 1), padding, dimension_numbers=layout, precision=precision)
 
 
-def _longer_of_image(image: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
-    """The same, written as the transpose of what its gradient is to be: the gradient is then `_longer` too."""
-    turned = kernel[::-1, ::-1].swapaxes(2, 3)
-    sides = zip(kernel.shape[:2], window.padding, strict=True)
-    rest = tuple((taps - 1 - low, taps - 1 - high) for taps, (low, high) in sides)
-    back = functools.partial(_longer, kernel=turned, window=window._replace(size=image.shape[1:3], padding=rest))
+def _of_image(form: Callable[..., jax.Array], image: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:
+    """A convolution with an undilated kernel, written as the transpose of what its gradient is to be.
+
+    The gradient is then computed by `form`, too, from the kernel turned round. With strides, zeros are put between the
+    pixels of the result's gradient.
+    """
+    turned = kernel[::-1, ::-1]
+    turned = turned.swapaxes(2, 3) if image.shape[-1] == kernel.shape[2] else turned  # not of a depthwise one
+    spread = [(size - 1) * stride + 1 for size, stride in zip(window.size, window.strides, strict=True)]
+    lows = [taps - 1 - low for taps, (low, _) in zip(kernel.shape[:2], window.padding, strict=True)]
+    sides = zip(image.shape[1:3], kernel.shape[:2], spread, lows, strict=True)
+    padding = tuple((low, size + taps - 1 - long - low) for size, taps, long, low in sides)
+    simple = Window(image.shape[1:3], (1, 1), padding, (1, 1), window.precision)
+    between = ((0, 0, 0), *((0, 0, stride - 1) for stride in window.strides), (0, 0, 0))
+
+    def back(output: jax.Array) -> jax.Array:  # [B, H', W', D] -> [B, H, W, C]
+        return form(lax.pad(output, jnp.zeros((), output.dtype), between), turned, simple)
+
     output = jax.ShapeDtypeStruct((len(image), *window.size, kernel.shape[3]), image.dtype)
     return jax.linear_transpose(back, output)(image)[0]
+
+
+def _in_groups(form: Convolution, image: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The same for a group of images after the other, so that what the weight gradient needs stays in the cache.
+
+    A group has an image from each part of the batch, since the parts may lie on different devices.
+    """
+    size = max(n for n in range(1, GROUP + 1) if len(image) % n == 0)
+    of_group = jax.checkpoint(form, prevent_cse=False)
+    groups = image.reshape(size, -1, *image.shape[1:]).swapaxes(0, 1)
+    result = lax.scan(lambda _, group: (None, of_group(group, kernel)), None, groups)[1].swapaxes(0, 1)
+    return result.reshape(len(image), *result.shape[2:])
 
 
 def _pixel_product(
@@ -180,8 +207,13 @@ def _pixel_product(
     kernel: jax.Array,  # [1, 1, C, D]
     window: Window,
 ) -> jax.Array:
-    """A convolution with kernels of one pixel as a matrix product: [B, H', W', D]."""
-    return jnp.matmul(_tap(image, (0, 0), window), kernel[0, 0], precision=window.precision)
+    """A convolution with kernels of one pixel as a product of two matrices: [B, H', W', D].
+
+    XLA's CPU would write a transposed copy of the gradient for a product of more axes.
+    """
+    pixels = _tap(image, (0, 0), window)
+    product = jnp.matmul(pixels.reshape(-1, pixels.shape[-1]), kernel[0, 0], precision=window.precision)
+    return product.reshape(*pixels.shape[:-1], -1)
 
 
 def _shifted_products(
