@@ -1,5 +1,6 @@
-"""Layers that image networks share."""
+"""Layers that networks share."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,9 @@ from jax.typing import DTypeLike
 
 from dl_jax.core.errors import InputError
 from dl_jax.models import ops
+
+# A dense layer for arrays of more than two axes: [..., C] -> [..., D].
+dense = functools.partial(nn.Dense, dot_general=ops.dense_product)
 
 
 def he_normal(

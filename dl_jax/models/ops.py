@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from dl_jax.core.errors import require_positive
+
 VECTOR = 16  # numbers that a CPU multiplies at once: multiply-adds pay where the maps are a multiple
 FEW = (6, 16)  # most input channels and maps for blocks of pixels on a TPU; with 20 maps they would be slower
 GROUP = 16  # most images whose depthwise weight gradient is computed at a time: 4 to 64 are about as fast
@@ -106,6 +108,20 @@ def conv_general_dilated(
         blocks = functools.partial(_block_convolution, window=window)
         return lax.platform_dependent(lhs, rhs, cpu=on_cpu, tpu=blocks, default=convolve)
     return lax.platform_dependent(lhs, rhs, cpu=on_cpu, default=convolve)
+
+
+def matrix_product(x: jax.Array, kernel: jax.Array, precision: Any = None) -> jax.Array:
+    """The product [..., D] of x [..., C] and a kernel [C, D], as one of two matrices.
+
+    For x of more axes, XLA's CPU would write a transposed copy of the result's gradient.
+    """
+    rows = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel, precision=precision)
+    return rows.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def dense_product(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precision: Any = None) -> jax.Array:
+    """`matrix_product`, with the signature that `nn.Dense(dot_general=)` asks for."""
+    return matrix_product(x, kernel, precision)
 
 
 Padding = Sequence[tuple[int, int]]  # before and after, for each spatial axis
@@ -207,13 +223,8 @@ def _pixel_product(
     kernel: jax.Array,  # [1, 1, C, D]
     window: Window,
 ) -> jax.Array:
-    """A convolution with kernels of one pixel as a product of two matrices: [B, H', W', D].
-
-    XLA's CPU would write a transposed copy of the gradient for a product of more axes.
-    """
-    pixels = _tap(image, (0, 0), window)
-    product = jnp.matmul(pixels.reshape(-1, pixels.shape[-1]), kernel[0, 0], precision=window.precision)
-    return product.reshape(*pixels.shape[:-1], -1)
+    """A convolution with kernels of one pixel as a matrix product: [B, H', W', D]."""
+    return matrix_product(_tap(image, (0, 0), window), kernel[0, 0], window.precision)
 
 
 def _shifted_products(
@@ -340,8 +351,10 @@ def max_pool(image: jax.Array, window: int, stride: int | None = None, padding: 
 
     H' is (H + 2 * padding - window) // stride + 1: rows and columns that fill no window are left out. Equal maxima
     share the gradient. On a CPU, the gradient of `nn.max_pool`, a select-and-scatter, takes 3 to 6 times longer.
+    Raises InputError for a window or a stride below 1.
     """
-    stride = stride or window
+    stride = window if stride is None else stride
+    require_positive({"window": window, "stride": stride})
     if padding:
         lowest = -jnp.inf if jnp.issubdtype(image.dtype, jnp.floating) else jnp.iinfo(image.dtype).min
         edges = ((0, 0, 0), (padding, padding, 0), (padding, padding, 0), (0, 0, 0))

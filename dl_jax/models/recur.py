@@ -155,8 +155,9 @@ def _recur_backward(cell: Cell, residuals, grads):
 
     steps = jnp.arange(len(h))
     (dfirst, dgates), own = lax.scan(body, (dlast, slopes), (steps, dh, kept, valid), reverse=True)
-    before = jnp.concatenate([first[None], h[:-1]]).astype(kernel.dtype)
-    dkernel = lax.dot_general(before, dgates.astype(kernel.dtype), (((0, 1), (0, 1)), ((), ())))
+    before = jnp.concatenate([first[None], h[:-1]])
+    rows = lambda x: x.reshape(-1, x.shape[-1]).astype(kernel.dtype)  # XLA's CPU would transpose arrays of three axes
+    dkernel = lax.dot_general(rows(before), rows(dgates), (((0,), (0,)), ((), ())))
     dbias = None if bias is None else dgates.sum((0, 1)).astype(bias.dtype)
     dx = dgates
     if own is not None:

@@ -1,5 +1,6 @@
 """Every formulation equals the operation that it stands for, in values and derivatives: brute force, and XLA's."""
 
+import functools
 import importlib.util
 import itertools
 import os
@@ -18,7 +19,8 @@ from jax import lax
 from jax.test_util import check_grads
 from quick import jit
 
-from dl_jax.models import ops
+from dl_jax.core.errors import InputError
+from dl_jax.models import layers, ops
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -128,6 +130,33 @@ def test_any_depthwise_convolution_equals_brute_force(size, taps, strides, dilat
     assert_close(jit(value_and_gradients(convolve))(image, kernel), (output, d_image, own))
 
 
+@pytest.mark.parametrize("batch", [1, 17, 24])
+def test_a_depthwise_gradient_is_the_sum_over_all_groups_of_images(batch):
+    image, kernel = draw(batch, 4, 3, 2), draw(3, 3, 1, 2, seed=1)
+    settings = {"dimension_numbers": LAYOUT, "feature_group_count": 2}
+    own, xla = (
+        jit(value_and_gradients(functools.partial(convolve, window_strides=(2, 1), padding="SAME", **settings)))
+        for convolve in (ops.conv_general_dilated, lax.conv_general_dilated)
+    )
+    assert_close(own(image, kernel), xla(image, kernel))
+
+
+def test_a_dense_layer_of_more_axes_equals_flax_and_contracts_one_axis():
+    x = draw(3, 4, 5)
+    own, flax = (Dense(2) for Dense in (layers.dense, nn.Dense))
+    kernel = own.init(jax.random.key(0), x)
+    assert jax.tree.map(jnp.shape, kernel) == jax.tree.map(jnp.shape, flax.init(jax.random.key(0), x))
+    gradient = lambda model: jax.jit(jax.grad(lambda v, x: jnp.sin(model.apply(v, x)).sum(), (0, 1)))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        gradient(own)(kernel, x),
+        gradient(flax)(kernel, x),
+    )
+    text = jax.make_jaxpr(gradient(own))(kernel, x)
+    contracted = re.findall(r"dimension_numbers=\(\(\[(.*?)\]", str(text))
+    assert {len(axes.split(",")) for axes in contracted} == {1}
+
+
 SEQUENCES = ("NWC", "WIO", "NWC")
 
 
@@ -177,10 +206,23 @@ def test_convolution_against_finite_differences(channels, maps):
     check_grads(jax.jit(same), arguments, order=2, modes=("fwd", "rev"), rtol=5e-2, atol=1e-2)
 
 
-@channels_and_maps
-def test_vmapped_convolution_equals_one_by_one(channels, maps):
-    images, kernels = draw(3, 2, 6, 6, channels), draw(3, 3, 3, channels, maps, seed=1)
-    run = value_and_gradients(same)
+@pytest.mark.parametrize(
+    ("image", "kernel", "more"),
+    [
+        ((6, 6, 2), (3, 3, 2, 4), {}),
+        ((6, 6, 10), (3, 3, 10, 2), {}),
+        ((6, 6, 1), (3, 3, 1, 16), {}),
+        ((5, 6, 3), (3, 3, 3, 4), {"window_strides": (2, 1), "rhs_dilation": (1, 2)}),
+        ((5, 6, 3), (3, 3, 1, 3), {"window_strides": (2, 2), "feature_group_count": 3}),
+        ((5, 6, 3), (3, 2, 1, 3), {"rhs_dilation": (2, 1), "feature_group_count": 3}),
+        ((5, 6, 3), (1, 1, 3, 4), {"window_strides": (2, 2)}),
+        ((9, 7), (3, 7, 4), {"window_strides": (1,), "rhs_dilation": (2,), "dimension_numbers": SEQUENCES}),
+    ],
+)
+def test_vmapped_convolution_equals_one_by_one(image, kernel, more):
+    images, kernels = draw(3, 2, *image), draw(3, *kernel, seed=1)
+    given = {"window_strides": (1, 1), "padding": "SAME", "dimension_numbers": LAYOUT, **more}
+    run = value_and_gradients(lambda x, w: ops.conv_general_dilated(x, w, **given))
     alone = jit(run)
     members = [alone(image, kernel) for image, kernel in zip(images, kernels, strict=True)]
     assert_close(jit(jax.vmap(run))(images, kernels), jax.tree.map(lambda *rows: np.stack(rows), *members))
@@ -380,6 +422,20 @@ def test_overlapping_maxima_equal_flax(shape, window, stride, padding):
 def test_a_window_larger_than_the_image_gives_nothing():
     assert ops.max_pool(jnp.zeros((2, 3, 5, 1)), 4).shape == (2, 0, 1, 1)
     assert ops.sum_pool(jnp.zeros((2, 3, 5, 1)), 4).shape == (2, 0, 1, 1)
+
+
+def test_an_overlapping_maximum_vmapped_equals_one_by_one_and_finite_differences():
+    run = lambda x: ops.max_pool(x, 3, 2, 1)
+    images = draw(3, 2, 5, 4, 2)
+    assert_close(jit(jax.vmap(jax.grad(lambda x: (run(x) ** 2).sum())))(images), np.stack([
+        jit(jax.grad(lambda x: (run(x) ** 2).sum()))(image) for image in images]))  # fmt: skip
+    check_grads(jit(run), (images[0],), order=2, modes=("fwd", "rev"), rtol=5e-2, atol=1e-2, eps=1e-3)
+
+
+@pytest.mark.parametrize("sizes", [(2, 0), (0, 1)])
+def test_a_window_or_a_stride_of_nothing_is_refused(sizes):
+    with pytest.raises(InputError, match=r"(stride|window) is 0"):
+        ops.max_pool(jnp.zeros((1, 4, 4, 1)), *sizes)
 
 
 def test_equal_maxima_share_the_gradient():

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from dl_jax.core.errors import InputError, require_positive, require_probability
 from dl_jax.core.leaves import leaf_name
+from dl_jax.models.layers import dense
 from dl_jax.models.recur import GRU, LSTM, VANILLA, Array, Cell, State, recur, where_valid
 
 Carry = tuple[State, ...]  # states of all layers, in order, and in each layer forward before backward
@@ -39,7 +40,7 @@ class Layer(nn.Module):
             return jax.random.uniform(key, shape, dtype, -1, 1) / np.sqrt(self.hidden)
 
         units = self.cell.gates * self.hidden
-        x = nn.Dense(units, dtype=self.dtype, kernel_init=draw, bias_init=draw, name="input")(x)
+        x = dense(units, dtype=self.dtype, kernel_init=draw, bias_init=draw, name="input")(x)
         kernel = self.param("kernel", draw, (self.hidden, units)).astype(self.dtype)
         bias = self.param("bias", draw, (units,)).astype(self.dtype) if self.cell.bias else None
         result: Any = recur(self.cell, kernel, bias, x, state, valid)
@@ -193,7 +194,7 @@ class SequenceTagger(nn.Module):
         recurrent = Recurrent(self.cell, self.hidden, self.layers, dropout=self.dropout, dtype=self.dtype)
         x, carry = recurrent(x, carry=carry, train=train)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return nn.Dense(self.outputs, dtype=self.dtype)(x).astype(jnp.float32), carry
+        return dense(self.outputs, dtype=self.dtype)(x).astype(jnp.float32), carry
 
 
 class CharLM(nn.Module):

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 
 from dl_jax.core.errors import require_positive, require_probability
 from dl_jax.models import ops
+from dl_jax.models.layers import dense
 
 small = nn.initializers.normal(0.01)  # initialises all weights (the paper's supplement, A.1)
 
@@ -63,7 +64,7 @@ class Block(nn.Module):
             y = nn.relu(CausalConv(self.features, self.taps, self.dilation, self.dtype)(y))
             y = nn.Dropout(self.dropout, broadcast_dims=(1,), deterministic=not train)(y)  # drops whole channels
         if x.shape[-1] != self.features:
-            x = nn.Dense(self.features, dtype=self.dtype, kernel_init=small)(x)
+            x = dense(self.features, dtype=self.dtype, kernel_init=small)(x)
         return nn.relu(x + y)
 
 
@@ -87,7 +88,7 @@ class TCN(nn.Module):
         require_probability({"dropout": self.dropout})
         for level in range(self.levels):
             x = Block(self.hidden, self.taps, 2**level, self.dropout, self.dtype)(x, train=train)
-        return nn.Dense(self.outputs, dtype=self.dtype, kernel_init=small)(x).astype(jnp.float32)
+        return dense(self.outputs, dtype=self.dtype, kernel_init=small)(x).astype(jnp.float32)
 
     @property
     def receptive_field(self) -> int:
