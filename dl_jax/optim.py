@@ -138,15 +138,6 @@ def max_norm(limit: float, where: Where = is_kernel) -> optax.GradientTransforma
     return optax.GradientTransformation(init, update)
 
 
-class Stopping(NamedTuple):
-    """State of `early_stopping`: numpy arrays, [] or [S], saved with the training state."""
-
-    best: np.ndarray  # float32, the best measurement; infinite before the first finite one
-    best_step: np.ndarray  # int32, its step; -1 before the first finite measurement
-    waited: np.ndarray  # int32, number of measurements since the best one
-    stopped: np.ndarray  # bool
-
-
 class AverageState(NamedTuple):
     """State of `averaged`."""
 
@@ -184,6 +175,15 @@ def averaged(decay: float) -> optax.GradientTransformation:
 def average(opt_state: Tree) -> Tree:
     """The average of the weights in the state of a chain with `averaged`."""
     return optax.tree.get(opt_state, "average")
+
+
+class Stopping(NamedTuple):
+    """State of `early_stopping`: numpy arrays, [] or [S], saved with the training state."""
+
+    best: np.ndarray  # float32, the best measurement; infinite before the first finite one
+    best_step: np.ndarray  # int32, its step; -1 before the first finite measurement
+    waited: np.ndarray  # int32, number of measurements since the best one
+    stopped: np.ndarray  # bool
 
 
 def early_stopping(

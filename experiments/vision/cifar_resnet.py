@@ -28,6 +28,7 @@ import numpy as np
 import optax
 
 from dl_jax import augment, classify, data, losses, optim
+from dl_jax.core.errors import InputError
 from dl_jax.core.evaluate import evaluator
 from dl_jax.core.fit import Watch, fit
 from dl_jax.core.step import State, Tree, make_step, per_seed, start
@@ -56,7 +57,7 @@ class Config:
     average: Probability = 0.0  # decay of the average of the weights that is tested; 0 tests the last weights
     padding: NonNegative[int] = 4  # largest shift of an image; pixels
     cutout: NonNegative[int] = 0  # side of the square that is cut out; pixels
-    watch_every: Positive[int] = 4000  # steps between measurements of the test error (for the curve only)
+    watch_every: Positive[int] = 4000  # steps between test errors of the weights as they are (for the curve only)
     compute_dtype: Literal["float32", "bfloat16"] = "float32"  # type of activations; parameters are float32
 
 
@@ -111,6 +112,8 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
 
 def optimiser(cfg: Config) -> optax.GradientTransformation:
     peak, rise = cfg.learning_rate, cfg.steps // 5
+    if not cfg.triangle and cfg.warmup >= max(1, cfg.steps // 2):
+        raise InputError(f"warmup is {cfg.warmup}, expected less than half of the {cfg.steps} steps")
     if cfg.triangle:
         sides = optax.linear_schedule(0, peak, rise), optax.linear_schedule(peak, 0, cfg.steps - rise)
         rate = optax.join_schedules(sides, [rise])
@@ -123,7 +126,10 @@ def optimiser(cfg: Config) -> optax.GradientTransformation:
 
 
 def tested(cfg: Config, states: State) -> Tree:
-    """The variables whose error is reported: with the average of the weights if there is one."""
+    """The variables whose error is reported: with the average of the weights if there is one.
+
+    The statistics of batch normalisation, which are averages anyway, stay those of the last steps.
+    """
     return {**states.variables, "params": optim.average(states.opt_state)} if cfg.average else states.variables
 
 

@@ -25,6 +25,7 @@ import numpy as np
 import optax
 
 from dl_jax import augment, classify, data, losses, metrics, optim
+from dl_jax.core.errors import InputError
 from dl_jax.core.evaluate import evaluator
 from dl_jax.core.fit import Watch, fit
 from dl_jax.core.step import make_step, per_seed, start
@@ -56,8 +57,7 @@ class Config:
 
 PRESETS = {
     "paper": Config(),
-    # Half the epochs, in batches for larger slices.
-    "large": Config(steps=7_820, batch_size=8192, watch_every=782),
+    "large": Config(steps=15_640, batch_size=8192, watch_every=782),  # as many epochs in batches for larger slices
     "quick": Config(dataset="shapes", test_split="test", classes=10, size=28, test_size=32, blocks=(1, 1), width=16,
                     steps=200, batch_size=64, watch_every=100, compute_dtype="float32"),
     "smoke": Config(dataset="shapes", train_split="train[:64]", test_split="test[:20]", classes=10, size=16,
@@ -74,6 +74,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's channe
 
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
+    if cfg.test_size < cfg.size:
+        raise InputError(f"test_size is {cfg.test_size}, expected {cfg.size} or more, the size of the crop; enlarge it")
     net = ResNet(cfg.blocks, classes=cfg.classes, width=cfg.width, zero_scale=True, normalise=Normalise(MEAN, STD),
                  dtype=jnp.dtype(cfg.compute_dtype))  # fmt: skip
     see = augment.compose(classify.unit, augment.flip())

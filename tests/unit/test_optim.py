@@ -382,6 +382,22 @@ def test_the_average_is_that_of_the_updated_weights_by_hand():
     np.testing.assert_allclose(params["w"], [1 - 3.0, -2 - 7.5])  # as by SGD alone
 
 
+def test_each_seed_has_its_own_average():
+    tx = optax.chain(optax.sgd(0.5), optim.averaged(0.3))
+    params, grads = jnp.array([[1.0, -2.0], [3.0, 0.5]]), jnp.array([[1.0, 0.0], [0.2, -1.0]])
+
+    def after_two(params, grads):
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = tx.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        return optim.average(state)
+
+    found = jax.vmap(after_two)(params, grads)
+    alone = [after_two(*both) for both in zip(params, grads, strict=True)]
+    np.testing.assert_allclose(found, alone, rtol=1e-6)
+
+
 @pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
 def test_a_decay_outside_its_range_is_refused(decay):
     with pytest.raises(InputError, match=rf"decay is {decay}, expected a number in \[0, 1\)"):

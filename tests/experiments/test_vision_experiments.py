@@ -1,0 +1,55 @@
+"""What the vision experiments measure, by hand, and which settings they refuse before they train."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dl_jax.core.errors import InputError
+from dl_jax.harness import Run
+from dl_jax.models.vision.mlp import MLP
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("imagenet_resnet", {"test_size": 10}, "test_size is 10, expected 16 or more"),
+        ("cifar_resnet", {"triangle": False, "warmup": 1}, "warmup is 1, expected less than half of the 2 steps"),
+        ("cifar_resnet", {"depth": 9}, r"depth is 9, expected 6 n \+ 2"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_training(load_experiment, name, change, message, monkeypatch):
+    module = load_experiment(f"vision/{name}")
+    monkeypatch.setattr(module, "fit", None)  # a step would fail
+    with pytest.raises(InputError, match=message):
+        module.main(dataclasses.replace(module.PRESETS["smoke"], **change), Run())
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+def test_layers_that_scale_the_signal_scale_its_mean_square_by_the_square(load_experiment, scale):
+    depth, model = load_experiment("vision/depth"), MLP((4, 4, 4))
+    image = np.full((3, 2, 2, 1), 255, np.uint8)
+    variables = jax.tree.map(jnp.zeros_like, model.init(jax.random.key(0), image, train=False))
+    for i in range(3):
+        variables["params"][f"Dense_{i}"]["kernel"] = scale * jnp.eye(4)
+    seeds = jax.tree.map(lambda leaf: leaf[None], variables)
+    np.testing.assert_allclose(depth.signal_ratio(model, seeds, {"image": image}), [scale**2], rtol=1e-6)
+
+
+def test_multiply_adds_by_hand(load_experiment):
+    """Products with padding are not counted: a kernel has 3 n - 2 along n pixels, with a stride of 2 3 n / 2 - 1."""
+    separable = load_experiment("vision/separable")
+    cfg, counts = separable.Config(), []
+    for kind in (False, True):
+        net = separable.MobileNetV1(cfg.stem, cfg.blocks, classes=10, separable=kind)
+        init = lambda net=net: net.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)), train=False)
+        counts.append(separable.multiply_adds(net, jax.eval_shape(init)))
+    maps = [16, *(maps for maps, _ in cfg.blocks)]
+    taps, pixels = [82, 41, 40, 20, 19], [28, 14, 14, 7, 7]  # along one axis
+    blocks = list(zip(taps, pixels, maps, maps[1:], strict=False))
+    ends = 82**2 * 16 + 128 * 10
+    assert counts[0] == ends + sum(t**2 * c * d for t, _, c, d in blocks)
+    assert counts[1] == ends + sum(t**2 * c + n**2 * c * d for t, n, c, d in blocks)
+    assert counts[0] / counts[1] == pytest.approx(6.99, abs=0.005)
