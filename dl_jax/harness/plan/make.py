@@ -1,10 +1,12 @@
 """`--plan SLICE`: compiles the programs of an experiment for a slice that is not there, and prints what they cost."""
 
 import collections
+import concurrent.futures
 import hashlib
 import importlib.util
 import math
 import os
+import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -22,6 +24,8 @@ from dl_jax.harness.plan import bounds, hlo
 from dl_jax.harness.plan.chips import GPUS, Slice
 from dl_jax.harness.plan.show import MB, Cost, Loop, Row, lines
 from dl_jax.harness.workdir import require_writable, write_json
+
+STACK = 2**29  # bytes, of which only what is used takes memory
 
 
 def devices_of(where: Slice) -> list[Any]:
@@ -129,7 +133,7 @@ def row_of(program: Program, lowered: Any, where: Slice, hosts: int) -> Row:
     chips = mesh.devices.size
     began, compiled, refused = time.perf_counter(), None, None
     try:
-        compiled = lowered.compile()
+        compiled = _on_a_large_stack(lowered.compile)
     except jax.errors.JaxRuntimeError as error:
         refused = reason(error)
     shape = mesh.devices.shape[0], mesh.devices.shape[1]
@@ -158,6 +162,16 @@ def row_of(program: Program, lowered: Any, where: Slice, hosts: int) -> Row:
     worth = feed.batch_size and bounds.worthwhile_batch(least, feed.batch_size, mesh.devices.shape[1])
     in_place = found.in_place / state_bytes(feed.state)
     return row._replace(cost=cost, loop=Loop(feed.steps, feed.batch_size, in_place, least, worth))
+
+
+def _on_a_large_stack(call: Callable[[], Any]) -> Any:
+    """What `call` returns, in a thread of its own: libtpu's recursion over large programs ended at the usual 8 MB."""
+    usual = threading.stack_size(STACK)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            return pool.submit(call).result()
+    finally:
+        threading.stack_size(usual)
 
 
 def state_bytes(state: Any) -> int:
