@@ -226,8 +226,8 @@ def _single(key: str, array: np.ndarray) -> np.ndarray:
     (beyond,) = np.nonzero(np.isinf(single).ravel() & ~np.isinf(array).ravel())
     if beyond.size:
         raise InputError(
-            f"key {key}: found {array.ravel()[beyond[0]]}, expected at most {np.finfo(np.float32).max:.2g}, the largest "
-            "of float32; take weights that were trained without such numbers"
+            f"key {key}: found {array.ravel()[beyond[0]]}, expected numbers up to {np.finfo(np.float32).max:.2g}, the "
+            "largest of float32; take weights that were trained in it"
         )
     return single
 

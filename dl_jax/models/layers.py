@@ -7,6 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from dl_jax.core.errors import InputError
@@ -121,9 +122,9 @@ class Normalise(nn.Module):
     std: tuple[float, ...]
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        if not (len(self.mean) == len(self.std) == x.shape[-1] and all(std > 0 for std in self.std)):
+        if not (np.shape(self.mean) == np.shape(self.std) == x.shape[-1:] and all(std > 0 for std in self.std)):
             raise InputError(
-                f"Normalise(mean={self.mean}, std={self.std}) of an image with {x.shape[-1]} channels: expected one "
-                "mean and one std above 0 for each channel; give those of the data set"
+                f"Normalise(mean={self.mean}, std={self.std}) of images {x.shape}: expected one mean and one std above "
+                "0 for each channel; give those of the data set"
             )
         return (x - jnp.asarray(self.mean, x.dtype)) / jnp.asarray(self.std, x.dtype)

@@ -26,6 +26,7 @@ def test_normalising_takes_a_sets_statistics_to_0_and_1():
         ((0.5,) * 3, (0.2,) * 3, 1),
         ((0.5,), (0.2,), 3),
         ((0.5,) * 3, (0.2,), 3),
+        (0.5, 0.2, 3),
         ((0.5,), (0.2,) * 3, 3),
         ((0.5,) * 3, (0.2, 0.0, 0.2), 3),
         ((0.5,), (-0.2,), 1),
@@ -33,6 +34,6 @@ def test_normalising_takes_a_sets_statistics_to_0_and_1():
     ],
 )
 def test_statistics_of_other_channels_and_without_spread_are_refused(mean, std, channels):
-    with pytest.raises(InputError, match=rf"an image with {channels} channels: expected one mean") as raised:
+    with pytest.raises(InputError, match=rf"of images \(1, 2, 2, {channels}\): expected one mean") as raised:
         Normalise(mean, std).init(jax.random.key(0), jnp.zeros((1, 2, 2, channels)))
     assert "\n" not in str(raised.value)
