@@ -1,17 +1,17 @@
 """Augmentations: (key, batch) -> batch, on the device, inside the jitted step.
 
 Each function here takes hyper-parameters and returns an augmentation of `batch["image"]`, float32 [B, H, W, C] with
-values in [0, 1]. All but `noise` keep the values in [0, 1].
+values in [0, 1]. All but `noise` keep the values in [0, 1], to the rounding of float32.
 
 Geometric augmentations change only batch["image"]. They raise InputError if the batch has a column in image coordinates
-(boxes, masks, keypoints). Pixels from outside the image are 0, or the colour `fill`, one value or one for each channel.
-`mixup` and `cutmix` also change batch["label"], to probabilities.
+(boxes, masks, keypoints). Pixels from outside the image are 0, or the colour `fill`, a value in [0, 1] or one for each
+channel. `mixup` and `cutmix` also change batch["label"], to probabilities.
 
 Each example has its own random draws, which depend only on the key and its position in the global batch. So the result
 is the same on any number of devices, and no device needs the rows of another; to mix, it needs one.
 
 A hyper-parameter that is drawn is an interval `(low, high)`, and the draw is uniform in it; `(v, v)` is always v.
-Invalid hyper-parameters raise InputError, those that depend on the image's size when the function is first traced.
+Invalid hyper-parameters raise InputError, those that depend on the image's shape when the function is first traced.
 """
 
 from dl_jax.augment.base import Augmentation, Colour, Interval, compose

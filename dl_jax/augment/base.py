@@ -1,12 +1,13 @@
 """What every augmentation is made of: the contract, composition, and checks of batches and hyper-parameters."""
 
-import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from dl_jax.core.errors import InputError
+from dl_jax.core.errors import InputError, one_line
 from dl_jax.core.leaves import leaf_name
 from dl_jax.core.step import Array, Batch
 from dl_jax.data.places import lies_in_the_image
@@ -68,16 +69,46 @@ def require_unplaced(batch: Batch) -> None:
             )
 
 
-def checked(name: str, interval: Interval, valid: bool = True, limits: str = "both finite") -> Interval:
-    """`interval`. Raises InputError unless its ends are finite and in order, and `valid`, which `limits` describes."""
-    low, high = interval
-    if not (valid and -math.inf < low <= high < math.inf):
-        raise InputError(f"{name}={interval}: expected an interval (low, high) with low <= high, {limits}")
+def finite(*numbers: object) -> bool:
+    """Whether all of `numbers` are finite real numbers, and neither arrays nor other objects."""
+    arrays = [np.asarray(number) for number in numbers]
+    return all(array.ndim == 0 and array.dtype.kind in "iuf" and np.isfinite(array) for array in arrays)
+
+
+def checked(
+    name: str,
+    interval: Interval,
+    valid: Callable[[float, float], bool] = lambda low, high: True,
+    limits: str = "both finite",
+) -> Interval:
+    """`interval`. Raises InputError unless its ends are finite, in order and `valid`, which `limits` describes."""
+    if not (np.shape(interval) == (2,) and finite(*interval) and interval[0] <= interval[1] and valid(*interval)):
+        raise InputError(f"{name}={one_line(interval)}: expected an interval (low, high) with low <= high, {limits}")
     return interval
 
 
-def checked_size(size: int) -> int:
-    """`size`. Raises InputError unless it is 1 or more."""
-    if size < 1:
-        raise InputError(f"size={size}: expected a number of pixels, 1 or more")
-    return size
+def checked_integer(name: str, value: int, what: str, least: int = 1) -> int:
+    """`value`. Raises InputError unless it is an integer of `least` or more; `what` says what it is."""
+    if not (isinstance(value, Integral) and value >= least):
+        raise InputError(f"{name}={value}: expected {what}, an integer of {least} or more")
+    return value
+
+
+def checked_fill(fill: Colour) -> Colour:
+    """`fill`. Raises InputError unless it is one value in [0, 1], or a sequence of such values."""
+    if not (np.ndim(fill) < 2 and np.size(fill) and all(finite(each) and 0 <= each <= 1 for each in np.ravel(fill))):
+        raise InputError(
+            f"fill={one_line(fill)}: expected a value in [0, 1], or one for each channel; scale it as the images are"
+        )
+    return fill
+
+
+def colour_for(images: Array, fill: Colour) -> Array:
+    """`fill` as an array [] or [C] for images [B, H, W, C]. Raises InputError for another number of values."""
+    colour = jnp.asarray(fill, images.dtype)
+    if colour.shape not in ((), images.shape[-1:]):
+        raise InputError(
+            f"fill={one_line(fill)}: expected one value, or one for each channel of images {images.shape}; give "
+            f"{images.shape[-1]} values"
+        )
+    return colour

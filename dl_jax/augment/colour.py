@@ -18,7 +18,7 @@ REC601 = (0.299, 0.587, 0.114)  # luminance of red, green and blue
 
 def brightness(factor: Interval) -> Augmentation:
     """factor * image, clipped to [0, 1]. Factors are 0 or more."""
-    return _colour(checked("brightness", factor, factor[0] >= 0, "0 or more"), lambda images, f: f * images)
+    return _colour(checked("brightness", factor, _not_negative, "0 or more"), lambda images, f: f * images)
 
 
 def contrast(factor: Interval) -> Augmentation:
@@ -27,7 +27,7 @@ def contrast(factor: Interval) -> Augmentation:
     Factors are 0 or more. The mean luminance does not change unless values are clipped. Luminance is Rec. 601's for 3
     channels, otherwise the mean of the channels.
     """
-    interval = checked("contrast", factor, factor[0] >= 0, "0 or more")
+    interval = checked("contrast", factor, _not_negative, "0 or more")
     return _colour(interval, lambda images, f: blend(luminance(images.mean((1, 2), keepdims=True)), images, f))
 
 
@@ -36,7 +36,7 @@ def saturation(factor: Interval) -> Augmentation:
 
     Factors are 0 or more; 0 gives a grey image.
     """
-    interval = checked("saturation", factor, factor[0] >= 0, "0 or more")
+    interval = checked("saturation", factor, _not_negative, "0 or more")
     return _colour(interval, lambda images, f: blend(luminance(_rgb(images)), images, f))
 
 
@@ -45,7 +45,7 @@ def hue(turns: Interval) -> Augmentation:
 
     Saturation and value stay (Smith 1978, Color gamut transform pairs).
     """
-    interval = checked("hue", turns, turns[0] >= -0.5 and turns[1] <= 0.5, "in [-0.5, 0.5]")
+    interval = checked("hue", turns, lambda low, high: low >= -0.5 and high <= 0.5, "in [-0.5, 0.5]")
     return _colour(interval, lambda images, f: _turned(_rgb(images), f))
 
 
@@ -95,6 +95,10 @@ def _colour(interval: Interval, adjust: Callable[[Array, Array], Array]) -> Augm
         return jnp.clip(adjust(images, draws), 0, 1)
 
     return on_images(transform)
+
+
+def _not_negative(low: float, high: float) -> bool:
+    return low >= 0
 
 
 def _rgb(images: Array) -> Array:

@@ -5,7 +5,16 @@ import math
 import jax
 import jax.numpy as jnp
 
-from dl_jax.augment.base import Augmentation, Colour, Interval, checked, checked_size, geometric
+from dl_jax.augment.base import (
+    Augmentation,
+    Colour,
+    Interval,
+    checked,
+    checked_fill,
+    checked_integer,
+    colour_for,
+    geometric,
+)
 from dl_jax.augment.sampling import resample, resize_windows
 from dl_jax.core.errors import InputError
 from dl_jax.core.step import Array
@@ -28,14 +37,14 @@ def pad_and_crop(padding: int, fill: Colour = 0.0) -> Augmentation:
     usual augmentation (He et al. 2016, Deep residual learning, section 4.2), which pads images whose mean has been
     subtracted with zeros: here with `fill` as the mean, because a model normalises for itself.
     """
-    if padding < 0:
-        raise InputError(f"padding={padding}: expected a number of pixels, 0 or more")
+    checked_integer("padding", padding, "a number of pixels", least=0)
+    checked_fill(fill)
 
     def transform(key: Array, images: Array) -> Array:
         b, h, w, c = images.shape
         if padding >= min(h, w):
             raise InputError(f"padding={padding}: expected less than the {h}x{w} image, or a window may miss it")
-        around = jnp.full((b, h + 2 * padding, w + 2 * padding, c), jnp.asarray(fill, images.dtype))
+        around = jnp.full((b, h + 2 * padding, w + 2 * padding, c), colour_for(images, fill))
         padded = around.at[:, padding : padding + h, padding : padding + w].set(images)
         corners = jax.random.randint(key, (b, 2), 0, 2 * padding + 1)
         # A slice per example: on a CPU faster than a gather with index arithmetic.
@@ -46,7 +55,7 @@ def pad_and_crop(padding: int, fill: Colour = 0.0) -> Augmentation:
 
 def centre_crop(size: int) -> Augmentation:
     """The `size` x `size` pixels in the middle; of an odd rest one pixel more is cut off below and to the right."""
-    checked_size(size)
+    checked_integer("size", size, "a number of pixels")
 
     def transform(key: Array, images: Array) -> Array:
         _, h, w, _ = images.shape
@@ -67,9 +76,9 @@ def resized_crop(size: int, scale: Interval = (0.08, 1.0), ratio: Interval = (3 
     without aliasing (`sampling.resize_windows`). A stream of images of different sizes does this as it decodes them,
     with `data.resized_crop`.
     """
-    checked_size(size)
-    checked("scale", scale, scale[0] > 0 and scale[1] <= 1, "in (0, 1]")
-    checked("ratio", ratio, ratio[0] > 0, "above 0")
+    checked_integer("size", size, "a number of pixels")
+    checked("scale", scale, lambda low, high: low > 0 and high <= 1, "in (0, 1]")
+    checked("ratio", ratio, _positive, "above 0")
 
     def transform(key: Array, images: Array) -> Array:
         _, h, w, _ = images.shape
@@ -119,8 +128,8 @@ def affine(
     """
     intervals = (
         checked("degrees", degrees),
-        checked("scale", scale, scale[0] > 0, "above 0"),
-        checked("squeeze", squeeze, squeeze[0] > 0, "above 0"),
+        checked("scale", scale, _positive, "above 0"),
+        checked("squeeze", squeeze, _positive, "above 0"),
         checked("shear", shear),
         checked("translate", translate),
         translate,
@@ -152,6 +161,10 @@ def translate(pixels: Interval) -> Augmentation:
 def shear(slope: Interval) -> Augmentation:
     """A horizontal slant about the centre, bilinear: each row moves right by `slope` pixels per pixel upwards."""
     return affine(shear=slope)
+
+
+def _positive(low: float, high: float) -> bool:
+    return low > 0
 
 
 def _source_of(degrees: Array, scale: Array, squeeze: Array, shear: Array, right: Array, down: Array) -> Array:

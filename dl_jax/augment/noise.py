@@ -1,11 +1,9 @@
 """Noise, and squares that are left out."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 
-from dl_jax.augment.base import Augmentation, Colour, on_images
+from dl_jax.augment.base import Augmentation, Colour, checked_fill, checked_integer, colour_for, finite, on_images
 from dl_jax.core.errors import InputError
 from dl_jax.core.step import Array
 
@@ -16,7 +14,7 @@ def noise(sigma: float) -> Augmentation:
     The result is not clipped, so the noise has mean 0 in black and white regions too (Sietsma and Dow 1991, Creating
     artificial neural networks that generalize).
     """
-    if not 0 <= sigma < math.inf:
+    if not (finite(sigma) and sigma >= 0):
         raise InputError(f"sigma={sigma}: expected a standard deviation, 0 or more")
     return on_images(lambda key, images: images + sigma * jax.random.normal(key, images.shape))
 
@@ -28,8 +26,8 @@ def cutout(size: int, fill: Colour = 0.0) -> Augmentation:
     regularization of convolutional neural networks with cutout, section 3.2). The paper applies it after
     normalisation, where 0 is the mean; here `fill` is the mean. Boxes and masks stay valid and are passed through.
     """
-    if size < 1:
-        raise InputError(f"size={size}: expected the square's side in pixels, 1 or more")
+    checked_integer("size", size, "the square's side in pixels")
+    checked_fill(fill)
 
     def transform(key: Array, images: Array) -> Array:
         b, h, w, _ = images.shape
@@ -38,6 +36,6 @@ def cutout(size: int, fill: Colour = 0.0) -> Augmentation:
         first = jax.random.randint(key, (b, 2), 0, jnp.array([h, w])) - size // 2
         row, column = jnp.arange(h) - first[:, :1], jnp.arange(w) - first[:, 1:]  # [B, H], [B, W] within the square
         rows, columns = (row >= 0) & (row < size), (column >= 0) & (column < size)
-        return jnp.where(rows[:, :, None, None] & columns[:, None, :, None], jnp.asarray(fill, images.dtype), images)
+        return jnp.where(rows[:, :, None, None] & columns[:, None, :, None], colour_for(images, fill), images)
 
     return on_images(transform)

@@ -9,7 +9,7 @@ which is less work for a CPU, but an accelerator would work on one image at a ti
 import jax
 import jax.numpy as jnp
 
-from dl_jax.augment.base import Augmentation, Colour, geometric
+from dl_jax.augment.base import Augmentation, Colour, checked_fill, checked_integer, finite, geometric
 from dl_jax.augment.colour import blend, luminance
 from dl_jax.augment.sampling import resample
 from dl_jax.core.errors import InputError
@@ -43,9 +43,9 @@ def rand_augment(operations: int = 2, magnitude: float = 9, fill: Colour = 0.5) 
     inverts all values. These ranges are torchvision's. Shears are about the centre, and `fill` is seen outside. Values
     are integers, 0 to 255, to `equalize` and `posterize`.
     """
-    if operations < 1:
-        raise InputError(f"operations={operations}: expected a number of operations, 1 or more")
-    if not 0 <= magnitude <= STRONGEST:
+    checked_integer("operations", operations, "a number of operations")
+    checked_fill(fill)
+    if not (finite(magnitude) and 0 <= magnitude <= STRONGEST):
         raise InputError(f"magnitude={magnitude}: expected 0 to {STRONGEST}")
 
     def transform(key: Array, images: Array) -> Array:

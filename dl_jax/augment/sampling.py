@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from dl_jax.augment.base import Colour
+from dl_jax.augment.base import Colour, colour_for
 from dl_jax.core.step import Array
 
 
@@ -34,7 +34,7 @@ def resample_at(images: Array, rows: Array, columns: Array, fill: Colour = 0.0) 
     pixels = images.reshape(b, h * w, c)
     down, across = _neighbours(rows, h), _neighbours(columns, w)
     inside = (down[0][1] + down[1][1]) * (across[0][1] + across[1][1])  # [B, H, W]
-    result = (1 - inside)[..., None] * jnp.asarray(fill, images.dtype)
+    result = (1 - inside)[..., None] * colour_for(images, fill)
     for row, row_weight in down:
         for column, column_weight in across:
             result += (row_weight * column_weight)[..., None] * take(pixels, row * w + column)

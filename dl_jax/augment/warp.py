@@ -1,12 +1,10 @@
 """Distortions that bend straight lines: elastic ones, and those of a lens."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dl_jax.augment.base import Augmentation, Colour, Interval, checked, geometric
+from dl_jax.augment.base import Augmentation, Colour, Interval, checked, checked_fill, finite, geometric
 from dl_jax.augment.sampling import resample_at
 from dl_jax.core.errors import InputError
 from dl_jax.core.step import Array
@@ -20,8 +18,9 @@ def elastic(alpha: float, sigma: float, fill: Colour = 0.0) -> Augmentation:
     Best practices for convolutional neural networks, section 2, whose best values on MNIST were 34 and 4). After the
     smoothing a displacement has a standard deviation of about alpha / (6 sigma) pixels.
     """
-    if not (0 <= alpha < math.inf and 0 < sigma < math.inf):
+    if not (finite(alpha, sigma) and alpha >= 0 and sigma > 0):
         raise InputError(f"alpha={alpha}, sigma={sigma}: expected finite numbers of pixels, 0 or more and above 0")
+    checked_fill(fill)
 
     def transform(key: Array, images: Array) -> Array:
         b, h, w, _ = images.shape
@@ -48,7 +47,8 @@ def barrel(strength: Interval, fill: Colour = 0.0) -> Augmentation:
     What lies at r (1 + strength r^2) comes to lie at r, in units of half the diagonal (Brown 1966, Decentering
     distortion of lenses, the first radial term). Strengths are above -1/3, where a pixel would appear twice.
     """
-    interval = checked("strength", strength, strength[0] > -1 / 3, "above -1/3")
+    interval = checked("strength", strength, lambda low, high: low > -1 / 3, "above -1/3")
+    checked_fill(fill)
 
     def transform(key: Array, images: Array) -> Array:
         b, h, w, _ = images.shape

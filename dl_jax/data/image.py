@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from urllib.parse import quote
 
 import numpy as np
 
@@ -31,22 +32,30 @@ def images(
     centre; images of that size stay as they are. They are decoded once and kept, as by `load`. Labels are within
     0 .. classes - 1, by default the number of classes that the set declares.
 
-    Raises InputError for smaller images, another number of channels, labels outside, columns that the set does not
-    have, and those in the coordinates of the images, such as boxes; and as `load` does.
+    Raises InputError for smaller images, another number of channels, labels outside, fewer than one class, columns that
+    the set does not have or that are in the coordinates of the images, such as boxes, and for "image" among `columns`;
+    and as `load` does.
     """
     if size < 1:
         raise InputError(f"size={size}: expected the side of the images in pixels, 1 or more")
+    if classes is not None and classes < 1:
+        raise InputError(f"classes={classes}: expected 1 or more; leave it out for the number that the set declares")
+    if isinstance(columns, str) or "image" in columns:
+        raise InputError(
+            f"columns={columns!r}: expected a tuple of names without 'image', which is always loaded; write ('label',)"
+        )
     described = info(name, data_dir, cache_dir)
     _check_columns(described.features, name, ("image", *columns))
     wanted = Feature((size, size, channels), "uint8")
     fit = functools.partial(_fitted, name=name, size=size, channels=channels)
     change = Change(
-        "-".join(["", f"{size}x{size}x{channels}", *(column.replace("/", "_") for column in columns)]),
+        "-".join(["", f"{size}x{size}x{channels}", *(quote(column, "").replace("-", "%2D") for column in columns)]),
         lambda features: {"image": wanted, **{column: features[column] for column in columns}},
         lambda example: {"image": fit(example["image"]), **{column: example[column] for column in columns}},
     )
     records = load_changed(name, split, change, data_dir, cache_dir, budget=budget)
-    if "label" in columns and (count := classes or described.classes):
+    count = described.classes if classes is None else classes
+    if "label" in columns and count is not None:
         check_labels(records, name, count)
     return dict(records)
 

@@ -139,8 +139,9 @@ def from_torch(
       new_channels: fit the first convolution, of three channels, to another number as timm does. For one channel,
         kernels are summed over the channels; for others they are repeated and divided by how much their sum grows.
 
-    Raises InputError for a key that is missing, unknown or has another shape or no float type. Nothing is left as it
-    was in `variables`, but for the classifier on request.
+    Raises InputError for a key that is missing, unknown or has another shape or no float type, for a counter that is no
+    scalar, and for a number beyond float32. With `new_classes` the classifier may differ in its first axis alone.
+    Nothing is left as it was in `variables`, but for the classifier on request.
     """
     leaves = _leaves(variables, layers)
     counters = {f"{key.removesuffix('running_mean')}{COUNTER}" for key in leaves if key.endswith(".running_mean")}
@@ -149,6 +150,11 @@ def from_torch(
             raise InputError(
                 f"key {key}: found shape {list(np.shape(state[key]))}, expected no such key{nearest(key, leaves)}; "
                 "take the weights of the network that the model is"
+            )
+        if key in counters and np.shape(state[key]):
+            raise InputError(
+                f"key {key}: found shape {list(np.shape(state[key]))}, expected [], a counter; take the weights as "
+                "PyTorch saved them"
             )
     found, report = {}, []
     for key, (path, leaf) in leaves.items():
@@ -162,8 +168,9 @@ def from_torch(
         array, how = np.asarray(state[key]), "as it is" if leaf.ndim == 1 else "transposed"
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise InputError(f"key {key}: found {array.dtype}, expected a float type; dequantise the weights")
+        array = _single(key, array)
         shape = array.shape
-        if new_classes and layer == layers.classifier:
+        if new_classes and layer == layers.classifier and len(shape) == len(expected) and shape[1:] == expected[1:]:
             array, how = _to_torch(leaf), "initialised anew"
         elif new_channels and key == f"{layers.first}.weight" and shape[1:2] == (3,) and shape != expected:
             array, how = _with_channels(array, expected[1]), f"transposed, with {expected[1]} channels"
@@ -210,6 +217,19 @@ def _from_torch(array: np.ndarray) -> np.ndarray:
     """The inverse of `_to_torch`."""
     array = np.asarray(array, np.float32)
     return np.ascontiguousarray(array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T)
+
+
+def _single(key: str, array: np.ndarray) -> np.ndarray:
+    """As float32. Raises InputError for a finite number that is too large for it."""
+    with np.errstate(over="ignore"):
+        single = array.astype(np.float32, copy=False)
+    (beyond,) = np.nonzero(np.isinf(single).ravel() & ~np.isinf(array).ravel())
+    if beyond.size:
+        raise InputError(
+            f"key {key}: found {array.ravel()[beyond[0]]}, expected numbers up to {np.finfo(np.float32).max:.2g}, the "
+            "largest of float32; take weights that were trained in it"
+        )
+    return single
 
 
 def _with_channels(kernel: np.ndarray, channels: int) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from dl_jax.core.errors import InputError
@@ -117,10 +118,17 @@ class Normalise(nn.Module):
 
     As the first layer of a model it is part of what is exported, and pixels need no preparation elsewhere. It has no
     parameters. For ImageNet, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225) are customary.
+
+    Raises InputError unless there are one mean and one standard deviation above 0 for each channel.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        if not (np.shape(self.mean) == np.shape(self.std) == x.shape[-1:] and all(std > 0 for std in self.std)):
+            raise InputError(
+                f"Normalise(mean={self.mean}, std={self.std}) of images {x.shape}: expected one mean and one std above "
+                "0 for each channel; give those of the data set"
+            )
         return (x - jnp.asarray(self.mean, x.dtype)) / jnp.asarray(self.std, x.dtype)

@@ -53,7 +53,7 @@ class Config:
     sigmoid_steps: Positive[int] = 50_000  # train steps of the sigmoid network
     sigmoid_batch: Positive[int] = 60  # examples per step of the sigmoid network, over all devices
     sigmoid_rate: Positive[float] = 0.03  # learning rate of the sigmoid network, with SGD
-    accuracy: Positive[float] = 97.0  # test accuracy to which the steps of the sigmoid network are counted; %
+    accuracy: Annotated[float, Between(0, 100)] = 97.0  # test accuracy to which the sigmoid steps are counted; %
     watch_every: Positive[int] = 100  # steps between measurements of the sigmoid network's test accuracy
 
 

@@ -696,6 +696,14 @@ def test_cutout_zeroes_the_clipped_square_alone(size):
 
 # Bad input
 
+FILLED = {
+    "pad_and_crop": lambda fill: augment.pad_and_crop(2, fill),
+    "cutout": lambda fill: augment.cutout(3, fill),
+    "elastic": lambda fill: augment.elastic(5, 2, fill),
+    "barrel": lambda fill: augment.barrel((-0.1, 0.1), fill),
+    "rand_augment": lambda fill: augment.rand_augment(1, 9, fill),
+}
+
 
 @pytest.mark.parametrize(
     "make",
@@ -729,6 +737,24 @@ def test_cutout_zeroes_the_clipped_square_alone(size):
         lambda: augment.cutmix(1, 0),
         lambda: augment.rand_augment(0),
         lambda: augment.rand_augment(2, 31),
+        lambda: augment.centre_crop(2.5),
+        lambda: augment.resized_crop("8"),
+        lambda: augment.pad_and_crop(1.5),
+        lambda: augment.cutout(2.5),
+        lambda: augment.rand_augment(1.5),
+        lambda: augment.mixup(1, 2.5),
+        lambda: augment.mixup("1", 10),
+        lambda: augment.noise(None),
+        lambda: augment.elastic(1, (2, 3)),
+        lambda: augment.rand_augment(2, "9"),
+        lambda: augment.brightness(1.5),
+        lambda: augment.hue((0.1,)),
+        lambda: augment.rotate(("-1", "1")),
+        *(
+            lambda make=make, fill=fill: make(fill)
+            for make in FILLED.values()
+            for fill in (1.5, -0.1, math.nan, (0.5, 2, 0.5), (), "white", np.full((9, 9), 0.5))
+        ),
     ],
 )
 def test_hyper_parameters_without_sense_are_refused(make):
@@ -757,6 +783,29 @@ def test_images_that_do_not_fit_are_refused(augmentation, images, message):
         augmentation(KEY, {"image": images})
     with pytest.raises(InputError, match=message):
         jax.jit(augmentation)(KEY, {"image": images})
+
+
+@pytest.mark.parametrize("name", FILLED)
+@pytest.mark.parametrize(("channels", "values"), [(1, 3), (3, 1), (3, 2)])
+def test_a_colour_has_as_many_values_as_the_image(name, channels, values):
+    images = np.zeros((2, 8, 8, channels), np.float32)
+    with pytest.raises(InputError, match=rf"fill=\(0\.5.*: expected one value.*; give {channels} values"):
+        jax.eval_shape(FILLED[name]((0.5,) * values), KEY, {"image": images})
+    for fill in (0.5, (0.5,) * channels, [0, 1, 1][:channels], np.full(channels, 0.5, np.float32)):
+        assert jax.eval_shape(FILLED[name](fill), KEY, {"image": images})["image"].shape == images.shape
+
+
+@pytest.mark.parametrize("mix", [augment.mixup(1, 10), augment.cutmix(1, 10)])
+def test_only_batches_with_labels_are_mixed(mix):
+    with pytest.raises(InputError, match="columns image, mask: expected labels to mix in column 'label'"):
+        jax.eval_shape(mix, KEY, {"image": random_images(2, 4, 4, 3), "mask": np.ones(2, np.float32)})
+
+
+@pytest.mark.parametrize("mix", [augment.mixup(1, 3), augment.cutmix(1, 3)])
+def test_a_label_outside_gives_rows_of_nan(mix):
+    labels = mix(KEY, {"image": random_images(4, 4, 4, 3), "label": np.array([0, 3, 2, 1])})["label"]
+    np.testing.assert_array_equal(np.isnan(labels).all(-1), [False, True, True, False])
+    assert np.isfinite(labels[np.array([0, 3])]).all()
 
 
 def test_the_figure_shows_every_augmentation():

@@ -135,6 +135,8 @@ def ragged(tmp_path_factory) -> dict[str, str]:
                 "label": tfds.features.ClassLabel(num_classes=5),
                 "id": tfds.features.Text(),
                 "bbox": tfds.features.BBoxFeature(),
+                "camera": {"id": tfds.features.Scalar(np.int32)},
+                "camera_id": tfds.features.Scalar(np.int32),
             }
             return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
@@ -143,10 +145,8 @@ def ragged(tmp_path_factory) -> dict[str, str]:
 
         def _generate_examples(self):
             for i, picture in enumerate(PICTURES):
-                yield (
-                    i,
-                    {"image": png(picture), "label": i, "id": f"n{i}", "bbox": tfds.features.BBox(0.0, 0.0, 1.0, 1.0)},
-                )
+                box, cameras = tfds.features.BBox(0.0, 0.0, 1.0, 1.0), {"camera": {"id": 7}, "camera_id": 8}
+                yield i, {"image": png(picture), "label": i, "id": f"n{i}", "bbox": box, **cameras}
 
     folder = tmp_path_factory.mktemp("ragged")
     tfds.disable_progress_bar()
@@ -178,7 +178,10 @@ def test_images_of_different_sizes_are_scaled_to_their_shorter_side_and_cropped(
         ({"size": 17}, "ragged has an image of 16x16 pixels, expected 17x17 or more: choose a smaller size"),
         ({"size": 0}, "size=0: expected"),
         ({"size": 16, "classes": 2}, r"label 2 of example \d of data set ragged .* expected 0 to 1"),
-        ({"size": 16, "columns": ("labels",)}, "has the columns bbox, id, image, label, expected 'labels'"),
+        ({"size": 16, "columns": ("labels",)}, "the columns bbox, camera/id, camera_id, id, image, label, expected"),
+        ({"size": 16, "columns": ("image", "label")}, r"columns=\('image', 'label'\): expected .* without 'image'"),
+        ({"size": 16, "columns": "label"}, "columns='label': expected a tuple of names"),
+        ({"size": 16, "classes": 0}, "classes=0: expected 1 or more"),
         ({"size": 16, "columns": ("bbox",)}, "column 'bbox' of data set ragged lies in the coordinates of the images"),
     ],
 )
@@ -186,6 +189,12 @@ def test_images_that_do_not_fit_are_refused(ragged, options, message):
     with pytest.raises(InputError, match=message) as error:
         data.images("ragged", "train", **{"columns": ("label",), **options}, **ragged)
     assert "\n" not in str(error.value)
+
+
+def test_columns_of_similar_names_are_kept_apart(ragged):
+    for column, value in (("camera/id", 7), ("camera_id", 8)):
+        found = data.images("ragged", "train", size=16, columns=(column,), **ragged)
+        assert found[column].tolist() == [value] * 3
 
 
 def test_one_channel_and_four_are_scaled_as_each_is():

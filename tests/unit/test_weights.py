@@ -121,6 +121,8 @@ def changed(**changes):
             r"conv1\.weight: found shape \[16, 1, 3, 3\], expected \[16, 3",
         ),
         ({"conv1__weight": np.ones((16, 3, 3, 3), "i1")}, r"conv1\.weight: found int8, expected a float type"),
+        ({"bn1__num_batches_tracked": np.zeros(3)}, r"bn1\.num_batches_tracked: found shape \[3\], expected \[\]"),
+        ({"bn1__bias": np.full(16, -1e300)}, r"bn1\.bias: found -1e\+300, expected numbers up to 3\.4e\+38"),
         ({"fc__num_batches_tracked": np.zeros(())}, r"fc\.num_batches_tracked: found shape \[\], expected no such key"),
         (
             {"layer1__0__downsample__0__weight": np.ones((16, 16, 1, 1))},
@@ -132,6 +134,22 @@ def test_a_wrong_key_is_refused(changes, message):
     with pytest.raises(InputError, match=message) as raised:
         weights.from_torch(changed(**changes), zeros(CifarResNet()), NETS["resnet20"][1])
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "classifier",
+    [
+        {"linear__weight": np.ones((10, 99), "f")},
+        {"linear__weight": np.ones(10, "f")},
+        {"linear__bias": np.ones((10, 1), "f")},
+        {"linear__bias": np.ones((), "f")},
+    ],
+)
+def test_a_classifier_of_other_features_is_refused_with_new_classes_too(classifier):
+    ((key, array),) = classifier.items()
+    name, found = key.replace("__", r"\."), str(list(array.shape)).replace("[", r"\[")
+    with pytest.raises(InputError, match=rf"key {name}: found shape {found}, expected \[7"):
+        weights.from_torch(changed(**classifier), zeros(CifarResNet(classes=7)), NETS["resnet20"][1], new_classes=True)
 
 
 def test_the_map_of_another_model_is_refused():

@@ -68,6 +68,14 @@ def test_a_block_of_version_2_is_linear_at_its_end_and_adds_its_input_where_it_f
         (MobileNetV1(width=0), (32, 32, 3), "width is 0, expected more than 0"),
         (MobileNetV2(), (32, 16, 3), "image of 32 x 16 pixels, expected 32 x 32 or more"),
         (MobileNetV2(width=-1), (32, 32, 3), "width is -1, expected more than 0"),
+        (MobileNetV1(classes=0), (32, 32, 3), "classes is 0, expected more than 0"),
+        (MobileNetV1(stem=(32, 0)), (32, 32, 3), "a number in stem is 0, expected more than 0"),
+        (MobileNetV1(blocks=((64, 1), (64, -1))), (32, 32, 3), "a number in blocks is -1, expected more than 0"),
+        *(
+            (MobileNetV2(groups=((1, 8, 1, 1), group)), (32, 32, 3), "a number in groups is 0, expected more than 0")
+            for group in ((0, 8, 1, 1), (6, 0, 1, 1), (6, 8, 0, 1), (6, 8, 1, 0))
+        ),
+        (MobileNetV2(last=0), (32, 32, 3), "last is 0, expected more than 0"),
         (MobileNetV2(dropout=1.0), (32, 32, 3), "dropout is 1.0, expected a probability"),
     ],
 )

@@ -66,3 +66,7 @@ def test_the_small_one_takes_digits_and_refuses_smaller_images():
         shapes(SmallXception(), np.zeros((1, 7, 8, 1), np.float32), train=False)
     with pytest.raises(InputError, match="a number of maps is 0, expected more than 0"):
         shapes(Xception(entry=(8, 0)), np.zeros((1, 64, 64, 1), np.float32), train=False)
+    with pytest.raises(InputError, match="classes is 0, expected more than 0"):
+        shapes(Xception(classes=0), np.zeros((1, 64, 64, 1), np.float32), train=False)
+    with pytest.raises(InputError, match="middle is -1, expected a number of blocks, 0 or more"):
+        shapes(Xception(middle=-1), np.zeros((1, 64, 64, 1), np.float32), train=False)

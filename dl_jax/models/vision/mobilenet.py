@@ -40,7 +40,8 @@ class MobileNetV1(nn.Module):
     With `separable=False` it is a dense 3 x 3 convolution instead, which is "Conv MobileNet" in Table 4.
 
     Raises InputError for an image smaller than the strides multiplied (32 x 32 pixels in the published network) or with
-    another number of channels than the parameters, and for a width, a number of maps or a stride that is not above 0.
+    another number of channels than the parameters, and for a width, a number of maps or of classes or a stride that is
+    not above 0.
     """
 
     stem: tuple[int, int] = (32, 2)  # maps and stride of the dense convolution that comes first
@@ -56,7 +57,7 @@ class MobileNetV1(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array, *, train: bool) -> jax.Array:
-        least = {"stem": min(self.stem), "blocks": min(map(min, self.blocks), default=1)}
+        least = {"a number in stem": min(self.stem), "a number in blocks": min(map(min, self.blocks), default=1)}
         require_positive({**least, "width": self.width, "classes": self.classes})
         layers.require_image(self, image, math.prod(stride for _, stride in (self.stem, *self.blocks)))
         layer = functools.partial(_layer, train=train, dtype=self.dtype)
@@ -106,7 +107,8 @@ class MobileNetV2(nn.Module):
     the random stream "dropout".
 
     Raises InputError for an image smaller than the strides multiplied (32 x 32 pixels in the published network) or with
-    another number of channels than the parameters, for a width that is not above 0, and for a dropout outside [0, 1).
+    another number of channels than the parameters, for a width, a number of maps, of blocks or of classes, an expansion
+    or a stride that is not above 0, and for a dropout outside [0, 1).
     """
 
     groups: tuple[tuple[int, int, int, int], ...] = (  # Table 2: expansion, maps, blocks, stride of the first of them
@@ -126,7 +128,8 @@ class MobileNetV2(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array, *, train: bool) -> jax.Array:
-        require_positive({"width": self.width, "classes": self.classes})
+        least = {"a number in groups": min(map(min, self.groups), default=1), "last": self.last}
+        require_positive({**least, "width": self.width, "classes": self.classes})
         require_probability({"dropout": self.dropout})
         layers.require_image(self, image, 2 * math.prod(stride for *_, stride in self.groups))
         layer = functools.partial(_layer, train=train, dtype=self.dtype)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from dl_jax.core.errors import require_positive
+from dl_jax.core.errors import InputError, require_positive
 from dl_jax.models import ops
 from dl_jax.models.layers import batch_norm, conv, require_image
 
@@ -69,7 +69,7 @@ class Xception(nn.Module):
     start as in He et al. 2015.
 
     Raises InputError for an image smaller than the product of the strides or with other channels than the parameters
-    have, and where a number of maps is below 1.
+    have, where a number of maps or of classes or the stride is below 1, and where `middle` is below 0.
     """
 
     stem: tuple[int, int] = (32, 64)  # maps of the two dense convolutions
@@ -83,7 +83,10 @@ class Xception(nn.Module):
 
     @nn.compact
     def __call__(self, image: jax.Array, *, train: bool) -> jax.Array:
-        require_positive({"a number of maps": min(*self.stem, *self.entry, *self.exit), "stride": self.stride})
+        maps = min(*self.stem, *self.entry, *self.exit)
+        require_positive({"a number of maps": maps, "stride": self.stride, "classes": self.classes})
+        if self.middle < 0:
+            raise InputError(f"middle is {self.middle}, expected a number of blocks, 0 or more; give 0 for none")
         require_image(self, image, self.stride * 2 ** (len(self.entry) + 1))
 
         def block(x: jax.Array, maps: tuple[int, ...], name: str, pooled: bool, activated: bool = True) -> jax.Array:
