@@ -20,7 +20,7 @@ from jax.test_util import check_grads
 from quick import jit
 
 from dl_jax.core.errors import InputError
-from dl_jax.models import layers, ops
+from dl_jax.models import layers, ops, products
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -263,14 +263,16 @@ def causal_forward_and_backward(sequence, kernel):
 def test_any_convolution_of_blocks_equals_brute_force(size, taps, maps, padding):
     image, kernel = draw(2, *size, maps[0]), draw(*taps, *maps, seed=1)
     sides = zip(size, padding, taps, strict=True)
-    window = ops.Window(tuple(n + sum(pads) - k + 1 for n, pads, k in sides), (1, 1), padding, (1, 1), None)
-    blocks = lambda x, w: ops._block_convolution(x, w, window)
+    window = products.Window(tuple(n + sum(pads) - k + 1 for n, pads, k in sides), (1, 1), padding, (1, 1), None)
+    blocks = lambda x, w: products.block_convolution(x, w, window)
     assert_close(jit(value_and_gradients(blocks))(image, kernel), brute_force(image, kernel, (1, 1), padding, (1, 1)))
 
 
 def test_vmapped_convolution_of_blocks_equals_xla():
     images, kernels = draw(3, 2, 9, 8, 1), draw(3, 5, 5, 1, 4, seed=1)
-    blocks = lambda x, w: ops._block_convolution(x, w, ops.Window((5, 4), (1, 1), ((0, 0), (0, 0)), (1, 1), None))
+    blocks = lambda x, w: products.block_convolution(
+        x, w, products.Window((5, 4), (1, 1), ((0, 0), (0, 0)), (1, 1), None)
+    )
     xla = lambda x, w: lax.conv_general_dilated(x, w, (1, 1), "VALID", dimension_numbers=LAYOUT)
     found, expected = (jit(jax.vmap(value_and_gradients(form)))(images, kernels) for form in (blocks, xla))
     assert_close(found, expected)

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from dl_jax.core.errors import InputError, require_positive
 from dl_jax.models import ops
 from dl_jax.models.layers import dense, require_image
+from dl_jax.models.products import matrix_product
 
 he_fan_in = nn.initializers.variance_scaling(2.0, "fan_in", "normal")  # the paper's sqrt(2 / N), section 3
 
@@ -37,7 +38,7 @@ class UpConv(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (2, 2, channels, self.maps))
         bias = self.param("bias", nn.initializers.zeros, (self.maps,))
         kernel = kernel.astype(self.dtype).transpose(2, 0, 1, 3).reshape(channels, 4 * self.maps)
-        x = ops.matrix_product(x.astype(self.dtype), kernel).reshape(batch, height, width, 2, 2, self.maps)
+        x = matrix_product(x.astype(self.dtype), kernel).reshape(batch, height, width, 2, 2, self.maps)
         x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, 2 * height, 2 * width, self.maps)
         return x + bias.astype(self.dtype)
 
