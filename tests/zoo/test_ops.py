@@ -284,7 +284,7 @@ def depthwise_forward_and_backward(image, kernel):
     return jax.vjp(convolve, image, kernel)[1](convolve(image, kernel))
 
 
-products = [
+lowered_as_products = [
     (forward_and_backward, IMAGES),
     (forward_and_backward, (jnp.ones((2, 6, 6, 1)), jnp.ones((3, 3, 1, 16)))),
     (forward_and_backward, (jnp.ones((2, 6, 6, 8)), jnp.ones((1, 1, 8, 4)))),
@@ -297,7 +297,7 @@ def lowered(platform, function, arguments):
     return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
 
 
-@pytest.mark.parametrize(("function", "arguments"), [*products, (forward_and_backward, DEEP)])
+@pytest.mark.parametrize(("function", "arguments"), [*lowered_as_products, (forward_and_backward, DEEP)])
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_accelerators_get_convolutions(platform, function, arguments):
     text = lowered(platform, function, arguments)
@@ -321,7 +321,7 @@ def test_tpu_gets_blocks_for_few_channels_only():
     assert not gets_blocks((5, 5, 1, 6), dilation=(1, 2))
 
 
-@pytest.mark.parametrize(("function", "arguments"), products)
+@pytest.mark.parametrize(("function", "arguments"), lowered_as_products)
 def test_cpu_gets_no_convolution_even_vmapped(function, arguments):
     assert "stablehlo.convolution" not in lowered("cpu", function, arguments)
     members = [jnp.stack([leaf, leaf]) for leaf in arguments]
