@@ -51,21 +51,28 @@ def mebibytes(field: str) -> float:
     return int(found[1]) / 1024
 
 
-def compete(contestants: Mapping[str, Contestant], steps: int, rounds: int) -> dict[str, Times]:
-    """Times all contestants in `rounds` rounds of `steps` steps each; the order is reversed in every other round."""
+def compete(
+    contestants: Mapping[str, Contestant], steps: int, rounds: int, most_seconds: float = float("inf")
+) -> dict[str, Times]:
+    """Times all contestants in `rounds` rounds of `steps` steps each; the order is reversed in every other round.
+
+    A contestant that would take longer than `most_seconds` for its steps makes as many fewer, but at least one.
+    """
     context = multiprocessing.get_context("spawn")
-    pipes, processes = {}, {}
+    pipes, processes, own_steps = {}, {}, {}
     for name, contestant in contestants.items():
         pipes[name], theirs = context.Pipe()
         processes[name] = context.Process(target=serve, args=(contestant, theirs), daemon=True)
         processes[name].start()
         theirs.close()
         pipes[name].recv()  # waits until it is prepared: compiling several at once would be no faster and no fairer
+        pipes[name].send(1)
+        own_steps[name] = max(1, int(min(steps, most_seconds / pipes[name].recv())))
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for i in range(rounds):
         for name in list(contestants)[:: 1 if i % 2 == 0 else -1]:
-            pipes[name].send(steps)
-            seconds[name].append(pipes[name].recv() / steps)
+            pipes[name].send(own_steps[name])
+            seconds[name].append(pipes[name].recv() / own_steps[name])
     times = {}
     for name, pipe in pipes.items():
         pipe.send(None)

@@ -1,6 +1,6 @@
 """Benchmarks of train steps: `fit` against the step alone, the input pipeline against the step, JAX against PyTorch.
 
-    python benchmarks/train_step.py            some fifteen minutes on 2 cores; with PyTorch if torch is installed
+    python benchmarks/train_step.py            some twelve minutes on 2 cores; with PyTorch if torch is installed
     python benchmarks/train_step.py --quick    a minute, to see that it runs; its ratios mean little
 
 It times, on the networks of problems.py:
@@ -53,6 +53,7 @@ from dl_jax.models.vision.resnet import ResNet50
 
 SEEDS = 5
 LARGE_IMAGE = jnp.zeros((1, 224, 224, 3))
+MOST_SECONDS = 2  # of a block of steps
 EPOCH = 468  # steps of an epoch of MNIST's 60,000 digits
 
 
@@ -268,7 +269,7 @@ def main() -> None:
     used |= {"torch": importlib.metadata.version("torch")} if torch else {}
     print(f"commit {code['commit']}{'' if code['clean'] else ' with uncommitted changes'}")
     print(", ".join(f"{name} {version}" for name, version in used.items()) + "\n")
-    times = compete(contestants(torch), *((5, 2) if quick else (50, 9)))
+    times = compete(contestants(torch), *((5, 2) if quick else (50, 9)), most_seconds=MOST_SECONDS)
     for name, (seconds, peak) in times.items():
         print(f"{name:<24} {1e3 * np.median(seconds):8.2f} ms/step {peak:6.0f} MiB at most")
     table = rows(times, torch)

@@ -52,7 +52,7 @@ def loss(variables, batch, key):
 
 def train(folder: str, report) -> None:
     """Trains to the end and writes the digest of everything that the run remembers."""
-    tx = optax.adamw(optim.warmup_cosine(1e-2, STEPS))
+    tx = optax.chain(optax.adamw(optim.warmup_cosine(1e-2, STEPS)), optim.averaged(0.9))
     variables = jax.jit(lambda key: Net().init(key, RECORDS["image"][:1], train=False))(jax.random.key(0))
     state = init_state(jax.random.key(1), variables, tx)
     stream = data.shuffled(RECORDS, 16, seeds=2)
