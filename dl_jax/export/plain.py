@@ -4,13 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-# Call primitives, each with the name of the parameter that holds the called jaxpr.
-CALLS = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr"}
+from dl_jax.core.equations import DERIVATIVES, bound, evaluate, inlined
 
 
 def plain(function: Callable[..., Any], inputs: Sequence[jax.ShapeDtypeStruct]) -> Callable[..., list[jax.Array]]:
@@ -21,8 +19,8 @@ def plain(function: Callable[..., Any], inputs: Sequence[jax.ShapeDtypeStruct]) 
     constants. `function` is traced in this call, so that it uses the original `jnp` and Flax functions even where an
     exporter replaces these in its own trace.
     """
-    jaxpr = jax.make_jaxpr(function)(*inputs)
-    return lambda *inputs: _evaluate(jaxpr, inputs)
+    jaxpr = inlined(jax.make_jaxpr(function)(*inputs))
+    return lambda *inputs: evaluate(jaxpr, inputs, _results)
 
 
 def _product(params: Mapping[str, Any], x: Any, kernel: Any) -> Any:
@@ -50,39 +48,16 @@ def _maximum(params: Mapping[str, Any], x: Any, y: Any) -> Any:
 FORMS = {"dot_general": _product, "pad": _pad, "max": _maximum}
 
 
-def _evaluate(closed: Any, inputs: Sequence[Any]) -> list[Any]:
-    jaxpr = closed.jaxpr
-    values: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *inputs], strict=True))
-
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, jex.Literal) else values[atom]
-
-    for equation in jaxpr.eqns:
-        results = _results(equation, [read(atom) for atom in equation.invars])
-        values.update(zip(equation.outvars, results, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
-
-
-def _results(equation: Any, inputs: list[Any]) -> list[Any]:
+def _results(equation: Any, inputs: list[Any]) -> Sequence[Any]:
     name, params = equation.primitive.name, equation.params
-    if name == "platform_index":
-        return [None]  # not used: for the `cond` below the default branch is taken
-    if name in CALLS:
-        return _evaluate(params[CALLS[name]], inputs)
-    if name == "cond" and params.get("branches_platforms"):
-        default = params["branches_platforms"].index(None)
-        return _evaluate(params["branches"][default], inputs[1:])
+    if name in DERIVATIVES:
+        return evaluate(inlined(params[DERIVATIVES[name]]), inputs, _results)
     if name == "scan":
-        body = jax.make_jaxpr(lambda *inputs: _evaluate(params["jaxpr"], inputs))(*params["jaxpr"].in_avals)
-        return equation.primitive.bind(*inputs, **{**params, "jaxpr": body})
+        body = jax.make_jaxpr(lambda *inputs: evaluate(params["jaxpr"], inputs, _results))(*params["jaxpr"].in_avals)
+        return bound(equation, inputs, jaxpr=body)
     known = not any(isinstance(each, Tracer) for each in inputs)
     if known and all(isinstance(size, int) for out in equation.outvars for size in out.aval.shape):
         with jax.ensure_compile_time_eval():
-            return _bound(equation, inputs)
+            return bound(equation, inputs)
     form = FORMS[name](params, *inputs) if name in FORMS else None
-    return _bound(equation, inputs) if form is None else [form]
-
-
-def _bound(equation: Any, inputs: list[Any]) -> list[Any]:
-    results = equation.primitive.bind(*inputs, **equation.params)
-    return results if equation.primitive.multiple_results else [results]
+    return bound(equation, inputs) if form is None else [form]

@@ -33,6 +33,7 @@ CORE = (
     "stream",
     "leaves",
     "flops",
+    "equations",
     "step",
     "devices",
     "seeds",
