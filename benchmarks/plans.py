@@ -1,15 +1,18 @@
 """Plans every experiment for TPU slices that need not be there, and prints the table of docs/scale.md.
 
-    python benchmarks/plans.py            half an hour on one core; needs pip install -e '.[tpu]' and the prepared sets
-    python benchmarks/plans.py --write    also puts the table into docs/scale.md
+    python benchmarks/plans.py                          an hour and a half on one core, mostly for the ResNets; needs
+                                                        pip install -e '.[tpu]' and the prepared sets
+    python benchmarks/plans.py --write                  also puts the table into docs/scale.md
+    python benchmarks/plans.py --write vision/depth.py  plans this experiment alone and keeps the other rows
 
-A row is a program that a fit compiles. Equal programs of an experiment are one row. ImageNet need not be prepared: a
-few generated images of its size stand for it.
+A row is a program that a fit compiles, below the command and the commit. Equal programs of an experiment are one row.
+ImageNet need not be prepared: a few generated images of its size stand for it.
 """
 
 import argparse
 import importlib.metadata
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -62,9 +65,8 @@ def planned(command: str, folder: Path) -> list[dict[str, Any]]:
     return json.loads((folder / "plan" / "plan.json").read_text())["programs"]
 
 
-def rows(command: str, programs: list[dict[str, Any]]) -> Iterator[str]:
+def rows(programs: list[dict[str, Any]]) -> Iterator[str]:
     """Lines of the table."""
-    yield f"| `{command}` |||||||||\n"
     for each in programs:
         if each["loop"]:
             yield row(each)
@@ -105,23 +107,40 @@ def made_by() -> str:
     """The commit and the versions on which the numbers depend."""
     commit = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True)
-    packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "libtpu"))
-    return f"Commit {commit.stdout.strip()}{' with changes' * bool(changed.stdout)}, {packages}."
+    packages = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "libtpu"))
+    return f"{commit.stdout.strip()}{' with changes' * bool(changed.stdout)}, {packages}"
+
+
+def parts(page: str) -> dict[str, str]:
+    """The table in the page, as {command: its lines, with the heading}."""
+    found: dict[str, str] = {}
+    for line in page.split(MARKS[0])[1].split(MARKS[1])[0].splitlines(keepends=True):
+        if heading := re.match(r"\| `([^`]*)`", line):
+            found[heading[1]] = ""
+        if found:
+            found[[*found][-1]] += line
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiments", nargs="*", help="files below experiments/; default: all")
     parser.add_argument("--write", action="store_true", help="put the table into docs/scale.md")
-    asked, table = parser.parse_args(), ""
-    by = made_by()
-    for command in track(commands()):
+    asked = parser.parse_args()
+    known, by = commands(), made_by()
+    if unknown := {*asked.experiments} - {command.split()[0] for command in known}:
+        parser.error(f"{', '.join(sorted(unknown))}: expected files below experiments/, such as vision/lenet.py")
+    page = PAGE.read_text()
+    table = {command: lines for command, lines in parts(page).items() if command in known}
+    for command in track([each for each in known if not asked.experiments or each.split()[0] in asked.experiments]):
         with tempfile.TemporaryDirectory() as folder:
-            found = "".join(rows(command, planned(command, Path(folder))))
-        print(found, flush=True)
-        table += found
+            found = "".join(rows(planned(command, Path(folder))))
+        table[command] = f"| `{command}`, {by} |||||||||\n{found}"
+        print(table[command], flush=True)
     if asked.write:
-        before, after = PAGE.read_text().split(MARKS[0])[0], PAGE.read_text().split(MARKS[1])[1]
-        PAGE.write_text(f"{before}{MARKS[0]}{by}\n\n{HEADER}{table}{MARKS[1]}{after}")
+        before, after = page.split(MARKS[0])[0], page.split(MARKS[1])[1]
+        ordered = "".join(table[command] for command in known if command in table)
+        PAGE.write_text(f"{before}{MARKS[0]}{HEADER}{ordered}{MARKS[1]}{after}")
 
 
 if __name__ == "__main__":
