@@ -321,6 +321,17 @@ def test_tpu_gets_blocks_for_few_channels_only():
     assert not gets_blocks((5, 5, 1, 6), dilation=(1, 2))
 
 
+@pytest.mark.parametrize("platform", ["tpu", "cuda", "cpu"])
+def test_tpu_alone_fuses_nothing_with_a_strided_convolution_of_several_pixels(platform):
+    def is_apart(size, stride):
+        convolve = lambda x, w: ops.conv_general_dilated(2 * x, w, (stride, stride), "SAME", None, None, LAYOUT)
+        return "optimization_barrier" in lowered(platform, convolve, (jnp.ones((1, 8, 8, 20)), jnp.ones(size)))
+
+    assert is_apart((3, 3, 20, 20), 2) == (platform == "tpu")
+    assert not is_apart((3, 3, 20, 20), 1)
+    assert not is_apart((1, 1, 20, 20), 2)
+
+
 @pytest.mark.parametrize(("function", "arguments"), lowered_as_products)
 def test_cpu_gets_no_convolution_even_vmapped(function, arguments):
     assert "stablehlo.convolution" not in lowered("cpu", function, arguments)
