@@ -2,7 +2,7 @@
 
     python benchmarks/plans.py                          an hour and a half on one core, mostly for the ResNets; needs
                                                         pip install -e '.[tpu]' and the prepared sets
-    python benchmarks/plans.py --write                  also puts the table into docs/scale.md
+    python benchmarks/plans.py --write                  also puts each into the table of docs/scale.md
     python benchmarks/plans.py --write vision/depth.py  plans this experiment alone and keeps the other rows
 
 A row is a program that a fit compiles, below the command and the commit. Equal programs of an experiment are one row.
@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,17 +130,22 @@ def main() -> None:
     known, by = commands(), made_by()
     if unknown := {*asked.experiments} - {command.split()[0] for command in known}:
         parser.error(f"{', '.join(sorted(unknown))}: expected files below experiments/, such as vision/lenet.py")
-    page = PAGE.read_text()
-    table = {command: lines for command, lines in parts(page).items() if command in known}
     for command in track([each for each in known if not asked.experiments or each.split()[0] in asked.experiments]):
         with tempfile.TemporaryDirectory() as folder:
             found = "".join(rows(planned(command, Path(folder))))
-        table[command] = f"| `{command}`, {by} |||||||||\n{found}"
-        print(table[command], flush=True)
-    if asked.write:
-        before, after = page.split(MARKS[0])[0], page.split(MARKS[1])[1]
-        ordered = "".join(table[command] for command in known if command in table)
-        PAGE.write_text(f"{before}{MARKS[0]}{HEADER}{ordered}{MARKS[1]}{after}")
+        lines = f"| `{command}`, {by} |||||||||\n{found}"
+        print(lines, flush=True)
+        if asked.write:
+            renew(command, lines, known)
+
+
+def renew(command: str, lines: str, known: Sequence[str]) -> None:
+    """Puts the lines of a command into the page. Lines of commands that are no longer known are left out."""
+    page = PAGE.read_text()
+    table = {**parts(page), command: lines}
+    before, after = page.split(MARKS[0])[0], page.split(MARKS[1])[1]
+    ordered = "".join(table[each] for each in known if each in table)
+    PAGE.write_text(f"{before}{MARKS[0]}{HEADER}{ordered}{MARKS[1]}{after}")
 
 
 if __name__ == "__main__":
