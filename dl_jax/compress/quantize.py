@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from dl_jax.compress.grid import dequantized, fake_quantize
 from dl_jax.core.errors import InputError
 from dl_jax.core.leaves import Where, at_least_float32, chosen, is_kernel
 from dl_jax.core.step import Array, Batch, Tree
@@ -95,7 +96,7 @@ def _integers(w: Array, bits: int) -> Quantized:
 
 
 def _floats(q: Quantized) -> Array:
-    return q.values * q.scale
+    return dequantized(q.values, q.scale)
 
 
 def _grid(bits: int) -> tuple[int, int]:
@@ -253,12 +254,7 @@ def rounded(x: Array, bounds: Range, bits: int) -> Array:
     low, high = at_least_float32(jnp.minimum(bounds.low, 0)), at_least_float32(jnp.maximum(bounds.high, 0))
     scale = (high - low) * low.dtype.type(1 / levels)
     scale = jnp.where(scale == 0, 1, scale)
-    zero = jnp.round(-low / scale)
-    steps = jnp.round(at_least_float32(x) / scale)
-    q = jnp.clip(steps + zero, 0, levels)
-    kept = (steps + zero >= 0) & (steps + zero <= levels)
-    passed = jnp.where(kept, x, jax.lax.stop_gradient(x))
-    return _straight_through(passed, ((q - zero) * scale).astype(x.dtype))
+    return fake_quantize(x, jax.lax.stop_gradient(scale), jax.lax.stop_gradient(jnp.round(-low / scale)), levels)
 
 
 def require_bits(bits: int) -> None:
