@@ -57,8 +57,8 @@ def with_inputs(function: Function, f: Callable[[str, jax.Array], jax.Array]) ->
 def inputs(function: Function) -> Callable[..., dict[str, list[jax.Array]]]:
     """Wraps `function` so that it returns the inputs of its layers: {path: one array for each call}.
 
-    They have the shapes with which the products compute. A hidden state is one array of all steps, [T, ...]. The function's result is discarded. See `with_inputs` for which
-    layers are included and what is raised.
+    They have the shapes with which the products compute. A hidden state is one array of all steps, [T, ...]. The
+    function's result is discarded. See `with_inputs` for which layers are included and what is raised.
     """
 
     def collect(*args: Any, **kwargs: Any) -> dict[str, list[jax.Array]]:
@@ -116,8 +116,10 @@ def _has_products(closed: Any) -> bool:
 
 
 def analysed(called: Called) -> tuple[dict[Any, Layer], dict[Any, Origin]]:
-    """The layers of a trace of `opened`, {variable of the result: layer} in the order in which they run, and what each
-    variable depends on, also in the bodies of scans."""
+    """The layers of a trace of `opened`, and what each variable depends on, also in the bodies of scans.
+
+    The layers are {variable of the result: layer}, in the order in which they run.
+    """
     found: dict[Any, Layer] = {}
     known: dict[Any, Origin] = {}
     sources = [frozenset({i}) for i in range(len(called.paths))]

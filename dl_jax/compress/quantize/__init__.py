@@ -18,6 +18,9 @@ from dl_jax.compress.quantize.activations import (
     rounded,
     with_activations,
 )
+from dl_jax.compress.quantize.axes import output_axes
+from dl_jax.compress.quantize.binary import binary, stochastic_binary, ternary, with_stochastic_binary, within_one
+from dl_jax.compress.quantize.learned import activation_steps, learned, learned_activations, stored, with_steps
 from dl_jax.compress.quantize.weights import (
     Axes,
     Quantized,
@@ -37,17 +40,28 @@ __all__ = [
     "Observer",
     "Quantized",
     "Range",
+    "activation_steps",
+    "binary",
     "calibrate",
     "dequantize",
     "fake",
     "is_weight",
     "last_axis",
+    "learned",
+    "learned_activations",
     "least_error",
+    "output_axes",
     "pack",
     "percentile",
     "quantize",
     "require_bits",
     "rounded",
+    "stochastic_binary",
+    "stored",
+    "ternary",
     "unpack",
     "with_activations",
+    "with_steps",
+    "with_stochastic_binary",
+    "within_one",
 ]

@@ -211,6 +211,11 @@ def with_activations(function: Callable[..., Any], bits: int) -> Callable[..., A
     lacks a layer.
     """
     require_bits(bits)
+    return rounding_points(function, lambda x, name, bounds: rounded(x, bounds, 8 if is_between(name) else bits))
+
+
+def rounding_points(function: Callable[..., Any], f: Callable[[Array, str, Range], Array]) -> Callable[..., Any]:
+    """Wraps `function` as `with_activations` does, with f(x, name, range) in the place of the value x of each point."""
 
     @functools.wraps(function)  # keeps the signature, which `classify` inspects
     def quantized(variables: Tree, *args: Any, **kwargs: Any) -> Any:
@@ -219,20 +224,24 @@ def with_activations(function: Callable[..., Any], bits: int) -> Callable[..., A
         ranges = variables[RANGES]
         others = {name: tree for name, tree in variables.items() if name != RANGES}
 
-        def f(name: str, x: Array) -> tuple[Array, None]:
-            between = name.endswith((OUTPUT, SUM))
+        def at_point(name: str, x: Array) -> tuple[Array, None]:
             if name in ranges:
-                return rounded(x, ranges[name], 8 if between else bits), None
-            if not between:
+                return f(x, name, ranges[name]), None
+            if not is_between(name):
                 known = ", ".join(ranges)
                 raise InputError(f"layer {name!r} has no range, expected one of {known}; calibrate this very model")
             return x, None
 
         called, at = _points(function, others, *args, **kwargs)
-        outputs, _ = inspect.run(called.jaxpr, [*jax.tree.leaves(others), *called.others], *at.hooks(f))
+        outputs, _ = inspect.run(called.jaxpr, [*jax.tree.leaves(others), *called.others], *at.hooks(at_point))
         return called.result(outputs)
 
     return quantized
+
+
+def is_between(name: str) -> bool:
+    """Whether a point is not the input of a layer."""
+    return name.endswith((OUTPUT, SUM))
 
 
 def rounded(x: Array, bounds: Range, bits: int) -> Array:

@@ -47,7 +47,7 @@ def fake(bits: int, where: Where = is_kernel, axes: Axes = last_axis) -> Callabl
     """
     require_bits(bits)
     return lambda params: of_chosen(
-        params, where, lambda path, w: _straight_through(w, _floats(_integers(w, bits, axes(path, w))))
+        params, where, lambda path, w: straight_through(w, _floats(_integers(w, bits, axes(path, w))))
     )
 
 
@@ -125,12 +125,12 @@ def _grid(bits: int) -> tuple[int, int]:
 
 
 @jax.custom_jvp
-def _straight_through(x: Array, value: Array) -> Array:
+def straight_through(x: Array, value: Array) -> Array:
     """`value`, with the gradient of `x`, which may be of another type."""
     return value
 
 
-_straight_through.defjvp(lambda primals, tangents: (primals[1], tangents[0].astype(primals[1].dtype)))
+straight_through.defjvp(lambda primals, tangents: (primals[1], tangents[0].astype(primals[1].dtype)))
 
 
 def pack(values: np.ndarray, bits: int) -> np.ndarray:  # int8 [...] -> uint8 [ceil(N * bits / 8)]
