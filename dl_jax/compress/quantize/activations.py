@@ -252,9 +252,13 @@ def rounded(x: Array, bounds: Range, bits: int) -> Array:
     gives float32. Non-finite bounds give NaN. Raises InputError for bits outside 1 .. 8.
     """
     require_bits(bits)
-    levels = 2**bits - 1
     x = x if jnp.issubdtype(x.dtype, jnp.floating) else at_least_float32(x)
+    return fake_quantize(x, *jax.lax.stop_gradient(grid_of(bounds, bits)), 2**bits - 1)
+
+
+def grid_of(bounds: Range, bits: int) -> tuple[Array, Array]:
+    """Scale and zero point of 2^bits values over `bounds`, widened to contain 0."""
     low, high = at_least_float32(jnp.minimum(bounds.low, 0)), at_least_float32(jnp.maximum(bounds.high, 0))
-    scale = (high - low) * low.dtype.type(1 / levels)
+    scale = (high - low) * low.dtype.type(1 / (2**bits - 1))
     scale = jnp.where(scale == 0, 1, scale)
-    return fake_quantize(x, jax.lax.stop_gradient(scale), jax.lax.stop_gradient(jnp.round(-low / scale)), levels)
+    return scale, jnp.round(-low / scale)

@@ -78,7 +78,7 @@ def dequantize(params: Tree) -> Tree:
 
     A weight may also be a dict of `values` and `scale`, as the codec returns it.
     """
-    return jax.tree.map(lambda leaf: _floats(_as_quantized(leaf)) if is_quantized(leaf) else leaf, params,
+    return jax.tree.map(lambda leaf: _floats(as_quantized(leaf)) if is_quantized(leaf) else leaf, params,
                         is_leaf=is_quantized)  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def is_quantized(tree: Any) -> bool:
     return isinstance(tree, Quantized) or as_dict
 
 
-def _as_quantized(tree: Any) -> Quantized:
+def as_quantized(tree: Any) -> Quantized:
     return tree if isinstance(tree, Quantized) else Quantized(**tree)
 
 
