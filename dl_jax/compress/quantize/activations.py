@@ -66,7 +66,8 @@ def calibrate(
         return _each(_histogram, _values(apply, variables, batch), ranges)
 
     counts = _over(batches, variables, histograms, jnp.add)
-    return {name: observer(_centres(ranges[name]), counts[name]) for name in ranges}
+    chosen = jax.jit(lambda bounds, counts: observer(_centres(bounds), counts))
+    return {name: chosen(ranges[name], counts[name]) for name in ranges}
 
 
 def _over(batches: list[Batch], variables: Tree, of: Callable[..., Any], merge: Callable[[Any, Any], Any]) -> Any:
