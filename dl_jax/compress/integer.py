@@ -1,0 +1,436 @@
+"""A quantised network in integer arithmetic alone: Jacob et al. 2018, arXiv:1712.05877, section 2.
+
+Activations and weights are int8, sums int32, and what rescales a sum to the integers of the next layer is a fixed-point
+multiplier m · 2^-n: a multiplication and a shift. `integer_only` derives this from the trace of a model; `simulated`
+computes the same in real numbers, and the two are equal bit for bit. Real numbers are left in two places: the input is
+rounded to integers, and the integers of the result are multiplied by their scale.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+
+from dl_jax import inspect
+from dl_jax.compress.quantize.activations import RANGES, grid_of, is_between
+from dl_jax.compress.quantize.points import MOVES, Points, points, selects
+from dl_jax.compress.quantize.weights import Quantized, as_quantized, dequantize, is_quantized, require_bits
+from dl_jax.core.equations import DERIVATIVES, Called, bound, evaluate, inlined
+from dl_jax.core.errors import InputError
+from dl_jax.core.step import Array, Tree
+
+M_BITS = 15  # of the m of a multiplier
+TERM_BITS = 20  # of the multipliers of the two terms of a sum, which are int8
+
+
+def integer_only(apply: Callable[..., Any], variables: Tree, bits: int = 8) -> Callable[..., Any]:
+    """The function (*args, **kwargs) of `apply(variables, *args, **kwargs)`, computed in integers.
+
+    `variables` has weights from `quantize.quantize`, whose scales are of output channels, and the ranges of
+    `quantize.calibrate`. The inputs of layers have `bits` bits, as in `quantize.with_activations`, and what lies
+    between them 8. Layers are dense and convolutions of any kind; between them may be biases, ReLU and the like,
+    maxima, means over pixels or windows, changes of shape, padding with zeros, and sums of two activations.
+
+    Raises InputError for bits outside 1 .. 8 and, when called, for an operation that has no integer form here, such as
+    a batch normalisation that is not folded, for weights without integers, and for a layer without a range.
+    """
+    require_bits(bits)
+
+    def integers(*args: Any, **kwargs: Any) -> Any:
+        model = _model(apply, variables, bits, *args, **kwargs)
+        outputs, _ = _in_integers(model, model.called.others)
+        return model.called.result([x.real() if isinstance(x, Fixed) else x for x in outputs])
+
+    return integers
+
+
+def simulated(apply: Callable[..., Any], variables: Tree, bits: int = 8) -> Callable[..., Any]:
+    """The same function in real numbers, of float64: what training simulates, with the rounding of the integers.
+
+    Layers multiply and sum the real numbers that the integers stand for. At a point of the model, a sum is rounded to
+    whole steps of scale(input) · scale(weight), which removes the error of float64, multiplied by m · 2^-n, and
+    rounded, halves up. Biases and other constants are whole steps too, and so are the terms of a sum of two
+    activations. But for the rounding of constants and of multipliers this is `quantize.with_activations`. Takes and
+    raises what `integer_only` does.
+    """
+    require_bits(bits)
+
+    def reals(*args: Any, **kwargs: Any) -> Any:
+        model = _model(apply, variables, bits, *args, **kwargs)
+        noted: list[Any] = []
+        jax.eval_shape(lambda others: noted.extend(_in_integers(model, others)), model.called.others)
+        results, notes = noted
+        with jax.enable_x64(True):
+            outputs = jax.jit(lambda others: _in_reals(model, notes, others))(model.called.others)
+            steps = [jnp.round(x / y.scale).astype(jnp.int32) if isinstance(y, Fixed) else x
+                     for x, y in zip(outputs, results, strict=True)]  # fmt: skip
+        pairs = zip(steps, results, strict=True)
+        return model.called.result([Fixed(x, y.scale, 0).real() if isinstance(y, Fixed) else x for x, y in pairs])
+
+    return reals
+
+
+class Fixed(NamedTuple):
+    """Real numbers scale · (values − zero)."""
+
+    values: Array  # int8 at a point of the model; otherwise int32, sums
+    scale: np.ndarray  # float64 [], or [1, ..., C] of the channels of sums
+    zero: int
+
+    def centred(self) -> Array:
+        return self.values.astype(jnp.int32) - self.zero
+
+    def real(self) -> Array:
+        return self.centred().astype(jnp.float32) * jnp.asarray(self.scale, jnp.float32)
+
+
+class Grid(NamedTuple):
+    """How the values at a point are represented."""
+
+    scale: np.ndarray  # float64 []
+    zero: int
+    end: int  # integers are -end .. end - 1
+
+    def of_real(self, x: Array) -> Array:
+        """The integers of real numbers, such as the model's input.
+
+        By a product, as a division by a constant becomes one in compiled code only, and might round to a neighbour.
+        """
+        q = jnp.round(x * (1 / self.scale).astype(x.dtype)) + self.zero
+        return jnp.clip(q, -self.end, self.end - 1)
+
+
+class Multiplier(NamedTuple):
+    """m · 2^(left − n), with 2^14 ≤ m < 2^15 unless it is below 2^-33; [] or [1, ..., C]."""
+
+    m: np.ndarray
+    n: np.ndarray  # 17 to 47
+    left: np.ndarray  # 0 unless it is 1/4 or more
+
+
+class Notes(NamedTuple):
+    """What `simulated` has to know of the integers, by the variable that holds the result of an operation."""
+
+    constants: dict[Any, list[Any]]  # the constants that it reads, in whole steps; None for what is computed
+    terms: dict[Any, list[tuple[np.ndarray, np.ndarray]]]  # of a sum: the scale before and after its multiplication
+    rescaled: dict[
+        Any, tuple[np.ndarray, Multiplier]
+    ]  # at a point: the scale of the sums, and by what they are rescaled
+
+
+class _Model(NamedTuple):
+    called: Called
+    leaves: list[Any]  # of the variables, as real numbers
+    layers: dict[Any, inspect.Layer]
+    kernels: dict[Any, tuple[np.ndarray, np.ndarray]]  # by the result of a layer: int8 kernel, float64 scale [outputs]
+    points: Points
+    grids: dict[str, Grid]
+
+    def grid(self, name: str) -> Grid | None:
+        """The grid of a point, None where it is between layers and has no range."""
+        if name not in self.grids and not is_between(name):
+            raise InputError(
+                f"layer {name!r} has no range, expected one of {', '.join(self.grids)}; calibrate this model"
+            )
+        return self.grids.get(name)
+
+
+def _model(apply: Callable[..., Any], variables: Tree, bits: int, *args: Any, **kwargs: Any) -> _Model:
+    if RANGES not in variables:
+        raise InputError(f"the variables have no collection {RANGES!r}, expected one; call `quantize.calibrate` first")
+    others = {name: tree for name, tree in variables.items() if name != RANGES}
+    with jax.ensure_compile_time_eval():
+        real, values, scales = dequantize(others), _weights(others, _integers_of), _weights(others, _scales_of)
+        grids = {name: _grid(each, 8 if is_between(name) else bits) for name, each in variables[RANGES].items()}
+    called = inspect.opened(apply, real, *args, **kwargs)
+    called = called._replace(jaxpr=_without_derivatives(called.jaxpr))
+    layers, _ = inspect.analysed(called)
+    with jax.ensure_compile_time_eval():
+        kernels = [_kernels(called, layers, jax.tree.leaves(version)) for version in (real, values, scales)]
+    integers = {
+        e.outvars[0]: _integer_kernel(e, layers[e.outvars[0]], *(each[e.outvars[0]] for each in kernels))
+        for e in called.jaxpr.jaxpr.eqns
+        if e.outvars[0] in layers
+    }
+    return _Model(called, jax.tree.leaves(real), layers, integers, points(called), grids)
+
+
+def _grid(bounds: Any, bits: int) -> Grid:
+    scale, zero = grid_of(bounds, bits)
+    return Grid(np.asarray(scale, np.float64), int(zero) - 2 ** (bits - 1), 2 ** (bits - 1))
+
+
+def _without_derivatives(closed: Any) -> Any:
+    def operation(equation: Any, inputs: list[Any]) -> Sequence[Any]:
+        if body := DERIVATIVES.get(equation.primitive.name):
+            return evaluate(inlined(equation.params[body]), inputs, operation)
+        return bound(equation, inputs)
+
+    return jax.make_jaxpr(lambda *inputs: evaluate(closed, inputs, operation))(*closed.in_avals)
+
+
+def _weights(variables: Tree, f: Callable[[Quantized], Array]) -> Tree:
+    change = lambda leaf: f(as_quantized(leaf)) if is_quantized(leaf) else leaf
+    return jax.tree.map(change, variables, is_leaf=is_quantized)
+
+
+def _integers_of(weight: Quantized) -> Array:
+    return weight.values.astype(jnp.float32)
+
+
+def _scales_of(weight: Quantized) -> Array:
+    return jnp.broadcast_to(weight.scale, weight.values.shape)
+
+
+def _kernels(called: Called, layers: dict[Any, inspect.Layer], leaves: list[Any]) -> dict[Any, np.ndarray]:
+    """The kernels that the layers multiply with, by the result of the layer."""
+    found: dict[Any, np.ndarray] = {}
+
+    def operation(equation: Any, inputs: list[Any]) -> Sequence[Any]:  # None stands for what depends on data
+        if layer := layers.get(equation.outvars[0]):
+            found[equation.outvars[0]] = np.asarray(inputs[1 - layer.operand])
+        return [None] * len(equation.outvars) if any(x is None for x in inputs) else bound(equation, inputs)
+
+    evaluate(called.jaxpr, [*leaves, *[None] * len(called.others)], operation)
+    return found
+
+
+def _integer_kernel(
+    equation: Any, layer: inspect.Layer, real: np.ndarray, values: np.ndarray, scales: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The int8 kernel of a product, and the scales of its outputs."""
+    scale = scales.astype(np.float64).max(_summed(equation, 1), keepdims=True)
+    if not (np.allclose(real, values * scale, rtol=1e-5, atol=0) and abs(values).max() <= 127):
+        raise InputError(
+            f"the weights of layer {layer.paths[0]!r} are not integers with one scale for each output, expected those "
+            "of `quantize`; give it the axes that `output_axes` reads from the model"
+        )
+    return values.astype(np.int8), scale.squeeze(_summed(equation, 1))
+
+
+def _summed(equation: Any, side: int) -> tuple[int, ...]:
+    """The axes of an input over which a product sums."""
+    numbers = equation.params["dimension_numbers"]
+    if equation.primitive.name == "dot_general":
+        return tuple(numbers[0][side])
+    return tuple((numbers.lhs_spec, numbers.rhs_spec)[side][1:])
+
+
+def _in_integers(model: _Model, others: Any) -> tuple[list[Any], Notes]:
+    notes = Notes({}, {}, {})
+
+    def operation(equation: Any, inputs: list[Any]) -> Sequence[Any]:
+        v = equation.outvars[0]
+        if v in model.points.operands:
+            i, name = model.points.operands[v]
+            inputs[i] = _at(model.grid(name), inputs[i], notes, None)
+        if any(isinstance(x, Fixed) for x in inputs):
+            outputs = [_computed(model, notes, equation, inputs)]
+        elif any(isinstance(x, Tracer) for x in inputs):
+            outputs = bound(equation, inputs)
+        else:
+            with jax.ensure_compile_time_eval():
+                outputs = bound(equation, inputs)
+        grids = [model.grid(model.points.values[v]) if v in model.points.values else None for v in equation.outvars]
+        return [_at(grid, x, notes, v) for grid, x, v in zip(grids, outputs, equation.outvars, strict=True)]
+
+    return evaluate(model.called.jaxpr, [*model.leaves, *others], operation), notes
+
+
+def _at(grid: Grid | None, x: Any, notes: Notes, v: Any) -> Any:
+    """x in the int8 numbers of a point."""
+    if grid is None:
+        return x
+    if not isinstance(x, Fixed):
+        return Fixed(grid.of_real(x).astype(jnp.int8), grid.scale, grid.zero)
+    multiplier = _multiplier(x.scale / grid.scale)
+    notes.rescaled[v] = x.scale, multiplier
+    q = jnp.clip(_multiplied(x.centred(), multiplier) + grid.zero, -grid.end, grid.end - 1)
+    return Fixed(q.astype(jnp.int8), grid.scale, grid.zero)
+
+
+def _multiplier(number: np.ndarray) -> Multiplier:
+    fraction, exponent = np.frexp(number)  # number = fraction · 2^exponent, 1/2 ≤ fraction < 1
+    m, n = np.round(fraction * 2**M_BITS), M_BITS - exponent
+    m, n = np.where(m == 2**M_BITS, m / 2, m), np.where(m == 2**M_BITS, n - 1, n)
+    left, right = np.maximum(17 - n, 0), np.maximum(n - 47, 0)
+    return Multiplier(*(each.astype(np.int32) for each in (np.round(m / 2.0**right), n + left - right, left)))
+
+
+def _multiplied(sums: Array, by: Multiplier) -> Array:
+    """floor(sums · m · 2^(left − n) + 1/2) in int32, with the product of 47 bits in two halves."""
+    most = (2 ** (31 - by.left.astype(np.int64)) - 1).astype(np.int32)  # beyond, it leaves any grid
+    sums = jnp.clip(sums, -most, most) << by.left
+    high, low = sums >> 16, sums & 0xFFFF
+    product = high * by.m + ((low * by.m) >> 16)  # without its 16 last bits, which n ≥ 17 rounds off
+    return (product + (1 << (by.n - 17))) >> (by.n - 16)
+
+
+def _computed(model: _Model, notes: Notes, equation: Any, inputs: list[Any]) -> Fixed:
+    """The result of an operation that has integers among its inputs."""
+    name, v, x = equation.primitive.name, equation.outvars[0], next(x for x in inputs if isinstance(x, Fixed))
+    numbers = [x for x in inputs if not isinstance(x, Fixed)]
+    if v in model.layers:
+        return _product(model, equation, inputs[0])
+    if name == "add":
+        return _sum(notes, v, inputs)
+    if (selects(equation) or name == "pad") and _same_grid(inputs) and _keeps_channels(equation, x):
+        integers = [each.values if isinstance(each, Fixed) else _whole(each, x) for each in inputs]
+        if name != "pad":  # whose 0 or −∞ is exact
+            notes.constants[v] = [
+                None if isinstance(each, Fixed) else (whole.astype(np.float64) - x.zero) * x.scale
+                for each, whole in zip(inputs, integers, strict=True)
+            ]
+        return x._replace(values=_run(equation, integers))
+    if name in ("reduce_sum", "reduce_window_sum") and not x.scale.ndim:
+        return Fixed(_run(equation, [x.centred()]), x.scale, 0)
+    if name in ("mul", "div") and len(numbers) == 1 and np.ndim(numbers[0]) == 0 and inputs[-1] is not x:
+        factor = np.asarray(numbers[0], np.float64)
+        if factor > 0:
+            return x._replace(scale=x.scale * factor if name == "mul" else x.scale / factor)
+    if name == "convert_element_type" and jnp.issubdtype(equation.params["new_dtype"], jnp.floating):
+        return x
+    raise InputError(
+        f"{name} of {x.values.dtype} {x.values.shape} has no integer form, expected layers, biases, ReLU, maxima, "
+        "means and sums; fold batch normalisations, and use ReLU for other activations"
+    )
+
+
+BROADCAST = {
+    "add": jnp.add,
+    "max": jnp.maximum,
+    "min": jnp.minimum,
+    "clamp": lambda low, x, high: jnp.clip(x, low, high),
+}
+
+
+def _run(equation: Any, inputs: list[Any]) -> Array:
+    name = equation.primitive.name
+    return BROADCAST[name](*inputs) if name in BROADCAST else bound(equation, inputs)[0]
+
+
+def _whole(number: Any, like: Fixed) -> np.ndarray:
+    """The integers that stand for a constant beside `like`, the nearest of its type."""
+    limits = np.iinfo(like.values.dtype)
+    whole = np.round(np.asarray(number, np.float64) / like.scale) + like.zero
+    return np.clip(whole, limits.min, limits.max).astype(like.values.dtype)
+
+
+def _same_grid(inputs: list[Any]) -> bool:
+    first, *others = (x for x in inputs if isinstance(x, Fixed))
+    return all(np.array_equal(x.scale, first.scale) and x.zero == first.zero for x in others)
+
+
+def _keeps_channels(equation: Any, x: Fixed) -> bool:
+    """Whether a scale of channels fits the result of an operation, too."""
+    if not x.scale.ndim or equation.primitive.name in BROADCAST:
+        return True
+    before, after = x.values.shape, equation.outvars[0].aval.shape
+    channels = [i for i in range(-x.scale.ndim, 0) if x.scale.shape[i] != 1]
+    same = len(before) == len(after) and all(before[i] == after[i] for i in channels)
+    return same and equation.primitive.name not in MOVES
+
+
+def _sum(notes: Notes, v: Any, inputs: list[Any]) -> Fixed:
+    a, b = inputs
+    if isinstance(a, Fixed) and isinstance(b, Fixed):
+        if np.array_equal(a.scale, b.scale):
+            return Fixed(a.centred() + b.centred(), a.scale, 0)
+        if not a.values.dtype == b.values.dtype == jnp.int8:
+            raise InputError("a sum of two layers of which one is not rounded, expected two; calibrate this very model")
+        scale = np.maximum(a.scale, b.scale) * 2.0**-TERM_BITS
+        factors = [np.round(x.scale / scale).astype(np.int32) for x in inputs]
+        notes.terms[v] = [(x.scale, factor * scale) for x, factor in zip(inputs, factors, strict=True)]
+        return Fixed(a.centred() * factors[0] + b.centred() * factors[1], scale, 0)
+    x, number = (a, b) if isinstance(a, Fixed) else (b, a)
+    whole = _whole(number, Fixed(x.centred(), x.scale, 0))
+    notes.constants[v] = [None if isinstance(each, Fixed) else whole * x.scale for each in inputs]
+    return Fixed(x.centred() + whole, x.scale, 0)
+
+
+def _product(model: _Model, equation: Any, x: Any) -> Fixed:
+    """Σ (q − zero) w = Σ q w − zero Σ w (equation 7)."""
+    v, params = equation.outvars[0], equation.params
+    (kernel, scale), layer = model.kernels[v], model.layers[v]
+    convolution = equation.primitive.name == "conv_general_dilated"
+    if layer.operand or (params["batch_group_count"] != 1 if convolution else params["dimension_numbers"][1][0]):
+        raise InputError(f"layer {layer.paths[0]!r} is a product in batches, expected a dense layer or a convolution")
+    if not isinstance(x, Fixed) or x.values.dtype != jnp.int8:
+        raise InputError(
+            f"the input of layer {layer.paths[0]!r} is not rounded, expected a range; calibrate this very model"
+        )
+    sums = kernel.astype(np.int32).sum(_summed(equation, 1))
+    if not convolution:
+        product = lax.dot_general(x.values, kernel, params["dimension_numbers"], preferred_element_type=jnp.int32)
+        return Fixed(product - x.zero * sums, x.scale * scale, 0)
+    numbers = params["dimension_numbers"]
+    around: list[tuple[int, int, int]] = [(0, 0, 0)] * x.values.ndim
+    for axis, (low, high), dilation in zip(
+        numbers.lhs_spec[2:], params["padding"], params["lhs_dilation"], strict=True
+    ):
+        around[axis] = low, high, dilation - 1
+    product = lax.conv_general_dilated(
+        lax.pad(x.values, np.int8(x.zero), around),
+        jnp.asarray(kernel),
+        params["window_strides"],
+        [(0, 0)] * len(params["padding"]),
+        rhs_dilation=params["rhs_dilation"],
+        dimension_numbers=numbers,
+        feature_group_count=params["feature_group_count"],
+        preferred_element_type=jnp.int32,
+    )
+    channels = [-1 if i == numbers.out_spec[1] else 1 for i in range(product.ndim)]
+    return Fixed(product - x.zero * sums.reshape(channels), x.scale * scale.reshape(channels), 0)
+
+
+def _in_reals(model: _Model, notes: Notes, others: Any) -> list[Any]:
+    """The outputs of `simulated`: float64 behind the first points, and float32 before."""
+
+    def operation(equation: Any, inputs: list[Any]) -> Sequence[Any]:
+        v = equation.outvars[0]
+        if v in model.points.operands:
+            i, name = model.points.operands[v]
+            inputs[i] = at(model.grid(name), inputs[i], None)
+        if v in model.layers:
+            kernel, scale = model.kernels[v]
+            inputs[1] = kernel * np.expand_dims(scale, _summed(equation, 1))
+        inputs = [x if c is None else c for x, c in zip(inputs, notes.constants.get(v, inputs), strict=True)]
+        if terms := notes.terms.get(v):
+            inputs = [jnp.round(x / before) * after for x, (before, after) in zip(inputs, terms, strict=True)]
+        wide = any(jnp.result_type(x) == jnp.float64 for x in inputs)
+        outputs = _wide(equation, inputs) if wide else bound(equation, _typed(equation, inputs))
+        grids = [model.grid(model.points.values[v]) if v in model.points.values else None for v in equation.outvars]
+        return [at(grid, x, v) for grid, x, v in zip(grids, outputs, equation.outvars, strict=True)]
+
+    def at(grid: Grid | None, x: Any, v: Any) -> Any:
+        if grid is None:
+            return x
+        q = grid.of_real(x).astype(jnp.float64)
+        if v in notes.rescaled:
+            scale, (m, n, left) = notes.rescaled[v]
+            steps = jnp.round(x / scale) * (m * 2.0 ** (left - n))
+            q = jnp.clip(jnp.floor(steps + 0.5) + grid.zero, -grid.end, grid.end - 1)
+        return grid.scale * (q - grid.zero)
+
+    return evaluate(model.called.jaxpr, [*model.leaves, *others], operation)
+
+
+def _typed(equation: Any, inputs: list[Any]) -> list[Any]:
+    return [jnp.asarray(x, atom.aval.dtype) for x, atom in zip(inputs, equation.invars, strict=True)]
+
+
+def _wide(equation: Any, inputs: list[Any]) -> Sequence[Any]:
+    """The results of an equation in float64."""
+    real = [jnp.issubdtype(atom.aval.dtype, jnp.floating) for atom in equation.invars]
+    inputs = [jnp.asarray(x, jnp.float64 if yes else None) for x, yes in zip(inputs, real, strict=True)]
+    name = equation.primitive.name
+    if name == "convert_element_type" and jnp.issubdtype(equation.params["new_dtype"], jnp.floating):
+        return inputs
+    if name in BROADCAST:
+        return [BROADCAST[name](*inputs)]
+    changes = {"preferred_element_type": None} if name in inspect.PRODUCTS else {}
+    return bound(equation, inputs, **changes)
