@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dl_jax.core.errors import InputError
-from dl_jax.export import Input, baked, check, difference, read, require_same, symbolic, write
+from dl_jax.export import Input, baked, check, difference, read, require_same, signature, write
 from dl_jax.export.plain import plain
 
 TYPES = {  # ONNX Runtime's name -> numpy's
@@ -66,7 +66,7 @@ def export(
     except ImportError as e:
         raise _missing(e) from e
 
-    function, shapes = baked(apply, variables), symbolic(inputs)
+    function, shapes = baked(apply, variables), signature(inputs)
     with _quiet(), _restored(jnp):
         data = jax2onnx.to_onnx(plain(function, shapes), shapes).SerializeToString()
     predict = _predictor(*_session(data))

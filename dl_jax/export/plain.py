@@ -1,26 +1,65 @@
 """Rewrites a function into the primitive operations that exporters support."""
 
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from dl_jax.compress.grid import dequantized, fake_quantize, marked
 from dl_jax.core.equations import DERIVATIVES, bound, evaluate, inlined
 
 
-def plain(function: Callable[..., Any], inputs: Sequence[jax.ShapeDtypeStruct]) -> Callable[..., list[jax.Array]]:
+class Integers(NamedTuple):
+    """Weights as a format stores them: their value is `values * scale`."""
+
+    values: np.ndarray  # int8 [...]
+    scale: np.ndarray  # float32 [values.shape[axis]], or [] where there is no axis
+    axis: int | None
+
+
+class Rounding(NamedTuple):
+    """What rounds an activation to (q − zero) · scale with q = clip(round(x / scale) + zero, 0, 255)."""
+
+    scale: np.float32
+    zero: int
+    largest: np.float32 | None  # the x that is clipped to before, or None where 255 is the largest q
+
+
+class Marks(NamedTuple):
+    """How a format writes the marked operations of `compress.grid`."""
+
+    round: Callable[[jax.Array, Rounding], jax.Array]
+    dequantize: Callable[[Integers], jax.Array]
+
+
+def plain(
+    function: Callable[..., Any],
+    inputs: Sequence[jax.ShapeDtypeStruct],
+    marks: Marks | None = None,
+    unroll: bool = False,
+) -> Callable[..., list[jax.Array]]:
     """`function` without nested calls, custom derivatives and `lax.platform_dependent`.
 
     The result takes arrays of the shapes `inputs`, and returns the list of the leaves of the output of `function`.
     `lax.platform_dependent` is replaced by its default branch. Values that do not depend on the inputs become
     constants. `function` is traced in this call, so that it uses the original `jnp` and Flax functions even where an
     exporter replaces these in its own trace.
+
+    Args:
+      function: takes arrays.
+      inputs: their shapes.
+      marks: what to write for rounded activations and dequantised weights. Without it they are written as the
+        operations that they consist of, and so are those whose scales are not constants.
+      unroll: write out the steps of each `lax.scan`.
     """
     jaxpr = inlined(jax.make_jaxpr(function)(*inputs))
-    return lambda *inputs: evaluate(jaxpr, inputs, _results)
+    operation = functools.partial(_results, marks, unroll)
+    return lambda *inputs: evaluate(jaxpr, inputs, operation)
 
 
 def _product(params: Mapping[str, Any], x: Any, kernel: Any) -> Any:
@@ -48,16 +87,61 @@ def _maximum(params: Mapping[str, Any], x: Any, y: Any) -> Any:
 FORMS = {"dot_general": _product, "pad": _pad, "max": _maximum}
 
 
-def _results(equation: Any, inputs: list[Any]) -> Sequence[Any]:
+def _results(marks: Marks | None, unroll: bool, equation: Any, inputs: list[Any]) -> Sequence[Any]:
+    operation = functools.partial(_results, marks, unroll)
     name, params = equation.primitive.name, equation.params
     if name in DERIVATIVES:
-        return evaluate(inlined(params[DERIVATIVES[name]]), inputs, _results)
+        written = marks and _marked(marks, marked(equation), inputs)
+        return evaluate(inlined(params[DERIVATIVES[name]]), inputs, operation) if written is None else [written]
     if name == "scan":
-        body = jax.make_jaxpr(lambda *inputs: evaluate(params["jaxpr"], inputs, _results))(*params["jaxpr"].in_avals)
-        return bound(equation, inputs, jaxpr=body)
+        body = jax.make_jaxpr(lambda *inputs: evaluate(params["jaxpr"], inputs, operation))(*params["jaxpr"].in_avals)
+        return bound(equation, inputs, jaxpr=body, unroll=params["length"] if unroll else params["unroll"])
     known = not any(isinstance(each, Tracer) for each in inputs)
     if known and all(isinstance(size, int) for out in equation.outvars for size in out.aval.shape):
         with jax.ensure_compile_time_eval():
             return bound(equation, inputs)
     form = FORMS[name](params, *inputs) if name in FORMS else None
     return bound(equation, inputs) if form is None else [form]
+
+
+def _marked(marks: Marks, mark: Callable[..., Any] | None, inputs: list[Any]) -> jax.Array | None:
+    """What a format writes for a marked operation, or None where it has to write the body."""
+    x, *constants = inputs
+    if mark is None or any(isinstance(each, Tracer) for each in constants):
+        return None
+    if mark is dequantized:
+        integers = None if isinstance(x, Tracer) else _integers(np.asarray(x), np.asarray(constants[0], np.float32))
+        return None if integers is None else _shaped(marks.dequantize(integers), x.shape)
+    if mark is fake_quantize and isinstance(x, Tracer) and x.dtype == jnp.float32:
+        rounding = _rounding(*map(np.asarray, constants))
+        return None if rounding is None else marks.round(x, rounding)
+    return None
+
+
+def _shaped(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return x if x.shape == shape else x.reshape(shape)
+
+
+def _integers(values: np.ndarray, scale: np.ndarray) -> Integers | None:
+    """Weights with one axis of scales, from scales that broadcast with them: neighbouring axes are made one.
+
+    None where these axes are not neighbours, or the values are no int8.
+    """
+    if values.dtype != np.int8 or scale.ndim > values.ndim:
+        return None
+    scale = scale.reshape((1,) * (values.ndim - scale.ndim) + scale.shape)
+    axes = [axis for axis, size in enumerate(scale.shape) if size > 1]
+    if not axes:
+        return Integers(values, scale.reshape(()), None)
+    first, end = axes[0], axes[-1] + 1
+    if scale.shape[first:end] != values.shape[first:end]:
+        return None
+    merged = (*values.shape[:first], math.prod(values.shape[first:end]), *values.shape[end:])
+    return Integers(values.reshape(merged), scale.ravel(), first)
+
+
+def _rounding(scale: np.ndarray, zero: np.ndarray, levels: np.ndarray) -> Rounding | None:
+    if scale.size > 1 or zero.size > 1 or not 0 <= zero <= levels <= 255 or not 0 < scale < np.inf:
+        return None
+    scale, offset, levels = np.float32(scale.item()), int(zero.item()), int(levels.item())
+    return Rounding(scale, offset, None if levels == 255 else np.float32((levels - offset) * scale))
