@@ -28,7 +28,7 @@ from jax import lax
 
 from dl_jax.core.errors import InputError, reason
 from dl_jax.export import Input, baked, check, difference, read, require_same, signature, write
-from dl_jax.export.plain import Integers, Marks, Rounding, plain
+from dl_jax.export.plain import Forms, Integers, Rounding, plain
 
 CONVERTER = "0.5.0"  # the version of litert-converter, whose module has no documented interface
 COMMANDS = {
@@ -70,7 +70,7 @@ def export(
     """
     require()
     function, shapes = baked(apply, variables), signature(inputs, batch)
-    flat = jax.jit(plain(function, shapes, Marks(_rounded, _dequantized), unroll=True), keep_unused=True)
+    flat = jax.jit(plain(function, shapes, Forms(_rounded, _dequantized), unroll=True), keep_unused=True)
     content = _converted(jax.export.export(flat, platforms=("cpu",))(*shapes), path)
     with jax.default_matmul_precision("highest"):
         error = difference(_predictor(content), function, inputs, shapes)

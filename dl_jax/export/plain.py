@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -30,17 +31,19 @@ class Rounding(NamedTuple):
     largest: np.float32 | None  # the x that is clipped to before, or None where 255 is the largest q
 
 
-class Marks(NamedTuple):
-    """How a format writes the marked operations of `compress.grid`."""
+class Forms(NamedTuple):
+    """How a format writes the marked operations of `compress.grid`, and primitives that it has a better form of."""
 
-    round: Callable[[jax.Array, Rounding], jax.Array]
-    dequantize: Callable[[Integers], jax.Array]
+    rounded: Callable[[jax.Array, Rounding], jax.Array]
+    dequantized: Callable[[Integers], jax.Array]
+    # By name: (equation, *inputs) -> output, or None where the primitive is as good.
+    primitives: Mapping[str, Callable[..., Any]] = MappingProxyType({})
 
 
 def plain(
     function: Callable[..., Any],
     inputs: Sequence[jax.ShapeDtypeStruct],
-    marks: Marks | None = None,
+    forms: Forms | None = None,
     unroll: bool = False,
 ) -> Callable[..., list[jax.Array]]:
     """`function` without nested calls, custom derivatives and `lax.platform_dependent`.
@@ -53,45 +56,20 @@ def plain(
     Args:
       function: takes arrays.
       inputs: their shapes.
-      marks: what to write for rounded activations and dequantised weights. Without it they are written as the
-        operations that they consist of, and so are those whose scales are not constants.
+      forms: what to write for rounded activations, dequantised weights and some primitives. Without it the first two
+        are written as the operations that they consist of, and so are those whose scales are not constants.
       unroll: write out the steps of each `lax.scan`.
     """
     jaxpr = inlined(jax.make_jaxpr(function)(*inputs))
-    operation = functools.partial(_results, marks, unroll)
+    operation = functools.partial(_results, forms, unroll)
     return lambda *inputs: evaluate(jaxpr, inputs, operation)
 
 
-def _product(params: Mapping[str, Any], x: Any, kernel: Any) -> Any:
-    """The product of a dense layer as `jnp.matmul`, since runtimes fuse an ONNX MatMul with adding the bias."""
-    matrices = x.ndim == kernel.ndim == 2 and params["dimension_numbers"] == (((1,), (0,)), ((), ()))
-    return jnp.matmul(x, kernel) if matrices else None
-
-
-def _pad(params: Mapping[str, Any], x: Any, value: Any) -> Any:
-    """`lax.pad` as `jnp.pad`, since jax2onnx exports `lax.pad` only for a known batch size."""
-    config = params["padding_config"]
-    if isinstance(value, Tracer) or any(low < 0 or high < 0 or interior for low, high, interior in config):
-        return None
-    return jnp.pad(x, [(low, high) for low, high, _ in config], constant_values=float(value))
-
-
-def _maximum(params: Mapping[str, Any], x: Any, y: Any) -> Any:
-    """A maximum with zero as `jax.nn.relu`, since runtimes fuse an ONNX Relu with the operation before it."""
-    zero = not isinstance(y, Tracer) and np.ndim(y) == 0 and y == 0
-    return jax.nn.relu(x) if zero and jnp.issubdtype(x.dtype, jnp.floating) else None
-
-
-# Primitives, each with a function that returns an equivalent that exports better: a call that jax2onnx replaces in its
-# trace. The function returns None where there is none, and the primitive is then exported unchanged.
-FORMS = {"dot_general": _product, "pad": _pad, "max": _maximum}
-
-
-def _results(marks: Marks | None, unroll: bool, equation: Any, inputs: list[Any]) -> Sequence[Any]:
-    operation = functools.partial(_results, marks, unroll)
+def _results(forms: Forms | None, unroll: bool, equation: Any, inputs: list[Any]) -> Sequence[Any]:
+    operation = functools.partial(_results, forms, unroll)
     name, params = equation.primitive.name, equation.params
     if name in DERIVATIVES:
-        written = marks and _marked(marks, marked(equation), inputs)
+        written = forms and _marked(forms, marked(equation), inputs)
         return evaluate(inlined(params[DERIVATIVES[name]]), inputs, operation) if written is None else [written]
     if name == "scan":
         body = jax.make_jaxpr(lambda *inputs: evaluate(params["jaxpr"], inputs, operation))(*params["jaxpr"].in_avals)
@@ -100,21 +78,21 @@ def _results(marks: Marks | None, unroll: bool, equation: Any, inputs: list[Any]
     if known and all(isinstance(size, int) for out in equation.outvars for size in out.aval.shape):
         with jax.ensure_compile_time_eval():
             return bound(equation, inputs)
-    form = FORMS[name](params, *inputs) if name in FORMS else None
+    form = forms.primitives[name](equation, *inputs) if forms and name in forms.primitives else None
     return bound(equation, inputs) if form is None else [form]
 
 
-def _marked(marks: Marks, mark: Callable[..., Any] | None, inputs: list[Any]) -> jax.Array | None:
+def _marked(forms: Forms, mark: Callable[..., Any] | None, inputs: list[Any]) -> jax.Array | None:
     """What a format writes for a marked operation, or None where it has to write the body."""
     x, *constants = inputs
     if mark is None or any(isinstance(each, Tracer) for each in constants):
         return None
     if mark is dequantized:
         integers = None if isinstance(x, Tracer) else _integers(np.asarray(x), np.asarray(constants[0], np.float32))
-        return None if integers is None else _shaped(marks.dequantize(integers), x.shape)
+        return None if integers is None else _shaped(forms.dequantized(integers), x.shape)
     if mark is fake_quantize and isinstance(x, Tracer) and x.dtype == jnp.float32:
         rounding = _rounding(*map(np.asarray, constants))
-        return None if rounding is None else marks.round(x, rounding)
+        return None if rounding is None else forms.rounded(x, rounding)
     return None
 
 
