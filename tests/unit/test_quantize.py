@@ -257,12 +257,19 @@ def test_inputs_may_be_changed_and_the_model_is_left_alone():
     np.testing.assert_array_equal(apply(variables, IMAGE), before)
 
 
-def test_a_model_that_was_compiled_before_is_not_taken_for_one_without_rounding():
+def test_layers_of_a_model_that_was_compiled_before_are_found():
     variables, apply = built(SMALL)
     compiled = jax.jit(apply)
     compiled(variables, IMAGE)
-    with pytest.raises(InputError, match="found no layer that has a kernel"):
-        with_inputs(compiled, lambda path, x: x)(variables, IMAGE)
+    doubled = with_inputs(compiled, lambda path, x: 2 * x if path == "Dense_0" else x)(variables, IMAGE)
+    np.testing.assert_allclose(doubled, apply(variables, 2 * IMAGE), rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_without_layers():
+    with pytest.raises(InputError, match="found no layer that has a kernel, expected at least one"):
+        inputs(lambda variables, x: x * variables["params"]["scale"])({"params": {"scale": 2.0}}, IMAGE)
+    with pytest.raises(InputError, match="has no layer with a kernel, expected at least one"):
+        calibrate(lambda variables, x: x * variables["params"]["scale"], {"params": {"scale": 2.0}}, [IMAGE])
 
 
 def test_ranges_are_those_of_all_batches():
@@ -297,7 +304,7 @@ def test_inputs_that_are_not_finite_have_no_range(wrong):
     for place in range(0, IMAGE.size, 500):  # wherever it stands
         images = IMAGE.copy()
         images.flat[place] = wrong
-        with pytest.raises(InputError, match=r"the inputs of layer 'Dense_0' range from .* to .*, expected finite"):
+        with pytest.raises(InputError, match=r"the values at layer 'Dense_0' range from .* to .*, expected finite"):
             calibrate(apply, variables, [IMAGE, images, IMAGE])
 
 
@@ -314,7 +321,7 @@ def test_layers_that_are_not_finite_are_named_in_the_order_in_which_they_run():
     variables = Pair().init(jax.random.key(0), x)
     assert type(calibrate(Pair().apply, variables, [x])) is dict
     message = (
-        "the inputs of layer 'encoder' range from nan to nan, then of layer 'decoder'{} range from nan to nan, exp"
+        "the values at layer 'encoder' range from nan to nan, then at layer 'decoder'{} range from nan to nan, exp"
     )
     with pytest.raises(InputError, match=message.format("")):
         calibrate(Pair().apply, variables, [x, np.nan * x])
@@ -508,12 +515,14 @@ def classifier(cell):
 
 
 @pytest.mark.parametrize("cell", [VANILLA, LSTM, GRU], ids=["VANILLA", "LSTM", "GRU"])
-def test_of_a_recurrent_layer_both_kernels_are_rounded_and_its_input_is_met_once(cell):
+def test_of_a_recurrent_layer_both_kernels_are_rounded_and_both_inputs_are_met(cell):
     variables, apply = classifier(cell)
     found = jax.eval_shape(inputs(apply), variables, TOKENS)
     assert {path: [x.shape for x in xs] for path, xs in found.items()} == {
-        "Recurrent_0/forward_0/input": [(6, 3, 4)],
-        "Recurrent_0/forward_1/input": [(6, 3, 5)],
+        "Recurrent_0/forward_0/input": [(18, 4)],
+        "Recurrent_0/forward_0": [(6, 3, 5)],
+        "Recurrent_0/forward_1/input": [(18, 5)],
+        "Recurrent_0/forward_1": [(6, 3, 5)],
         "Dense_0": [(3, 5)],
     }
     params, exact = fake(2)(variables["params"]), variables["params"]
@@ -531,4 +540,4 @@ def test_a_recurrent_layers_input_is_rounded_to_its_range():
     seen = jax.jit(with_activations(inputs(apply), 2))({**variables, "ranges": ranges}, TOKENS)
     embedded = variables["params"]["Embed_0"]["embedding"][TOKENS.T]  # [T, B, D]
     path = "Recurrent_0/forward_0/input"
-    np.testing.assert_array_equal(seen[path][0], rounded(embedded, ranges[path], 2))
+    np.testing.assert_array_equal(seen[path][0], rounded(embedded.reshape(18, 4), ranges[path], 2))

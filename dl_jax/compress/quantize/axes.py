@@ -1,0 +1,71 @@
+"""The axes of output channels of a model's weights, read from the products in which they are used."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from dl_jax import inspect
+from dl_jax.compress.quantize.weights import Axes, last_axis
+from dl_jax.core.equations import Called, bound, evaluate
+from dl_jax.core.leaves import leaf_name
+from dl_jax.core.step import Tree
+
+
+def output_axes(apply: Callable[..., Any], variables: Tree, *args: Any, **kwargs: Any) -> Axes:
+    """For `quantize` and `fake`: the axes of a weight over which the results of its layer run, in the given call.
+
+    Those of a kernel [D, heads, width] that projects to heads are (1, 2), and those of a kernel [heads, width, D] that
+    projects back are (2,). Where a layer computes its kernel otherwise than by moving numbers, none may be found: the
+    weight then has one scale. A weight that no layer multiplies with, such as an embedding, has the `last_axis`. Only
+    the shapes of `variables` matter.
+    """
+    called = inspect.opened(apply, variables, *args, **kwargs)
+    layers, _ = inspect.analysed(called)
+    leaves = jax.tree.leaves(variables)
+    used = sorted({i for layer in layers.values() for i in layer.leaves})
+    runs_over = [_kernels_along(called, layers, leaves, axis) for axis in range(max(leaves[i].ndim for i in used))]
+    found = {
+        leaf_name(called.paths[i][1:]): tuple(axis for axis in range(leaves[i].ndim) if i in runs_over[axis])
+        for i in used
+    }
+    return lambda path, leaf: found.get(leaf_name(path), last_axis(path, leaf))
+
+
+def _kernels_along(called: Called, layers: dict[Any, inspect.Layer], leaves: list[Any], axis: int) -> set[int]:
+    """The numbers of the leaves whose `axis` is one of outputs.
+
+    Each number of a weight is replaced by its place along the axis. If the axis is one of outputs, all numbers that a
+    product sums over are then the same.
+    """
+    ours: set[int] = set()
+    others: set[int] = set()
+
+    def operation(equation: Any, inputs: list[Any]) -> Sequence[Any]:  # None stands for what depends on data
+        if equation.primitive.name == "scan":
+            constants = inputs[: equation.params["num_consts"]]
+            body = equation.params["jaxpr"]
+            evaluate(body, [*constants, *[None] * (len(body.in_avals) - len(constants))], operation)
+            return [None] * len(equation.outvars)
+        if layer := layers.get(equation.outvars[0]):
+            kernel = np.asarray(inputs[1 - layer.operand])
+            (ours if _constant(equation, 1 - layer.operand, kernel) else others).update(layer.leaves)
+        return [None] * len(equation.outvars) if any(x is None for x in inputs) else bound(equation, inputs)
+
+    places = [_places(leaf, axis) if leaf.ndim > axis else np.zeros(leaf.shape, np.float32) for leaf in leaves]
+    places = [place.astype(leaf.dtype) for place, leaf in zip(places, leaves, strict=True)]
+    evaluate(called.jaxpr, [*places, *[None] * len(called.others)], operation)
+    return ours - others
+
+
+def _places(leaf: Any, axis: int) -> np.ndarray:
+    shape = [-1 if i == axis else 1 for i in range(leaf.ndim)]
+    return np.broadcast_to(np.arange(leaf.shape[axis], dtype=np.float32).reshape(shape), leaf.shape)
+
+
+def _constant(equation: Any, side: int, kernel: np.ndarray) -> bool:
+    """Whether the kernel, input `side` of a product, is constant along the axes over which the product sums."""
+    numbers = equation.params["dimension_numbers"]
+    summed = numbers[0][side] if equation.primitive.name == "dot_general" else numbers.rhs_spec[1:]
+    return bool((kernel.max(tuple(summed)) == kernel.min(tuple(summed))).all())
