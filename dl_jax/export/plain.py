@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 
 from dl_jax.compress.grid import dequantized, fake_quantize, marked
-from dl_jax.core.equations import DERIVATIVES, bound, evaluate, inlined
+from dl_jax.core.equations import DERIVATIVES, Operation, bound, evaluate, inlined, scanned
 
 
 class Integers(NamedTuple):
@@ -72,14 +73,27 @@ def _results(forms: Forms | None, unroll: bool, equation: Any, inputs: list[Any]
         written = forms and _marked(forms, marked(equation), inputs)
         return evaluate(inlined(params[DERIVATIVES[name]]), inputs, operation) if written is None else [written]
     if name == "scan":
-        body = jax.make_jaxpr(lambda *inputs: evaluate(params["jaxpr"], inputs, operation))(*params["jaxpr"].in_avals)
-        return bound(equation, inputs, jaxpr=body, unroll=params["length"] if unroll else params["unroll"])
+        return _scan(equation, inputs, operation, unroll)
     known = not any(isinstance(each, Tracer) for each in inputs)
     if known and all(isinstance(size, int) for out in equation.outvars for size in out.aval.shape):
         with jax.ensure_compile_time_eval():
             return bound(equation, inputs)
     form = forms.primitives[name](equation, *inputs) if forms and name in forms.primitives else None
     return bound(equation, inputs) if form is None else [form]
+
+
+def _scan(equation: Any, inputs: list[Any], operation: Operation, unroll: bool) -> Sequence[Any]:
+    """A scan with a body of `operation`s, which closes over the inputs that never change: some are constants."""
+    params, (constants, carries) = equation.params, scanned(equation)
+
+    def step(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
+        outputs = evaluate(params["jaxpr"], [*inputs[:constants], *carry, *x], operation)
+        return outputs[:carries], outputs[carries:]
+
+    carry, xs = inputs[constants:][:carries], inputs[constants + carries :]
+    unrolled = params["length"] if unroll else params["unroll"]
+    carry, ys = lax.scan(step, carry, xs, params["length"], params["reverse"], unrolled)
+    return [*carry, *ys]
 
 
 def _marked(forms: Forms, mark: Callable[..., Any] | None, inputs: list[Any]) -> jax.Array | None:
