@@ -76,7 +76,9 @@ def _pool(equation: Any, x: Any) -> Any:
 
 
 # Of the primitives some become calls that jax2onnx replaces in its trace.
-FORMS = Forms(_rounded, _dequantized, {"dot_general": _product, "pad": _pad, "max": _maximum, "reduce_window_max": _pool})
+FORMS = Forms(
+    _rounded, _dequantized, {"dot_general": _product, "pad": _pad, "max": _maximum, "reduce_window_max": _pool}
+)
 
 
 @functools.cache

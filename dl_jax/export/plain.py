@@ -13,7 +13,7 @@ from jax import lax
 from jax.core import Tracer
 
 from dl_jax.compress.grid import dequantized, fake_quantize, marked
-from dl_jax.core.equations import DERIVATIVES, Operation, bound, evaluate, inlined, scanned
+from dl_jax.core.equations import DERIVATIVES, bound, evaluate, inlined, scanned
 
 
 class Integers(NamedTuple):
@@ -41,6 +41,17 @@ class Forms(NamedTuple):
     primitives: Mapping[str, Callable[..., Any]] = MappingProxyType({})
 
 
+class _Stored(NamedTuple):
+    """A dequantised weight that is written where it is read, in the body of a loop too: runtimes want it beside."""
+
+    integers: Integers
+    shape: tuple[int, ...]
+
+    def written(self, forms: Forms) -> jax.Array:
+        x = forms.dequantized(self.integers)
+        return x if x.shape == self.shape else x.reshape(self.shape)
+
+
 def plain(
     function: Callable[..., Any],
     inputs: Sequence[jax.ShapeDtypeStruct],
@@ -63,17 +74,23 @@ def plain(
     """
     jaxpr = inlined(jax.make_jaxpr(function)(*inputs))
     operation = functools.partial(_results, forms, unroll)
-    return lambda *inputs: evaluate(jaxpr, inputs, operation)
+    return lambda *inputs: [_written(forms, each) for each in evaluate(jaxpr, inputs, operation)]
+
+
+def _written(forms: Forms | None, value: Any) -> Any:
+    return value.written(forms) if forms and isinstance(value, _Stored) else value
 
 
 def _results(forms: Forms | None, unroll: bool, equation: Any, inputs: list[Any]) -> Sequence[Any]:
     operation = functools.partial(_results, forms, unroll)
     name, params = equation.primitive.name, equation.params
+    kept = scanned(equation)[0] if name == "scan" and not unroll else 0  # inputs that the body of a loop reads
+    inputs = [*inputs[:kept], *(_written(forms, each) for each in inputs[kept:])]
     if name in DERIVATIVES:
         written = forms and _marked(forms, marked(equation), inputs)
         return evaluate(inlined(params[DERIVATIVES[name]]), inputs, operation) if written is None else [written]
     if name == "scan":
-        return _scan(equation, inputs, operation, unroll)
+        return _scan(equation, inputs, forms, unroll)
     known = not any(isinstance(each, Tracer) for each in inputs)
     if known and all(isinstance(size, int) for out in equation.outvars for size in out.aval.shape):
         with jax.ensure_compile_time_eval():
@@ -82,12 +99,14 @@ def _results(forms: Forms | None, unroll: bool, equation: Any, inputs: list[Any]
     return bound(equation, inputs) if form is None else [form]
 
 
-def _scan(equation: Any, inputs: list[Any], operation: Operation, unroll: bool) -> Sequence[Any]:
-    """A scan with a body of `operation`s, which closes over the inputs that never change: some are constants."""
+def _scan(equation: Any, inputs: list[Any], forms: Forms | None, unroll: bool) -> Sequence[Any]:
+    """A scan whose body is written so as well. It closes over the inputs that never change: some are constants."""
+    operation = functools.partial(_results, forms, unroll)
     params, (constants, carries) = equation.params, scanned(equation)
 
     def step(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
         outputs = evaluate(params["jaxpr"], [*inputs[:constants], *carry, *x], operation)
+        outputs = [_written(forms, each) for each in outputs]
         return outputs[:carries], outputs[carries:]
 
     carry, xs = inputs[constants:][:carries], inputs[constants + carries :]
@@ -96,22 +115,18 @@ def _scan(equation: Any, inputs: list[Any], operation: Operation, unroll: bool) 
     return [*carry, *ys]
 
 
-def _marked(forms: Forms, mark: Callable[..., Any] | None, inputs: list[Any]) -> jax.Array | None:
+def _marked(forms: Forms, mark: Callable[..., Any] | None, inputs: list[Any]) -> jax.Array | _Stored | None:
     """What a format writes for a marked operation, or None where it has to write the body."""
     x, *constants = inputs
     if mark is None or any(isinstance(each, Tracer) for each in constants):
         return None
     if mark is dequantized:
         integers = None if isinstance(x, Tracer) else _integers(np.asarray(x), np.asarray(constants[0], np.float32))
-        return None if integers is None else _shaped(forms.dequantized(integers), x.shape)
+        return None if integers is None else _Stored(integers, x.shape)
     if mark is fake_quantize and isinstance(x, Tracer) and x.dtype == jnp.float32:
         rounding = _rounding(*map(np.asarray, constants))
         return None if rounding is None else forms.rounded(x, rounding)
     return None
-
-
-def _shaped(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return x if x.shape == shape else x.reshape(shape)
 
 
 def _integers(values: np.ndarray, scale: np.ndarray) -> Integers | None:

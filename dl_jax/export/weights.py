@@ -5,9 +5,9 @@
 
 Such a file, beside the code of the network, outlives an exported program. It can be read in any language.
 
-For PyTorch's networks, a `Layers` map names each layer of a network twice: with the prefix that PyTorch gives its keys, and with the path of
-our module. The tensors of a layer follow from the leaves of our module: a kernel [kh, kw, C, D] is PyTorch's weight
-[D, C, kh, kw], a dense one [C, D] is its [D, C], and batch normalisation has weight, bias, running_mean and
+For PyTorch's networks, a `Layers` map names each layer twice: with the prefix that PyTorch gives its keys, and with the
+path of our module. The tensors of a layer follow from the leaves of our module: a kernel [kh, kw, C, D] is PyTorch's
+weight [D, C, kh, kw], a dense one [C, D] is its [D, C], and batch normalisation has weight, bias, running_mean and
 running_var. Its num_batches_tracked, which PyTorch uses only without a momentum, is accepted and is written as zero.
 
     model = ResNet50(classes=10)
