@@ -110,3 +110,12 @@ def bound(equation: Any, inputs: Sequence[Any], **changes: Any) -> Sequence[Any]
     """The outputs of an equation itself, with `changes` to its parameters."""
     outputs = equation.primitive.bind(*inputs, **equation.primitive.get_bind_params({**equation.params, **changes}))
     return outputs if equation.primitive.multiple_results else [outputs]
+
+
+def scanned(equation: Any) -> tuple[int, int]:
+    """How many inputs of a `scan` are constants of its body, which come first, and how many it carries, the next."""
+    params = equation.params
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    constants, carried, _ = params["ft_in"].unpack()  # JAX 0.12
+    return len(constants), len(carried)

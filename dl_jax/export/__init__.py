@@ -1,4 +1,4 @@
-"""Exports a model and its parameters to one file, which predicts for any batch size.
+"""Exports a model and its parameters to one file, which predicts for any batch size, or for one.
 
 Each format exports a pure function `apply(variables, *inputs)`, such as
 `lambda variables, image: model.apply(variables, image, train=False)`. The example inputs are arrays whose first axis is
@@ -23,7 +23,7 @@ from dl_jax.core.errors import InputError
 class Input(NamedTuple):
     """Shape and dtype of an array that an exported model takes."""
 
-    shape: tuple[int | None, ...]  # None for the batch axis
+    shape: tuple[int | None, ...]  # None for the batch axis, where it may have any length
     dtype: str  # NumPy's name
 
     def __str__(self) -> str:
@@ -45,17 +45,19 @@ def baked(apply: Callable[..., Any], variables: Any) -> Callable[..., Any]:
     return lambda *inputs: apply(variables, *inputs)
 
 
-def symbolic(inputs: Sequence[Any]) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """The shapes and types of the example `inputs` in JAX, with one symbol for their common batch size.
+def signature(inputs: Sequence[Any], batch: int | None = None) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The shapes and types of the example `inputs` in JAX, for `batch` rows, or with a symbol for any number of them.
 
-    Raises InputError unless the first axis of all inputs has the same length, 1 or more.
+    Raises InputError unless the first axis of all inputs has the same length, 1 or more, and where `batch` is below 1.
     """
-    rows = {np.shape(each)[:1] for each in inputs}
-    if len(rows) != 1 or rows <= {(), (0,)}:
-        shapes = ", ".join(str(np.shape(each)) for each in inputs) or "none"
-        raise InputError(f"example inputs of shape {shapes}: expected arrays with the same batch as their first axis")
-    (batch,) = jax.export.symbolic_shape("batch")
-    return tuple(jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in map(jax.typeof, inputs))
+    if batch is not None and batch < 1:
+        raise InputError(f"batch is {batch}, expected 1 or more rows; say how many the file will be called with")
+    sizes = {np.shape(each)[:1] for each in inputs}
+    if len(sizes) != 1 or sizes <= {(), (0,)}:
+        found = ", ".join(str(np.shape(each)) for each in inputs) or "none"
+        raise InputError(f"example inputs of shape {found}: expected arrays with the same batch as their first axis")
+    rows = jax.export.symbolic_shape("batch")[0] if batch is None else batch
+    return tuple(jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for x in map(jax.typeof, inputs))
 
 
 def difference(
@@ -66,12 +68,18 @@ def difference(
 ) -> float:
     """The largest difference between the outputs of an opened file, `predict`, and of the exported `function`.
 
-    They are compared on two batches: the first example alone, and all examples twice. The difference is absolute, or
-    relative to the largest absolute output where this exceeds 1. It is infinite for outputs of different shapes and
-    for NaN.
+    They are compared on two batches: the first example alone, and all examples twice. A file for one batch size gets
+    the examples in order, from the first one and from the last one on. The difference is absolute, or relative to the
+    largest absolute output where this exceeds 1. It is infinite for outputs of different shapes and for NaN.
     """
     examples = [np.asarray(each, shape.dtype) for each, shape in zip(inputs, shapes, strict=True)]
-    batches = [each[:1] for each in examples], [np.concatenate([each, each]) for each in examples]
+    count, rows = len(examples[0]), shapes[0].shape[0]
+    orders = (
+        (np.arange(rows), np.arange(rows) + count - 1)
+        if isinstance(rows, int)
+        else (np.arange(1), np.arange(2 * count))
+    )
+    batches = [[each[order % count] for each in examples] for order in orders]
     return max(_difference(predict(*batch), jax.jit(function)(*batch)) for batch in batches)
 
 

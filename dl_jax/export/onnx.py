@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dl_jax.core.errors import InputError
-from dl_jax.export import Input, baked, check, difference, read, require_same, symbolic, write
+from dl_jax.export import Input, baked, check, difference, nodes, read, require_same, signature, write
 from dl_jax.export.plain import plain
 
 TYPES = {  # ONNX Runtime's name -> numpy's
@@ -33,6 +33,7 @@ TYPES = {  # ONNX Runtime's name -> numpy's
     "tensor(uint8)": "uint8",
     "tensor(bool)": "bool",
 }
+FIRST_OPSET, OPSET = 13, 23  # DequantizeLinear has a scale per channel since 13; 23 is the default of jax2onnx
 KEY = b"dl_jax.crc32"
 CRC_DIGITS = 8
 
@@ -43,11 +44,18 @@ def export(
     inputs: Sequence[Any],
     path: str | os.PathLike[str],
     *,
+    opset: int = OPSET,
+    batch: int | None = None,
     tolerance: float = 1e-5,
 ) -> float:
-    """Writes `apply(variables, *inputs)` for any batch size to the ONNX file `path`, and returns how far it differs.
+    """Writes `apply(variables, *inputs)` to the ONNX file `path`, and returns how far it differs.
 
     Writes the file only if ONNX Runtime's output matches that of `apply` at the highest precision (`difference`).
+
+    Activations and weights that `compress.grid` rounds to 8 bits are written with the same scales and zero points, as
+    nodes QuantizeLinear and DequantizeLinear: weights are stored as int8, and a runtime computes a layer in integers
+    where both its inputs and its output are rounded. An output may then differ from that of `apply` by some steps of
+    the rounding, for which `tolerance` has to allow.
 
     Args:
       apply: a pure function that returns one array or a tuple of them. It is traced with a batch of unknown size, so it
@@ -55,20 +63,28 @@ def export(
       variables: the first argument of `apply`. They become constants of the file.
       inputs: example arrays [B, ...] with different values, one for each further argument of `apply`.
       path: the file to write. It is replaced if it exists.
+      opset: the version of ONNX's operators, for a runtime that knows no newer ones.
+      batch: the only batch size that the file takes; by default it takes any.
       tolerance: largest allowed absolute difference, relative where outputs exceed 1.
 
     The first export of a process takes some seconds more, because jax2onnx is slow to
     import. Raises InputError where the difference exceeds `tolerance`, in which case nothing is written, where the
-    examples do not share a batch axis, where packages are missing, and where the file cannot be written.
+    examples do not share a batch axis, where `opset` is not one of those that can be written, where packages are
+    missing, and where the file cannot be written.
     """
+    if not FIRST_OPSET <= opset <= OPSET:
+        raise InputError(f"opset is {opset}, expected {FIRST_OPSET} to {OPSET}; take the newest that the runtime knows")
     try:
         import jax2onnx
+
+        nodes.register()
     except ImportError as e:
         raise _missing(e) from e
 
-    function, shapes = baked(apply, variables), symbolic(inputs)
+    function, shapes = baked(apply, variables), signature(inputs, batch)
     with _quiet(), _restored(jnp):
-        data = jax2onnx.to_onnx(plain(function, shapes), shapes).SerializeToString()
+        model = jax2onnx.to_onnx(plain(function, shapes, nodes.FORMS), shapes, opset=opset)
+    data = nodes.with_biases(model).SerializeToString()
     predict = _predictor(*_session(data))
     with jax.default_matmul_precision("highest"):
         error = difference(predict, function, inputs, shapes)

@@ -16,7 +16,7 @@ import jax
 import jax.export
 
 from dl_jax.core.errors import InputError
-from dl_jax.export import Input, baked, check, difference, read, require_same, symbolic, write
+from dl_jax.export import Input, baked, check, difference, read, require_same, signature, write
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 HEADER = struct.Struct("<8sII")
@@ -46,7 +46,7 @@ def export(
       path: the file, which is replaced if it exists.
       tolerance: the largest difference allowed.
     """
-    function, shapes = baked(apply, variables), symbolic(inputs)
+    function, shapes = baked(apply, variables), signature(inputs)
     data = bytes(jax.export.export(jax.jit(function), platforms=PLATFORMS)(*shapes).serialize())
     error = difference(jax.jit(jax.export.deserialize(bytearray(data)).call), function, inputs, shapes)
     require_same(error, tolerance, "The StableHLO file", path)

@@ -1,8 +1,13 @@
-"""Weights of PyTorch networks, from safetensors files to our variables and back. `pip install 'dl_jax[export]'`.
+"""Weights in safetensors files: our variables, and those of PyTorch networks. `pip install 'dl_jax[export]'`.
 
-A `Layers` map names each layer of a network twice: with the prefix that PyTorch gives its keys, and with the path of
-our module. The tensors of a layer follow from the leaves of our module: a kernel [kh, kw, C, D] is PyTorch's weight
-[D, C, kh, kw], a dense one [C, D] is its [D, C], and batch normalisation has weight, bias, running_mean and
+    save_variables("net.safetensors", variables)  # params/conv/kernel, ...; every type is kept
+    variables = load_variables("net.safetensors")
+
+Such a file, beside the code of the network, outlives an exported program. It can be read in any language.
+
+For PyTorch's networks, a `Layers` map names each layer twice: with the prefix that PyTorch gives its keys, and with the
+path of our module. The tensors of a layer follow from the leaves of our module: a kernel [kh, kw, C, D] is PyTorch's
+weight [D, C, kh, kw], a dense one [C, D] is its [D, C], and batch normalisation has weight, bias, running_mean and
 running_var. Its num_batches_tracked, which PyTorch uses only without a momentum, is accepted and is written as zero.
 
     model = ResNet50(classes=10)
@@ -12,8 +17,10 @@ running_var. Its num_batches_tracked, which PyTorch uses only without a momentum
     save("ours.safetensors", to_torch(variables, layers))
 """
 
+import json
 import math
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -35,6 +42,15 @@ NAMES = {  # (our collection, our leaf) -> the last part of PyTorch's key
     ("batch_stats", "var"): "running_var",
 }
 COUNTER = "num_batches_tracked"
+DIGEST = "dl_jax.crc32"  # an entry of a file's metadata
+TYPES = {  # safetensors' name -> NumPy's type
+    **{f"F{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
+    **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
+    "BF16": np.dtype(jnp.bfloat16),
+    "BOOL": np.dtype(bool),
+    "C64": np.dtype(np.complex64),
+}
 
 
 class Layers(NamedTuple):
@@ -106,19 +122,71 @@ def timm_mobilenet_v2(blocks: Sequence[int]) -> Layers:
 
 
 def load(path: str | os.PathLike[str]) -> State:
-    """The arrays of a safetensors file. Raises InputError where it cannot be read, is none or holds bfloat16."""
-    numpy = _safetensors()
+    """The arrays of a safetensors file.
+
+    Raises InputError where it cannot be read, is none, holds numbers of a type that NumPy lacks, or is damaged. The
+    last is noticed in files of `save` and `save_variables`, which hold a digest, and in others where it is a matter of
+    their form.
+    """
+    _safetensors()
+    data = read(path)
+    import safetensors
+
     try:
-        return numpy.load(read(path))
-    except InputError:
-        raise
-    except Exception as e:  # safetensors has its own class of errors, and NumPy others for types that it lacks
+        tensors = safetensors.deserialize(data)
+        state = {k: np.frombuffer(v["data"], TYPES[v["dtype"]]).reshape(v["shape"]) for k, v in tensors}
+        length = int.from_bytes(data[:8], "little")
+        digest = json.loads(data[8 : 8 + length]).get("__metadata__", {}).get(DIGEST)
+    except Exception as e:  # safetensors has its own class of errors
         raise InputError(f"{path} is not a safetensors file of NumPy's types ({reason(e)}); save it as float32") from e
+    if digest not in (None, _digest(state)):
+        raise InputError(f"{path} is damaged: its checksum does not match; copy it again or save the weights again")
+    return state
 
 
 def save(path: str | os.PathLike[str], state: Mapping[str, np.ndarray]) -> None:
     """Writes arrays to a safetensors file, which is replaced if it exists. Raises InputError where this fails."""
-    write(path, _safetensors().save({key: np.ascontiguousarray(array) for key, array in state.items()}))
+    arrays = {key: np.asarray(array, order="C") for key, array in state.items()}
+    write(path, _safetensors().save(arrays, metadata={DIGEST: _digest(arrays)}))
+
+
+def save_variables(path: str | os.PathLike[str], variables: Any) -> None:
+    """Writes variables to a safetensors file, which is replaced if it exists; a leaf is named by its path with slashes.
+
+    Raises InputError where the variables are anything but dicts of arrays, by strings without a slash, and where the
+    file cannot be written.
+    """
+    state = {}
+    for path_, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        keys = [getattr(entry, "key", None) for entry in path_]
+        if not keys or not all(isinstance(key, str) and "/" not in key for key in keys):
+            raise InputError(
+                f"the variables have a leaf at {jax.tree_util.keystr(path_) or 'their top'}, expected dicts by strings "
+                "without a slash; dequantise the weights, or name them in a dict"
+            )
+        state["/".join(keys)] = np.asarray(leaf)
+    save(path, state)
+
+
+def load_variables(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The variables that `save_variables` wrote, as dicts of NumPy arrays. Raises InputError as `load` does."""
+    variables: dict[str, Any] = {}
+    for name, array in load(path).items():
+        *keys, last = name.split("/")
+        tree = variables
+        for key in keys:
+            tree = tree.setdefault(key, {})
+        tree[last] = array
+    return variables
+
+
+def _digest(state: Mapping[str, np.ndarray]) -> str:
+    """The CRC-32 of names, types, shapes and numbers."""
+    digest = 0
+    for key in sorted(state):
+        digest = zlib.crc32(f"{key} {state[key].dtype.name} {state[key].shape} ".encode(), digest)
+        digest = zlib.crc32(state[key].tobytes(), digest)
+    return f"{digest:08x}"
 
 
 def from_torch(

@@ -134,7 +134,26 @@ def max_pool(image: jax.Array, window: int, stride: int | None = None, padding: 
         lowest = -jnp.inf if jnp.issubdtype(image.dtype, jnp.floating) else jnp.iinfo(image.dtype).min
         edges = ((0, 0, 0), (padding, padding, 0), (padding, padding, 0), (0, 0, 0))
         image = lax.pad(image, jnp.asarray(lowest, image.dtype), edges)
-    return _pool(jnp.maximum, image, window, stride)
+    return _max_pool(window, stride, image)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _max_pool(window: int, stride: int, image: jax.Array) -> jax.Array:
+    """Maxima of slices on a CPU, XLA's own windows elsewhere and in exported files; the gradient is that of slices."""
+    sides, strides = (1, window, window, 1), (1, stride, stride, 1)
+    lowest = -jnp.inf if jnp.issubdtype(image.dtype, jnp.floating) else jnp.iinfo(image.dtype).min
+    return lax.platform_dependent(
+        image,
+        cpu=functools.partial(_pool, jnp.maximum, window=window, stride=stride),
+        default=lambda image: lax.reduce_window(image, image.dtype.type(lowest), lax.max, sides, strides, "VALID"),
+    )
+
+
+@_max_pool.defjvp
+def _max_of_slices(
+    window: int, stride: int, primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    return jax.jvp(functools.partial(_pool, jnp.maximum, window=window, stride=stride), primals, tangents)
 
 
 def sum_pool(image: jax.Array, window: int) -> jax.Array:
