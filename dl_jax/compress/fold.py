@@ -86,7 +86,7 @@ def folded(apply: Apply, variables: Tree, *inputs: Any, **settings: Any) -> tupl
         found = _folds(_Flow.of(again))
         if [fold.signature for fold in found] != [fold.signature for fold in folds]:
             raise InputError(
-                "with these arguments the model normalises by its batch or reads values within a folded layer, expected "
+                "with these arguments the model normalises by its batch or reads values in a folded layer, expected "
                 "what `folded` saw; give it the settings of evaluation, such as train=False, and ask for results alone"
             )
         return _run(again, found, given)
@@ -321,11 +321,12 @@ def _bias(flow: _Flow, product: _Product, line: _Line) -> jax.tree_util.KeyPath 
 
 def _why(flow: _Flow, equation: Equation) -> str:
     """Why an equation of constants and data is not folded."""
-    line = flow.lines.get(equation.outvars[0])
-    if line is None and equation.primitive.name in ARITHMETIC:
-        return "its values vary along other axes than the channels of the kernel before it"
-    if line is None:
+    if equation.primitive.name not in ARITHMETIC:
         return f"the operation {equation.primitive.name!r} reads it"
+    line = flow.lines.get(equation.outvars[0])
+    longer = line and flow.line(line.source)  # it ends where this line had to begin
+    if longer is None or (longer.steps and isinstance(flow.products.get(longer.source), _Product)):
+        return "its values vary along other axes than the channels of the kernel before it"
     product = flow.products.get(line.source)
     if isinstance(product, str):
         return product
