@@ -95,14 +95,13 @@ def test_a_folded_model_runs_as_in_evaluation_and_returns_what_is_left_of_its_co
     assert collections == {}
 
 
-def test_it_takes_any_batch_can_be_differentiated_and_rewritten_again():
-    model, variables, apply, small = stranger()
+def test_it_takes_any_batch_and_can_be_rewritten_again():
+    *_, apply, small = stranger()
     (batch,) = jax.export.symbolic_shape("batch")
     shape = jax.ShapeDtypeStruct((batch, *IMAGE.shape[1:]), IMAGE.dtype)
     exported = jax.export.export(jax.jit(lambda image: apply(small, image)))(shape)
     assert_same(exported.call(np.concatenate([IMAGE] * 3)), np.concatenate([expected()] * 3))
-    again, same = fold.folded(apply, small, IMAGE)
-    assert_same(same, small, 0)
+    assert_same(fold.folded(apply, small, IMAGE)[1], small, 0)
 
 
 def test_a_stack_of_seeds():
@@ -139,7 +138,7 @@ def plain():
 
 def test_gradients_and_fine_tuning():
     """A folded model trains as the one that never had a normalisation does."""
-    _, variables, apply, small = plain()
+    *_, apply, small = plain()
     assert {*small} == {"params"}
     batch, key = {"image": IMAGE, "label": np.array([0, 2])}, jax.random.key(0)
     gradient = lambda apply: jax.grad(lambda v: classify.loss(apply)(v, batch, key)[0])
@@ -277,11 +276,8 @@ def test_a_bias_with_another_use_is_not_replaced():
         layer = variables["params"]["layer"]
         return jax.nn.relu((x @ layer["kernel"]) * variables["stats"]["layer"]["scale"]) + layer["bias"]
 
-    variables = {
-        "params": {"layer": {"kernel": np.eye(4), "bias": np.ones(4)}},
-        "stats": {"layer": {"scale": np.ones(4)}},
-    }
-    variables = jax.tree.map(np.float32, variables)
+    kernel, ones = np.eye(4, dtype=np.float32), np.ones(4, np.float32)
+    variables = {"params": {"layer": {"kernel": kernel, "bias": ones}}, "stats": {"layer": {"scale": ones}}}
     _, small = fold.folded(apply, variables, IMAGE)
     assert names(small) == names(variables)
     (why,) = fold.remaining(apply, variables, IMAGE).values()
@@ -294,21 +290,21 @@ def test_bad_input_has_one_clear_line():
         lambda path, each: np.full_like(each, value) if path[-1].key == leaf else each, variables
     )
     found = lambda variables: fold.folded(model.apply, variables, IMAGE, train=False)
-    with pytest.raises(InputError, match="^batch_stats/norm/mean has NaN or infinite values, expected finite"):
+    with pytest.raises(InputError, match=r"^batch_stats/norm/mean has NaN or infinite values, expected finite"):
         found(changed("mean", np.nan))
-    with pytest.raises(InputError, match="^folding .*batch_stats/norm/var.* look for a negative variance"):
+    with pytest.raises(InputError, match=r"^folding .*batch_stats/norm/var.* look for a negative variance"):
         found(changed("var", -0.5))
-    with pytest.raises(InputError, match="^the variables have batch_stats/norm/mean, expected those that `folded`"):
+    with pytest.raises(InputError, match=r"^the variables have batch_stats/norm/mean, expected those that `folded`"):
         apply(variables, IMAGE)
-    with pytest.raises(InputError, match="^the variables lack params/conv/bias, expected those that `folded`"):
+    with pytest.raises(InputError, match=r"^the variables lack params/conv/bias, expected those that `folded`"):
         apply({"params": {**small["params"], "conv": {"kernel": small["params"]["conv"]["kernel"]}}}, IMAGE)
-    with pytest.raises(InputError, match="^with these arguments the model normalises by its batch"):
-        lax = fold.folded(lambda v, x, train=False: model.apply(v, x, train=train, mutable=train), variables, IMAGE)
-        lax[0](small, IMAGE, train=True)
+    unsettled, _ = fold.folded(
+        lambda v, x, train=False: model.apply(v, x, train=train, mutable=train), variables, IMAGE
+    )
+    with pytest.raises(InputError, match=r"^with these arguments the model normalises by its batch"):
+        unsettled(small, IMAGE, train=True)
     unread = fold.remaining(lambda v, x: model.apply(v, x, train=True, mutable=True)[0], variables, IMAGE)
-    assert unread == {
-        "norm": "its running statistics are not read; give the settings of evaluation, such as train=False"
-    }
+    assert unread["norm"].startswith("its running statistics are not read; give the settings of evaluation")
 
 
 def test_nothing_of_a_normalisation_is_left_in_exported_files(tmp_path):
@@ -319,12 +315,11 @@ def test_nothing_of_a_normalisation_is_left_in_exported_files(tmp_path):
     model, variables, apply, small = plain()
     bare = functools.partial(Plain(norm=False).apply, train=False)
     kinds = {}
-    for name, each, leaves in (("folded", apply, small), ("bare", bare, small)):
-        to_onnx.export(each, leaves, [IMAGE], tmp_path / f"{name}.onnx")
-        graph = onnx.load(tmp_path / f"{name}.onnx").graph
-        kinds[name] = sorted(node.op_type for node in graph.node)
-    assert kinds["folded"] == kinds["bare"]
-    assert not {*kinds["folded"]} & {"Sub", "Div", "Sqrt", "BatchNormalization"}
+    for each in (apply, bare):
+        to_onnx.export(each, small, [IMAGE], tmp_path / "model.onnx")
+        kinds[each] = sorted(node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node)
+    assert kinds[apply] == kinds[bare]
+    assert not {*kinds[bare]} & {"Sub", "Mul", "Sqrt", "BatchNormalization"}  # Div is that of the mean
     stablehlo.export(apply, small, [IMAGE], tmp_path / "folded.hlo")
     expected = jax.jit(functools.partial(model.apply, train=False))(variables, IMAGE)
     assert_same(stablehlo.load(tmp_path / "folded.hlo")(IMAGE), expected)
