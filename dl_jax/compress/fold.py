@@ -323,10 +323,13 @@ def _why(flow: _Flow, equation: Equation) -> str:
     """Why an equation of constants and data is not folded."""
     if equation.primitive.name not in ARITHMETIC:
         return f"the operation {equation.primitive.name!r} reads it"
+    other = "its values vary along other axes than the channels of the kernel before it"
     line = flow.lines.get(equation.outvars[0])
-    longer = line and flow.line(line.source)  # it ends where this line had to begin
-    if longer is None or (longer.steps and isinstance(flow.products.get(longer.source), _Product)):
-        return "its values vary along other axes than the channels of the kernel before it"
+    if line is None:
+        return other
+    earlier = flow.line(line.source)  # it ends where this line had to begin
+    if earlier.steps and isinstance(flow.products.get(earlier.source), _Product):
+        return other
     product = flow.products.get(line.source)
     if isinstance(product, str):
         return product
