@@ -115,7 +115,8 @@ def attention(features: Array) -> Array:  # [B, ..., C] -> [B, P]
     Zagoruyko & Komodakis 2017, arXiv:1612.03928, section 3.1, with p = 2.
     """
     activity = (at_least_float32(features) ** 2).sum(-1).reshape(features.shape[0], -1)
-    return activity / _norm(activity)[:, None]
+    norm = _norm(activity)
+    return activity / jnp.where(norm > 0, norm, 1)[:, None]
 
 
 def attention_distance(student: Array, teacher: Array) -> Array:  # [B, ..., C], [B, ..., D] -> [B]
@@ -128,8 +129,7 @@ def attention_distance(student: Array, teacher: Array) -> Array:  # [B, ..., C],
             f"attention_distance: the student's layer is {student.shape} and the teacher's {teacher.shape}, expected "
             "equal positions; choose layers of equal size"
         )
-    difference = attention(student) - attention(jax.lax.stop_gradient(teacher))
-    return jnp.where((difference == 0).all(-1), 0, 0.5 * _norm(difference))
+    return 0.5 * _norm(attention(student) - attention(jax.lax.stop_gradient(teacher)))
 
 
 def attention_transfer(apply: Callable[..., Any]) -> Loss:
@@ -164,9 +164,10 @@ def _paired(name: str, *layers: Sequence[Any]) -> list[tuple[Any, ...]]:
     return list(zip(*layers, strict=True))
 
 
-def _norm(x: Array) -> Array:  # [B, P] -> [B], 1 where it would be 0, whose gradient is not finite
+def _norm(x: Array) -> Array:  # [B, P] -> [B]
+    """The Euclidean norm, whose gradient at 0 is 0, and not NaN."""
     squares = (x**2).sum(-1)
-    return jnp.sqrt(jnp.where(squares > 0, squares, 1))
+    return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
 
 
 def matched_bias(logits: np.ndarray, group: np.ndarray, frequency: float) -> float:  # [N, C], bool [C]

@@ -7,9 +7,10 @@
     before      params = prune.highest(initial, prune.sensitivity(loss, variables, batch, key), 0.9), then as one shot
                 (SNIP, Lee et al. 2019); the control has prune.random_scores(key, initial) in place of the sensitivity
 
-Each layer is pruned to its own sparsity, but by `highest`, which ranks all layers together. A pruned weight is exactly zero after every later step, also with momentum or
-weight decay. Masks are bool and part of the optimiser's state, so they are mapped over seeds, donated and saved like
-the rest of the state. For layers on different schedules chain one `magnitude` per schedule, with different `where`.
+Each layer is pruned to its own sparsity, but by `highest`, which ranks all layers together. A pruned weight is exactly
+zero after every later step, also with momentum or weight decay. Masks are bool and part of the optimiser's state, so
+they are mapped over seeds, donated and saved like the rest of the state. For layers on different schedules chain one
+`magnitude` per schedule, with different `where`.
 """
 
 from collections.abc import Callable, Sequence
