@@ -400,8 +400,8 @@ def _run(called: Called, folds: Sequence[_Fold], leaves: Mapping[jax.tree_util.K
 
 def _convolved(equation: Equation, inputs: list[Any]) -> Sequence[Any]:
     """The outputs of an equation; those of a convolution in our own form, whose gradient is fast on a CPU."""
-    params = equation.params
-    if equation.primitive.name != "conv_general_dilated" or params["batch_group_count"] != 1:
+    params, same = equation.params, len({each.aval.dtype for each in [*equation.invars, *equation.outvars]}) == 1
+    if equation.primitive.name != "conv_general_dilated" or params["batch_group_count"] != 1 or not same:
         return bound(equation, inputs)
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers", "feature_group_count")
     settings = {name: params[name] for name in (*names, "precision")}

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dl_jax import classify, models
+from dl_jax import classify, inspect, models
 from dl_jax.compress import fold
 from dl_jax.core.errors import InputError
 from dl_jax.core.leaves import named
@@ -134,6 +134,14 @@ def plain():
     model = Plain(norm=True)
     variables = drawn(model, IMAGE, train=False)
     return model, variables, *fold.folded(functools.partial(model.apply, train=False), variables, IMAGE)
+
+
+def test_outputs_of_layers_can_be_had_but_not_of_what_is_folded():
+    model, variables, apply, small = plain()
+    read = lambda apply, path: jax.jit(lambda v: inspect.with_outputs(apply, path)(v, IMAGE, train=False))
+    assert_same(read(apply, "norm")(small), read(model.apply, "norm")(variables))
+    with pytest.raises(InputError, match="reads values in a folded layer, expected what `folded` saw"):
+        read(apply, "conv")(small)
 
 
 def test_gradients_and_fine_tuning():
