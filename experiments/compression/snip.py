@@ -5,7 +5,8 @@ Lee, Ajanthan & Torr 2019, "SNIP: Single-shot network pruning based on connectio
     python experiments/compression/snip.py --dataset mnist --preset paper --seeds 5 --workdir runs/snip
 
 Expected: test errors of 1.6 ± 0.3 % without 95 % of the weights and of 2.4 ± 0.3 % without 98 %. Random masks, our
-control, are worse at both. The numbers of the paper are from memory. Five seeds take about EXPECTED on a CPU core.
+control, are worse at both. The numbers of the paper are from memory. Five seeds should take about half an hour on a CPU
+core.
 
 The weights that stay are those of highest |gradient * weight| at the start, over all layers together, for the first
 batch of the training set. Five networks are trained from the same weights on the same batches: with all weights, and

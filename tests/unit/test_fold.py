@@ -292,6 +292,13 @@ def test_a_bias_with_another_use_is_not_replaced():
     assert why.startswith("the kernel before it has no place for a bias")
 
 
+def test_a_layer_with_nothing_to_fold_stays_as_it_is():
+    variables = {"params": {"layer": {"w": np.eye(4, dtype=np.float32), "b": np.ones(4, np.float32)}}}
+    apply, same = fold.folded(lambda v, x: x @ v["params"]["layer"]["w"] + v["params"]["layer"]["b"], variables, IMAGE)
+    assert names(same) == names(variables)
+    np.testing.assert_array_equal(apply(same, IMAGE), IMAGE + 1)
+
+
 def test_bad_input_has_one_clear_line():
     model, variables, apply, small = plain()
     changed = lambda leaf, value: jax.tree_util.tree_map_with_path(
