@@ -1,11 +1,11 @@
-"""Reads or changes the inputs of a model's layers, without a hook in the model.
+"""Reads or changes the inputs of a model's layers, or reads their outputs, without a hook in the model.
 
 A layer is a matrix product or a convolution of a value that depends on the model's input with one that depends on
 parameters only. It is found in the trace of a call, whatever the module is written in, jitted or not.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -225,3 +225,40 @@ def computed(equation: Any, inputs: list[Any]) -> Sequence[Any]:
 
 def _widens(convolution: Any) -> bool:
     return convolution.params["preferred_element_type"] not in (None, convolution.invars[0].aval.dtype)
+
+
+def with_outputs(apply: Function, *paths: str) -> Function:
+    """Wraps `module.apply` so that it returns (result, outputs), where `outputs` is a tuple with one array per path.
+
+    A path names a module as its parameters do: "Dense_0", "encoder/Conv_1". Of a module that is called more than once
+    the first output is taken. `apply` may also be a function that passes its keywords on to `module.apply`, such as
+    what `compress.fold` and the like return; its own `mutable` works as usual. Raises InputError, when called, for a
+    path that is no module that was called.
+    """
+
+    @functools.wraps(apply)
+    def run(*args: Any, mutable: Any = False, **kwargs: Any) -> Any:
+        wanted = lambda module, method: method == "__call__" and "/".join(module.path) in paths
+        others = [mutable] if isinstance(mutable, str) else [] if isinstance(mutable, bool) else [*mutable]
+        asked = mutable is True or [*others, "intermediates"]
+        result, collections = apply(*args, **kwargs, capture_intermediates=wanted, mutable=asked)
+        others = {name: each for name, each in collections.items() if name != "intermediates"}
+        found = _captured(collections.get("intermediates", {}))
+        if missing := [path for path in paths if path not in found]:
+            raise InputError(
+                f"with_outputs: no module {missing[0]!r} was called, expected the path of one, such as 'Conv_0' or "
+                "'encoder/Dense_1'; look at the names of the parameters"
+            )
+        outputs = tuple(found[path] for path in paths)
+        return ((result, outputs), others) if mutable else (result, outputs)
+
+    return run
+
+
+def _captured(tree: Any, path: tuple[str, ...] = ()) -> dict[str, jax.Array]:
+    """The first output of each module that Flax captured, by path."""
+    found = {"/".join(path): tree["__call__"][0]} if "__call__" in tree else {}
+    for name, each in tree.items():
+        if isinstance(each, Mapping):
+            found |= _captured(each, (*path, name))
+    return found

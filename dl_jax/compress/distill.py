@@ -1,15 +1,34 @@
-"""Distillation: a student learns the probabilities that a teacher gives to all classes, including the wrong ones."""
+"""Distillation: a student learns what a teacher answers, or what its layers compute.
 
-from collections.abc import Callable
+Answers are the probabilities of all classes, including the wrong ones (`loss`). Layers are compared through a linear
+regressor (`hints`) or by where on the image they are active (`attention_transfer`). For these, `apply` returns
+(logits, features), a tuple of arrays, and a batch has those of the teacher. Any function may do so; of a Flax module:
+
+    student, teacher = (inspect.with_outputs(model.apply, "stage2_block0", "stage3_block0") for model in (small, large))
+
+    def see(key, batch):  # the teacher's features, computed with the batch
+        return {**batch, "teacher_features": teacher(trained, classify.to_unit(batch["image"]), train=False)[1]}
+
+    loss = losses.weighted_sum({
+        "hard": (1.0, losses.with_params(classify.loss(small.apply), distill.without_regressors)),
+        "hints": (0.1, losses.with_batch(distill.hints(student), see)),
+    })
+    params = {**params, distill.REGRESSORS: distill.regressors(key, [(16, 64), (32, 128)])}
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dl_jax import classify, losses
 from dl_jax.core.errors import InputError
 from dl_jax.core.leaves import at_least_float32
 from dl_jax.core.step import Array, Batch, Loss, Tree
+
+REGRESSORS = "regressors"  # among the parameters
 
 
 def soft(student_logits: Array, teacher_logits: Array, temperature: float) -> Array:  # [B, ..., C] twice -> [B, ...]
@@ -42,6 +61,113 @@ def loss(apply: Callable[..., Any], temperature: float) -> Loss:
         return soft(logits, batch["teacher_logits"], temperature).mean(), (collections, {})
 
     return follow
+
+
+def hint(student: Array, teacher: Array, regressor: Tree) -> Array:  # [B, ..., C], [B, ..., D] -> [B]
+    """½ ‖teacher − (student · kernel + bias)‖², the sum over an example's positions and channels.
+
+    It is FitNets' hint with a linear regressor, which has the same kernel [C, D] at all positions: a 1 x 1 convolution
+    on images (Romero et al. 2015, arXiv:1412.6550, equation 3). The teacher gets no gradient. Raises InputError where
+    the shapes do not fit.
+    """
+    kernel, bias = regressor["kernel"], regressor["bias"]
+    if kernel.shape != (student.shape[-1], teacher.shape[-1]) or student.shape[:-1] != teacher.shape[:-1]:
+        raise InputError(
+            f"hint: the student's layer is {student.shape}, the teacher's {teacher.shape} and the regressor "
+            f"{kernel.shape}, expected equal positions and a regressor (channels of the student, of the teacher); "
+            "choose layers of equal size"
+        )
+    guess = at_least_float32(student) @ at_least_float32(kernel) + at_least_float32(bias)
+    errors = at_least_float32(jax.lax.stop_gradient(teacher)) - guess
+    return 0.5 * (errors**2).sum(tuple(range(1, errors.ndim)))
+
+
+def regressors(key: Array, channels: Sequence[tuple[int, int]]) -> list[dict[str, Array]]:
+    """Regressors for pairs of layers with these channels, (student, teacher). They are parameters to train along."""
+    kernels = map(jax.nn.initializers.lecun_normal(), jax.random.split(key, len(channels)), channels)
+    return [{"kernel": kernel, "bias": jnp.zeros(kernel.shape[1])} for kernel in kernels]
+
+
+def without_regressors(params: Tree) -> Tree:
+    """The student's own parameters, for `losses.with_params` around a loss of the student, and after training."""
+    return {name: each for name, each in params.items() if name != REGRESSORS}
+
+
+def hints(apply: Callable[..., Any]) -> Loss:
+    """The mean over a batch of `hint`, summed over pairs of layers: batch["teacher_features"] and those of `apply`.
+
+    The parameters have the regressors under `REGRESSORS`, and `apply` sees the others. Raises InputError where the
+    numbers of layers differ or their shapes do not fit.
+    """
+
+    def follow(variables: Tree, batch: Batch, key: Array):
+        params = variables["params"]
+        found, collections = _features(apply, {**variables, "params": without_regressors(params)}, batch, key)
+        pairs = _paired("hints", found, batch["teacher_features"], params.get(REGRESSORS, []))
+        return jnp.stack([hint(*pair).mean() for pair in pairs]).sum(), (collections, {})
+
+    return follow
+
+
+def attention(features: Array) -> Array:  # [B, ..., C] -> [B, P]
+    """The map of activity over P positions, Σ_c |A_c|², divided by its norm. A map of zeros stays one.
+
+    Zagoruyko & Komodakis 2017, arXiv:1612.03928, section 3.1, with p = 2.
+    """
+    activity = (at_least_float32(features) ** 2).sum(-1).reshape(features.shape[0], -1)
+    norm = _norm(activity)
+    return activity / jnp.where(norm > 0, norm, 1)[:, None]
+
+
+def attention_distance(student: Array, teacher: Array) -> Array:  # [B, ..., C], [B, ..., D] -> [B]
+    """½ ‖attention(student) − attention(teacher)‖, a term of the paper's equation 2 without the factor β.
+
+    The teacher gets no gradient. Raises InputError where the positions differ.
+    """
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise InputError(
+            f"attention_distance: the student's layer is {student.shape} and the teacher's {teacher.shape}, expected "
+            "equal positions; choose layers of equal size"
+        )
+    return 0.5 * _norm(attention(student) - attention(jax.lax.stop_gradient(teacher)))
+
+
+def attention_transfer(apply: Callable[..., Any]) -> Loss:
+    """The mean over a batch of `attention_distance`, summed over pairs of layers as in `hints`; no regressors."""
+
+    def follow(variables: Tree, batch: Batch, key: Array):
+        found, collections = _features(apply, variables, batch, key)
+        pairs = _paired("attention_transfer", found, batch["teacher_features"])
+        return jnp.stack([attention_distance(*pair).mean() for pair in pairs]).sum(), (collections, {})
+
+    return follow
+
+
+def _features(apply: Callable[..., Any], variables: Tree, batch: Batch, key: Array) -> tuple[Any, Tree]:
+    """The features of a batch in training, and the collections that changed."""
+    found, collections = classify.in_training(apply, variables, batch, key)
+    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], tuple | list)):
+        raise InputError(
+            f"`apply` returns a {type(found).__name__}, expected (logits, features) with a tuple of arrays; wrap it in "
+            "`inspect.with_outputs`"
+        )
+    return found[1], collections
+
+
+def _paired(name: str, *layers: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """The layers of student and teacher, and the regressors, side by side."""
+    counts = [len(each) for each in layers]
+    if len(set(counts)) > 1 or not counts[0]:
+        kinds = ("student", "teacher", "regressors")
+        found = ", ".join(f"{kind} {count}" for kind, count in zip(kinds, counts, strict=False))
+        raise InputError(f"{name}: numbers of layers are {found}; expected as many of each, one or more; pair them up")
+    return list(zip(*layers, strict=True))
+
+
+def _norm(x: Array) -> Array:  # [B, P] -> [B]
+    """The Euclidean norm, whose gradient at 0 is 0, and not NaN."""
+    squares = (x**2).sum(-1)
+    return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1)), 0)
 
 
 def matched_bias(logits: np.ndarray, group: np.ndarray, frequency: float) -> float:  # [N, C], bool [C]

@@ -4,10 +4,13 @@
     one shot    params = prune.smallest(trained, 0.9), then train these with optax.chain(..., prune.keep_zeros())
     rewinding   as one shot, but train the initial weights, set to zero where prune.smallest(trained, 0.9) is zero
                 (Frankle & Carbin 2019)
+    before      params = prune.highest(initial, prune.sensitivity(loss, variables, batch, key), 0.9), then as one shot
+                (SNIP, Lee et al. 2019); the control has prune.random_scores(key, initial) in place of the sensitivity
 
-Each layer is pruned to its own sparsity. A pruned weight is exactly zero after every later step, also with momentum or
-weight decay. Masks are bool and part of the optimiser's state, so they are mapped over seeds, donated and saved like
-the rest of the state. For layers on different schedules chain one `magnitude` per schedule, with different `where`.
+Each layer is pruned to its own sparsity, but by `highest`, which ranks all layers together. A pruned weight is exactly
+zero after every later step, also with momentum or weight decay. Masks are bool and part of the optimiser's state, so
+they are mapped over seeds, donated and saved like the rest of the state. For layers on different schedules chain one
+`magnitude` per schedule, with different `where`.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,11 +18,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from dl_jax.core.errors import InputError
 from dl_jax.core.leaves import Where, chosen, is_kernel, leaf_name
-from dl_jax.core.step import Array, Tree
+from dl_jax.core.step import Array, Batch, Loss, Tree
 
 LAST = 2**31 - 1  # the largest step: optimisers count in int32
 Sparsity = float | Callable[[jax.tree_util.KeyPath, Array], float]  # fraction of zeros, or (path, leaf) -> fraction
@@ -41,6 +45,38 @@ def smallest(params: Tree, sparsity: Sparsity, where: Where = is_kernel) -> Tree
         return jnp.where(_largest(jnp.abs(leaf), round(share * leaf.size)), leaf, 0)
 
     return jax.tree_util.tree_map_with_path(prune, params, chosen(params, where))
+
+
+def sensitivity(loss: Loss, variables: Tree, batch: Batch, key: Array) -> Tree:
+    """SNIP's score of each parameter, |gradient · weight|, from one batch; a tree of the shapes of the parameters.
+
+    It is the derivative of the loss with respect to a factor of the weight, at factor 1: how much a small change of the
+    connection matters (Lee, Ajanthan & Torr 2019, arXiv:1810.02340, section 4, without the common divisor).
+    """
+    gradients = jax.grad(lambda params: loss({**variables, "params": params}, batch, key)[0])(variables["params"])
+    return jax.tree.map(lambda g, w: jnp.abs(g * w), gradients, variables["params"])
+
+
+def random_scores(key: Array, params: Tree) -> Tree:
+    """Scores uniform in [0, 1), of the shapes of `params`: with `highest`, every weight is equally likely to stay."""
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(structure, [jax.random.uniform(k, w.shape) for k, w in zip(keys, leaves, strict=True)])
+
+
+def highest(params: Tree, scores: Tree, sparsity: float, where: Where = is_kernel) -> Tree:
+    """`params` with the round(sparsity · size) weights of lowest score set to zero, over all chosen layers together.
+
+    `size` is the number of weights in these layers. Ties are pruned in the order of the layers and arrays. `scores` has
+    the structure of `params` and no negative numbers; NaN counts as highest. Map the function over seeds with
+    `jax.vmap`. Raises InputError for a sparsity outside [0, 1), and where `where` chooses no parameter.
+    """
+    _require_sparsity("highest: sparsity", sparsity)
+    yes = chosen(params, where)
+    ranked = [score.ravel() for score, chosen in zip(*map(jax.tree.leaves, (scores, yes)), strict=True) if chosen]
+    kept = _largest(jnp.concatenate(ranked), round(sparsity * sum(map(len, ranked))))
+    masks = iter(jnp.split(kept, np.cumsum([len(each) for each in ranked])[:-1]))
+    return jax.tree.map(lambda w, yes: jnp.where(next(masks).reshape(w.shape), w, 0) if yes else w, params, yes)
 
 
 def rounds(params: Tree, kept: Sequence[float]) -> Callable[[float], Sparsity]:

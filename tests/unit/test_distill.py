@@ -1,5 +1,6 @@
 """Distillation: the loss against its equation, and the bias rule against counting."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dl_jax import classify, inspect, losses
 from dl_jax.compress import distill
 from dl_jax.core.errors import InputError
 from dl_jax.harness.run import Run
@@ -150,3 +152,102 @@ def test_the_student_without_threes_is_shown_none(load_experiment, monkeypatch):
     said = lambda name: shown[name]["teacher_logits"]
     assert pairs("no_three") < pairs("distilled")  # each image with what the teacher said of it
     assert (found["errors/no_three/bias_tuned_on_test"] <= found["errors/no_three/bias"]).all()
+
+
+def test_a_hint_is_half_the_squared_distance_from_a_linear_function():
+    student, teacher = logits(0, 3, 2, 2, 4), logits(1, 3, 2, 2, 5)
+    regressor = {"kernel": logits(2, 4, 5), "bias": logits(3, 5)}
+    expected = [
+        0.5 * sum((teacher[b, i, j, d] - regressor["bias"][d] - student[b, i, j] @ regressor["kernel"][:, d]) ** 2
+                  for i in range(2) for j in range(2) for d in range(5))
+        for b in range(3)
+    ]  # fmt: skip
+    np.testing.assert_allclose(distill.hint(student, teacher, regressor), expected, rtol=1e-5)
+    gradient = jax.grad(lambda teacher: distill.hint(student, teacher, regressor).sum())(teacher)
+    assert not gradient.any()
+
+
+def test_attention_is_where_a_layer_is_active_whatever_its_size_and_channels():
+    student, teacher = logits(0, 3, 2, 4, 5), logits(1, 3, 2, 4, 7)
+    q = [np.einsum("bijc->bij", np.float64(x) ** 2).reshape(3, 8) for x in (student, teacher)]
+    q = [each / np.sqrt((each**2).sum(1, keepdims=True)) for each in q]
+    np.testing.assert_allclose(distill.attention(student), q[0], rtol=1e-5)
+    np.testing.assert_allclose(
+        distill.attention_distance(student, teacher), 0.5 * np.sqrt(((q[0] - q[1]) ** 2).sum(1)), rtol=1e-5
+    )
+    twice = np.concatenate([3 * student[..., ::-1], 4 * student], -1)  # the same map, 25 times
+    np.testing.assert_allclose(distill.attention_distance(student, twice), 0, atol=1e-6)
+    gradients = jax.jit(jax.grad(lambda *x: distill.attention_distance(*x).sum(), argnums=(0, 1)))
+    to_student, to_teacher = map(np.asarray, gradients(student, teacher))
+    assert to_student.all()
+    assert not to_teacher.any()
+
+
+def test_silent_and_equal_layers_have_finite_gradients():
+    values = np.float32([0, 0, 1, 1]), np.float32([0, 1, 0, 1])  # of the student and of the teacher
+    student, teacher = (x[:, None, None, None] * np.ones((1, 2, 2, 3), np.float32) for x in values)
+    gradient = jax.jit(jax.grad(lambda x: distill.attention_distance(x, teacher).sum()))(student)
+    assert np.isfinite(gradient).all()
+    np.testing.assert_allclose(jax.jit(distill.attention_distance)(student, teacher), [0, 0.5, 0.5, 0], atol=1e-6)
+
+
+class Net(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, image, train):
+        x = nn.BatchNorm(use_running_average=not train, name="norm")(nn.Conv(self.width, (3, 3), name="conv")(image))
+        x = nn.relu(nn.Conv(self.width, (3, 3), 2, name="second")(nn.relu(x)))
+        return nn.Dense(3)(x.mean((1, 2)))
+
+
+def pair_of_nets():
+    image = np.random.default_rng(0).random((4, 6, 6, 1), np.float32)
+    nets = [inspect.with_outputs(Net(width).apply, "norm", "second") for width in (2, 5)]
+    init = lambda width: jax.jit(lambda: Net(width).init(jax.random.key(0), image, train=False))()
+    variables = [init(width) for width in (2, 5)]
+    features = jax.jit(lambda v: nets[1](v, image, train=False))(variables[1])[1]
+    return nets[0], variables[0], {"image": image, "label": np.array([0, 1, 2, 0]), "teacher_features": features}
+
+
+def test_losses_of_layers_take_a_model_that_returns_them():
+    student, variables, batch = pair_of_nets()
+    regressors = distill.regressors(jax.random.key(1), [(2, 5), (2, 5)])
+    assert [tree["kernel"].shape for tree in regressors] == [(2, 5), (2, 5)]
+    params = {**variables["params"], distill.REGRESSORS: regressors}
+    hard = losses.with_params(classify.loss(Net(2).apply), distill.without_regressors)
+    terms = {"hints": distill.hints(student), "attention": distill.attention_transfer(student), "hard": hard}
+    total = losses.weighted_sum({name: (1.0, term) for name, term in terms.items()})
+    both = jax.jit(
+        lambda params: jax.grad(total, has_aux=True)({**variables, "params": params}, batch, jax.random.key(0))
+    )
+    gradients, (collections, metrics) = both(params)
+    run = jax.jit(lambda variables: student(variables, batch["image"], train=True, mutable=["batch_stats"]))
+    (_, found), changed = run(variables)
+    pairs = list(zip(found, batch["teacher_features"], strict=True))
+    expected = sum(distill.hint(*pair, tree).mean() for pair, tree in zip(pairs, regressors, strict=True))
+    np.testing.assert_allclose(metrics["hints"], expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        metrics["attention"], sum(distill.attention_distance(*pair).mean() for pair in pairs), rtol=1e-5
+    )
+    for tree in gradients["params"][distill.REGRESSORS]:
+        assert tree["kernel"].all()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), collections, changed)
+
+
+def test_layers_that_do_not_fit_have_one_clear_line():
+    student, variables, batch = pair_of_nets()
+    run = lambda loss, **changes: loss(variables, {**batch, **changes}, jax.random.key(0))
+    first, second = batch["teacher_features"]
+    with pytest.raises(InputError, match="attention_transfer: numbers of layers are student 2, teacher 1; expected"):
+        run(distill.attention_transfer(student), teacher_features=(first,))
+    with pytest.raises(InputError, match="hints: numbers of layers are student 2, teacher 2, regressors 0; expected"):
+        run(distill.hints(student))
+    with pytest.raises(InputError, match=r"student's layer is \(4, 6, 6, 2\) and the teacher's \(4, 3, 3, 5\)"):
+        run(distill.attention_transfer(student), teacher_features=(second, first))
+    with pytest.raises(InputError, match=r"the student's layer is .* and the regressor \(3, 5\), expected equal"):
+        distill.hint(np.ones((4, 2)), np.ones((4, 5)), {"kernel": np.ones((3, 5)), "bias": np.ones(5)})
+    with pytest.raises(InputError, match=r"`apply` returns a .*, expected \(logits, features\)"):
+        run(distill.attention_transfer(Net(2).apply))
+    with pytest.raises(InputError, match="no module 'norms' was called, expected the path of one"):
+        inspect.with_outputs(Net(2).apply, "norms")(variables, batch["image"], train=False)

@@ -1,6 +1,8 @@
 import functools
 
+import flax.linen as nn
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 
+from dl_jax import classify
 from dl_jax.compress import prune
 from dl_jax.core.errors import InputError
 from dl_jax.core.fit import fit
@@ -389,3 +392,61 @@ def test_other_bad_input():
     for tx in (prune.keep_zeros(), prune.magnitude(prune.cubic(0.9, 0, 10))):
         with pytest.raises(ValueError, match="got no params"):
             tx.update(network(KEY), tx.init(network(KEY)))
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, image, train):
+        return nn.Dense(3)(nn.tanh(nn.Dense(4)(image.reshape(image.shape[0], -1))))
+
+
+def problem():
+    rng = np.random.default_rng(0)
+    batch = {"image": rng.random((5, 2, 1, 1), np.float32), "label": np.array([0, 1, 2, 0, 1])}
+    variables = jax.jit(lambda: Net().init(jax.random.key(0), batch["image"], train=False))()
+    return classify.loss(Net().apply), variables, batch
+
+
+def test_sensitivity_is_the_slope_of_the_loss_along_a_factor_of_each_weight():
+    loss, variables, batch = problem()
+    scores = jax.jit(functools.partial(prune.sensitivity, loss))(variables, batch, jax.random.key(0))
+    flat, unravel = jax.flatten_util.ravel_pytree(variables["params"])
+    value = jax.jit(jax.vmap(lambda flat: loss({"params": unravel(flat)}, batch, jax.random.key(0))[0]))
+    more, less = (np.float32(flat) * (1 + sign * 0.01 * np.eye(len(flat), dtype=np.float32)) for sign in (1, -1))
+    slopes = (value(more) - value(less)) / 0.02  # of one factor in each row
+    np.testing.assert_allclose(jax.flatten_util.ravel_pytree(scores)[0], np.abs(slopes), atol=3e-5)
+    assert np.max(scores["Dense_0"]["kernel"]) > 0.01
+
+
+def test_the_highest_scores_over_all_layers_stay():
+    loss, variables, batch = problem()
+    scores = jax.jit(functools.partial(prune.sensitivity, loss))(variables, batch, jax.random.key(0))
+    found, before, scores = jax.device_get(
+        (prune.highest(variables["params"], scores, 0.7), variables["params"], scores)
+    )
+    kernels = [(name, place) for name in ("Dense_0", "Dense_1") for place in np.ndindex(found[name]["kernel"].shape)]
+    by_score = sorted(kernels, key=lambda each: float(scores[each[0]]["kernel"][each[1]]))
+    zeros = {(name, place) for name, place in kernels if found[name]["kernel"][place] == 0}
+    assert zeros == set(by_score[: round(0.7 * 20)])
+    for name in ("Dense_0", "Dense_1"):
+        kernel = found[name]["kernel"]
+        np.testing.assert_array_equal(kernel[kernel != 0], before[name]["kernel"][kernel != 0])
+        np.testing.assert_array_equal(found[name]["bias"], before[name]["bias"])
+    left = prune.nonzeros(found)
+    assert left["Dense_0/kernel"] / 8 != left["Dense_1/kernel"] / 12  # layers are not pruned alike
+
+
+def test_random_scores_leave_every_weight_equally_often():
+    params = {"a": {"kernel": jnp.ones((4, 5))}, "b": {"kernel": jnp.ones((10,)), "bias": jnp.ones(3)}}
+    prune_at = lambda key: prune.highest(params, prune.random_scores(key, params), 0.8)
+    found = jax.jit(jax.vmap(prune_at))(jax.random.split(jax.random.key(0), 2000))
+    counts = np.concatenate([found[name]["kernel"].reshape(2000, -1) for name in ("a", "b")], 1)
+    np.testing.assert_array_equal(counts.sum(1), 6)
+    np.testing.assert_allclose(counts.mean(0), 0.2, atol=5 * np.sqrt(0.2 * 0.8 / 2000))
+    assert (found["b"]["bias"] == 1).all()
+
+
+def test_highest_refuses_a_sparsity_of_one_or_more():
+    params = {"kernel": jnp.ones(3)}
+    with pytest.raises(InputError, match="highest: sparsity is 1, expected a fraction of zeros"):
+        prune.highest(params, params, 1)
