@@ -17,11 +17,75 @@ from dl_jax.compress.structure.identity import Axis, Identities
 from dl_jax.core import equations
 
 ELEMENTWISE = frozenset(
-    """abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type cbrt ceil clamp
-    convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow
-    is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not optimization_barrier or pow
-    reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt
-    square stop_gradient sub tan tanh xor""".split()
+    [
+        "abs",
+        "acos",
+        "acosh",
+        "add",
+        "add_any",
+        "and",
+        "asin",
+        "asinh",
+        "atan",
+        "atan2",
+        "atanh",
+        "bitcast_convert_type",
+        "cbrt",
+        "ceil",
+        "clamp",
+        "convert_element_type",
+        "copy",
+        "cos",
+        "cosh",
+        "digamma",
+        "div",
+        "eq",
+        "erf",
+        "erf_inv",
+        "erfc",
+        "exp",
+        "exp2",
+        "expm1",
+        "floor",
+        "ge",
+        "gt",
+        "integer_pow",
+        "is_finite",
+        "le",
+        "lgamma",
+        "log",
+        "log1p",
+        "logistic",
+        "lt",
+        "max",
+        "min",
+        "mul",
+        "ne",
+        "neg",
+        "nextafter",
+        "not",
+        "optimization_barrier",
+        "or",
+        "pow",
+        "reduce_precision",
+        "rem",
+        "round",
+        "rsqrt",
+        "select_n",
+        "shift_left",
+        "shift_right_arithmetic",
+        "shift_right_logical",
+        "sign",
+        "sin",
+        "sinh",
+        "sqrt",
+        "square",
+        "stop_gradient",
+        "sub",
+        "tan",
+        "tanh",
+        "xor",
+    ]
 )
 ALONE = "a batch, time, or pixels"
 INPUT = "an input of the model"
@@ -81,6 +145,24 @@ def follow(ids: Identities, jaxpr: Any, inputs: Sequence[Array], rules: bool = T
     return body
 
 
+def unshared(jaxpr: Any) -> Any:
+    """A jaxpr in which every use of an array that repeats one number, such as zeros, has an array of its own.
+
+    Otherwise layers that begin with the same zeros, as the states of recurrent networks do, could not shrink apart.
+    """
+
+    def operation(equation: Any, inputs: list[Any]) -> Sequence[Any]:
+        own = [x() if callable(x) else x for x in inputs]
+        if equation.primitive.name == "broadcast_in_dim" and isinstance(equation.invars[0], jex.Literal):
+            return [lambda: equations.bound(equation, own)[0]]
+        return equations.bound(equation, own)
+
+    def copied(*inputs: Any) -> list[Any]:
+        return [x() if callable(x) else x for x in equations.evaluate(jaxpr, inputs, operation)]
+
+    return jax.make_jaxpr(copied)(*jaxpr.in_avals)
+
+
 def anonymous(ids: Identities, aval: Any, zero: bool = False) -> Array:
     """An array of which nothing is known but its shape: every axis of some coordinates gets new identities."""
     axes = tuple(ids.fresh(n) if isinstance(n, int) and n != 1 else ALONE for n in aval.shape)
@@ -92,9 +174,7 @@ def fixed(aval: Any, why: str) -> Array:
     return Array((why,) * len(aval.shape), (False,) * len(aval.shape))
 
 
-def _followed(
-    ids: Identities, equation: Any, ins: list[Array], rules: bool
-) -> tuple[list[Array], tuple[Body, ...]]:
+def _followed(ids: Identities, equation: Any, ins: list[Array], rules: bool) -> tuple[list[Array], tuple[Body, ...]]:
     name = equation.primitive.name
     if name in CONTROL:
         return CONTROL[name](ids, equation, ins, rules)
@@ -132,7 +212,9 @@ def _joined(ids: Identities, arrays: Sequence[Array], skip: int | None = None) -
         for i, (one, two) in enumerate(zip(first.axes, other.axes, strict=True)):
             if i != skip:
                 ids.join(one, two)
-    axes = [next((a for a in each if isinstance(a, str)), each[0]) for each in zip(*(a.axes for a in arrays), strict=True)]
+    axes = [
+        next((a for a in each if isinstance(a, str)), each[0]) for each in zip(*(a.axes for a in arrays), strict=True)
+    ]
     return axes, [all(each) for each in zip(*(a.zero for a in arrays), strict=True)]
 
 
@@ -144,7 +226,9 @@ def _elementwise(ids: Identities, equation: Any, ins: list[Array]) -> list[Array
     shape = equation.outvars[0].aval.shape
     axes: list[Axis] = []
     for i, size in enumerate(shape):
-        full = [a.axes[i] for a, v in zip(ins, equation.invars, strict=True) if v.aval.shape and v.aval.shape[i] == size]
+        full = [
+            a.axes[i] for a, v in zip(ins, equation.invars, strict=True) if v.aval.shape and v.aval.shape[i] == size
+        ]
         for axis in full[1:]:
             ids.join(full[0], axis)
         axes.append(next((axis for axis in full if isinstance(axis, str)), full[0]))
@@ -190,7 +274,9 @@ def _reshape(ids: Identities, equation: Any, ins: list[Array]) -> list[Array]:
     axes: list[Axis] = [ALONE] * len(new)
     zero = [False] * len(new)
     for before, after in _blocks(old, new):
-        merged, is_zero = _merged(ids, [x.axes[i] for i in before], [x.zero[i] for i in before], [old[i] for i in before])
+        merged, is_zero = _merged(
+            ids, [x.axes[i] for i in before], [x.zero[i] for i in before], [old[i] for i in before]
+        )
         for o, axis in zip(after, _split_up(ids, merged, [new[o] for o in after]), strict=True):
             axes[o], zero[o] = axis, is_zero
     return _one(axes, zero)
@@ -335,7 +421,7 @@ def _counted(ids: Identities, equation: Any, ins: list[Array]) -> list[Array]:
 
 
 def _drawn(ids: Identities, equation: Any, ins: list[Array]) -> list[Array]:
-    keys = [axis for axis in ins[0].axes]
+    keys = list(ins[0].axes)
     new = anonymous(ids, equation.outvars[0].aval)
     return _one([*keys, *new.axes[len(keys) :]], new.zero)
 

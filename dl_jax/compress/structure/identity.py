@@ -86,7 +86,9 @@ class Identities:
         root = self.root(identity)
         if root in self._reasons or self.sources(root):
             return self._reasons.get(root)
-        return next(filter(None, map(self._reasons.get, map(self.root, self._parts[root]))), "an axis merged with itself")
+        return next(
+            filter(None, map(self._reasons.get, map(self.root, self._parts[root]))), "an axis merged with itself"
+        )
 
     def sources(self, identity: int) -> frozenset[int]:
         """The roots, independent of each other, with any of which an identity goes; none if it stays."""

@@ -1,6 +1,5 @@
 """Runs a trace without the coordinates that a plan removes: a rule for each primitive whose parameters hold shapes."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -153,9 +152,12 @@ def _convolution(equation: Any, inputs: list[Any], before: list[list[Mask]], aft
     groups, mask = params["feature_group_count"], before[0][params["dimension_numbers"].lhs_spec[1]]
     if groups > 1 and mask is not None:
         groups = int(mask.reshape(groups, -1)[:, 0].sum())
-    if params["preferred_element_type"] not in (None, equation.invars[0].aval.dtype) or params["batch_group_count"] != 1:
+    if (
+        params["preferred_element_type"] not in (None, equation.invars[0].aval.dtype)
+        or params["batch_group_count"] != 1
+    ):
         return equations.bound(equation, inputs, feature_group_count=groups)
-    names = "window_strides padding lhs_dilation rhs_dilation dimension_numbers precision".split()
+    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers", "precision")
     settings = {name: params[name] for name in names}
     return [ops.conv_general_dilated(*inputs, feature_group_count=groups, **settings)]
 

@@ -17,24 +17,17 @@ from dl_jax.core.leaves import Tree, leaf_name
 
 Apply = Callable[..., Any]
 Place = tuple[str, int]  # path and axis of a parameter, such as ("params/Conv_0/kernel", 3)
+Channel = Mapping[Place, tuple[int, ...]]  # the coordinates that go together, in all parameters that have it
 Plan = Mapping[str, Mapping[int, np.ndarray]]  # {path: {axis: the indices that are removed, int, ascending}}
 
 
-class Group(NamedTuple):
-    """Channels that lie along the same axes, such as the maps of a stage of a residual network."""
-
-    name: str  # path of the first parameter that has them
-    channels: tuple[Mapping[Place, tuple[int, ...]], ...]  # the coordinates of each, in all parameters that have it
-
-    @property
-    def places(self) -> tuple[Place, ...]:
-        return tuple(self.channels[0])
-
-
 class Groups(NamedTuple):
-    """What can be removed from a model, and what cannot."""
+    """What can be removed from a model, and what cannot.
 
-    free: tuple[Group, ...]
+    A group is named after one of the axes of parameters that its channels lie along: "params/Conv_0/kernel:3".
+    """
+
+    free: Mapping[str, tuple[Channel, ...]]  # by group, the channels of which each goes on its own
     frozen: Mapping[Place, str]  # why coordinates of an axis stay
 
 
@@ -50,7 +43,8 @@ class _Flow(NamedTuple):
 def groups(apply: Apply, variables: Tree, *args: Any, **kwargs: Any) -> Groups:
     """The channels that a call `apply(variables, *args, **kwargs)` allows to remove.
 
-    Arrays may be given as shapes. An output whose path ends in that of a variable, such as new batch statistics, shrinks with it; other outputs keep their shapes.
+    Arrays may be given as shapes. An output whose path ends in that of a variable, such as new batch statistics, shrinks
+    with it; other outputs keep their shapes.
     """
     found = _followed(apply, variables, args, kwargs)
     channels: dict[int, dict[Place, list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -63,25 +57,27 @@ def groups(apply: Apply, variables: Tree, *args: Any, **kwargs: Any) -> Groups:
                     frozen.setdefault(place, reason)
                 for source in found.ids.sources(each):
                     channels[source][place].append(i)
-    alike: dict[tuple[Place, ...], list[Mapping[Place, tuple[int, ...]]]] = defaultdict(list)
+    alike: dict[tuple[Place, ...], list[Channel]] = defaultdict(list)
     for channel in channels.values():
         alike[tuple(channel)].append({place: tuple(indices) for place, indices in channel.items()})
-    names = _distinct([places[0] for places in alike])
-    return Groups(tuple(Group(name, tuple(each)) for name, each in zip(names, alike.values(), strict=True)), frozen)
+    free = {}
+    for places, each in alike.items():
+        name = _name(places)
+        same = sum(known.partition("#")[0] == name for known in free)
+        free[f"{name}#{same + 1}" if same else name] = tuple(each)
+    return Groups(free, frozen)
 
 
-def _distinct(places: list[Place]) -> list[str]:
-    """A name for each group: the path of a parameter, with the axis and a number where it alone would be ambiguous."""
-    names = [f"{path}:{axis}" for path, axis in places]
-    seen: dict[str, int] = defaultdict(int)
-    for i, name in enumerate(names):
-        seen[name] += 1
-        names[i] = name if seen[name] == 1 else f"{name}#{seen[name]}"
-    return names
+def _name(places: tuple[Place, ...]) -> str:
+    """The name of a group: a parameter and its axis, of those that make the channels rather than take them."""
+    makes = [(path, axis) for path, axis in places if path.startswith("params/")]
+    path, axis = max(makes or places, key=lambda place: place[1])
+    return f"{path}:{axis}"
 
 
 def _followed(apply: Apply, variables: Tree, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Flow:
     called = equations.trace(apply, variables, *args, **kwargs)
+    called = called._replace(jaxpr=flow.unshared(called.jaxpr))
     ids, invars = Identities(), flow.open_jaxpr(called.jaxpr).invars
     own = tuple(flow.anonymous(ids, v.aval, zero=True) for v in invars[: len(called.paths)])
     others = [flow.fixed(v.aval, flow.INPUT) for v in invars[len(called.paths) :]]
@@ -99,7 +95,7 @@ def _followed(apply: Apply, variables: Tree, args: tuple[Any, ...], kwargs: Mapp
     return _Flow(called, ids, body, own)
 
 
-def merged(channels: Iterable[Mapping[Place, tuple[int, ...]]]) -> dict[str, dict[int, np.ndarray]]:
+def removing(channels: Iterable[Channel]) -> Plan:
     """The plan that removes these channels."""
     found: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
     for channel in channels:
@@ -113,21 +109,26 @@ def cut(apply: Apply, variables: Tree, plan: Plan) -> tuple[Apply, Tree]:
 
     The function traces `apply` at the old shapes and runs it at the new ones, whenever it is called.
 
-    Raises InputError where the plan does not fit `variables`, and when a call of the function needs what it removes, or gets variables of
-    other shapes.
+    Raises InputError where the plan does not fit `variables`, and when a call of the function needs what it removes, or
+    gets variables of other shapes.
     """
     smaller = shrunk(variables, plan)
     sizes = {path: jnp.shape(leaf) for path, leaf in _named(variables).items()}
     left = {path: jnp.shape(leaf) for path, leaf in _named(smaller).items()}
     if unknown := sorted(set(plan) - set(sizes)):
-        raise InputError(f"the plan removes coordinates of {unknown[0]}, which the model does not have; make it of this model")
+        raise InputError(
+            f"the plan removes coordinates of {unknown[0]}, which the model does not have; make it of this model"
+        )
 
     @functools.wraps(apply)
     def small(variables: Tree, *args: Any, **kwargs: Any) -> Any:
         def before(path: jax.tree_util.KeyPath, leaf: Any) -> jax.ShapeDtypeStruct:
             name, shape = leaf_name(path), jnp.shape(leaf)
             if shape != left.get(name, shape):
-                raise InputError(f"{name} has shape {shape}, expected {left[name]} as the plan leaves it; pass the variables that `cut` returned")
+                raise InputError(
+                    f"{name} has shape {shape}, expected {left[name]} as the plan leaves it; pass the variables that "
+                    "`cut` returned"
+                )
             return jax.ShapeDtypeStruct(sizes.get(name, shape), jax.typeof(leaf).dtype)
 
         found = _followed(apply, jax.tree_util.tree_map_with_path(before, variables), args, kwargs)
@@ -141,7 +142,9 @@ def cut(apply: Apply, variables: Tree, plan: Plan) -> tuple[Apply, Tree]:
 def _removed(found: _Flow, plan: Plan) -> frozenset[int]:
     """The independent identities of which a plan removes all coordinates. Raises InputError where others are left."""
     planned: dict[Place, frozenset[int]] = {
-        (path, axis): frozenset(np.asarray(indices).tolist()) for path, axes in plan.items() for axis, indices in axes.items()
+        (path, axis): frozenset(np.asarray(indices).tolist())
+        for path, axes in plan.items()
+        for axis, indices in axes.items()
     }
     whole: dict[int, bool] = {}
     coordinates = [
@@ -165,8 +168,9 @@ def _removed(found: _Flow, plan: Plan) -> frozenset[int]:
 def shrunk(tree: Tree, plan: Plan) -> Tree:
     """A tree without the coordinates of a plan: variables, parameters, statistics, or the state of an optimiser.
 
-    A leaf belongs to a variable if its path ends in the variable's, with or without the collection: "params/Dense_0/kernel" stands for
-    `opt_state[0].mu["Dense_0"]["kernel"]`, too. Raises InputError where such a leaf has other axes than the plan, as that of an optimiser that factors its moments.
+    A leaf belongs to a variable if its path ends in the variable's, with or without the collection: "params/a/kernel"
+    stands for `opt_state[0].mu["a"]["kernel"]`, too. Raises InputError where such a leaf has other axes than the plan,
+    as in an optimiser that factors its moments.
     """
     return _mapped(tree, plan, lambda leaf, mask, axis: shrink.compressed(leaf, mask, axis))
 
@@ -185,10 +189,16 @@ def _mapped(tree: Tree, plan: Plan, change: Callable[[Any, np.ndarray, int], Any
         for axis, indices in _planned(path, plan).items():
             shape = jnp.shape(leaf)
             if axis >= len(shape) or not 0 <= min(indices) <= max(indices) < shape[axis]:
-                raise InputError(f"{leaf_name(path)} of shape {shape} does not fit the plan, which removes {max(indices)} of axis {axis}; make the plan for these shapes")
+                raise InputError(
+                    f"{leaf_name(path)} of shape {shape} does not fit the plan, which removes {max(indices)} of axis "
+                    f"{axis}; make the plan for these shapes"
+                )
             mask = ~np.isin(np.arange(shape[axis]), indices)
             if not mask.any():
-                raise InputError(f"the plan removes all {shape[axis]} of axis {axis} of {leaf_name(path)}, expected that at least one is left")
+                raise InputError(
+                    f"the plan removes all {shape[axis]} of axis {axis} of {leaf_name(path)}, expected that at least one "
+                    "is left"
+                )
             leaf = change(leaf, mask, axis)
         return leaf
 
@@ -218,9 +228,9 @@ def _named(tree: Tree) -> dict[str, Any]:
 def explain(found: Groups) -> str:
     """A report of what can be removed together, and of what stays and why."""
     lines = [f"{len(found.free)} groups of channels that can be removed:"]
-    for group in found.free:
-        lines.append(f"  {group.name}: {len(group.channels)} channels")
-        lines.extend(f"    axis {axis} of {path}" for path, axis in group.places)
+    for name, channels in found.free.items():
+        lines.append(f"  {name}: {len(channels)} channels")
+        lines.extend(f"    axis {axis} of {path}" for path, axis in channels[0])
     by_reason: dict[str, list[Place]] = defaultdict(list)
     for place, why in found.frozen.items():
         by_reason[why].append(place)
