@@ -11,18 +11,6 @@ that trace at its own shapes. It therefore works for any function of variables, 
 What cannot be followed stays, with a reason.
 """
 
-from dl_jax.compress.structure.choose import (
-    l1,
-    l2,
-    lowest,
-    norm_scale,
-    operations,
-    parameters,
-    random,
-    seconds,
-    taylor,
-    within,
-)
 from dl_jax.compress.structure.channels import (
     Channel,
     Groups,
@@ -34,6 +22,18 @@ from dl_jax.compress.structure.channels import (
     removing,
     shrunk,
     zeroed,
+)
+from dl_jax.compress.structure.choose import (
+    l1,
+    l2,
+    lowest,
+    norm_scale,
+    operations,
+    parameters,
+    random,
+    seconds,
+    taylor,
+    within,
 )
 
 __all__ = [

@@ -43,8 +43,8 @@ class _Flow(NamedTuple):
 def groups(apply: Apply, variables: Tree, *args: Any, **kwargs: Any) -> Groups:
     """The channels that a call `apply(variables, *args, **kwargs)` allows to remove.
 
-    Arrays may be given as shapes. An output whose path ends in that of a variable, such as new batch statistics, shrinks
-    with it; other outputs keep their shapes.
+    Arrays may be given as shapes. An output whose path ends in that of a variable, such as new batch statistics,
+    shrinks with it; other outputs keep their shapes.
     """
     found = _followed(apply, variables, args, kwargs)
     channels: dict[int, dict[Place, list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -196,8 +196,8 @@ def _mapped(tree: Tree, plan: Plan, change: Callable[[Any, np.ndarray, int], Any
             mask = ~np.isin(np.arange(shape[axis]), indices)
             if not mask.any():
                 raise InputError(
-                    f"the plan removes all {shape[axis]} of axis {axis} of {leaf_name(path)}, expected that at least one "
-                    "is left"
+                    f"the plan removes all {shape[axis]} of axis {axis} of {leaf_name(path)}, expected that at "
+                    "least one is left"
                 )
             leaf = change(leaf, mask, axis)
         return leaf
