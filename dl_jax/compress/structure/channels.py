@@ -31,7 +31,7 @@ class Groups(NamedTuple):
     frozen: Mapping[Place, str]  # why coordinates of an axis stay
 
 
-class _Flow(NamedTuple):
+class Flow(NamedTuple):
     """A call of a model with the identities of its coordinates."""
 
     called: equations.Called
@@ -46,7 +46,7 @@ def groups(apply: Apply, variables: Tree, *args: Any, **kwargs: Any) -> Groups:
     Arrays may be given as shapes. An output whose path ends in that of a variable, such as new batch statistics,
     shrinks with it; other outputs keep their shapes.
     """
-    found = _followed(apply, variables, args, kwargs)
+    found = followed(apply, variables, args, kwargs)
     channels: dict[int, dict[Place, list[int]]] = defaultdict(lambda: defaultdict(list))
     frozen: dict[Place, str] = {}
     for path, array in zip(found.called.paths, found.variables, strict=True):
@@ -75,7 +75,7 @@ def _name(places: tuple[Place, ...]) -> str:
     return f"{path}:{axis}"
 
 
-def _followed(apply: Apply, variables: Tree, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Flow:
+def followed(apply: Apply, variables: Tree, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Flow:
     called = equations.trace(apply, variables, *args, **kwargs)
     called = called._replace(jaxpr=flow.unshared(called.jaxpr))
     ids, invars = Identities(), flow.open_jaxpr(called.jaxpr).invars
@@ -92,7 +92,7 @@ def _followed(apply: Apply, variables: Tree, args: tuple[Any, ...], kwargs: Mapp
                 ids.join(axis, variable.axes[place])
             else:
                 ids.freeze(axis, "an output of the model")
-    return _Flow(called, ids, body, own)
+    return Flow(called, ids, body, own)
 
 
 def removing(channels: Iterable[Channel]) -> Plan:
@@ -131,16 +131,19 @@ def cut(apply: Apply, variables: Tree, plan: Plan) -> tuple[Apply, Tree]:
                 )
             return jax.ShapeDtypeStruct(sizes.get(name, shape), jax.typeof(leaf).dtype)
 
-        found = _followed(apply, jax.tree_util.tree_map_with_path(before, variables), args, kwargs)
-        kept = shrink.Kept(found.ids, _removed(found, plan))
+        found = followed(apply, jax.tree_util.tree_map_with_path(before, variables), args, kwargs)
+        kept = kept_by(found, plan)
         inputs = [*jax.tree.leaves(variables), *found.called.others]
         return found.called.result(shrink.run(kept, found.body, inputs))
 
     return small, smaller
 
 
-def _removed(found: _Flow, plan: Plan) -> frozenset[int]:
-    """The independent identities of which a plan removes all coordinates. Raises InputError where others are left."""
+def kept_by(found: Flow, plan: Plan) -> shrink.Kept:
+    """What a plan leaves: it removes the independent identities of which it names all coordinates.
+
+    Raises InputError where it names a coordinate that stays.
+    """
     planned: dict[Place, frozenset[int]] = {
         (path, axis): frozenset(np.asarray(indices).tolist())
         for path, axes in plan.items()
@@ -162,7 +165,7 @@ def _removed(found: _Flow, plan: Plan) -> frozenset[int]:
         if i in planned.get(place, ()) and removed.isdisjoint(found.ids.sources(each)):
             why = found.ids.reason(each) or "others that the plan keeps go with it"
             raise InputError(f"the plan removes {i} of axis {place[1]} of {place[0]}, which this call needs: {why}")
-    return removed
+    return shrink.Kept(found.ids, removed)
 
 
 def shrunk(tree: Tree, plan: Plan) -> Tree:

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 
 from dl_jax.compress import measure
-from dl_jax.compress.structure.channels import Apply, Channel, Groups, Plan, cut, removing, shrunk
-from dl_jax.core import equations, flops
+from dl_jax.compress.structure import shrink
+from dl_jax.compress.structure.channels import Apply, Channel, Groups, Plan, cut, followed, kept_by, removing, shrunk
+from dl_jax.core import flops
 from dl_jax.core.errors import InputError
 from dl_jax.core.leaves import Tree, leaf_name
 
@@ -103,18 +104,14 @@ def _sums(found: Groups, leaves: Mapping[str, np.ndarray]) -> dict[str, list[tup
 def parameters(variables: Tree) -> Cost:
     """The number of parameters that a plan leaves."""
     params = {"params": variables["params"]}
-    shapes = jax.eval_shape(lambda: params)
-    return lambda plan: sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda x: shrunk(x, plan), shapes)))
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    return lambda plan: sum(leaf.size for leaf in jax.tree.leaves(shrunk(shapes, plan)))
 
 
 def operations(apply: Apply, variables: Tree, *args: Any, **kwargs: Any) -> Cost:
     """The floating-point operations of a call `apply(variables, *args, **kwargs)` that a plan leaves."""
-
-    def cost(plan: Plan) -> float:
-        small, smaller = cut(apply, variables, plan)
-        return flops.flops(equations.trace(small, smaller, *args, **kwargs).jaxpr)
-
-    return cost
+    found = followed(apply, variables, args, kwargs)
+    return lambda plan: flops.flops(shrink.traced(kept_by(found, plan), found.body))
 
 
 def seconds(apply: Apply, variables: Tree, *args: Any, rounds: int = 100) -> Cost:

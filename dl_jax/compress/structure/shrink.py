@@ -56,7 +56,11 @@ class Kept:
 
 
 def compressed(values: Any, mask: np.ndarray, place: int) -> Any:
-    """The coordinates of an axis for which `mask` is true, in NumPy for NumPy's arrays."""
+    """The coordinates of an axis for which `mask` is true, in NumPy for NumPy's arrays; or the shape that they have."""
+    if isinstance(values, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(
+            _sizes(values.shape, [mask if i == place else None for i in range(len(values.shape))]), values.dtype
+        )
     numpy = np if isinstance(values, np.ndarray) else jnp
     return numpy.take(values, np.flatnonzero(mask), axis=place)
 
@@ -170,23 +174,23 @@ def _sliced(equation: Any, inputs: list[Any], before: list[list[Mask]], after: l
 # loops, branches and derivatives
 
 
-def _traced(kept: Kept, body: Body) -> Any:
+def traced(kept: Kept, body: Body) -> Any:
     """The jaxpr of what is left of a body."""
     avals = [kept.aval(body.arrays[v], v.aval) for v in open_jaxpr(body.jaxpr).invars]
     return jax.make_jaxpr(lambda *inputs: run(kept, body, inputs))(*avals)
 
 
 def _scan(kept: Kept, inner: tuple[Body, ...], equation: Any, inputs: list[Any]) -> Sequence[Any]:
-    return equations.bound(equation, inputs, jaxpr=_traced(kept, inner[0]))
+    return equations.bound(equation, inputs, jaxpr=traced(kept, inner[0]))
 
 
 def _while(kept: Kept, inner: tuple[Body, ...], equation: Any, inputs: list[Any]) -> Sequence[Any]:
-    condition, body = (_traced(kept, each) for each in inner)
+    condition, body = (traced(kept, each) for each in inner)
     return equations.bound(equation, inputs, cond_jaxpr=condition, body_jaxpr=body)
 
 
 def _cond(kept: Kept, inner: tuple[Body, ...], equation: Any, inputs: list[Any]) -> Sequence[Any]:
-    return equations.bound(equation, inputs, branches=tuple(_traced(kept, each) for each in inner))
+    return equations.bound(equation, inputs, branches=tuple(traced(kept, each) for each in inner))
 
 
 def _custom_jvp(kept: Kept, inner: tuple[Body, ...], equation: Any, inputs: list[Any]) -> Sequence[Any]:
