@@ -10,8 +10,10 @@ import numpy as np
 import optax
 import pytest
 
+from dl_jax import classify
 from dl_jax.compress import structure
 from dl_jax.core.errors import InputError
+from dl_jax.export import stablehlo
 from dl_jax.models.recur import GRU, LSTM, VANILLA
 from dl_jax.models.sequence.rnn import SequenceClassifier
 
@@ -50,10 +52,10 @@ class Split(nn.Module):
     def __call__(self, x, *, train):
         a, b = nn.relu(nn.Conv(4, (1, 1))(x)), nn.relu(nn.Conv(6, (3, 3))(x))
         x = jnp.concatenate([a, b], -1)
-        x = nn.relu(nn.Conv(10, (3, 3), feature_group_count=5)(x))
-        one, two = jnp.split(x, 2, -1)
-        x = one * nn.sigmoid(two) + jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, 1)))
-        x = nn.relu(nn.ConvTranspose(4, (2, 2), (2, 2))(x))[:, ::2, 1:]
+        x = nn.relu(nn.Conv(20, (3, 3), feature_group_count=5)(x))
+        x = x[..., ::2] * nn.sigmoid(x[..., 1::2]) + jnp.pad(b, ((0, 0), (0, 0), (0, 0), (1, 3)))
+        one, two = jnp.split(nn.relu(nn.ConvTranspose(8, (2, 2), (2, 2))(x))[:, ::2, 1:], 2, -1)
+        x = jnp.stack([one, two]).sum(0)
         return nn.Dense(2)(nn.Dense(12)(x.mean((1, 2))).reshape(-1, 4, 3).max(-1))
 
 
@@ -98,7 +100,10 @@ def drawn(model, x):
     rng = np.random.default_rng(1)
 
     def draw(path, leaf):
-        return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape) * (1 if "var" in str(path[-1]) else rng.choice([-1, 1], leaf.shape)), leaf.dtype)
+        return jnp.asarray(
+            rng.uniform(0.5, 1.5, leaf.shape) * (1 if "var" in str(path[-1]) else rng.choice([-1, 1], leaf.shape)),
+            leaf.dtype,
+        )
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
@@ -136,10 +141,302 @@ def test_the_cut_model_is_the_one_with_zeros_in_outputs_gradients_and_statistics
 
         return apply(variables, x, train=False), jax.grad(loss, has_aux=True)(variables["params"])
 
-    big, little = jax.jit(lambda v, s: (both(model.apply, v), both(small, s)))(structure.zeroed(variables, plan), smaller)
+    big, little = jax.jit(lambda v, s: (both(model.apply, v), both(small, s)))(
+        structure.zeroed(variables, plan), smaller
+    )
     (out, (grads, new)), (small_out, (small_grads, small_new)) = big, little
     close(small_out, out)
     close(small_grads, structure.shrunk(grads, plan))
     close([small_out, small_new], [out, structure.shrunk(new, plan)])
-    print(name, {n: len(c) for n, c in found.free.items()}, sum(l.size for l in jax.tree.leaves(variables)), sum(l.size for l in jax.tree.leaves(smaller)))
-    print(structure.explain(found))
+
+
+class Attention(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train):
+        return nn.MultiHeadDotProductAttention(2, qkv_features=4, out_features=2, use_bias=False)(x[:, 0])
+
+
+class Pixel(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train):
+        x = nn.relu(nn.BatchNorm(use_running_average=True)(nn.Conv(3, (1, 1), use_bias=False)(x)))
+        return nn.Dense(2)(nn.Conv(3, (1, 1), feature_group_count=3)(x).mean((1, 2)))
+
+
+@pytest.mark.parametrize("model", [Mlp(), Attention(), Pixel()], ids=["mlp", "attention", "pixel"])
+def test_groups_are_the_smallest_sets_of_axes_that_can_be_permuted_together(model):
+    """By brute force: the first two coordinates are swapped along every set of axes, and where the outputs stay is seen."""
+    variables = drawn(model, IMAGE)
+    leaves, tree = jax.tree.flatten(variables)
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(variables)]
+    axes = [(k, axis) for k, leaf in enumerate(leaves) for axis in range(leaf.ndim) if leaf.shape[axis] > 1]
+
+    def swapped(chosen):
+        new = list(leaves)
+        for yes, (k, axis) in zip(chosen, axes, strict=True):
+            order = np.arange(new[k].shape[axis])
+            order[:2] = 1, 0
+            new[k] = jnp.where(yes, jnp.take(new[k], order, axis), new[k])
+        return model.apply(jax.tree.unflatten(tree, new), IMAGE[:1], train=False)
+
+    sets = np.array(list(itertools.product([False, True], repeat=len(axes))))
+    outputs = np.asarray(jax.jit(lambda sets: jax.lax.map(swapped, sets, batch_size=256))(sets)).reshape(len(sets), -1)
+    same = sets[abs(outputs - outputs[0]).max(1) < 1e-5 * abs(outputs).max()][1:]
+    smallest = [each for each in same if not any((other <= each).all() and (other < each).any() for other in same)]
+    expected = {
+        frozenset((paths[k], axis) for yes, (k, axis) in zip(each, axes, strict=True) if yes) for each in smallest
+    }
+    found = structure.groups(model.apply, variables, IMAGE, train=False)
+    assert {frozenset(channels[0]) for channels in found.free.values()} == expected
+    assert len(expected) > 1
+    for channels in found.free.values():
+        assert all(set(channel.values()) == {(i,)} for i, channel in enumerate(channels))
+
+
+def halved(model, x):
+    """Variables, a plan that removes half of every group, and the cut model."""
+    variables = drawn(model, x)
+    plan = some(structure.groups(model.apply, variables, x, train=False))
+    return variables, plan, *structure.cut(model.apply, variables, plan)
+
+
+def test_training_goes_on_with_the_state_of_the_optimiser():
+    """Channels whose parameters are zero get no gradient here, so the large net follows the small one."""
+    model = Conv()
+    variables, plan, small, _ = halved(model, IMAGE)
+    variables, tx = structure.zeroed(variables, plan), optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.01))
+    batch = {"image": IMAGE, "label": np.array([0, 2, 1])}
+
+    def step(apply, variables, opt_state):
+        def loss(params):
+            value, (new, _) = classify.loss(apply)({**variables, "params": params}, batch, jax.random.key(0))
+            return value, new
+
+        grads, new = jax.grad(loss, has_aux=True)(variables["params"])
+        updates, opt_state = tx.update(grads, opt_state)
+        return {"params": optax.apply_updates(variables["params"], updates), **new}, opt_state
+
+    def both(variables):
+        state = step(model.apply, variables, tx.init(variables["params"]))
+        cut = structure.shrunk(state, plan)
+        for _ in range(2):
+            state, cut = step(model.apply, *state), step(small, *cut)
+        return structure.shrunk(state, plan), cut
+
+    big, little = jax.jit(both)(variables)
+    assert little[1][1][0].mu["Conv_0"]["kernel"].shape == (3, 3, 2, 3)
+    assert little[0]["batch_stats"]["BatchNorm_0"]["mean"].shape == (3,)
+    close(little, big)
+
+
+def test_dropout_follows_its_key_and_zeros_half():
+    model = Conv(dropout=0.5)
+    _, _, small, smaller = halved(model, IMAGE)
+    train = jax.jit(lambda v, key: small(v, IMAGE, train=True, rngs={"dropout": key}, mutable=["batch_stats"])[0])
+    first = train(smaller, jax.random.key(0))
+    np.testing.assert_array_equal(first, train(smaller, jax.random.key(0)))
+    assert (abs(first - train(smaller, jax.random.key(1))) > 1e-3).all()
+
+    def apply(variables, x, *, rngs):  # the whole image is ones
+        return nn.Dropout(0.5, deterministic=False).apply({}, x * variables["params"]["a"], rngs=rngs).sum(0)
+
+    ones = {"params": {"a": jnp.ones(8)}}
+    small, smaller = structure.cut(lambda *a, **k: apply(*a, **k) @ jnp.ones(8), ones, {"params/a": {0: np.arange(6)}})
+    kept = small(smaller, np.ones((4000, 1), np.float32), rngs={"dropout": jax.random.key(0)}) / 2
+    assert abs(kept - 4000) < 5 * np.sqrt(8000 / 4)
+
+
+def relu_net(variables, x):
+    params = variables["params"]
+    return nn.relu(x @ params["a"] + params["bias"]) @ params["b"]
+
+
+RELU = {"params": {"a": jnp.ones((2, 4)), "bias": jnp.zeros(4), "b": jnp.ones((4, 1))}}
+
+
+def test_a_custom_derivative_stays_what_it_was():
+    """That of ReLU at 0 is 0; a maximum's would be 1/2. It holds forwards, backwards, in loops and in a net cut twice."""
+    plan = {"params/a": {1: [0]}, "params/bias": {0: [0]}, "params/b": {0: [0]}}
+    once, smaller = structure.cut(relu_net, RELU, plan)
+    twice, smallest = structure.cut(once, smaller, plan)
+    looped = lambda v, x: jax.lax.scan(lambda c, _: (c + relu_net(v, x), None), jnp.zeros((1, 1)), length=3)[0]
+    loop, _ = structure.cut(looped, RELU, plan)
+    for apply, variables in ((once, smaller), (twice, smallest), (loop, smaller)):
+        total = lambda v, apply=apply: apply(v, jnp.zeros((1, 2))).sum()
+        gradient = jax.grad(total)(variables)["params"]
+        np.testing.assert_array_equal(gradient["bias"], 0)
+        _, along = jax.jvp(total, (variables,), (jax.tree.map(jnp.ones_like, variables),))
+        assert along == 0
+        np.testing.assert_allclose(
+            jax.grad(lambda v: apply(v, jnp.ones((1, 2))).sum())(variables)["params"]["bias"], 3 if apply is loop else 1
+        )
+
+
+def test_over_seeds_and_with_a_batch_of_unknown_size(tmp_path):
+    variables, plan, small, smaller = halved(Conv(), IMAGE)
+    seeds = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), smaller)
+    predict = functools.partial(small, train=False)
+    several, one = jax.jit(lambda s, v: (jax.vmap(lambda v: predict(v, IMAGE))(s), predict(v, IMAGE[:2])))(
+        seeds, smaller
+    )
+    close(several[0][:2], one)
+    stablehlo.export(predict, smaller, (IMAGE,), tmp_path / "net")
+    close(stablehlo.load(tmp_path / "net")(IMAGE[:2]), one)
+    tokens = halved(Transformer(), TOKENS)[2:]
+    predict = functools.partial(tokens[0], train=False)
+    stablehlo.export(predict, tokens[1], (TOKENS,), tmp_path / "tokens")
+    close(stablehlo.load(tmp_path / "tokens")(TOKENS[:1]), predict(tokens[1], TOKENS[:1]))
+
+
+# scores, costs and plans
+
+
+def test_scores_by_hand():
+    variables = drawn(Mlp(), IMAGE)
+    found = structure.groups(Mlp().apply, variables, IMAGE, train=False)
+    params = {name: {k: np.float64(x) for k, x in layer.items()} for name, layer in variables["params"].items()}
+    weights = [np.concatenate([params["Dense_2"]["kernel"][:, i], params["Dense_1"]["kernel"][i]]) for i in range(3)]
+    name = "params/Dense_2/kernel:1"
+    np.testing.assert_allclose(structure.l1(found, variables)[name], [abs(w).mean() for w in weights])
+    np.testing.assert_allclose(structure.l2(found, variables)[name], [np.sqrt((w**2).mean()) for w in weights])
+    assert structure.norm_scale(found, variables) == {}
+    assert structure.random(found, 0)[name].shape == (3,)
+    assert (structure.random(found, 0)[name] != structure.random(found, 1)[name]).all()
+
+    loss = lambda variables, x: (Mlp().apply(variables, x, train=False) ** 2).sum()
+    expected = np.zeros(3)
+    for x in (IMAGE[:1], IMAGE[1:]):
+        g = jax.grad(loss)(variables, x)["params"]
+        terms = jax.tree.map(lambda a, b: np.float64(a) * b, g, params)
+        expected += (
+            terms["Dense_2"]["kernel"].sum(0) + terms["Dense_2"]["bias"] + terms["Dense_1"]["kernel"].sum(1)
+        ) ** 2
+    scores = structure.taylor(found, loss, variables, (IMAGE[:1], IMAGE[1:]))
+    np.testing.assert_allclose(scores[name], expected, rtol=1e-4)
+
+
+def test_scales_of_normalisations_are_scores():
+    variables = drawn(Conv(), IMAGE)
+    found = structure.groups(Conv().apply, variables, IMAGE, train=False)
+    scales = [np.float64(variables["params"][f"BatchNorm_{i}"]["scale"]) for i in range(3)]
+    (scores,) = structure.norm_scale(found, variables).values()
+    np.testing.assert_allclose(scores, np.abs(scales).mean(0))
+
+
+def test_a_share_of_each_group_and_multiples():
+    variables = drawn(Mlp(), IMAGE)
+    found = structure.groups(Mlp().apply, variables, IMAGE, train=False)
+    scores = {"params/Dense_0/kernel:1": np.array([3.0, 1, 2, 4]), "params/Dense_2/kernel:1": np.array([1.0, 3, 2])}
+    plan = structure.lowest(found, scores, 0.5)
+    assert plan["params/Dense_0/bias"][0].tolist() == [1, 2]
+    assert plan["params/Dense_2/kernel"] == {1: [0, 2]} or plan["params/Dense_2/kernel"][1].tolist() == [0, 2]
+    plan = structure.lowest(found, scores, {"params/Dense_0/kernel:1": 0.4}, multiple=3)  # 2 left, rounded up to 3
+    assert plan["params/Dense_0/bias"][0].tolist() == [1]
+    assert "params/Dense_2/kernel" not in plan
+    assert structure.lowest(found, scores, 0.9, multiple=8) == {}
+
+
+def test_the_fewest_channels_that_meet_a_budget():
+    model, variables = Conv(), drawn(Conv(), IMAGE)
+    found = structure.groups(model.apply, variables, IMAGE, train=False)
+    scores, shape = structure.l2(found, variables), jax.eval_shape(lambda: variables)
+    for cost in (structure.parameters(shape), structure.operations(model.apply, shape, IMAGE, train=False)):
+        budget = 0.6 * cost({})
+        plan = structure.within(found, scores, cost, budget)
+        ranked = sorted((score, name, i) for name, each in scores.items() for i, score in enumerate(each))
+        gone = [found.free[name][i] for _, name, i in ranked]
+        n = next(n for n in range(len(gone)) if cost(structure.removing(gone[:n])) <= budget)
+        assert plan == structure.removing(gone[:n])
+        with pytest.raises(InputError, match="expected at most 1; raise the budget, or lower the multiple 4"):
+            structure.within(found, scores, cost, 1, multiple=4)
+    _, smaller = structure.cut(model.apply, variables, plan)
+    assert structure.parameters(variables)(plan) == sum(leaf.size for leaf in jax.tree.leaves(smaller["params"]))
+
+
+def test_operations_and_seconds_of_what_a_plan_leaves():
+    variables = {"params": {"a": jnp.ones((200, 400)), "bias": jnp.zeros(400), "b": jnp.ones((400, 100))}}
+    gone = np.arange(100)
+    plan = {"params/a": {1: gone}, "params/bias": {0: gone}, "params/b": {0: gone}}
+    cost = structure.operations(relu_net, variables, np.ones((5, 200), np.float32))
+    assert (cost({}), cost(plan)) == (2 * 5 * 300 * 400, 2 * 5 * 300 * 300)
+    assert 0 < structure.seconds(relu_net, variables, np.ones((5, 200), np.float32), rounds=3)(plan) < 1
+
+
+# what stays, and what is refused
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        (lambda h: jnp.sort(h, -1), "the operation sort, which is not followed"),
+        (lambda h: jax.nn.softmax(h), "one number is made"),
+        (lambda h: h * jax.nn.sigmoid(h).sum(-1, keepdims=True), "terms need not be zero"),
+        (lambda h: jnp.cumsum(h, -1), "an order of coordinates"),
+        (lambda h: h * jnp.arange(4), "numbered"),
+        (lambda h: h[:, jnp.array([0, 2, 1, 3])], "indexed"),
+        (lambda h: jnp.pad(h, ((0, 0), (0, -1))), "negative"),
+        (lambda h: nn.avg_pool(h[..., None], (2,), (1,))[..., 0], "pixels"),
+        (lambda h: h.reshape(-1, 4, 1) @ h.reshape(-1, 1, 4) @ jnp.ones(4), "terms need not be zero"),
+    ],
+)
+def test_what_cannot_be_followed_stays_for_a_reason(function, why):
+    def apply(variables, x):
+        return function(jnp.cos(x @ variables["params"]["a"])).sum(-1)
+
+    variables = {"params": {"a": jnp.ones((3, 4))}}
+    found = structure.groups(apply, variables, jnp.ones((2, 3)))
+    assert not found.free
+    assert why in found.frozen["params/a", 1]
+    assert found.frozen["params/a", 0] == "an input of the model"
+    assert "axis 1 of params/a" in structure.explain(found)
+    with pytest.raises(InputError, match=f"^params/a:1 cannot shrink: .*{why}"):
+        structure.lowest(found, {}, {"params/a:1": 0.5})
+    small, smaller = structure.cut(apply, variables, {"params/a": {1: [0]}})
+    with pytest.raises(InputError, match=f"^the plan removes 0 of axis 1 of params/a, which this call needs: .*{why}"):
+        small(smaller, jnp.ones((2, 3)))
+
+
+def test_a_report():
+    found = structure.groups(relu_net, RELU, jnp.ones((1, 2)))
+    expected = """1 groups of channels that can be removed:
+  params/a:1: 4 channels
+    axis 1 of params/a
+    axis 0 of params/b
+    axis 0 of params/bias
+
+1 axes stay, in whole or in part:
+  an input of the model:
+    axis 0 of params/a"""
+    assert structure.explain(found) == expected
+
+
+def test_what_is_refused():
+    found = structure.groups(relu_net, RELU, jnp.ones((1, 2)))
+    scores = structure.l1(found, RELU)
+    plan = structure.lowest(found, scores, 0.5)
+    for share in (1.0, -0.1):
+        with pytest.raises(InputError, match=f"^the share of params/a:1 is {share}, expected a fraction"):
+            structure.lowest(found, scores, share)
+    with pytest.raises(InputError, match="^params/c:0 cannot shrink: there is no such group"):
+        structure.lowest(found, scores, {"params/c:0": 0.5})
+    with pytest.raises(InputError, match="^there are no scores of params/a:1"):
+        structure.lowest(found, {}, {"params/a:1": 0.5})
+    with pytest.raises(InputError, match="^multiple is 0"):
+        structure.lowest(found, scores, 0.5, multiple=0)
+    other = {"params": {**RELU["params"], "a": jnp.ones((2, 2))}}
+    with pytest.raises(
+        InputError, match=r"^params/a of shape \(2, 2\) does not fit the plan, which removes 3 of axis 1"
+    ):
+        structure.cut(relu_net, other, {"params/a": {1: [0, 3]}})
+    with pytest.raises(InputError, match="^the plan removes coordinates of params/c, which the model does not have"):
+        structure.cut(relu_net, RELU, {**plan, "params/c": {0: [0]}})
+    with pytest.raises(InputError, match="^the plan removes all 4 of axis 1 of params/a"):
+        structure.cut(relu_net, RELU, {"params/a": {1: np.arange(4)}})
+    small, _ = structure.cut(relu_net, RELU, {"params/a": {1: [0]}})
+    with pytest.raises(InputError, match=r"^params/a has shape \(2, 4\), expected \(2, 3\)"):
+        small(RELU, jnp.ones((1, 2)))
+    small, smaller = structure.cut(relu_net, RELU, {"params/a": {1: [0]}})
+    with pytest.raises(InputError, match="others that the plan keeps go with it"):
+        small(smaller, jnp.ones((1, 2)))
+    with pytest.raises(InputError, match=r"^0/v_row/a of shape \(2,\) does not fit the plan"):
+        structure.shrunk(({"v_row": {"a": jnp.ones(2)}},), plan)
