@@ -1,4 +1,4 @@
-"""Structural pruning: the grouping against brute force, cutting against zeroing, training, plans, and what is refused."""
+"""Structural pruning: groups against brute force, cutting against zeroing, training, plans, and what is refused."""
 
 import functools
 import itertools
@@ -19,13 +19,14 @@ from dl_jax.models.sequence.rnn import SequenceClassifier
 
 RNG = np.random.default_rng(0)
 IMAGE = RNG.random((3, 6, 6, 2), np.float32)
-TOKENS = RNG.integers(0, 7, (3, 5))
+PIXELS = RNG.standard_normal((8, 1, 2, 2), np.float32)
+TOKENS = RNG.integers(0, 7, (3, 5), np.int32)
 
 
 class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x, *, train):
-        x = nn.relu(nn.Dense(4)(x.reshape(len(x), -1)))
+        x = nn.relu(nn.Dense(4)(x.reshape(x.shape[0], -1)))
         x = x + nn.Dense(4)(nn.tanh(nn.Dense(3)(x)))
         return nn.Dense(2, use_bias=False)(x)
 
@@ -38,10 +39,10 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x, *, train):
         norm = functools.partial(nn.BatchNorm, use_running_average=not train)
-        x = nn.relu(norm()(nn.Conv(6, (3, 3))(x)))
+        x = nn.relu(norm()(nn.Conv(6, (3, 3), use_bias=False)(x)))
         y = nn.relu6(norm()(nn.Conv(6, (3, 3), feature_group_count=6, use_bias=False)(x)))
-        x = nn.max_pool(x + norm()(nn.Conv(6, (1, 1))(y)), (2, 2), (2, 2))
-        x = nn.Dropout(self.dropout, deterministic=not train)(x).reshape(len(x), -1)
+        x = nn.max_pool(x + norm()(nn.Conv(6, (1, 1), use_bias=False)(y)), (2, 2), (2, 2))
+        x = nn.Dropout(self.dropout, deterministic=not train)(x).reshape(x.shape[0], -1)
         return nn.Dense(3)(nn.silu(nn.Dense(5)(x)))
 
 
@@ -118,7 +119,7 @@ def some(found, share=0.5):
 
 
 def close(found, expected):
-    """Equal within 1e-5 of the largest number of the tree: the gradient of a bias before BatchNorm is rounding alone."""
+    """Equal within 1e-5 of the largest number of the tree."""
     scale = max(abs(leaf).max() for leaf in jax.tree.leaves(expected))
     assert np.isfinite(scale)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
@@ -165,8 +166,8 @@ class Pixel(nn.Module):
 
 @pytest.mark.parametrize("model", [Mlp(), Attention(), Pixel()], ids=["mlp", "attention", "pixel"])
 def test_groups_are_the_smallest_sets_of_axes_that_can_be_permuted_together(model):
-    """By brute force: the first two coordinates are swapped along every set of axes, and where the outputs stay is seen."""
-    variables = drawn(model, IMAGE)
+    """By brute force: the first two coordinates are swapped along every set of axes, and the outputs are compared."""
+    variables = drawn(model, PIXELS)
     leaves, tree = jax.tree.flatten(variables)
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(variables)]
     axes = [(k, axis) for k, leaf in enumerate(leaves) for axis in range(leaf.ndim) if leaf.shape[axis] > 1]
@@ -177,7 +178,7 @@ def test_groups_are_the_smallest_sets_of_axes_that_can_be_permuted_together(mode
             order = np.arange(new[k].shape[axis])
             order[:2] = 1, 0
             new[k] = jnp.where(yes, jnp.take(new[k], order, axis), new[k])
-        return model.apply(jax.tree.unflatten(tree, new), IMAGE[:1], train=False)
+        return model.apply(jax.tree.unflatten(tree, new), PIXELS, train=False)
 
     sets = np.array(list(itertools.product([False, True], repeat=len(axes))))
     outputs = np.asarray(jax.jit(lambda sets: jax.lax.map(swapped, sets, batch_size=256))(sets)).reshape(len(sets), -1)
@@ -186,9 +187,9 @@ def test_groups_are_the_smallest_sets_of_axes_that_can_be_permuted_together(mode
     expected = {
         frozenset((paths[k], axis) for yes, (k, axis) in zip(each, axes, strict=True) if yes) for each in smallest
     }
-    found = structure.groups(model.apply, variables, IMAGE, train=False)
+    found = structure.groups(model.apply, variables, PIXELS, train=False)
     assert {frozenset(channels[0]) for channels in found.free.values()} == expected
-    assert len(expected) > 1
+    assert expected
     for channels in found.free.values():
         assert all(set(channel.values()) == {(i,)} for i, channel in enumerate(channels))
 
@@ -255,25 +256,23 @@ RELU = {"params": {"a": jnp.ones((2, 4)), "bias": jnp.zeros(4), "b": jnp.ones((4
 
 
 def test_a_custom_derivative_stays_what_it_was():
-    """That of ReLU at 0 is 0; a maximum's would be 1/2. It holds forwards, backwards, in loops and in a net cut twice."""
+    """That of ReLU at 0 is 0; a maximum's would be 1/2. Forwards, backwards, in loops, and cut twice."""
     plan = {"params/a": {1: [0]}, "params/bias": {0: [0]}, "params/b": {0: [0]}}
     once, smaller = structure.cut(relu_net, RELU, plan)
     twice, smallest = structure.cut(once, smaller, plan)
     looped = lambda v, x: jax.lax.scan(lambda c, _: (c + relu_net(v, x), None), jnp.zeros((1, 1)), length=3)[0]
     loop, _ = structure.cut(looped, RELU, plan)
     for apply, variables in ((once, smaller), (twice, smallest), (loop, smaller)):
-        total = lambda v, apply=apply: apply(v, jnp.zeros((1, 2))).sum()
-        gradient = jax.grad(total)(variables)["params"]
-        np.testing.assert_array_equal(gradient["bias"], 0)
-        _, along = jax.jvp(total, (variables,), (jax.tree.map(jnp.ones_like, variables),))
+        total = lambda v, x, apply=apply: apply(v, x).sum()
+        np.testing.assert_array_equal(jax.grad(total)(variables, jnp.zeros((1, 2)))["params"]["bias"], 0)
+        _, along = jax.jvp(lambda v, total=total: total(v, jnp.zeros((1, 2))), (variables,), (variables,))
         assert along == 0
-        np.testing.assert_allclose(
-            jax.grad(lambda v: apply(v, jnp.ones((1, 2))).sum())(variables)["params"]["bias"], 3 if apply is loop else 1
-        )
+        on = jax.grad(total)(variables, jnp.ones((1, 2)))["params"]["bias"]
+        np.testing.assert_allclose(on, 3 if apply is loop else 1)
 
 
 def test_over_seeds_and_with_a_batch_of_unknown_size(tmp_path):
-    variables, plan, small, smaller = halved(Conv(), IMAGE)
+    _, _, small, smaller = halved(Conv(), IMAGE)
     seeds = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), smaller)
     predict = functools.partial(small, train=False)
     several, one = jax.jit(lambda s, v: (jax.vmap(lambda v: predict(v, IMAGE))(s), predict(v, IMAGE[:2])))(
@@ -329,10 +328,10 @@ def test_a_share_of_each_group_and_multiples():
     scores = {"params/Dense_0/kernel:1": np.array([3.0, 1, 2, 4]), "params/Dense_2/kernel:1": np.array([1.0, 3, 2])}
     plan = structure.lowest(found, scores, 0.5)
     assert plan["params/Dense_0/bias"][0].tolist() == [1, 2]
-    assert plan["params/Dense_2/kernel"] == {1: [0, 2]} or plan["params/Dense_2/kernel"][1].tolist() == [0, 2]
+    assert {axis: gone.tolist() for axis, gone in plan["params/Dense_2/kernel"].items()} == {0: [1, 2], 1: [0, 2]}
     plan = structure.lowest(found, scores, {"params/Dense_0/kernel:1": 0.4}, multiple=3)  # 2 left, rounded up to 3
     assert plan["params/Dense_0/bias"][0].tolist() == [1]
-    assert "params/Dense_2/kernel" not in plan
+    assert 1 not in plan["params/Dense_2/kernel"]
     assert structure.lowest(found, scores, 0.9, multiple=8) == {}
 
 
@@ -346,7 +345,7 @@ def test_the_fewest_channels_that_meet_a_budget():
         ranked = sorted((score, name, i) for name, each in scores.items() for i, score in enumerate(each))
         gone = [found.free[name][i] for _, name, i in ranked]
         n = next(n for n in range(len(gone)) if cost(structure.removing(gone[:n])) <= budget)
-        assert plan == structure.removing(gone[:n])
+        jax.tree.map(np.testing.assert_array_equal, plan, structure.removing(gone[:n]))
         with pytest.raises(InputError, match="expected at most 1; raise the budget, or lower the multiple 4"):
             structure.within(found, scores, cost, 1, multiple=4)
     _, smaller = structure.cut(model.apply, variables, plan)
@@ -374,7 +373,7 @@ def test_operations_and_seconds_of_what_a_plan_leaves():
         (lambda h: jnp.cumsum(h, -1), "an order of coordinates"),
         (lambda h: h * jnp.arange(4), "numbered"),
         (lambda h: h[:, jnp.array([0, 2, 1, 3])], "indexed"),
-        (lambda h: jnp.pad(h, ((0, 0), (0, -1))), "negative"),
+        (lambda h: jax.lax.pad(h, 0.0, ((0, 0, 0), (0, -1, 0))), "negative"),
         (lambda h: nn.avg_pool(h[..., None], (2,), (1,))[..., 0], "pixels"),
         (lambda h: h.reshape(-1, 4, 1) @ h.reshape(-1, 1, 4) @ jnp.ones(4), "terms need not be zero"),
     ],
@@ -417,20 +416,20 @@ def test_what_is_refused():
     for share in (1.0, -0.1):
         with pytest.raises(InputError, match=f"^the share of params/a:1 is {share}, expected a fraction"):
             structure.lowest(found, scores, share)
-    with pytest.raises(InputError, match="^params/c:0 cannot shrink: there is no such group"):
+    with pytest.raises(InputError, match=r"^params/c:0 cannot shrink: there is no such group"):
         structure.lowest(found, scores, {"params/c:0": 0.5})
-    with pytest.raises(InputError, match="^there are no scores of params/a:1"):
+    with pytest.raises(InputError, match=r"^there are no scores of params/a:1"):
         structure.lowest(found, {}, {"params/a:1": 0.5})
-    with pytest.raises(InputError, match="^multiple is 0"):
+    with pytest.raises(InputError, match=r"^multiple is 0"):
         structure.lowest(found, scores, 0.5, multiple=0)
     other = {"params": {**RELU["params"], "a": jnp.ones((2, 2))}}
     with pytest.raises(
         InputError, match=r"^params/a of shape \(2, 2\) does not fit the plan, which removes 3 of axis 1"
     ):
         structure.cut(relu_net, other, {"params/a": {1: [0, 3]}})
-    with pytest.raises(InputError, match="^the plan removes coordinates of params/c, which the model does not have"):
+    with pytest.raises(InputError, match=r"^the plan removes coordinates of params/c, which the model does not have"):
         structure.cut(relu_net, RELU, {**plan, "params/c": {0: [0]}})
-    with pytest.raises(InputError, match="^the plan removes all 4 of axis 1 of params/a"):
+    with pytest.raises(InputError, match=r"^the plan removes all 4 of axis 1 of params/a"):
         structure.cut(relu_net, RELU, {"params/a": {1: np.arange(4)}})
     small, _ = structure.cut(relu_net, RELU, {"params/a": {1: [0]}})
     with pytest.raises(InputError, match=r"^params/a has shape \(2, 4\), expected \(2, 3\)"):
@@ -438,5 +437,6 @@ def test_what_is_refused():
     small, smaller = structure.cut(relu_net, RELU, {"params/a": {1: [0]}})
     with pytest.raises(InputError, match="others that the plan keeps go with it"):
         small(smaller, jnp.ones((1, 2)))
-    with pytest.raises(InputError, match=r"^0/v_row/a of shape \(2,\) does not fit the plan"):
-        structure.shrunk(({"v_row": {"a": jnp.ones(2)}},), plan)
+    factored = optax.scale_by_factored_rms(min_dim_size_to_factor=1).init(RELU["params"])
+    with pytest.raises(InputError, match=r"^v_row/a of shape \(2,\) does not fit the plan"):
+        structure.shrunk(factored, plan)
