@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dl_jax.compress.structure import flow, shrink
+from dl_jax.compress.structure import flow, rules, shrink
 from dl_jax.compress.structure.identity import Identities
 from dl_jax.core import equations
 from dl_jax.core.errors import InputError
@@ -31,13 +31,13 @@ class Groups(NamedTuple):
     frozen: Mapping[Place, str]  # why coordinates of an axis stay
 
 
-class Flow(NamedTuple):
+class Followed(NamedTuple):
     """A call of a model with the identities of its coordinates."""
 
     called: equations.Called
     ids: Identities
     body: flow.Body
-    variables: tuple[flow.Array, ...]
+    variables: tuple[rules.Array, ...]
 
 
 def groups(apply: Apply, variables: Tree, *args: Any, **kwargs: Any) -> Groups:
@@ -75,12 +75,13 @@ def _name(places: tuple[Place, ...]) -> str:
     return f"{path}:{axis}"
 
 
-def followed(apply: Apply, variables: Tree, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Flow:
+def followed(apply: Apply, variables: Tree, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Followed:
+    """Traces a call and follows the identities of its variables to its outputs."""
     called = equations.trace(apply, variables, *args, **kwargs)
     called = called._replace(jaxpr=flow.unshared(called.jaxpr))
     ids, invars = Identities(), flow.open_jaxpr(called.jaxpr).invars
-    own = tuple(flow.anonymous(ids, v.aval, zero=True) for v in invars[: len(called.paths)])
-    others = [flow.fixed(v.aval, flow.INPUT) for v in invars[len(called.paths) :]]
+    own = tuple(rules.parameter(ids, v.aval) for v in invars[: len(called.paths)])
+    others = [rules.fixed(v.aval, "an input of the model") for v in invars[len(called.paths) :]]
     body = flow.follow(ids, called.jaxpr, [*own, *others])
     numbered = jax.tree.unflatten(called.structure, list(range(called.structure.num_leaves)))
     by_path = {tuple(map(str, path)): array for path, array in zip(called.paths, own, strict=True)}
@@ -92,7 +93,7 @@ def followed(apply: Apply, variables: Tree, args: tuple[Any, ...], kwargs: Mappi
                 ids.join(axis, variable.axes[place])
             else:
                 ids.freeze(axis, "an output of the model")
-    return Flow(called, ids, body, own)
+    return Followed(called, ids, body, own)
 
 
 def removing(channels: Iterable[Channel]) -> Plan:
@@ -139,7 +140,7 @@ def cut(apply: Apply, variables: Tree, plan: Plan) -> tuple[Apply, Tree]:
     return small, smaller
 
 
-def kept_by(found: Flow, plan: Plan) -> shrink.Kept:
+def kept_by(found: Followed, plan: Plan) -> shrink.Kept:
     """What a plan leaves: it removes the independent identities of which it names all coordinates.
 
     Raises InputError where it names a coordinate that stays.
