@@ -14,6 +14,7 @@ import pytest
 from quick import jit, moved, shapes
 
 from dl_jax import models
+from dl_jax.compress import structure
 from dl_jax.core.errors import InputError
 from dl_jax.models.generative.gan import Discriminator, Generator
 from dl_jax.models.vision import lenet
@@ -130,6 +131,29 @@ def test_training_reaches_every_parameter_with_finite_gradients(name):
     if any(getattr(model, rate, 0) for rate in ("dropout", "input_dropout")):
         moved = [abs(a - b).max() / abs(b).max() for a, b in zip(*map(jax.tree.leaves, (output, still)), strict=True)]
         assert max(moved) > 1e-3
+
+
+WHOLE = {"sequence.rnn.RNN", "sequence.rnn.GRU"}  # every unit of these is an output
+
+
+@zoo
+def test_channels_whose_parameters_are_zero_can_be_cut(name):
+    """Every second one of each group. Where weights are divided by their norm, it must not be exactly 0."""
+    model, inputs, variables, predict, _ = example(name)
+    logits = lambda output: output[0] if name.startswith("sequence.rnn") and isinstance(output, tuple) else output
+    apply = lambda variables, **inputs: logits(model.apply(variables, **inputs, train=False))  # without the last state
+    variables = moved(variables, 0.3)
+    found = structure.groups(apply, variables, **inputs)
+    plan = structure.removing(channel for channels in found.free.values() for channel in channels[1::2])
+    assert (name in WHOLE) == (not plan)
+    if not plan:
+        return
+    zeros = jax.tree.map(lambda leaf: leaf + np.float32(1e-12), structure.zeroed(variables, plan))
+    small, smaller = structure.cut(apply, variables, plan)
+    output = jit(lambda variables, inputs: small(variables, **inputs))(smaller, inputs)
+    for one, other in zip(*map(jax.tree.leaves, (output, logits(predict(zeros, inputs)))), strict=True):
+        assert np.ptp(other, 0).any()
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * abs(other).max())
 
 
 @zoo
