@@ -20,8 +20,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.input import prepare
@@ -130,7 +128,9 @@ def main() -> None:
     known, by = commands(), made_by()
     if unknown := {*asked.experiments} - {command.split()[0] for command in known}:
         parser.error(f"{', '.join(sorted(unknown))}: expected files below experiments/, such as vision/lenet.py")
-    for command in track([each for each in known if not asked.experiments or each.split()[0] in asked.experiments]):
+    wanted = [each for each in known if not asked.experiments or each.split()[0] in asked.experiments]
+    for number, command in enumerate(wanted, 1):
+        print(f"{number}/{len(wanted)} {command}", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as folder:
             found = "".join(rows(planned(command, Path(folder))))
         lines = f"| `{command}`, {by} |||||||||\n{found}"
