@@ -229,6 +229,12 @@ def test_training_goes_on_with_the_state_of_the_optimiser():
     close(cut, structure.shrunk(state, plan))
 
 
+def test_a_layer_of_the_same_name_in_a_submodule_stays():
+    state = optax.TraceState({"a": jnp.ones(4), "b": {"a": jnp.ones(4)}})
+    found = structure.shrunk([state], {"params/a": {0: [1]}})[0].trace
+    assert (found["a"].shape, found["b"]["a"].shape) == ((3,), (4,))
+
+
 def test_dropout_draws_for_the_units_that_are_left():
     def apply(variables, x, *, rngs):
         x = nn.Dropout(0.5, deterministic=False).apply({}, x * variables["params"]["a"], rngs=rngs)
@@ -368,6 +374,7 @@ def test_operations_and_seconds_of_what_a_plan_leaves():
 @pytest.mark.parametrize(
     ("function", "why"),
     [
+        (lambda h: (jax.debug.callback(id, h), h)[1], "the operation debug_callback, which is not followed"),
         (lambda h: jnp.sort(h, -1), "the operation sort, which is not followed"),
         (lambda h: jax.nn.softmax(h), "one number is made"),
         (lambda h: h * jax.nn.sigmoid(h).sum(-1, keepdims=True), "terms need not be zero"),
@@ -405,13 +412,13 @@ def test_an_axis_of_length_1_is_not_zero_where_a_longer_one_is():
 
 def test_a_report():
     found = structure.groups(relu_net, RELU, jnp.ones((1, 2)))
-    expected = """1 groups of channels that can be removed:
+    expected = """Groups of channels that can be removed: 1
   params/a:1: 4 channels
     axis 1 of params/a
     axis 0 of params/b
     axis 0 of params/bias
 
-1 axes stay, in whole or in part:
+Axes that stay, in whole or in part: 1
   an input of the model:
     axis 0 of params/a"""
     assert structure.explain(found) == expected

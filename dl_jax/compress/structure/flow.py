@@ -19,6 +19,10 @@ class Body(NamedTuple):
     arrays: dict[Any, Array]  # by the jaxpr's variables
     inner: dict[Any, tuple["Body", ...]]  # bodies of loops, branches and derivatives, by an equation's first output
 
+    def within(self, equation: Any) -> tuple["Body", ...]:
+        """The bodies of an equation; none for an operation."""
+        return self.inner.get(equation.outvars[0], ()) if equation.outvars else ()
+
     @property
     def outputs(self) -> list[Array]:
         return [self.of(atom) for atom in open_jaxpr(self.jaxpr).outvars]

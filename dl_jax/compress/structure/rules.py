@@ -20,7 +20,7 @@ ELEMENTWISE = frozenset((
     "bitcast_convert_type", "cbrt", "ceil", "clamp", "convert_element_type", "copy", "cos", "cosh", "digamma",
     "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow", "is_finite",
     "le", "lgamma", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not",
-    "optimization_barrier", "or", "pow", "reduce_precision", "rem", "round", "rsqrt", "select_n", "shift_left",
+    "or", "pow", "reduce_precision", "rem", "round", "rsqrt", "select_n", "shift_left",
     "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient",
     "sub", "tan", "tanh", "xor",
 ))  # fmt: skip
@@ -453,7 +453,12 @@ def _dynamic_update_slice(ids: Identities, equation: Any, ins: list[Array]) -> l
     return _one(axes, [a and b for a, b in zip(x.zero, new.zero, strict=True)])
 
 
+def _unchanged(ids: Identities, equation: Any, ins: list[Array]) -> list[Array]:
+    return ins
+
+
 RULES: dict[str, Rule] = {
+    "optimization_barrier": _unchanged,
     "broadcast_in_dim": _broadcast_in_dim,
     "reshape": _reshape,
     "transpose": _transpose,
