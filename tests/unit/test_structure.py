@@ -15,7 +15,7 @@ from dl_jax import classify
 from dl_jax.compress import structure
 from dl_jax.core.errors import InputError
 from dl_jax.export import stablehlo
-from dl_jax.models.recur import GRU, LSTM, VANILLA
+from dl_jax.models.recur import GRU, LSTM
 from dl_jax.models.sequence.rnn import SequenceClassifier
 
 RNG = np.random.default_rng(0)
@@ -73,6 +73,17 @@ class Transformer(nn.Module):
         return nn.Dense(3)(nn.LayerNorm()(x)[:, -1])
 
 
+class Heads(nn.Module):
+    """Attention whose heads and their dimensions are one axis of the parameters, taken apart twice."""
+
+    @nn.compact
+    def __call__(self, x, *, train):  # [B, 6, 6, 2]
+        query, key, value = (nn.Dense(16)(x[:, 0]).reshape(-1, 6, 4, 4) for _ in range(3))
+        mixed = jnp.einsum("bhts,bshd->bthd", nn.softmax(jnp.einsum("bthd,bshd->bhts", query, key)), value)
+        merged = nn.tanh(mixed.reshape(-1, 6, 16))
+        return nn.Dense(3)((merged.reshape(-1, 6, 4, 4) * value).reshape(-1, 6, 16))
+
+
 class Recurrent(nn.Module):
     cell: type[nn.RNNCellBase]
     layers: int
@@ -89,12 +100,13 @@ MODELS = {
     "mlp": (Mlp(), IMAGE),
     "conv": (Conv(), IMAGE),
     "split": (Split(), IMAGE),
+    "heads": (Heads(), IMAGE),
     "transformer": (Transformer(), TOKENS),
     "lstm": (Recurrent(nn.OptimizedLSTMCell, 2), TOKENS),
     "gru": (Recurrent(nn.GRUCell, 1), TOKENS),
     **{
         f"our {name}": (SequenceClassifier(7, 3, 4, 5, layers, cell), TOKENS)
-        for name, cell, layers in (("rnn", VANILLA, 1), ("lstm", LSTM, 2), ("gru", GRU, 1))
+        for name, cell, layers in (("lstm", LSTM, 2), ("gru", GRU, 1))
     },
 }
 
@@ -227,6 +239,16 @@ def test_training_goes_on_with_the_state_of_the_optimiser():
     assert cut[1][1][0].mu["Conv_0"]["kernel"].shape == (3, 3, 2, 3)
     assert cut[0]["batch_stats"]["BatchNorm_0"]["mean"].shape == (3,)
     close(cut, structure.shrunk(state, plan))
+
+
+def test_heads_and_their_dimensions_are_groups():
+    found = structure.groups(Heads().apply, drawn(Heads(), IMAGE), IMAGE, train=False)
+    sizes = sorted(
+        (len(channels), len(channels[0]["params/Dense_0/kernel", 1]))
+        for channels in found.free.values()
+        if ("params/Dense_0/kernel", 1) in channels[0]
+    )
+    assert sizes == [(4, 4), (4, 4)]  # heads of four coordinates, and dimensions of four heads
 
 
 def test_a_layer_of_the_same_name_in_a_submodule_stays():
@@ -381,16 +403,16 @@ def test_operations_and_seconds_of_what_a_plan_leaves():
         (lambda h: jnp.cumsum(h, -1), "an order of coordinates"),
         (lambda h: h * jnp.arange(4), "numbered"),
         (lambda h: h[:, jnp.array([0, 2, 1, 3])], "indexed"),
-        (lambda h: jax.lax.pad(h, 0.0, ((0, 0, 0), (0, -1, 0))), "negative"),
-        (lambda h: nn.avg_pool(h[..., None], (2,), (1,))[..., 0], "pixels"),
+        (lambda h: jax.lax.pad(h, 0.0, ((0, 0, 0), (1, -1, 0))), "negative"),
+        (lambda h: nn.avg_pool(h[..., None], (2,), (1,), "SAME")[..., 0], "pixels"),
         (lambda h: h.reshape(-1, 4, 1) @ h.reshape(-1, 1, 4) @ jnp.ones(4), "terms need not be zero"),
     ],
 )
 def test_what_cannot_be_followed_stays_for_a_reason(function, why):
     def apply(variables, x):
-        return function(jnp.cos(x @ variables["params"]["a"])).sum(-1)
+        return function(jnp.cos(x @ variables["params"]["a"])) @ variables["params"]["b"]
 
-    variables = {"params": {"a": jnp.ones((3, 4))}}
+    variables = {"params": {"a": jnp.ones((3, 4)), "b": jnp.ones(4)}}
     found = structure.groups(apply, variables, jnp.ones((2, 3)))
     assert not found.free
     assert why in found.frozen["params/a", 1]
@@ -398,16 +420,21 @@ def test_what_cannot_be_followed_stays_for_a_reason(function, why):
     assert "axis 1 of params/a" in structure.explain(found)
     with pytest.raises(InputError, match=f"^params/a:1 cannot shrink: .*{why}"):
         structure.lowest(found, {}, {"params/a:1": 0.5})
-    small, smaller = structure.cut(apply, variables, {"params/a": {1: [0]}})
+    small, smaller = structure.cut(apply, variables, {"params/a": {1: [0]}, "params/b": {0: [0]}})
     with pytest.raises(InputError, match=f"^the plan removes 0 of axis 1 of params/a, which this call needs: .*{why}"):
         small(smaller, jnp.ones((2, 3)))
 
 
-def test_an_axis_of_length_1_is_not_zero_where_a_longer_one_is():
+@pytest.mark.parametrize("length", [1, 4])
+def test_a_coordinate_that_is_broadcast_stays_and_is_no_zero_for_others(length):
     """The second parameter goes with no unit, so that the cosine of a removed one would be missed in the sum."""
-    apply = lambda v, x: (jnp.cos(v["params"]["a"]) * v["params"]["s"]).sum(1) + x
-    found = structure.groups(apply, {"params": {"a": jnp.ones((3, 4)), "s": jnp.ones((3, 1))}}, jnp.ones(3))
+    apply = lambda v, x: (jnp.cos(v["params"]["a"]) * v["params"]["s"][:, :1]).sum(1) + x
+    variables = {"params": {"a": jnp.ones((3, 4)), "s": jnp.ones((3, length))}}
+    found = structure.groups(apply, variables, jnp.ones(3))
     assert "terms need not be zero" in found.frozen["params/a", 1]
+    assert [channel["params/s", 1] for each in found.free.values() for channel in each] == [
+        (i,) for i in range(1, length)
+    ]
 
 
 def test_a_report():
