@@ -231,14 +231,14 @@ def _named(tree: Tree) -> dict[str, Any]:
 
 def explain(found: Groups) -> str:
     """A report of what can be removed together, and of what stays and why."""
-    lines = [f"{len(found.free)} groups of channels that can be removed:"]
+    lines = [f"Groups of channels that can be removed: {len(found.free)}"]
     for name, channels in found.free.items():
         lines.append(f"  {name}: {len(channels)} channels")
         lines.extend(f"    axis {axis} of {path}" for path, axis in channels[0])
     by_reason: dict[str, list[Place]] = defaultdict(list)
     for place, why in found.frozen.items():
         by_reason[why].append(place)
-    lines.extend(["", f"{len(found.frozen)} axes stay, in whole or in part:"] if found.frozen else [])
+    lines.extend(["", f"Axes that stay, in whole or in part: {len(found.frozen)}"] if found.frozen else [])
     for why, places in by_reason.items():
         lines.append(f"  {why}:")
         lines.extend(f"    axis {axis} of {path}" for path, axis in places)

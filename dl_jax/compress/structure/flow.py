@@ -19,6 +19,10 @@ class Body(NamedTuple):
     arrays: dict[Any, Array]  # by the jaxpr's variables
     inner: dict[Any, tuple["Body", ...]]  # bodies of loops, branches and derivatives, by an equation's first output
 
+    def within(self, equation: Any) -> tuple["Body", ...]:
+        """The bodies of an equation; none for an operation."""
+        return self.inner.get(equation.outvars[0], ()) if equation.outvars else ()
+
     @property
     def outputs(self) -> list[Array]:
         return [self.of(atom) for atom in open_jaxpr(self.jaxpr).outvars]
@@ -79,13 +83,22 @@ def unshared(jaxpr: Any) -> Any:
 
 def _scan(ids: Identities, equation: Any, ins: list[Array], rules: bool) -> tuple[list[Array], tuple[Body, ...]]:
     params = equation.params
-    fixed_ins, carried = params["num_consts"], params["num_consts"] + params["num_carry"]
+    constant, states = _parts_of_scan(params)
+    carried = constant + states
     for x in ins[carried:]:
         ids.freeze(x.axes[0], "the steps of a loop")
     rows = [without(x, [0]) for x in ins[carried:]]
-    body, carry = _iterated(ids, params["jaxpr"], ins[:fixed_ins], ins[fixed_ins:carried], rows, rules)
-    outputs = [Array(("the steps of a loop", *y.axes), (False, *y.zero)) for y in body.outputs[params["num_carry"] :]]
+    body, carry = _iterated(ids, params["jaxpr"], ins[:constant], ins[constant:carried], rows, rules)
+    outputs = [Array(("the steps of a loop", *y.axes), (False, *y.zero)) for y in body.outputs[states:]]
     return [*carry, *outputs], (body,)
+
+
+def _parts_of_scan(params: dict[str, Any]) -> tuple[int, int]:
+    """How many of a scan's inputs stay the same, and how many it carries, which come next."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    constant, carry, _ = map(len, params["ft_in"].unpack())  # of a newer JAX
+    return constant, carry
 
 
 def _while(ids: Identities, equation: Any, ins: list[Array], rules: bool) -> tuple[list[Array], tuple[Body, ...]]:

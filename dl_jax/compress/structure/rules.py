@@ -20,7 +20,7 @@ ELEMENTWISE = frozenset((
     "bitcast_convert_type", "cbrt", "ceil", "clamp", "convert_element_type", "copy", "cos", "cosh", "digamma",
     "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow", "is_finite",
     "le", "lgamma", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not",
-    "optimization_barrier", "or", "pow", "reduce_precision", "rem", "round", "rsqrt", "select_n", "shift_left",
+    "or", "pow", "reduce_precision", "rem", "round", "rsqrt", "select_n", "shift_left",
     "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient",
     "sub", "tan", "tanh", "xor",
 ))  # fmt: skip
@@ -39,13 +39,28 @@ Rule = Callable[[Identities, Any, list[Array]], list[Array]]  # (identities, equ
 
 
 def apply_rule(ids: Identities, equation: Any, ins: list[Array]) -> list[Array]:
-    """What is known of the outputs of an equation without inner ones."""
+    """What is known of the outputs of an equation without inner ones.
+
+    An axis of length 1 never shrinks: what is taken out of a longer one stays.
+    """
     name = equation.primitive.name
     if name in RULES:
-        return RULES[name](ids, equation, ins)
-    if name in ELEMENTWISE:
-        return _elementwise(ids, equation, ins)
-    return given_up(ids, equation, ins, f"the operation {name}, which is not followed")
+        outs = RULES[name](ids, equation, ins)
+    elif name in ELEMENTWISE:
+        outs = _elementwise(ids, equation, ins)
+    else:
+        outs = given_up(ids, equation, ins, f"the operation {name}, which is not followed")
+    return [_settled(ids, out) for out in outs]
+
+
+def _settled(ids: Identities, x: Array) -> Array:
+    single = [not isinstance(axis, str) and len(axis) == 1 for axis in x.axes]
+    why = "a coordinate that is taken alone"
+    for axis, yes in zip(x.axes, single, strict=True):
+        if yes:
+            ids.freeze(axis, why)
+    axes = tuple(why if yes else axis for axis, yes in zip(x.axes, single, strict=True))
+    return x._replace(axes=axes, zero=tuple(z and not yes for z, yes in zip(x.zero, single, strict=True)))
 
 
 def anonymous(ids: Identities, aval: Any, zero: bool = False) -> Array:
@@ -117,13 +132,7 @@ def _elementwise(ids: Identities, equation: Any, ins: list[Array]) -> list[Array
         for axis in full[1:]:
             ids.join(full[0], axis)
         axes.append(next((axis for axis in full if isinstance(axis, str)), full[0]))
-    shapes = [variable.aval.shape for variable in equation.invars]
-    zero = [
-        _stays_zero(
-            equation, [bool(own) and own[i] == size and a.zero[i] for a, own in zip(ins, shapes, strict=True)], ins
-        )
-        for i, size in enumerate(shape)
-    ]
+    zero = [_stays_zero(equation, [bool(a.axes) and a.zero[i] for a in ins], ins) for i in range(len(shape))]
     return [Array(tuple(axes), tuple(zero)) for _ in equation.outvars]
 
 
@@ -453,7 +462,12 @@ def _dynamic_update_slice(ids: Identities, equation: Any, ins: list[Array]) -> l
     return _one(axes, [a and b for a, b in zip(x.zero, new.zero, strict=True)])
 
 
+def _unchanged(ids: Identities, equation: Any, ins: list[Array]) -> list[Array]:
+    return ins
+
+
 RULES: dict[str, Rule] = {
+    "optimization_barrier": _unchanged,
     "broadcast_in_dim": _broadcast_in_dim,
     "reshape": _reshape,
     "transpose": _transpose,

@@ -81,7 +81,7 @@ def run(kept: Kept, body: Body, inputs: Sequence[Any]) -> list[Any]:
 
 
 def _computed(kept: Kept, body: Body, equation: Any, inputs: list[Any]) -> Sequence[Any]:
-    name, inner = equation.primitive.name, body.inner.get(equation.outvars[0], ())
+    name, inner = equation.primitive.name, body.within(equation)
     if inner:
         if all(map(kept.all_of, inner)):
             return equations.bound(equation, inputs)
