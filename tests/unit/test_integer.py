@@ -58,6 +58,9 @@ def quantized(model, bits=8, image=IMAGE):
     draw = lambda leaf: np.float32(rng.random(leaf.shape) if leaf.ndim == 1 else normal(leaf))
     shapes = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), image)
     variables, apply = jax.tree.map(draw, shapes), functools.partial(model.apply, train=False)
+    for _, kernel in jax.tree_util.tree_leaves_with_path(variables["params"]):
+        if kernel.ndim > 1:
+            kernel[..., 0] = 0  # as a pruned channel; what is left of it is its bias
     ranges = quantize.calibrate(apply, variables, [image[:8]])
     return apply, {**variables, "params": quantize.quantize(variables["params"], bits), "ranges": ranges}
 
@@ -136,6 +139,12 @@ def test_a_dense_layer_by_hand():
     assert np.mean(np.isclose(found, expected, rtol=1e-5)) > 0.9
 
 
+class Recurrent(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train):
+        return nn.RNN(nn.SimpleCell(3))(x)
+
+
 class Normed(nn.Module):
     @nn.compact
     def __call__(self, x, *, train):
@@ -167,6 +176,9 @@ def test_what_has_no_integers_is_said():
                 },
             },
         )
+    apply, variables = quantized(Recurrent(), image=x[None])
+    with pytest.raises(InputError, match="layer 'Dense_0' is in a loop, expected feed-forward layers"):
+        integer.integer_only(apply, variables)(x[None])
     apply, variables = quantized(Normed(), image=x)
     with pytest.raises(InputError, match=r"sub of int8 .* has no integer form, expected layers, .*; fold batch"):
         run(apply, variables)
