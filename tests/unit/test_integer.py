@@ -178,7 +178,7 @@ def test_what_has_no_integers_is_said():
             },
         )
     apply, variables = quantized(Recurrent(), image=x[None])
-    with pytest.raises(InputError, match="layer 'SimpleCell_0/.' is in a loop, expected feed-forward layers"):
+    with pytest.raises(InputError, match=r"layer 'SimpleCell_0/.' is in a loop, expected feed-forward layers"):
         integer.integer_only(apply, variables)(x[None])
     apply, variables = quantized(Normed(), image=x)
     with pytest.raises(InputError, match=r"sub of int8 .* has no integer form, expected layers, .*; fold batch"):
