@@ -22,7 +22,7 @@ class LeNet(nn.Module):
     @nn.compact
     def __call__(self, x, *, train=False):
         x = nn.max_pool(nn.relu(nn.Conv(4, (5, 5), padding="VALID")(x)), (2, 2), (2, 2))
-        x = nn.max_pool(nn.relu(nn.Conv(6, (3, 3), strides=2)(x)), (2, 2), (2, 2))
+        x = nn.max_pool(nn.relu(nn.Conv(6, (3, 3))(x)), (2, 2), (2, 2))
         x = nn.relu(nn.Dense(12)(x.reshape(x.shape[0], -1)))
         return nn.Dense(10)(x)
 
