@@ -24,6 +24,7 @@ from dl_jax.core.errors import InputError
 from dl_jax.core.step import Array, Tree
 
 M_BITS = 15  # of the m of a multiplier
+MOST = 2**30  # of a bias, so that the sum with it is an int32
 TERM_BITS = 20  # of the multipliers of the two terms of a sum, which are int8
 
 
@@ -117,9 +118,8 @@ class Notes(NamedTuple):
 
     constants: dict[Any, list[Any]]  # the constants that it reads, in whole steps; None for what is computed
     terms: dict[Any, list[tuple[np.ndarray, np.ndarray]]]  # of a sum: the scale before and after its multiplication
-    rescaled: dict[
-        Any, tuple[np.ndarray, Multiplier]
-    ]  # at a point: the scale of the sums, and by what they are rescaled
+    # At a point: the scale of the sums, and by what they are rescaled.
+    rescaled: dict[Any, tuple[np.ndarray, Multiplier]]
 
 
 class _Model(NamedTuple):
@@ -156,6 +156,10 @@ def _model(apply: Callable[..., Any], variables: Tree, bits: int, *args: Any, **
         for e in called.jaxpr.jaxpr.eqns
         if e.outvars[0] in layers
     }
+    if loops := [layer.paths[0] for v, layer in layers.items() if v not in integers]:
+        raise InputError(
+            f"layer {loops[0]!r} is in a loop, expected feed-forward layers; recurrent ones stay in floats"
+        )
     return _Model(called, jax.tree.leaves(real), layers, integers, points(called), grids)
 
 
@@ -203,13 +207,15 @@ def _integer_kernel(
     equation: Any, layer: inspect.Layer, real: np.ndarray, values: np.ndarray, scales: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The int8 kernel of a product, and the scales of its outputs."""
-    scale = scales.astype(np.float64).max(_summed(equation, 1), keepdims=True)
+    summed = _summed(equation, 1 - layer.operand)
+    scale = scales.astype(np.float64).max(summed, keepdims=True)
     if not (np.allclose(real, values * scale, rtol=1e-5, atol=0) and abs(values).max() <= 127):
         raise InputError(
             f"the weights of layer {layer.paths[0]!r} are not integers with one scale for each output, expected those "
             "of `quantize`; give it the axes that `output_axes` reads from the model"
         )
-    return values.astype(np.int8), scale.squeeze(_summed(equation, 1))
+    finest = scale[scale > 0].min(initial=1)  # for an output without weights, which may have a bias
+    return values.astype(np.int8), np.where(scale > 0, scale, finest).squeeze(summed)
 
 
 def _summed(equation: Any, side: int) -> tuple[int, ...]:
@@ -347,7 +353,7 @@ def _sum(notes: Notes, v: Any, inputs: list[Any]) -> Fixed:
         notes.terms[v] = [(x.scale, factor * scale) for x, factor in zip(inputs, factors, strict=True)]
         return Fixed(a.centred() * factors[0] + b.centred() * factors[1], scale, 0)
     x, number = (a, b) if isinstance(a, Fixed) else (b, a)
-    whole = _whole(number, Fixed(x.centred(), x.scale, 0))
+    whole = _whole(number, Fixed(x.centred(), x.scale, 0)).clip(-MOST, MOST)
     notes.constants[v] = [None if isinstance(each, Fixed) else whole * x.scale for each in inputs]
     return Fixed(x.centred() + whole, x.scale, 0)
 

@@ -22,7 +22,7 @@ class LeNet(nn.Module):
     @nn.compact
     def __call__(self, x, *, train=False):
         x = nn.max_pool(nn.relu(nn.Conv(4, (5, 5), padding="VALID")(x)), (2, 2), (2, 2))
-        x = nn.max_pool(nn.relu(nn.Conv(6, (3, 3), strides=2)(x)), (2, 2), (2, 2))
+        x = nn.max_pool(nn.relu(nn.Conv(6, (3, 3))(x)), (2, 2), (2, 2))
         x = nn.relu(nn.Dense(12)(x.reshape(x.shape[0], -1)))
         return nn.Dense(10)(x)
 
@@ -58,6 +58,9 @@ def quantized(model, bits=8, image=IMAGE):
     draw = lambda leaf: np.float32(rng.random(leaf.shape) if leaf.ndim == 1 else normal(leaf))
     shapes = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), image)
     variables, apply = jax.tree.map(draw, shapes), functools.partial(model.apply, train=False)
+    for _, kernel in jax.tree_util.tree_leaves_with_path(variables["params"]):
+        if kernel.ndim > 1:
+            kernel[..., 0] = 0  # as a pruned channel; what is left of it is its bias
     ranges = quantize.calibrate(apply, variables, [image[:8]])
     return apply, {**variables, "params": quantize.quantize(variables["params"], bits), "ranges": ranges}
 
@@ -124,16 +127,23 @@ def test_a_dense_layer_by_hand():
     (scale, low), (scale1, low1) = grid(ranges["Dense_0"]), grid(ranges["Dense_1"])
     first, second = (variables["params"][name] for name in ("Dense_0", "Dense_1"))
     q = np.clip(np.round(x / scale) + np.round(-low / scale), 0, 255).astype(np.int64) - int(np.round(-low / scale))
-    s = scale * np.float64(first["kernel"].scale[0])
+    scales = lambda layer: np.where((k := np.float64(layer["kernel"].scale[0])) > 0, k, k[k > 0].min())
+    s = scale * scales(first)
     sums = np.maximum(q @ np.int64(first["kernel"].values) + np.round(first["bias"] / s).astype(np.int64), 0)
     q = np.clip(np.floor(sums * s / scale1 + 0.5), 0, 255).astype(np.int64)
     assert low1 == 0
-    s = scale1 * np.float64(second["kernel"].scale[0])
+    s = scale1 * scales(second)
     expected = (q @ np.int64(second["kernel"].values) + np.round(second["bias"] / s)) * s
     found = jax.jit(integer.integer_only(apply, variables))(x)
-    step = scale1 * np.abs(np.asarray(second["kernel"].values, np.int64)).sum(0) * np.asarray(second["kernel"].scale[0])
+    step = s * np.abs(np.asarray(second["kernel"].values, np.int64)).sum(0)
     assert (abs(found - expected) <= step.max()).all()  # multipliers of 15 bits may round a sum to its neighbour
     assert np.mean(np.isclose(found, expected, rtol=1e-5)) > 0.9
+
+
+class Recurrent(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train):
+        return nn.RNN(nn.SimpleCell(3))(x)
 
 
 class Normed(nn.Module):
@@ -167,6 +177,9 @@ def test_what_has_no_integers_is_said():
                 },
             },
         )
+    apply, variables = quantized(Recurrent(), image=x[None])
+    with pytest.raises(InputError, match=r"layer 'SimpleCell_0/.' is in a loop, expected feed-forward layers"):
+        integer.integer_only(apply, variables)(x[None])
     apply, variables = quantized(Normed(), image=x)
     with pytest.raises(InputError, match=r"sub of int8 .* has no integer form, expected layers, .*; fold batch"):
         run(apply, variables)

@@ -78,6 +78,19 @@ def test_learned_steps_find_a_better_grid():
     assert error(steps) < 0.5 * before
 
 
+def test_weights_activations_and_both_kinds_of_steps_train_together():
+    x, ranges = W[:, :3], {"Dense_0": Range(jnp.float32(-1), jnp.float32(2))}
+    params = quantize.with_steps({"Dense_0": {"kernel": W[:3]}}, 3) | quantize.activation_steps(ranges, 3)
+
+    def loss(variables, batch, key):
+        return ((batch @ variables["params"]["Dense_0"]["kernel"]) ** 2).mean(), ({}, {})
+
+    both = with_params(quantize.learned_activations(loss, 3), quantize.learned(3))
+    gradient = jax.jit(jax.grad(lambda p: both({"params": p, "ranges": ranges}, x, None)[0]))(params)
+    assert jax.tree.structure(gradient) == jax.tree.structure(params)
+    assert all(np.isfinite(leaf).all() and np.any(leaf) for leaf in jax.tree.leaves(gradient))
+
+
 def test_learned_steps_refuse():
     for use in (quantize.learned, functools.partial(quantize.with_steps, PARAMS), lambda b: quantize.stored(PARAMS, b)):
         with pytest.raises(InputError, match="learned step sizes for 1 bit, expected 2 to 8 bits"):

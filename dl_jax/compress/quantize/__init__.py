@@ -6,6 +6,8 @@
 
 `fake` and `with_activations` compute in floating point what integers would: x ≈ scale · (q − zero), with zero = 0 for
 weights (Jacob et al. 2018, arXiv:1712.05877, sections 2.1 and 3; Krishnamoorthi 2018, arXiv:1806.08342, section 2).
+`compress.integer` computes in integers. In training, `learned` finds the step sizes, and `binary` and `ternary` leave
+two or three values of a weight.
 """
 
 from dl_jax.compress.quantize.activations import (

@@ -42,22 +42,20 @@ def calibrate(
     """{name of a point: the range of its values over `batches`}; goes into variables["ranges"].
 
     `apply(variables, batch)` runs the model. Its points are the inputs of its layers, under the layer's path, and what
-    lies between them (`points`). The range is that of all values, unless an `observer` (`percentile`,
+    lies between them (`points.points`). The range is that of all values, unless an `observer` (`percentile`,
     `least_error`) chooses one from a histogram of 2,048 bins, for which the batches are run a second time. For a stack
     of seeds: jax.vmap(lambda v: calibrate(apply, v, batches)).
 
     Raises InputError for no batches, for a batch of no rows, for values that are NaN or infinite, and where there is no
     layer. Under jit the check is impossible: a non-finite range is returned, and `rounded` then gives NaN.
     """
-
     batches = list(batches)
     if not batches:
         raise InputError("calibrate: no batches, expected at least one; give some of the training set")
     for i, batch in enumerate(batches):
         _require_rows(i, batch)
-    ranges = _finite(
-        _over(batches, variables, jax.jit(lambda v, batch: _each(_range, _values(apply, v, batch))), _union)
-    )
+    extremes = jax.jit(lambda variables, batch: _each(_range, _values(apply, variables, batch)))
+    ranges = _finite(_over(batches, variables, extremes, _union))
     if observer is None:
         return dict(ranges)
 
