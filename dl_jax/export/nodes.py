@@ -114,6 +114,9 @@ def _give(ctx: Any, eqn: Any, value: Any) -> None:
     ctx.bind_value_for_var(out, value)
 
 
+MOVES = ("MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze")  # what rounded numbers pass unchanged
+
+
 def with_biases(model: Any) -> Any:
     """The ONNX model with each bias that is added to a convolution or a product of matrices as an input of it.
 
@@ -134,7 +137,7 @@ def with_biases(model: Any) -> Any:
         layer, last, bias = found
         scale = _scale(layer, constants, made)
         name = f"{add.output[0]}_bias"
-        if scale is None:
+        if scale is None or scale.size not in (1, bias.size):
             tensors.append(numpy_helper.from_array(bias, name))
         else:
             steps = np.rint(bias / scale)
@@ -181,7 +184,7 @@ def _scale(layer: Any, constants: Mapping[str, np.ndarray], made: Mapping[str, A
     scale = np.float32(1)
     for name in layer.input:
         node = made.get(name)
-        while node is not None and node.op_type == "Transpose":
+        while node is not None and node.op_type in MOVES:
             node = made.get(node.input[0])
         if node is None or node.op_type != "DequantizeLinear":
             return None
