@@ -40,7 +40,7 @@ def test_a_missing_package_comes_with_the_command(tmp_path, monkeypatch):
         with pytest.raises(InputError, match=f"LiteRT needs {name}, which is not installed; run: {command}"):
             litert.export(dense, WEIGHTS, [X], tmp_path / "net.tflite")
     monkeypatch.setitem(found, "litert-converter", "0.6.0")
-    with pytest.raises(InputError, match="litert-converter is 0.6.0, expected 0.5.0; run: pip install"):
+    with pytest.raises(InputError, match=r"litert-converter is 0\.6\.0, expected 0\.5\.0; run: pip install"):
         litert.require()
 
 
@@ -95,7 +95,7 @@ def test_scans_are_written_out_and_other_loops_are_one_line(tmp_path):
     with pytest.raises(InputError, match=r"converter to LiteRT failed at tfl\.while: .* is not written") as e:
         litert.export(loop, WEIGHTS, [X], file)
     assert "\n" not in str(e.value)
-    with pytest.raises(InputError, match="LiteRT differs from JAX by .* is not written"):
+    with pytest.raises(InputError, match=r"LiteRT differs from JAX by .* is not written"):
         litert.export(dense, WEIGHTS, [X], file, tolerance=-1.0)
     assert file.read_bytes() == before
 
