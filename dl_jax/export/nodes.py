@@ -13,16 +13,16 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
+from jax.core import ShapedArray, Tracer
 
 from dl_jax.export.plain import Forms, Integers, Rounding
 
 ROUND = jex.Primitive("dl_jax_round")  # (x, scale, zero) -> x, rounded
 ROUND.def_abstract_eval(lambda x, scale, zero: x)
 DEQUANTIZE = jex.Primitive("dl_jax_dequantize")  # (values, scale, zero) -> values * scale
-DEQUANTIZE.def_abstract_eval(lambda values, scale, zero, *, axis: jax.core.ShapedArray(values.shape, scale.dtype))
+DEQUANTIZE.def_abstract_eval(lambda values, scale, zero, *, axis: ShapedArray(values.shape, scale.dtype))
 POOL = jex.Primitive("dl_jax_max_pool")  # [B, H, W, C] -> [B, H', W', C]
-POOL.def_abstract_eval(lambda x, *, shape, **_: jax.core.ShapedArray(shape, x.dtype))
+POOL.def_abstract_eval(lambda x, *, shape, **_: ShapedArray(shape, x.dtype))
 
 
 def _rounded(x: jax.Array, rounding: Rounding) -> jax.Array:
@@ -145,7 +145,7 @@ def with_biases(model: Any) -> Any:
                 continue
             grid = {"steps": steps.astype(np.int32), "scale": scale, "zero": np.zeros(scale.shape, np.int32)}
             tensors += [numpy_helper.from_array(array, f"{name}_{part}") for part, array in grid.items()]
-            axis = {"axis": 0} if scale.ndim else {}
+            axis: dict[str, Any] = {"axis": 0} if scale.ndim else {}
             first.append(helper.make_node("DequantizeLinear", [f"{name}_{part}" for part in grid], [name], **axis))
         layer.input.append(name)
         if layer.op_type == "MatMul":

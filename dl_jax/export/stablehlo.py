@@ -64,8 +64,8 @@ def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
     Its outputs equal those of the exported function under `jax.jit`, compiled for the same batch size, bit by bit.
     They may differ where XLA compiles a batch size that it knows in another way, such as a batch of 1.
 
-    Raises InputError where the file cannot be read, is damaged or of another kind, or was written by a JAX that this one
-    cannot read, a newer one or one of more than six months ago. The function raises InputError for inputs of other
+    Raises InputError where the file cannot be read, is damaged or of another kind, or was written by a JAX that this
+    one cannot read, a newer one or one of more than six months ago. The function raises InputError for inputs of other
     shapes or types.
     """
     content = read(path)
@@ -87,8 +87,8 @@ def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
         call.lower(*[jax.ShapeDtypeStruct([size or 1 for size in each.shape], each.dtype) for each in expected])
     except Exception as e:  # the checksum is right, so that only the version of JAX can be the cause
         raise InputError(
-            f"{path} cannot be read by JAX {jax.__version__}; use the JAX that wrote it, or one up to six months newer, "
-            "or export the model again"
+            f"{path} cannot be read by JAX {jax.__version__}; use the JAX that wrote it, or one up to six months "
+            "newer, or export the model again"
         ) from e
 
     def predict(*inputs: Any) -> Any:
