@@ -17,6 +17,7 @@ import itertools
 import logging
 import os
 import shutil
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -206,11 +207,12 @@ def _field(number: int, content: bytes) -> bytes:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps coremltools from showing its progress, and from warning that it cannot run models here."""
+    """Keeps coremltools from showing its progress, and from warnings: it cannot run models here, and left a folder."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
             yield
     finally:
         logging.disable(before)
