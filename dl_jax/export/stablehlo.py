@@ -3,8 +3,8 @@
 JAX promises to read an export for six months: with a release of JAX up to six months newer than the one that wrote it.
 After that it may refuse it, and since 0.11.1 it does so by an error instead of results that might differ. An earlier
 JAX may refuse it too (docs.jax.dev/en/latest/export/export.html#compatibility-guarantees). So keep the weights beside
-such a file, with the code of the network: `dl_jax.export.weights.save_variables` writes them to a file that is not bound
-to a version.
+such a file, with the code of the network: `dl_jax.export.weights.save_variables` writes them to a file that is not
+bound to a version.
 
 A file is `HEADER` (magic, version of this layout, CRC-32 of the rest) followed by the bytes that `jax.export`
 serialises. The checksum is needed because `jax.export` does not detect a flipped bit in a weight.
