@@ -17,13 +17,16 @@ import itertools
 import logging
 import os
 import shutil
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import numpy as np
+from jax.interpreters import mlir
 
 from dl_jax.core.errors import InputError, reason
 from dl_jax.export import Input, baked, read, signature
@@ -124,8 +127,9 @@ def _converted(function: Callable[..., Any], shapes: Sequence[jax.ShapeDtypeStru
     from stablehlo_coreml import build_pass_pipeline, convert  # pyright: ignore[reportMissingImports]
 
     target = coremltools.target.iOS18
-    module: Any = jax.jit(function, keep_unused=True).lower(*shapes).compiler_ir("stablehlo")
-    module = type(module).parse(str(module), module.context)  # its text leaves out what is a default
+    exported = jax.export.export(jax.jit(function, keep_unused=True), platforms=("cpu",))(*shapes)
+    # The program as it is exported leaves out what is a default, as the converter wants it.
+    module = mlir.ir.Module.parse(exported.mlir_module(), mlir.make_ir_context())
     model = coremltools.convert(
         convert(module, minimum_deployment_target=target),
         source="milinternal",
@@ -203,11 +207,12 @@ def _field(number: int, content: bytes) -> bytes:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps coremltools from showing its progress, and from warning that it cannot run models here."""
+    """Keeps coremltools from showing its progress, and from warnings: it cannot run models here, and left a folder."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
             yield
     finally:
         logging.disable(before)

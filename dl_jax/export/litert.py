@@ -102,7 +102,7 @@ def require() -> None:
 
 def _rounded(x: jax.Array, rounding: Rounding) -> jax.Array:
     scale, zero, largest = rounding
-    return _noted(x if largest is None else jnp.minimum(x, largest), np.float64([scale]), zero - 128)
+    return _noted(x if largest is None else jnp.minimum(x, largest), np.asarray([scale], np.float64), zero - 128)
 
 
 def _dequantized(weights: Integers) -> jax.Array:
@@ -110,7 +110,7 @@ def _dequantized(weights: Integers) -> jax.Array:
     shape = [-1 if i == axis else 1 for i in range(values.ndim)]
     floats = jnp.asarray(values * scale.reshape(shape if axis is not None else ()))
     extra = {} if axis is None else {"quantization_dimension": np.int32(axis)}
-    return _noted(floats, np.float64(scale.ravel()), 0, narrow_range=True, **extra)
+    return _noted(floats, scale.ravel().astype(np.float64), 0, narrow_range=True, **extra)
 
 
 def _noted(x: jax.Array, scale: np.ndarray, zero: int, narrow_range: bool = False, **attributes: Any) -> jax.Array:
@@ -122,8 +122,10 @@ def _noted(x: jax.Array, scale: np.ndarray, zero: int, narrow_range: bool = Fals
 
 def _converted(exported: jax.export.Exported, path: str | os.PathLike[str]) -> bytes:
     """The LiteRT model of a function. Raises InputError where it has operations that cannot be converted."""
-    from litert_converter.mlir import ir, passmanager
-    from litert_converter.mlir._mlir_libs import converter_api_ext as converter
+    from litert_converter.mlir import ir, passmanager  # pyright: ignore[reportMissingImports]
+    from litert_converter.mlir._mlir_libs import (  # pyright: ignore[reportMissingImports]
+        converter_api_ext as converter,
+    )
 
     context = ir.Context()
     converter.prepare_mlir_context(context)
@@ -157,7 +159,7 @@ def _converted(exported: jax.export.Exported, path: str | os.PathLike[str]) -> b
 
 def _predictor(content: bytes) -> Callable[..., Any]:
     try:
-        from ai_edge_litert.interpreter import Interpreter
+        from ai_edge_litert.interpreter import Interpreter  # pyright: ignore[reportMissingImports]
     except ImportError as e:
         raise _missing("ai-edge-litert") from e
     interpreter = Interpreter(model_content=content, num_threads=1)

@@ -13,16 +13,16 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
+from jax.core import ShapedArray, Tracer
 
 from dl_jax.export.plain import Forms, Integers, Rounding
 
 ROUND = jex.Primitive("dl_jax_round")  # (x, scale, zero) -> x, rounded
 ROUND.def_abstract_eval(lambda x, scale, zero: x)
 DEQUANTIZE = jex.Primitive("dl_jax_dequantize")  # (values, scale, zero) -> values * scale
-DEQUANTIZE.def_abstract_eval(lambda values, scale, zero, *, axis: jax.core.ShapedArray(values.shape, scale.dtype))
+DEQUANTIZE.def_abstract_eval(lambda values, scale, zero, *, axis: ShapedArray(values.shape, scale.dtype))
 POOL = jex.Primitive("dl_jax_max_pool")  # [B, H, W, C] -> [B, H', W', C]
-POOL.def_abstract_eval(lambda x, *, shape, **_: jax.core.ShapedArray(shape, x.dtype))
+POOL.def_abstract_eval(lambda x, *, shape, **_: ShapedArray(shape, x.dtype))
 
 
 def _rounded(x: jax.Array, rounding: Rounding) -> jax.Array:
@@ -114,6 +114,9 @@ def _give(ctx: Any, eqn: Any, value: Any) -> None:
     ctx.bind_value_for_var(out, value)
 
 
+MOVES = ("MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze")  # what rounded numbers pass unchanged
+
+
 def with_biases(model: Any) -> Any:
     """The ONNX model with each bias that is added to a convolution or a product of matrices as an input of it.
 
@@ -134,7 +137,7 @@ def with_biases(model: Any) -> Any:
         layer, last, bias = found
         scale = _scale(layer, constants, made)
         name = f"{add.output[0]}_bias"
-        if scale is None:
+        if scale is None or scale.size not in (1, bias.size):
             tensors.append(numpy_helper.from_array(bias, name))
         else:
             steps = np.rint(bias / scale)
@@ -142,7 +145,7 @@ def with_biases(model: Any) -> Any:
                 continue
             grid = {"steps": steps.astype(np.int32), "scale": scale, "zero": np.zeros(scale.shape, np.int32)}
             tensors += [numpy_helper.from_array(array, f"{name}_{part}") for part, array in grid.items()]
-            axis = {"axis": 0} if scale.ndim else {}
+            axis: dict[str, Any] = {"axis": 0} if scale.ndim else {}
             first.append(helper.make_node("DequantizeLinear", [f"{name}_{part}" for part in grid], [name], **axis))
         layer.input.append(name)
         if layer.op_type == "MatMul":
@@ -181,7 +184,7 @@ def _scale(layer: Any, constants: Mapping[str, np.ndarray], made: Mapping[str, A
     scale = np.float32(1)
     for name in layer.input:
         node = made.get(name)
-        while node is not None and node.op_type == "Transpose":
+        while node is not None and node.op_type in MOVES:
             node = made.get(node.input[0])
         if node is None or node.op_type != "DequantizeLinear":
             return None

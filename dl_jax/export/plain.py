@@ -150,5 +150,5 @@ def _integers(values: np.ndarray, scale: np.ndarray) -> Integers | None:
 def _rounding(scale: np.ndarray, zero: np.ndarray, levels: np.ndarray) -> Rounding | None:
     if scale.size > 1 or zero.size > 1 or not 0 <= zero <= levels <= 255 or not 0 < scale < np.inf:
         return None
-    scale, offset, levels = np.float32(scale.item()), int(zero.item()), int(levels.item())
-    return Rounding(scale, offset, None if levels == 255 else np.float32((levels - offset) * scale))
+    step, middle, last = np.float32(scale.item()), int(zero.item()), int(levels.item())
+    return Rounding(step, middle, None if last == 255 else np.float32((last - middle) * step))

@@ -1,6 +1,10 @@
 """Exports models to StableHLO files, which XLA compiles on a CPU, a GPU or a TPU. Reading them needs only JAX.
 
-A later JAX reads them too; `jax.export` promises this for half a year. An earlier JAX raises an error.
+JAX promises to read an export for six months: with a release of JAX up to six months newer than the one that wrote it.
+After that it may refuse it, and since 0.11.1 it does so by an error instead of results that might differ. An earlier
+JAX may refuse it too (docs.jax.dev/en/latest/export/export.html#compatibility-guarantees). So keep the weights beside
+such a file, with the code of the network: `dl_jax.export.weights.save_variables` writes them to a file that is not
+bound to a version.
 
 A file is `HEADER` (magic, version of this layout, CRC-32 of the rest) followed by the bytes that `jax.export`
 serialises. The checksum is needed because `jax.export` does not detect a flipped bit in a weight.
@@ -60,8 +64,9 @@ def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
     Its outputs equal those of the exported function under `jax.jit`, compiled for the same batch size, bit by bit.
     They may differ where XLA compiles a batch size that it knows in another way, such as a batch of 1.
 
-    Raises InputError where the file cannot be read, is damaged or of another kind, or was written by a newer JAX that
-    this JAX cannot read. The function raises InputError for inputs of other shapes or types.
+    Raises InputError where the file cannot be read, is damaged or of another kind, or was written by a JAX that this
+    one cannot read, a newer one or one of more than six months ago. The function raises InputError for inputs of other
+    shapes or types.
     """
     content = read(path)
     header, data = content[: HEADER.size], content[HEADER.size :]
@@ -82,7 +87,8 @@ def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
         call.lower(*[jax.ShapeDtypeStruct([size or 1 for size in each.shape], each.dtype) for each in expected])
     except Exception as e:  # the checksum is right, so that only the version of JAX can be the cause
         raise InputError(
-            f"{path} cannot be read by JAX {jax.__version__}; use the JAX that wrote it, or a later one"
+            f"{path} cannot be read by JAX {jax.__version__}; use the JAX that wrote it, or one up to six months "
+            "newer, or export the model again"
         ) from e
 
     def predict(*inputs: Any) -> Any:

@@ -158,8 +158,8 @@ def save_variables(path: str | os.PathLike[str], variables: Any) -> None:
     """
     state = {}
     for path_, leaf in jax.tree_util.tree_leaves_with_path(variables):
-        keys = [getattr(entry, "key", None) for entry in path_]
-        if not keys or not all(isinstance(key, str) and "/" not in key for key in keys):
+        keys = [key for entry in path_ if isinstance(key := getattr(entry, "key", None), str) and "/" not in key]
+        if not keys or len(keys) < len(path_):
             raise InputError(
                 f"the variables have a leaf at {jax.tree_util.keystr(path_) or 'their top'}, expected dicts by strings "
                 "without a slash; dequantise the weights, or name them in a dict"

@@ -301,12 +301,14 @@ def test_onnx_computes_the_same(name, exported):
 def test_onnx_has_real_convolutions(name, exported):
     kinds = exported(name).kinds()
     assert kinds.count("Conv") == 2
-    assert kinds.count("MatMul") == 2  # the dense layers; banded products would be two more
+    assert kinds.count("Gemm") == 2  # the dense layers with their biases
+    assert "MatMul" not in kinds  # banded products would be two
     assert "If" not in kinds
 
 
 def test_onnx_has_relu_and_transposed_convolutions(exported):
     assert exported("LeNet300").kinds().count("Relu") == 2
+    assert exported("LeNetCaffe").kinds().count("MaxPool") == 2
     assert exported("ConvVAE decoder").kinds().count("ConvTranspose") == 2
     assert exported("LSTM classifier").kinds().count("Loop") == 2  # both directions, not unrolled
 

@@ -46,6 +46,10 @@ CORE = (
 )
 ON_JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex", "qwix", "jax2onnx"}
 SLOW = {
+    "ai_edge_litert",
+    "coremltools",
+    "litert_converter",
+    "stablehlo_coreml",
     "orbax",
     "grain",
     "tensorflow_datasets",

@@ -215,6 +215,40 @@ def test_files(tmp_path):
             weights.load(tmp_path / "wrong.safetensors")
 
 
+def test_our_variables_come_back_by_name_with_their_types(tmp_path):
+    path = tmp_path / "net.safetensors"
+    variables = {
+        "params": {"dense": {"kernel": jnp.arange(6, dtype=jnp.bfloat16).reshape(2, 3), "bias": jnp.float32(2)}},
+        "state": {"seen": np.array([True, False]), "codes": np.arange(-2, 2, dtype=np.int8), "f": np.float64([0.1])},
+    }
+    weights.save_variables(path, variables)
+    found = weights.load_variables(path)
+    assert jax.tree.structure(found) == jax.tree.structure(variables)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(variables), strict=True):
+        np.testing.assert_array_equal(ours, np.asarray(theirs), strict=True)
+    assert set(weights.load(path)) == {
+        "params/dense/kernel",
+        "params/dense/bias",
+        "state/seen",
+        "state/codes",
+        "state/f",
+    }
+    whole = path.read_bytes()
+    for place in range(8 + int.from_bytes(whole[:8], "little"), len(whole)):  # the numbers
+        flipped = bytearray(whole)
+        flipped[place] ^= 1
+        path.write_bytes(flipped)
+        with pytest.raises(InputError, match=r"is damaged: its checksum does not match; copy it again"):
+            weights.load_variables(path)
+
+
+@pytest.mark.parametrize("wrong", [np.ones(2), {"a": [np.ones(2)]}, {"a/b": np.ones(2)}])
+def test_variables_without_a_plain_name_are_refused(wrong, tmp_path):
+    with pytest.raises(InputError, match=r"the variables have a leaf at .*, expected dicts by strings without a slash"):
+        weights.save_variables(tmp_path / "net.safetensors", wrong)
+    assert not list(tmp_path.iterdir())
+
+
 @each_net
 def test_against_pytorch_itself(name):
     """A state dict that we wrote fits PyTorch's network with every key, and both compute the same."""
