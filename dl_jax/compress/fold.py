@@ -24,11 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from dl_jax import inspect
 from dl_jax.core.equations import Called, bound, evaluate, trace
 from dl_jax.core.errors import InputError
 from dl_jax.core.leaves import leaf_name
 from dl_jax.core.step import Array, Tree
-from dl_jax.models import ops
 
 Apply = Callable[..., Any]
 Variable = Any  # of a jaxpr
@@ -388,7 +388,7 @@ def _run(called: Called, folds: Sequence[_Fold], leaves: Mapping[jax.tree_util.K
             return [inputs[equation.invars.index(passed[result])]]
         if any(each is GONE for each in inputs):
             return [GONE] * len(equation.outvars)
-        outputs = _convolved(equation, inputs)
+        outputs = inspect.computed(equation, inputs)
         if result in layers:
             sizes = [size if i in layers[result].product.outputs else 1 for i, size in enumerate(_shape(result))]
             return [outputs[0] + leaves[layers[result].bias].reshape(sizes).astype(outputs[0].dtype)]
@@ -396,16 +396,6 @@ def _run(called: Called, folds: Sequence[_Fold], leaves: Mapping[jax.tree_util.K
 
     given = [GONE if path in gone else leaves[path] for path in called.paths]
     return _edited(called.result(evaluate(called.jaxpr, [*given, *called.others], operation)), (), (), {})
-
-
-def _convolved(equation: Equation, inputs: list[Any]) -> Sequence[Any]:
-    """The outputs of an equation; those of a convolution in our own form, whose gradient is fast on a CPU."""
-    params, same = equation.params, len({each.aval.dtype for each in [*equation.invars, *equation.outvars]}) == 1
-    if equation.primitive.name != "conv_general_dilated" or params["batch_group_count"] != 1 or not same:
-        return bound(equation, inputs)
-    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers", "feature_group_count")
-    settings = {name: params[name] for name in (*names, "precision")}
-    return [ops.conv_general_dilated(*inputs, **settings)]
 
 
 def _new_leaves(flow: _Flow, folds: Sequence[_Fold], leaves: Sequence[Any]) -> dict[jax.tree_util.KeyPath, Array]:
