@@ -252,6 +252,20 @@ def test_heads_and_their_dimensions_are_groups():
     assert sizes == [(4, 4), (4, 4)]  # heads of four coordinates, and dimensions of four heads
 
 
+def test_padded_channels_keep_their_places():
+    def apply(variables, x):
+        params = variables["params"]
+        return (jnp.pad(x @ params["a"], ((0, 0), (1, 3))) + x @ params["c"]) @ params["d"]
+
+    shapes = {"a": (3, 6), "c": (3, 10), "d": (10, 2)}
+    variables = {"params": {name: np.float32(RNG.random(shape)) for name, shape in shapes.items()}}
+    plan = some(structure.groups(apply, variables, np.ones((2, 3), np.float32)))
+    small, smaller = structure.cut(apply, variables, plan)
+    x = np.float32(RNG.random((2, 3)))
+    assert [leaf.shape for leaf in jax.tree.leaves(smaller)] == [(3, 3), (3, 5), (5, 2)]
+    close(jax.jit(small)(smaller, x), apply(structure.zeroed(variables, plan), x))
+
+
 def test_a_layer_of_the_same_name_in_a_submodule_stays():
     state = optax.TraceState({"a": jnp.ones(4), "b": {"a": jnp.ones(4)}})
     found = structure.shrunk([state], {"params/a": {0: [1]}})[0].trace
