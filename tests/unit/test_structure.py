@@ -55,7 +55,8 @@ class Split(nn.Module):
         a, b = nn.relu(nn.Conv(4, (1, 1))(x)), nn.relu(nn.Conv(6, (3, 3))(x))
         x = jnp.concatenate([a, b], -1)
         x = nn.relu(nn.Conv(20, (3, 3), feature_group_count=5)(x))
-        x = x[..., ::2] * nn.sigmoid(x[..., 1::2]) + jnp.pad(b, ((0, 0), (0, 0), (0, 0), (1, 3)))
+        x = x[..., ::2] * nn.sigmoid(x[..., 1::2])
+        x = nn.relu(nn.Conv(10, (1, 1))(x)) + jnp.pad(nn.relu(nn.Conv(6, (1, 1))(x)), (*[(0, 0)] * 3, (1, 3)))
         one, two = jnp.split(nn.relu(nn.ConvTranspose(8, (2, 2), (2, 2))(x))[:, ::2, 1:], 2, -1)
         x = jnp.stack([one, two]).sum(0)
         return nn.Dense(2)(nn.Dense(12)(x.mean((1, 2))).reshape(-1, 4, 3).max(-1))
@@ -81,7 +82,7 @@ class Heads(nn.Module):
         query, key, value = (nn.Dense(16)(x[:, 0]).reshape(-1, 6, 4, 4) for _ in range(3))
         mixed = jnp.einsum("bhts,bshd->bthd", nn.softmax(jnp.einsum("bthd,bshd->bhts", query, key)), value)
         merged = nn.tanh(mixed.reshape(-1, 6, 16))
-        return nn.Dense(3)((merged.reshape(-1, 6, 4, 4) * value).reshape(-1, 6, 16))
+        return nn.Dense(3)(jnp.sin(merged.reshape(-1, 6, 4, 4)).reshape(-1, 6, 16))
 
 
 class Recurrent(nn.Module):
@@ -249,6 +250,20 @@ def test_heads_and_their_dimensions_are_groups():
         if ("params/Dense_0/kernel", 1) in channels[0]
     )
     assert sizes == [(4, 4), (4, 4)]  # heads of four coordinates, and dimensions of four heads
+
+
+def test_padded_channels_keep_their_places():
+    def apply(variables, x):
+        params = variables["params"]
+        return (jnp.pad(x @ params["a"], ((0, 0), (1, 3))) + x @ params["c"]) @ params["d"]
+
+    shapes = {"a": (3, 6), "c": (3, 10), "d": (10, 2)}
+    variables = {"params": {name: np.float32(RNG.random(shape)) for name, shape in shapes.items()}}
+    plan = some(structure.groups(apply, variables, np.ones((2, 3), np.float32)))
+    small, smaller = structure.cut(apply, variables, plan)
+    x = np.float32(RNG.random((2, 3)))
+    assert [leaf.shape for leaf in jax.tree.leaves(smaller)] == [(3, 3), (3, 5), (5, 2)]
+    close(jax.jit(small)(smaller, x), apply(structure.zeroed(variables, plan), x))
 
 
 def test_a_layer_of_the_same_name_in_a_submodule_stays():
