@@ -150,15 +150,24 @@ def _scan_origins(
     called: Called, params: Any, origins: list[Origin], found: dict[Any, Layer], known: dict[Any, Origin]
 ) -> list[Origin]:
     """The carry depends on what it depended on in the step before, until nothing is added."""
-    start, stop = params["num_consts"], params["num_consts"] + params["num_carry"]
+    start, carry = scan_sizes(params)
+    stop = start + carry
     while True:
         inner: dict[Any, Layer] = {}
         results = _origins(called, params["jaxpr"].jaxpr, origins, inner, known)
-        carry = [a | b for a, b in zip(origins[start:stop], results, strict=False)]
-        if carry == origins[start:stop]:
+        state = [a | b for a, b in zip(origins[start:stop], results, strict=False)]
+        if state == origins[start:stop]:
             found |= inner
-            return [*carry, *results[stop - start :]]
-        origins = [*origins[:start], *carry, *origins[stop:]]
+            return [*state, *results[carry:]]
+        origins = [*origins[:start], *state, *origins[stop:]]
+
+
+def scan_sizes(params: Any) -> tuple[int, int]:
+    """How many inputs of a scan are constants, and how many are carried; a newer JAX keeps trees instead of numbers."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    constants, carry, _ = params["ft_in"].update(list(params["jaxpr"].in_avals)).unpack()
+    return len(list(constants)), len(list(carry))
 
 
 def _layer(called: Called, origins: Sequence[Origin]) -> Layer | None:
@@ -201,7 +210,7 @@ def _unchanged(_: Any, values: list[Any]) -> tuple[list[Any], Notes]:
 
 
 def _scan(params: Any, inputs: list[Any], before: Hook, after: Hook) -> tuple[list[Any], Notes]:
-    start, carry = params["num_consts"], params["num_carry"]
+    start, carry = scan_sizes(params)
 
     def step(state: list[Any], x: list[Any]) -> tuple[list[Any], tuple[list[Any], Notes]]:
         outputs, notes = run(params["jaxpr"], [*inputs[:start], *state, *x], before, after)
