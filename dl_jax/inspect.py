@@ -12,7 +12,7 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
-from dl_jax.core.equations import DERIVATIVES, Called, bound, evaluate, inlined, trace
+from dl_jax.core.equations import DERIVATIVES, Called, bound, evaluate, inlined, scanned, trace
 from dl_jax.core.errors import InputError
 from dl_jax.core.leaves import leaf_name
 from dl_jax.models import ops
@@ -137,7 +137,7 @@ def _origins(
     for equation in jaxpr.eqns:
         origins = [read(atom) for atom in equation.invars]
         if equation.primitive.name == "scan":
-            results = _scan_origins(called, equation.params, origins, found, known)
+            results = _scan_origins(called, equation, origins, found, known)
         else:
             results = [nothing.union(*origins)] * len(equation.outvars)
             if equation.primitive.name in PRODUCTS and (layer := _layer(called, origins)):
@@ -147,27 +147,19 @@ def _origins(
 
 
 def _scan_origins(
-    called: Called, params: Any, origins: list[Origin], found: dict[Any, Layer], known: dict[Any, Origin]
+    called: Called, equation: Any, origins: list[Origin], found: dict[Any, Layer], known: dict[Any, Origin]
 ) -> list[Origin]:
     """The carry depends on what it depended on in the step before, until nothing is added."""
-    start, carry = scan_sizes(params)
+    start, carry = scanned(equation)
     stop = start + carry
     while True:
         inner: dict[Any, Layer] = {}
-        results = _origins(called, params["jaxpr"].jaxpr, origins, inner, known)
+        results = _origins(called, equation.params["jaxpr"].jaxpr, origins, inner, known)
         state = [a | b for a, b in zip(origins[start:stop], results, strict=False)]
         if state == origins[start:stop]:
             found |= inner
             return [*state, *results[carry:]]
         origins = [*origins[:start], *state, *origins[stop:]]
-
-
-def scan_sizes(params: Any) -> tuple[int, int]:
-    """How many inputs of a scan are constants, and how many are carried; a newer JAX keeps trees instead of numbers."""
-    if "num_consts" in params:
-        return params["num_consts"], params["num_carry"]
-    constants, carry, _ = params["ft_in"].update(list(params["jaxpr"].in_avals)).unpack()
-    return len(list(constants)), len(list(carry))
 
 
 def _layer(called: Called, origins: Sequence[Origin]) -> Layer | None:
@@ -196,7 +188,7 @@ def run(closed: Any, inputs: Sequence[Any], before: Hook, after: Hook) -> tuple[
 
     def operation(equation: Any, inputs: list[Any]) -> Sequence[Any]:
         if equation.primitive.name == "scan":
-            outputs, new = _scan(equation.params, inputs, before, after)
+            outputs, new = _scan(equation, inputs, before, after)
             outputs = noted(outputs, new)
         else:
             outputs = computed(equation, noted(*before(equation, inputs)))
@@ -209,8 +201,8 @@ def _unchanged(_: Any, values: list[Any]) -> tuple[list[Any], Notes]:
     return values, {}
 
 
-def _scan(params: Any, inputs: list[Any], before: Hook, after: Hook) -> tuple[list[Any], Notes]:
-    start, carry = scan_sizes(params)
+def _scan(equation: Any, inputs: list[Any], before: Hook, after: Hook) -> tuple[list[Any], Notes]:
+    params, (start, carry) = equation.params, scanned(equation)
 
     def step(state: list[Any], x: list[Any]) -> tuple[list[Any], tuple[list[Any], Notes]]:
         outputs, notes = run(params["jaxpr"], [*inputs[:start], *state, *x], before, after)

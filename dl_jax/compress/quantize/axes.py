@@ -44,7 +44,7 @@ def _kernels_along(called: Called, layers: dict[Any, inspect.Layer], leaves: lis
 
     def operation(equation: Any, inputs: list[Any]) -> Sequence[Any]:  # None stands for what depends on data
         if equation.primitive.name == "scan":
-            constants = inputs[: inspect.scan_sizes(equation.params)[0]]
+            constants = inputs[: scanned(equation)[0]]
             body = equation.params["jaxpr"]
             evaluate(body, [*constants, *[None] * (len(body.in_avals) - len(constants))], operation)
             return [None] * len(equation.outvars)

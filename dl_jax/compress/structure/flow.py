@@ -83,7 +83,7 @@ def unshared(jaxpr: Any) -> Any:
 
 def _scan(ids: Identities, equation: Any, ins: list[Array], rules: bool) -> tuple[list[Array], tuple[Body, ...]]:
     params = equation.params
-    constant, states = _parts_of_scan(params)
+    constant, states = equations.scanned(equation)
     carried = constant + states
     for x in ins[carried:]:
         ids.freeze(x.axes[0], "the steps of a loop")
@@ -91,14 +91,6 @@ def _scan(ids: Identities, equation: Any, ins: list[Array], rules: bool) -> tupl
     body, carry = _iterated(ids, params["jaxpr"], ins[:constant], ins[constant:carried], rows, rules)
     outputs = [Array(("the steps of a loop", *y.axes), (False, *y.zero)) for y in body.outputs[states:]]
     return [*carry, *outputs], (body,)
-
-
-def _parts_of_scan(params: dict[str, Any]) -> tuple[int, int]:
-    """How many of a scan's inputs stay the same, and how many it carries, which come next."""
-    if "num_consts" in params:
-        return params["num_consts"], params["num_carry"]
-    constant, carry, _ = map(len, params["ft_in"].unpack())  # of a newer JAX
-    return constant, carry
 
 
 def _while(ids: Identities, equation: Any, ins: list[Array], rules: bool) -> tuple[list[Array], tuple[Body, ...]]:
