@@ -8,7 +8,7 @@ import numpy as np
 
 from dl_jax import inspect
 from dl_jax.compress.quantize.weights import Axes, last_axis
-from dl_jax.core.equations import Called, bound, evaluate
+from dl_jax.core.equations import Called, bound, evaluate, scanned
 from dl_jax.core.leaves import leaf_name
 from dl_jax.core.step import Tree
 
