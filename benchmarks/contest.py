@@ -56,10 +56,10 @@ def compete(
 ) -> dict[str, Times]:
     """Times all contestants in `rounds` rounds of `steps` steps each; the order is reversed in every other round.
 
-    A contestant that would take longer than `most_seconds` for its steps makes as many fewer, but at least one.
+    A contestant that would take longer than `most_seconds` in all takes part in the first rounds only, three or more.
     """
     context = multiprocessing.get_context("spawn")
-    pipes, processes, own_steps = {}, {}, {}
+    pipes, processes, own_rounds = {}, {}, {}
     for name, contestant in contestants.items():
         pipes[name], theirs = context.Pipe()
         processes[name] = context.Process(target=serve, args=(contestant, theirs), daemon=True)
@@ -67,12 +67,12 @@ def compete(
         theirs.close()
         pipes[name].recv()  # waits until it is prepared: compiling several at once would be no faster and no fairer
         pipes[name].send(1)
-        own_steps[name] = max(1, int(min(steps, most_seconds / pipes[name].recv())))
+        own_rounds[name] = max(3, int(min(rounds, most_seconds / (steps * pipes[name].recv()))))
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for i in range(rounds):
-        for name in list(contestants)[:: 1 if i % 2 == 0 else -1]:
-            pipes[name].send(own_steps[name])
-            seconds[name].append(pipes[name].recv() / own_steps[name])
+        for name in [name for name in contestants if i < own_rounds[name]][:: 1 if i % 2 == 0 else -1]:
+            pipes[name].send(steps)
+            seconds[name].append(pipes[name].recv() / steps)
     times = {}
     for name, pipe in pipes.items():
         pipe.send(None)
@@ -82,5 +82,6 @@ def compete(
 
 
 def ratio(slow: Times, fast: Times) -> float:
-    """How many times faster `fast` is than `slow`: the median over rounds of the ratio of times."""
-    return float(np.median(slow.seconds / fast.seconds))
+    """How many times faster `fast` is than `slow`: the median over the rounds of both of the ratio of times."""
+    both = min(slow.seconds.size, fast.seconds.size)
+    return float(np.median(slow.seconds[:both] / fast.seconds[:both]))
