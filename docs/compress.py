@@ -41,7 +41,7 @@ def compressed(
     onnx.export(functools.partial(small, train=False), state.variables, [image], folder / "small.onnx")
 
     predict = functools.partial(small, train=False)
-    ranges = quantize.calibrate(predict, state.variables, [image])
+    ranges = quantize.calibrate(lambda v, batch: predict(v, batch["image"]), state.variables, [{"image": image}])
     integers = {**state.variables, "params": quantize.quantize(state.params, 8), quantize.RANGES: ranges}
     rounded = quantize.with_activations(predict, 8)
     read = lambda variables, image: rounded({**variables, "params": quantize.dequantize(variables["params"])}, image)

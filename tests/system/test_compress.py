@@ -1,6 +1,6 @@
 """The twenty lines of docs/compress.md, on networks that know nothing of this project."""
 
-import importlib.util
+import runpy
 from pathlib import Path
 
 import flax.linen as nn
@@ -50,16 +50,9 @@ class Transformer(nn.Module):
         return nn.Dense(10)(x.mean(1))
 
 
-@pytest.fixture(scope="module")
-def compressed():
-    spec = importlib.util.spec_from_file_location("compress", PAGE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.compressed
-
-
 @pytest.mark.parametrize("network", [ConvNet, MobileNet, Rows, Transformer])
-def test_a_strangers_network(compressed, network, tmp_path):
+def test_a_strangers_network(network, tmp_path):
+    compressed = runpy.run_path(str(PAGE))["compressed"]
     rng = np.random.default_rng(0)
     train = {
         "image": rng.integers(0, 256, (200, 16, 16, 1), np.uint8),
