@@ -60,7 +60,9 @@ RECIPES = {
 # What the paper says goes of the multiply-adds and of the parameters, in %.
 CUTS = {"56-A": (10.4, 9.4), "56-B": (27.6, 13.7), "110-A": (15.9, 2.3), "110-B": (38.6, 32.4)}
 
-claim = functools.partial(Claim, paper="Li et al. 2017", tolerance=0.1, unit="%", better="higher", seeds=1, verified=False)
+claim = functools.partial(
+    Claim, paper="Li et al. 2017", tolerance=0.1, unit="%", better="higher", seeds=1, verified=False
+)
 CLAIMS = tuple(
     claim(f"{quantity}_cut/{name}", locator=f"Table 1, ResNet-{name}", claimed=claimed)
     for name, cuts in CUTS.items()
