@@ -112,7 +112,8 @@ def specification(path: str | os.PathLike[str]) -> Specification:
         raise InputError(f"{path} is damaged: its checksum does not match; copy it again or export the model again")
     with _quiet():
         from coremltools.proto import Model_pb2  # pyright: ignore[reportMissingImports]
-    return _specification(Model_pb2.Model.FromString(program), len(program) + len(weights))
+    message: Any = Model_pb2.Model  # made when it is imported: nothing is known of its methods before
+    return _specification(message.FromString(program), len(program) + len(weights))
 
 
 def require() -> None:
@@ -130,7 +131,7 @@ def _converted(function: Callable[..., Any], shapes: Sequence[jax.ShapeDtypeStru
     exported = jax.export.export(jax.jit(function, keep_unused=True), platforms=("cpu",))(*shapes)
     # The program as it is exported leaves out what is a default, as the converter wants it.
     module = mlir.ir.Module.parse(exported.mlir_module(), mlir.make_ir_context())
-    model = coremltools.convert(
+    model: Any = coremltools.convert(  # of the source "milinternal" it is an MLModel
         convert(module, minimum_deployment_target=target),
         source="milinternal",
         minimum_deployment_target=target,
