@@ -316,6 +316,10 @@ def _bias(flow: _Flow, product: _Product, line: _Line) -> jax.tree_util.KeyPath 
         leaf = paths.index(bias)
         if flow.reads[flow.called.jaxpr.jaxpr.invars[leaf]] != sum(leaf in each for each in line.leaves):
             return None
+        return bias
+    kernels = [paths[each.leaf] for each in flow.products.values() if isinstance(each, _Product)]
+    if sum(each[:-1] == kernel[:-1] for each in kernels) > 1:
+        return None  # it would be that of several
     return bias
 
 

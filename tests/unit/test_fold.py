@@ -338,3 +338,22 @@ def test_nothing_of_a_normalisation_is_left_in_exported_files(tmp_path):
     stablehlo.export(apply, small, [IMAGE], tmp_path / "folded.hlo")
     expected = jax.jit(functools.partial(model.apply, train=False))(variables, IMAGE)
     assert_same(stablehlo.load(tmp_path / "folded.hlo")(IMAGE), expected)
+
+
+class TwoKernels(nn.Module):
+    """One module with two kernels, between which a new bias could not be told apart."""
+
+    @nn.compact
+    def __call__(self, x, *, train):
+        for name in ("one", "two"):
+            x = x @ self.param(name, nn.initializers.normal(1.0), (x.shape[-1], 5))
+            x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
+        return x
+
+
+def test_kernels_that_would_share_a_new_bias_stay():
+    x = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
+    variables = drawn(TwoKernels(), x, train=False)
+    apply, new = fold.folded(TwoKernels().apply, variables, x, train=False)
+    np.testing.assert_allclose(apply(new, x), TwoKernels().apply(variables, x, train=False), rtol=1e-5)
+    assert set(fold.remaining(TwoKernels().apply, variables, x, train=False)) == {"BatchNorm_0", "BatchNorm_1"}

@@ -42,7 +42,7 @@ def test_the_points_of_a_residual_network():
     variables = drawn(Residual(), X)
     found = points(inspect.opened(Residual().apply, variables, X))
     assert [name for _, name in found.operands.values()] == ["stem"]
-    assert set(found.values.values()) == {"first", "second", "head", "second/output", "second/sum"}
+    assert set(found.values.values()) == {"first", "second", "head", "second:output", "second:sum"}
     ranges = calibrate(Residual().apply, variables, [X])
 
     def by_hand(variables, x):
@@ -50,7 +50,7 @@ def test_the_points_of_a_residual_network():
         conv = lambda name, x: nn.Conv(4, (3, 3)).apply({"params": p[name]}, x)
         x = at("first", nn.max_pool(nn.relu(conv("stem", at("stem", x))), (2, 2), (2, 2)))
         y = at("second", nn.relu(conv("first", x)))
-        x = at("second/sum", nn.relu(x + at("second/output", conv("second", y))))
+        x = at("second:sum", nn.relu(x + at("second:output", conv("second", y))))
         return at("head", x.mean((1, 2))) @ p["head"]["kernel"] + p["head"]["bias"]
 
     found = jax.jit(with_activations(Residual().apply, 8))({**variables, "ranges": ranges}, X)
@@ -71,8 +71,8 @@ class Between(nn.Module):
 def test_what_lies_between_layers_is_rounded_to_8_bits_if_it_has_a_range():
     variables = drawn(Between(), SEQUENCE)
     ranges = calibrate(Between().apply, variables, [SEQUENCE])
-    assert set(ranges) == {"a", "b", "a/output"}
-    assert ranges["a/output"].low < 0  # the value itself is a result too, so the point comes before the ReLU
+    assert set(ranges) == {"a", "b", "a:output"}
+    assert ranges["a:output"].low < 0  # the value itself is a result too, so the point comes before the ReLU
     seen = jax.jit(with_activations(Between().apply, 2))({**variables, "ranges": ranges}, SEQUENCE)[1]
     assert 4 < len(np.unique(seen)) <= 256
     old = {name: ranges[name] for name in "ab"}  # as before points lay between layers

@@ -18,7 +18,7 @@ from dl_jax.inspect import DATA, Hook, Layer, Notes, Origin, analysed
 
 MOVES = ("reshape", "transpose", "squeeze", "expand_dims", "rev", "copy")  # the same numbers, in another shape or order
 SELECTIONS = (*MOVES, "slice", "max", "min", "clamp", "reduce_max", "reduce_window_max")  # rounding may come after them
-OUTPUT, SUM = "/output", "/sum"  # what the name of a point that is not the input of a layer ends in
+OUTPUT, SUM = ":output", ":sum"  # what the name of a point that is not the input of a layer ends in
 
 Rounding = Callable[[str, Any], tuple[Any, Any]]  # (name of a point, x) -> the value in its place, and a note
 
@@ -54,8 +54,8 @@ class Points(NamedTuple):
 def points(called: Called) -> Points:
     """The points of a trace of `inspect.opened`; empty where there is no layer.
 
-    The input of a layer has the name of its (first) path, and its output that with "/output". A sum has the name of the
-    last layer before it with "/sum". In the bodies of scans only inputs are points, as no runtime computes the gates of
+    The input of a layer has the name of its (first) path, and its output that with ":output". A sum has the name of the
+    last layer before it with ":sum". In the bodies of scans only inputs are points, as no runtime computes the gates of
     a recurrent layer in integers.
     """
     layers, origins = analysed(called)
