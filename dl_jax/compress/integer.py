@@ -16,6 +16,7 @@ from jax import lax
 from jax.core import Tracer
 
 from dl_jax import inspect
+from dl_jax.compress.fixed import Fixed, Grid, Multiplier, as_multiplier, multiplied
 from dl_jax.compress.quantize.activations import RANGES, grid_of, is_between
 from dl_jax.compress.quantize.points import MOVES, Points, points, selects
 from dl_jax.compress.quantize.weights import Quantized, as_quantized, dequantize, is_quantized, require_bits
@@ -23,7 +24,6 @@ from dl_jax.core.equations import DERIVATIVES, Called, bound, evaluate, inlined
 from dl_jax.core.errors import InputError
 from dl_jax.core.step import Array, Tree
 
-M_BITS = 15  # of the m of a multiplier
 MOST = 2**30  # of a bias, so that the sum with it is an int32
 TERM_BITS = 20  # of the multipliers of the two terms of a sum, which are int8
 
@@ -73,44 +73,6 @@ def simulated(apply: Callable[..., Any], variables: Tree, bits: int = 8) -> Call
         return model.called.result([Fixed(x, y.scale, 0).real() if isinstance(y, Fixed) else x for x, y in pairs])
 
     return reals
-
-
-class Fixed(NamedTuple):
-    """Real numbers scale · (values − zero)."""
-
-    values: Array  # int8 at a point of the model; otherwise int32, sums
-    scale: np.ndarray  # float64 [], or [1, ..., C] of the channels of sums
-    zero: int
-
-    def centred(self) -> Array:
-        return self.values.astype(jnp.int32) - self.zero
-
-    def real(self) -> Array:
-        return self.centred().astype(jnp.float32) * jnp.asarray(self.scale, jnp.float32)
-
-
-class Grid(NamedTuple):
-    """How the values at a point are represented."""
-
-    scale: np.ndarray  # float64 []
-    zero: int
-    end: int  # integers are -end .. end - 1
-
-    def of_real(self, x: Array) -> Array:
-        """The integers of real numbers, such as the model's input.
-
-        By a product, as a division by a constant becomes one in compiled code only, and might round to a neighbour.
-        """
-        q = jnp.round(x * (1 / self.scale).astype(x.dtype)) + self.zero
-        return jnp.clip(q, -self.end, self.end - 1)
-
-
-class Multiplier(NamedTuple):
-    """m · 2^(left − n), with 2^14 ≤ m < 2^15 unless it is below 2^-33; [] or [1, ..., C]."""
-
-    m: np.ndarray
-    n: np.ndarray  # 17 to 47
-    left: np.ndarray  # 0 unless it is 1/4 or more
 
 
 class Notes(NamedTuple):
@@ -253,27 +215,10 @@ def _at(grid: Grid | None, x: Any, notes: Notes, v: Any) -> Any:
         return x
     if not isinstance(x, Fixed):
         return Fixed(grid.of_real(x).astype(jnp.int8), grid.scale, grid.zero)
-    multiplier = _multiplier(x.scale / grid.scale)
+    multiplier = as_multiplier(x.scale / grid.scale)
     notes.rescaled[v] = x.scale, multiplier
-    q = jnp.clip(_multiplied(x.centred(), multiplier) + grid.zero, -grid.end, grid.end - 1)
+    q = jnp.clip(multiplied(x.centred(), multiplier) + grid.zero, -grid.end, grid.end - 1)
     return Fixed(q.astype(jnp.int8), grid.scale, grid.zero)
-
-
-def _multiplier(number: np.ndarray) -> Multiplier:
-    fraction, exponent = np.frexp(number)  # number = fraction · 2^exponent, 1/2 ≤ fraction < 1
-    m, n = np.round(fraction * 2**M_BITS), M_BITS - exponent
-    m, n = np.where(m == 2**M_BITS, m / 2, m), np.where(m == 2**M_BITS, n - 1, n)
-    left, right = np.maximum(17 - n, 0), np.maximum(n - 47, 0)
-    return Multiplier(*(each.astype(np.int32) for each in (np.round(m / 2.0**right), n + left - right, left)))
-
-
-def _multiplied(sums: Array, by: Multiplier) -> Array:
-    """floor(sums · m · 2^(left − n) + 1/2) in int32, with the product of 47 bits in two halves."""
-    most = (2 ** (31 - by.left.astype(np.int64)) - 1).astype(np.int32)  # beyond, it leaves any grid
-    sums = jnp.clip(sums, -most, most) << by.left
-    high, low = sums >> 16, sums & 0xFFFF
-    product = high * by.m + ((low * by.m) >> 16)  # without its 16 last bits, which n ≥ 17 rounds off
-    return (product + (1 << (by.n - 17))) >> (by.n - 16)
 
 
 def _computed(model: _Model, notes: Notes, equation: Any, inputs: list[Any]) -> Fixed:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dl_jax.compress import integer, quantize
+from dl_jax.compress import fixed, integer, quantize
 from dl_jax.core.errors import InputError
 from dl_jax.models.vision import mobilenet
 
@@ -106,17 +106,17 @@ def test_multipliers_are_those_of_the_fixed_point_numbers():
     values = np.concatenate(
         [rng.integers(-(2**30), 2**30, 200), rng.integers(-300, 300, 200), [0, 2**31 - 1, 1 - 2**31]]
     )
-    by = integer._multiplier(numbers)
+    by = fixed.as_multiplier(numbers)
     for number, m, n, left in zip(numbers, *by, strict=True):
         exact = Fraction(int(m)) / 2 ** int(n - left)
         assert abs(float(exact / Fraction(number)) - 1) <= 2**-15
         # Sums that would leave int32 when they are shifted are limited, and leave any grid all the same.
         kept = (abs(values) < 2 ** (31 - int(left))) | (left == 0)
-        found = integer._multiplied(jnp.asarray(values, jnp.int32), integer.Multiplier(m, n, left))
+        found = fixed.multiplied(jnp.asarray(values, jnp.int32), fixed.Multiplier(m, n, left))
         expected = [(exact * int(v) + Fraction(1, 2)).__floor__() for v in values]
         np.testing.assert_array_equal(np.asarray(found)[kept], np.array(expected)[kept])
         assert (abs(np.asarray(found)[~kept]) > 256).all()
-    assert int(integer._multiplied(jnp.int32(1000), integer._multiplier(np.float64(2.0**-50)))) == 0
+    assert int(fixed.multiplied(jnp.int32(1000), fixed.as_multiplier(np.float64(2.0**-50)))) == 0
 
 
 def test_a_dense_layer_by_hand():

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dl_jax.compress.structure import flow, rules, shrink
+from dl_jax.compress.structure import arrays, flow, shrink
 from dl_jax.compress.structure.identity import Identities
 from dl_jax.core import equations
 from dl_jax.core.errors import InputError
@@ -37,7 +37,7 @@ class Followed(NamedTuple):
     called: equations.Called
     ids: Identities
     body: flow.Body
-    variables: tuple[rules.Array, ...]
+    variables: tuple[arrays.Array, ...]
 
 
 def groups(apply: Apply, variables: Tree, *args: Any, **kwargs: Any) -> Groups:
@@ -80,8 +80,8 @@ def followed(apply: Apply, variables: Tree, args: tuple[Any, ...], kwargs: Mappi
     called = equations.trace(apply, variables, *args, **kwargs)
     called = called._replace(jaxpr=flow.unshared(called.jaxpr))
     ids, invars = Identities(), flow.open_jaxpr(called.jaxpr).invars
-    own = tuple(rules.parameter(ids, v.aval) for v in invars[: len(called.paths)])
-    others = [rules.fixed(v.aval, "an input of the model") for v in invars[len(called.paths) :]]
+    own = tuple(arrays.parameter(ids, v.aval) for v in invars[: len(called.paths)])
+    others = [arrays.fixed(v.aval, "an input of the model") for v in invars[len(called.paths) :]]
     body = flow.follow(ids, called.jaxpr, [*own, *others])
     numbered = jax.tree.unflatten(called.structure, list(range(called.structure.num_leaves)))
     by_path = {tuple(map(str, path)): array for path, array in zip(called.paths, own, strict=True)}

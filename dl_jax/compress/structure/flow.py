@@ -7,8 +7,9 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 
+from dl_jax.compress.structure.arrays import Array, anonymous, given_up, is_zero, joined, number, without
 from dl_jax.compress.structure.identity import Identities
-from dl_jax.compress.structure.rules import Array, anonymous, apply_rule, given_up, is_zero, joined, number, without
+from dl_jax.compress.structure.rules import apply_rule
 from dl_jax.core import equations
 
 
@@ -143,13 +144,20 @@ def chosen(values: Sequence[Any], mask: Sequence[bool]) -> list[Any]:
     return [value for value, yes in zip(values, mask, strict=True) if yes]
 
 
-def _custom_jvp(ids: Identities, equation: Any, ins: list[Array], rules: bool) -> tuple[list[Array], tuple[Body, ...]]:
+def _custom(derivative: Callable[..., tuple[list[Array], tuple[Body, ...]]]) -> Control:
+    """Follows a function with derivatives of its own, and by `derivative` the rule of these."""
+
+    def followed(ids: Identities, equation: Any, ins: list[Array], rules: bool) -> tuple[list[Array], tuple[Body, ...]]:
+        if not all(map(is_real, equation.outvars)):
+            return given_up(ids, equation, ins, "a custom derivative of numbers that are not real"), ()
+        body = follow(ids, equations.inlined(equation.params["call_jaxpr"]), ins, rules)
+        return derivative(ids, equation, ins, body) if rules else (body.outputs, (body,))
+
+    return followed
+
+
+def _of_jvp(ids: Identities, equation: Any, ins: list[Array], body: Body) -> tuple[list[Array], tuple[Body, ...]]:
     """The function, and the rule of its derivative: (inputs, tangents of the real ones) -> (outputs, tangents)."""
-    if not all(map(is_real, equation.outvars)):
-        return given_up(ids, equation, ins, "a custom derivative of numbers that are not real"), ()
-    body = follow(ids, equations.inlined(equation.params["call_jaxpr"]), ins, rules)
-    if not rules:
-        return body.outputs, (body,)
     of_reals, real = reals(equation)
 
     def rule(inputs: list[Any], tangents: list[Any]) -> Any:
@@ -163,13 +171,8 @@ def _custom_jvp(ids: Identities, equation: Any, ins: list[Array], rules: bool) -
     return outs, (body, derivative)
 
 
-def _custom_vjp(ids: Identities, equation: Any, ins: list[Array], rules: bool) -> tuple[list[Array], tuple[Body, ...]]:
+def _of_vjp(ids: Identities, equation: Any, ins: list[Array], body: Body) -> tuple[list[Array], tuple[Body, ...]]:
     """The function; the forward pass to (outputs, residuals); the backward pass (residuals, gradients) -> gradients."""
-    if not all(map(is_real, equation.outvars)):
-        return given_up(ids, equation, ins, "a custom derivative of numbers that are not real"), ()
-    body = follow(ids, equations.inlined(equation.params["call_jaxpr"]), ins, rules)
-    if not rules:
-        return body.outputs, (body,)
     of_reals, real = reals(equation)
 
     def forward(*inputs: Any) -> Any:
@@ -192,6 +195,6 @@ CONTROL: dict[str, Control] = {
     "scan": _scan,
     "while": _while,
     "cond": _cond,
-    "custom_jvp_call": _custom_jvp,
-    "custom_vjp_call": _custom_vjp,
+    "custom_jvp_call": _custom(_of_jvp),
+    "custom_vjp_call": _custom(_of_vjp),
 }

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from dl_jax.compress.structure.arrays import Array
 from dl_jax.compress.structure.flow import Body, chosen, constants, is_real, open_jaxpr
 from dl_jax.compress.structure.identity import Axis, Identities
-from dl_jax.compress.structure.rules import Array
 from dl_jax.core import equations
 from dl_jax.models import ops
 
