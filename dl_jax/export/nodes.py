@@ -6,7 +6,7 @@ where it finds DequantizeLinear before each of its inputs, also the bias, and Qu
 
 import collections
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -128,8 +128,7 @@ def with_biases(model: Any) -> Any:
     graph = model.graph
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     made = {name: node for node in graph.node for name in node.output}
-    uses = collections.Counter(name for node in graph.node for name in node.input)
-    uses.update(output.name for output in graph.output)
+    uses = collections.Counter(_read(graph))
     added, tensors, first = [], [], []  # nodes that are left out; what is written instead
     for add in graph.node:
         if add.op_type != "Add" or not (found := _layer(add, constants, made, uses)):
@@ -158,7 +157,20 @@ def with_biases(model: Any) -> Any:
     nodes = [*first, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
+    read = {*_read(graph)}
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in read]:
+        graph.initializer.remove(tensor)  # a runtime would warn of it
     return model
+
+
+def _read(graph: Any) -> Iterator[str]:
+    """The names of the values that a graph reads or returns, once for each time, in the bodies of its loops too."""
+    for node in graph.node:
+        yield from node.input
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _read(attribute.g)
+    yield from (output.name for output in graph.output)
 
 
 def _layer(

@@ -134,6 +134,14 @@ def ort(small, tmp_path_factory) -> Path:
     return file
 
 
+def test_a_file_has_no_array_that_nothing_reads(ort):
+    """ONNX Runtime warns of one whenever it opens the file."""
+    import onnx as format
+
+    graph = format.load(ort).graph
+    assert {tensor.name for tensor in graph.initializer} <= {name for node in graph.node for name in node.input}
+
+
 OPEN_AND_CALL = """
 import sys
 import numpy as np
