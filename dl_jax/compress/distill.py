@@ -36,13 +36,18 @@ def soft(student_logits: Array, teacher_logits: Array, temperature: float) -> Ar
 
     The factor T² compensates for gradients that shrink as 1/T²; the ratio to the hard-label loss then does not depend
     on T (Hinton, Vinyals & Dean 2015, arXiv:1503.02531, section 2). The teacher gets no gradient. Raises InputError
-    where the numbers of classes differ or the temperature is not positive.
+    where the numbers of classes differ or are below two, and where the temperature is not positive.
     """
     _require_temperature("soft", temperature)
     if student_logits.shape[-1] != teacher_logits.shape[-1]:
         raise InputError(
             f"soft: the student has {student_logits.shape[-1]} classes and the teacher {teacher_logits.shape[-1]}, "
             "expected the same; train both on the same labels"
+        )
+    if student_logits.shape[-1] < 2:
+        raise InputError(
+            f"soft: logits of shape {student_logits.shape}, expected two classes or more on the last axis; a single "
+            "logit z of two classes becomes jnp.concatenate([0 * z, z], -1)"
         )
     targets = jax.nn.softmax(at_least_float32(jax.lax.stop_gradient(teacher_logits)) / temperature)
     return temperature**2 * losses.soft_cross_entropy(at_least_float32(student_logits) / temperature, targets)

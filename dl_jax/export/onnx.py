@@ -85,7 +85,7 @@ def export(
     with _quiet(), _restored(jnp):
         model = jax2onnx.to_onnx(plain(function, shapes, nodes.FORMS), shapes, opset=opset)
     data = nodes.with_biases(model).SerializeToString()
-    predict = _predictor(*_session(data))
+    predict = _predictor(*_written(data, path))
     with jax.default_matmul_precision("highest"):
         error = difference(predict, function, inputs, shapes)
     require_same(error, tolerance, "ONNX Runtime", path)
@@ -257,6 +257,19 @@ def _session(data: bytes) -> tuple[Any, dict[str, Input]]:
         for each in session.get_inputs()
     }
     return session, expected
+
+
+def _written(data: bytes, path: str | os.PathLike[str]) -> tuple[Any, dict[str, Input]]:
+    try:
+        return _session(data)
+    except InputError:
+        raise
+    except Exception as e:
+        reason = " ".join(str(e).split())
+        raise InputError(
+            f"ONNX Runtime cannot run the exported network ({reason}): {path} is not written; where it has no "
+            "operation for a type such as bfloat16, export a network that computes in float32"
+        ) from e
 
 
 def _opened(path: str | os.PathLike[str], content: bytes) -> tuple[Any, dict[str, Input]]:

@@ -1,12 +1,15 @@
 """What the compression experiments count, by hand, and which settings they refuse before they train."""
 
 import dataclasses
+from typing import get_args, get_type_hints
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from dl_jax.compress import codec, quantize
+from dl_jax.compress import codec, measure, quantize, structure
 from dl_jax.core.errors import InputError
 from dl_jax.harness.run import Run, Settings
 
@@ -111,3 +114,56 @@ def test_what_cannot_work_is_refused_before_any_training(load_experiment, name, 
     config = module.PRESETS["smoke"].__class__(**{**vars(module.PRESETS["smoke"]), **change})
     with pytest.raises(InputError, match=message):
         module.main(config, Run())
+
+
+def costs_of(module, **changes):
+    """Costs of all files of a pipeline: 100 kB, 100 µs and 5 % errors, but for the files in `changes`.
+
+    A change is (bytes, microseconds for one image and for 128, validation error, test error).
+    """
+    files = {}
+    for name in module.ROWS:
+        size, one, many, validation, test = changes.get(module.file_name(name).replace(".", "_"), (1e5, 100, 100, 5, 5))
+        times = {1: measure.Latency(one / 1e6, 0), 128: measure.Latency(many / 1e6, 0)}
+        latency = {} if name[1] == module.ENCODED else times
+        files[name] = module.Cost(measure.Counts(1, 1), measure.Size(int(size), 1), validation, test, latency)
+    return files
+
+
+@pytest.mark.parametrize(
+    ("changes", "best"),
+    [
+        ({}, "teacher.onnx"),  # nothing is smaller
+        ({"small_onnx": (5e4, 50, 50, 5.1, 9)}, "small.onnx"),  # chosen on validation images
+        ({"small_onnx": (5e4, 50, 50, 5.3, 5)}, "teacher.onnx"),  # loses too much
+        ({"small_onnx": (5e4, 50, 101, 5, 5)}, "teacher.onnx"),  # slower with 128 images
+        ({"small_onnx": (2e5, 50, 50, 5, 5)}, "teacher.onnx"),  # larger
+        ({"small_onnx": (5e4, 50, 50, 5, 5), "int8_onnx": (9e4, 40, 99, 5, 5)}, "int8.onnx"),  # the fastest on one
+        ({"small_stablehlo": (9e4, 40, 40, 5, 5), "teacher_stablehlo": (1e5, 45, 45, 5, 5)}, "small.stablehlo"),
+        ({"small_int8_dlj": (1e3, 1, 1, 5, 5)}, "teacher.onnx"),  # must be decoded first
+    ],
+)
+def test_the_file_that_the_pipeline_recommends(load_experiment, changes, best):
+    module = load_experiment("compression/pipeline")
+    found = [costs_of(module, **changes)] * 2
+    name = module.chosen(found, 0.2)
+    assert module.file_name(name) == best
+    metrics = module.measured(found, name, 0.2)
+    expected = changes.get(best.replace(".", "_"), (1e5, 100, 100, 5, 5))
+    teacher = changes.get(f"teacher_{best.split('.')[1]}", (1e5, 100, 100, 5, 5))
+    np.testing.assert_allclose(metrics["times_smaller/chosen"], teacher[0] / expected[0])
+    np.testing.assert_allclose(metrics["times_faster/chosen"], min(teacher[1] / expected[1], teacher[2] / expected[2]))
+    np.testing.assert_allclose(metrics["accuracy_to_spare/chosen"], 0.2 - (expected[4] - teacher[4]))
+
+
+def test_every_network_of_the_pipeline_is_cut_and_rounded(load_experiment):
+    """Half of the channels, in multiples of 8, of grey and colour images; the teacher has no normalisation left."""
+    module = load_experiment("compression/pipeline")
+    assert set(module.MODELS) == set(get_args(get_type_hints(module.Config)["model"]))
+    for name, network in module.MODELS.items():
+        image = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 1 if "lenet" in name else 3), np.uint8)
+        model = network(10)
+        variables = model.init(jax.random.key(0), jnp.zeros((1, *image.shape[1:])), train=False)
+        teacher = module.folded(model.apply, variables, {"image": image})
+        assert set(teacher.variables) == {"params"}, name
+        assert not [path for path in structure.groups(*teacher, image[:1] / 255, train=False).free if "norm" in path]

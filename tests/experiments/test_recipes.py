@@ -18,7 +18,7 @@ METRICS = {
     "vision/lenet": ("test_error/plain", "test_error/distorted"),
     "compression/deep_compression": ("test_error/reference", "test_error/decoded"),
     "compression/distill_mnist": ("errors/teacher", "errors/plain", "errors/distilled"),
-    "compression/pipeline": ("error/teacher", "error/pruned"),
+    "compression/pipeline": ("error/teacher", "error/small"),
     "compression/prune_lenet": ("test_error/lenet300", "test_error/lenet300_pruned"),
     "compression/prune_lenet:lenet5": ("test_error/lenet5", "test_error/lenet5_pruned"),
     "compression/quantize_lenet": ("error/float", "error/qat8"),

@@ -54,6 +54,11 @@ def test_bfloat16_logits_are_compared_in_float32():
     np.testing.assert_allclose(found, wide, rtol=1e-2)
 
 
+def test_a_single_class_is_refused_because_its_probability_never_changes():
+    with pytest.raises(InputError, match=r"logits of shape \(4, 1\), expected two classes or more"):
+        distill.soft(logits(0, 4, 1), logits(1, 4, 1), 1.0)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
 @pytest.mark.parametrize("temperature", [0.5, 20.0])
 def test_logits_near_the_end_of_their_type_are_divided_in_float32(dtype, temperature):

@@ -358,6 +358,14 @@ def test_onnx_that_differs_is_refused(apply, tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_what_onnx_runtime_cannot_run_is_one_line_and_not_written(tmp_path):
+    kernel = jnp.ones((3, 2), jnp.bfloat16)
+    with pytest.raises(InputError, match=r"ONNX Runtime cannot run the exported network \([^\n]*\): .* is not written"):
+        onnx.export(lambda w, x: (x.astype(jnp.bfloat16) @ w).astype(jnp.float32), kernel,
+                    [np.ones((2, 3), np.float32)], tmp_path / "net.onnx")  # fmt: skip
+    assert not [*tmp_path.iterdir()]
+
+
 def test_stablehlo_of_a_function_that_is_not_pure_is_not_written(tmp_path):
     calls = itertools.count()  # another number at every trace
     with pytest.raises(InputError, match=r"StableHLO file differs from JAX by \d\.\de-0\d, expected at most 1e-05"):

@@ -189,3 +189,71 @@ def test_weights_that_are_not_finite_are_refused(wrong):
     params = {"Dense_0": {"kernel": np.float32([[1, wrong], [3, 0.5]])}}
     with pytest.raises(InputError, match="weight Dense_0/kernel has 1 values that are not finite, expected none; look"):
         quantize.quantize(params, 8)
+
+
+class TwoKernels(nn.Module):
+    """A module that multiplies with two kernels of its own."""
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.initializers.lecun_normal()
+        first, second = self.param("kernel", init, (3, 4)), self.param("kernel_2", init, (4, 2))
+        return 100 * jnp.tanh(x @ first) @ second
+
+
+class Shared(nn.Module):
+    """A layer that is called twice, on values of different sizes."""
+
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.Dense(3, name="layer")
+        return layer(100 * jnp.tanh(layer(x)))
+
+
+class Module(nn.Module):
+    of: type[nn.Module]
+
+    @nn.compact
+    def __call__(self, x):
+        return self.of(name="inner")(x)
+
+
+@pytest.mark.parametrize(("model", "name"), [(Module(TwoKernels), "inner"), (Shared(), "layer")])
+def test_each_product_has_a_range_of_its_own(model, name):
+    variables = drawn(model, SEQUENCE)
+    ranges = calibrate(model.apply, variables, [SEQUENCE])
+    own = {path: each for path, each in ranges.items() if ":" not in path}
+    assert set(own) == {name, f"{name}#2"}
+    np.testing.assert_allclose([own[name].low, own[name].high], [SEQUENCE.min(), SEQUENCE.max()])
+    assert own[f"{name}#2"].high - own[f"{name}#2"].low != own[name].high - own[name].low
+    found = jax.jit(with_activations(model.apply, 8))({**variables, "ranges": ranges}, SEQUENCE)
+    exact = model.apply(variables, SEQUENCE)
+    assert 0 < abs(found - exact).max() < 0.03 * abs(exact).max()
+
+
+class Sums(nn.Module):
+    """Two sums after the same layer."""
+
+    @nn.compact
+    def __call__(self, x):
+        a, b = nn.Dense(4, name="a")(x), nn.Dense(4, name="b")(x)
+        first = nn.relu(a + b)
+        return nn.Dense(2, name="head")(jnp.tanh(first + b) + jnp.tanh(first))
+
+
+def test_sums_after_the_same_layer_have_ranges_of_their_own():
+    found = points(inspect.opened(Sums().apply, drawn(Sums(), SEQUENCE), SEQUENCE))
+    names = [*found.values.values(), *(name for _, name in found.operands.values())]
+    assert len(names) == len(set(names))
+    assert {"b:sum", "b#2:sum"} <= set(names)
+
+
+def test_a_module_whose_name_looks_like_a_number_is_not_mistaken_for_a_second_call():
+    class Named(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layer = nn.Dense(3, name="layer")
+            return nn.Dense(3, name="layer#2")(jnp.tanh(layer(jnp.tanh(layer(x)))))
+
+    ranges = calibrate(Named().apply, drawn(Named(), SEQUENCE), [SEQUENCE])
+    assert {path for path in ranges if ":" not in path} == {"layer", "layer#2", "layer#3"}

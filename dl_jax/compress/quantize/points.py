@@ -7,7 +7,8 @@ activations is a point on the same condition. Where one value is the input of se
 residual sum, all of them read the same rounded numbers.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.extend.core as jex
@@ -55,20 +56,31 @@ def points(called: Called) -> Points:
     """The points of a trace of `inspect.opened`; empty where there is no layer.
 
     The input of a layer has the name of its (first) path, and its output that with ":output". A sum has the name of the
-    last layer before it with ":sum". In the bodies of scans only inputs are points, as no runtime computes the gates of
-    a recurrent layer in integers.
+    last layer before it with ":sum". Every point has a range of its own, so that what would have the name of another
+    one is numbered: where a module multiplies with two kernels, or is called twice, its layers are "a" and "a#2". In
+    the bodies of scans only inputs are points, as no runtime computes the gates of a recurrent layer in integers.
     """
     layers, origins = analysed(called)
-    found = Points({}, {})
+    names, found = _numbered(layers), Points({}, {})
     for i, jaxpr in enumerate(_jaxprs(called.jaxpr.jaxpr)):
         graph = _Graph(jaxpr, origins)
         for equation in jaxpr.eqns:
             if layer := layers.get(equation.outvars[0]):
-                _add_input(found, graph, equation, layer, is_argument=i == 0)
+                _add_input(found, graph, equation, layer, names[equation.outvars[0]], is_argument=i == 0)
         if i == 0:
             for equation in jaxpr.eqns:
-                _add_output(found, graph, equation, layers)
+                _add_output(found, graph, equation, names)
     return found
+
+
+def _numbered(layers: Mapping[Any, Layer]) -> dict[Any, str]:
+    """The names of layers by the variables of their results: the first paths, numbered where several have the same."""
+    paths, names = {layer.paths[0] for layer in layers.values()}, {}
+    for result, layer in layers.items():
+        path, known = layer.paths[0], {*names.values()}
+        others = (name for name in map(f"{path}#{{}}".format, itertools.count(2)) if name not in known | paths)
+        names[result] = next(others) if path in known else path
+    return names
 
 
 def _jaxprs(jaxpr: Any) -> Iterator[Any]:
@@ -95,8 +107,8 @@ class _Graph:
         return [v for v in equation.invars if not isinstance(v, jex.Literal) and DATA in self.origins.get(v, ())]
 
 
-def _add_input(found: Points, graph: _Graph, equation: Any, layer: Layer, is_argument: bool) -> None:
-    v, name = equation.invars[layer.operand], layer.paths[0]
+def _add_input(found: Points, graph: _Graph, equation: Any, layer: Layer, name: str, is_argument: bool) -> None:
+    v = equation.invars[layer.operand]
     if not jnp.issubdtype(v.aval.dtype, jnp.floating):
         return
     if v not in graph.made and is_argument:
@@ -110,12 +122,15 @@ def _add_input(found: Points, graph: _Graph, equation: Any, layer: Layer, is_arg
     found.values.setdefault(v, name)
 
 
-def _add_output(found: Points, graph: _Graph, equation: Any, layers: dict[Any, Layer]) -> None:
+def _add_output(found: Points, graph: _Graph, equation: Any, names: Mapping[Any, str]) -> None:
     v = equation.outvars[0]
-    if layer := layers.get(v):
-        name = layer.paths[0] + OUTPUT
+    if v in names:
+        name = names[v] + OUTPUT
     elif _is_sum(found, graph, equation):
-        name = _last_layer(found, graph, equation) + SUM
+        last = _last_layer(found, graph, equation)
+        known = {*found.values.values()}
+        numbered = (f"{last}{number}{SUM}" for number in itertools.chain([""], map("#{}".format, itertools.count(2))))
+        name = next(name for name in numbered if name not in known)
     else:
         return
     while (after := _bias_or_relu(graph, v)) is not None:

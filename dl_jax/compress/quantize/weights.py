@@ -68,7 +68,7 @@ def quantize(params: Tree, bits: int, where: Where = is_kernel, axes: Axes = las
                 f"weight {leaf_name(path)} has {(~np.isfinite(wide)).sum()} values that are not finite, expected none; "
                 "look for divergence in the training"
             )
-        return _integers(w, bits, axes(path, w))
+        return _compiled(w, bits, axes(path, w))
 
     return of_chosen(params, where, of)
 
@@ -108,6 +108,9 @@ def _integers(w: Array, bits: int, outputs: tuple[int, ...]) -> Quantized:
     scale = jnp.where(nan, jnp.nan, jnp.abs(w).max(axes, keepdims=True)) * w.dtype.type(1 / end)
     steps = jnp.round(w / jnp.where(scale > 0, scale, 1))
     return Quantized(jnp.clip(steps, -end, end).astype(jnp.int8), scale)
+
+
+_compiled = jax.jit(_integers, static_argnums=(1, 2))  # eager operations would be compiled one by one
 
 
 def inner_axes(w: Array, outputs: tuple[int, ...]) -> tuple[int, ...]:
