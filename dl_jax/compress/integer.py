@@ -383,5 +383,5 @@ def _wide(equation: Any, inputs: list[Any]) -> Sequence[Any]:
         return inputs
     if name in BROADCAST:
         return [BROADCAST[name](*inputs)]
-    changes = {"preferred_element_type": None} if name in inspect.PRODUCTS else {}
+    changes = {"preferred_element_type": None} if name in inspect.LAYER_PRIMITIVES else {}
     return bound(equation, inputs, **changes)

@@ -12,7 +12,7 @@ from dl_jax.compress.fold.kernels import (
     new_leaves,
 )
 from dl_jax.compress.fold.lines import (
-    ARITHMETIC,
+    AFFINE,
     SHIFTS,
     Equation,
     Flow,
@@ -129,7 +129,7 @@ def _folds(flow: Flow) -> list[Fold]:
     after = {
         line.source: line  # the longest comes last
         for line in flow.lines.values()
-        if line.steps[-1].primitive.name in ARITHMETIC and line.source in products and flow.reads[line.source] == 1
+        if line.steps[-1].primitive.name in AFFINE and line.source in products and flow.reads[line.source] == 1
     }
     found = []
     for result, product in products.items():
@@ -144,7 +144,7 @@ def _folds(flow: Flow) -> list[Fold]:
 
 def _is_bias(flow: Flow, line: Line) -> bool:
     """Whether the only step of arithmetic adds a parameter."""
-    steps = [step for step in line.steps if step.primitive.name in ARITHMETIC]
+    steps = [step for step in line.steps if step.primitive.name in AFFINE]
     names = [step.primitive.name for step in steps]
     return names == ["add"] and any(each and each.view for each in flow.constants_of(steps[0]))
 
@@ -168,7 +168,7 @@ def _bias(flow: Flow, product: Product, line: Line) -> jax.tree_util.KeyPath | N
 
 def _why(flow: Flow, equation: Equation) -> str:
     """Why an equation of constants and data is not folded."""
-    if equation.primitive.name not in ARITHMETIC:
+    if equation.primitive.name not in AFFINE:
         return f"the operation {equation.primitive.name!r} reads it"
     other = "its values vary along other axes than the channels of the kernel before it"
     line = flow.lines.get(equation.outvars[0])
@@ -196,7 +196,7 @@ def _passed(folds: Iterable[Fold]) -> dict[Variable, Variable]:
     for line in (line for fold in folds for line in (fold.before, fold.after) if line):
         variable = line.source
         for step in line.steps:
-            if step.primitive.name in ARITHMETIC:
+            if step.primitive.name in AFFINE:
                 passed[step.outvars[0]] = variable
             variable = step.outvars[0]
     return passed
