@@ -292,6 +292,56 @@ def test_a_bias_with_another_use_is_not_replaced():
     assert why.startswith("the kernel before it has no place for a bias")
 
 
+class BesideBias(nn.Module):
+    """A bare kernel beside a module that is called bias."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = x @ self.param("kernel", nn.initializers.normal(1.0), (4, 4))
+        x = nn.relu(nn.BatchNorm(use_running_average=True, name="norm")(x))
+        return nn.Dense(4, name="bias")(x)
+
+
+def test_a_module_that_is_called_bias_is_not_replaced():
+    variables = drawn(BesideBias(), IMAGE)
+    apply, small = fold.folded(BesideBias().apply, variables, IMAGE)
+    assert names(small) == names(variables)
+    assert_same(apply(small, IMAGE), BesideBias().apply(variables, IMAGE))
+    (why,) = fold.remaining(BesideBias().apply, variables, IMAGE).values()
+    assert why.startswith("the kernel before it has no place for a bias: `bias` beside it is a module")
+
+
+class Counting(nn.Module):
+    """A normalisation that counts its calls, layers with a spectral norm, a fixed kernel, a cache, and a print."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        count = self.variable("batch_stats", "count", lambda: jnp.zeros((), jnp.int32))
+        fixed = self.variable("frozen", "kernel", lambda: jnp.ones((4, 4)))
+        self.variable("cache", "last", lambda: jnp.zeros(4))
+        if train:
+            count.value += 1
+        x = nn.relu(nn.BatchNorm(use_running_average=not train, name="norm")(nn.Dense(4, name="dense")(x)))
+        jax.debug.callback(lambda x: None, x)
+        x = x @ fixed.value + nn.relu(x @ fixed.value)
+        return nn.SpectralNorm(nn.Dense(4, name="spectral"), name="factor")(x, update_stats=train)
+
+
+def test_what_is_left_are_statistics_neither_counters_nor_kernels():
+    model = Counting()
+    variables = drawn(model, IMAGE)
+    apply, small = fold.folded(model.apply, variables, IMAGE)
+    assert names(variables) - names(small) == {"params/norm/bias", "params/norm/scale"} | {
+        f"batch_stats/norm/{each}" for each in ("mean", "var")
+    }
+    assert_same(apply(small, IMAGE), model.apply(variables, IMAGE))
+    unread = "this call reads none of its statistics; give the settings of evaluation, such as train=False"
+    found = fold.remaining(model.apply, variables, IMAGE)
+    assert found == {"factor": "a kernel is computed from it", "": unread}
+    training = lambda *args: model.apply(*args, train=True, mutable=True)[0]
+    assert fold.remaining(training, variables, IMAGE) == {**found, "norm": unread}
+
+
 def test_a_layer_with_nothing_to_fold_stays_as_it_is():
     variables = {"params": {"layer": {"w": np.eye(4, dtype=np.float32), "b": np.ones(4, np.float32)}}}
     apply, same = fold.folded(lambda v, x: x @ v["params"]["layer"]["w"] + v["params"]["layer"]["b"], variables, IMAGE)
@@ -319,7 +369,7 @@ def test_bad_input_has_one_clear_line():
     with pytest.raises(InputError, match=r"^with these arguments the model normalises by its batch"):
         unsettled(small, IMAGE, train=True)
     unread = fold.remaining(lambda v, x: model.apply(v, x, train=True, mutable=True)[0], variables, IMAGE)
-    assert unread["norm"].startswith("its running statistics are not read; give the settings of evaluation")
+    assert unread["norm"].startswith("this call reads none of its statistics; give the settings of evaluation")
 
 
 def test_nothing_of_a_normalisation_is_left_in_exported_files(tmp_path):

@@ -71,7 +71,7 @@ class Flow(NamedTuple):
             flow.known[variable] = Constant(_long(variable))
         for i, variable in enumerate(jaxpr.invars[: len(called.paths)]):
             flow.known[variable] = Constant(_long(variable), frozenset([i]), (i, all_axes(variable)), True)
-        for equation in jaxpr.eqns:
+        for equation in (equation for equation in jaxpr.eqns if equation.outvars):
             _follow(flow, equation)
         return flow
 
@@ -101,7 +101,7 @@ def _follow(flow: Flow, equation: Equation) -> None:
             if longer := _longer(flow, line, equation):
                 flow.lines[result] = longer
                 return
-    elif len(data) == 1 == len(equation.invars) and name in COPIES and _is_real(data[0]):
+    elif len(data) == 1 == len(equation.invars) and name in COPIES and is_real(data[0]):
         line, moved = flow.line(data[0]), _moved(equation)
         axes = tuple(None if axis is None else line.axes[axis] for axis in moved)
         flow.lines[result] = line._replace(axes=axes, steps=(*line.steps, equation))
@@ -179,7 +179,7 @@ def _computed(equation: Equation, inputs: Sequence[Constant | None], result: Var
         mixed = _long(result) if name != "broadcast_in_dim" else frozenset()
         varies = {i for i, axis in enumerate(moved) if axis in constant.varies or (axis is None and i in mixed)}
         view = None
-        if constant.view and _is_real(equation.invars[0]):
+        if constant.view and is_real(equation.invars[0]):
             leaf, axes = constant.view
             view = leaf, tuple(None if axis is None else axes[axis] for axis in moved)
         return Constant(frozenset(varies), leaves, view, constant.alone and alone)
@@ -219,5 +219,5 @@ def _long(variable: Variable) -> frozenset[int]:
     return frozenset(axis for axis, size in enumerate(getattr(variable.aval, "shape", ())) if size != 1)
 
 
-def _is_real(variable: Variable) -> bool:
+def is_real(variable: Variable) -> bool:
     return jnp.issubdtype(variable.aval.dtype, jnp.floating)
