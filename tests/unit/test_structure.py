@@ -118,13 +118,15 @@ def drawn(model, x):
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), x, train=False))
     rng = np.random.default_rng(1)
 
-    def draw(path, leaf):
-        return jnp.asarray(
-            rng.uniform(0.5, 1.5, leaf.shape) * (1 if "var" in str(path[-1]) else rng.choice([-1, 1], leaf.shape)),
-            leaf.dtype,
-        )
+    def draw(path, leaf):  # in NumPy, whose leaves are cut without compiling anything
+        signs = 1 if "var" in str(path[-1]) else rng.choice([-1, 1], leaf.shape)
+        return (rng.uniform(0.5, 1.5, leaf.shape) * signs).astype(leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+# Most of the time of these tests goes into optimising what runs once.
+soon_compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def some(found, share=0.5):
@@ -161,7 +163,8 @@ def test_the_cut_model_is_the_one_with_zeros_in_outputs_gradients_and_statistics
         return jax.grad(loss, has_aux=True)(variables["params"])
 
     zeros = structure.zeroed(variables, plan)
-    (grads, (out, new)), little = jax.jit(lambda v, s: (trained(model.apply, v), trained(small, s)))(zeros, smaller)
+    both = soon_compiled(lambda v, s: (trained(model.apply, v), trained(small, s)))
+    (grads, (out, new)), little = jax.device_get(both(zeros, smaller))
     close(little[1][0], out)
     close(little[0], structure.shrunk(grads, plan))
     close(little[1], (out, structure.shrunk(new, plan)))
@@ -224,7 +227,7 @@ def test_training_goes_on_with_the_state_of_the_optimiser():
     variables, tx = structure.zeroed(variables, plan), optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.01))
     batch = {"image": IMAGE, "label": np.array([0, 2, 1])}
 
-    @functools.partial(jax.jit, static_argnums=0)
+    @functools.partial(soon_compiled, static_argnums=0)
     def step(apply, variables, opt_state):
         def loss(params):
             value, (new, _) = classify.loss(apply)({**variables, "params": params}, batch, jax.random.key(0))
@@ -234,13 +237,13 @@ def test_training_goes_on_with_the_state_of_the_optimiser():
         updates, opt_state = tx.update(grads, opt_state)
         return {"params": optax.apply_updates(variables["params"], updates), **new}, opt_state
 
-    state = step(model.apply, variables, tx.init(variables["params"]))
+    state = jax.device_get(step(model.apply, variables, tx.init(variables["params"])))
     cut = structure.shrunk(state, plan)
     for _ in range(2):
         state, cut = step(model.apply, *state), step(small, *cut)
     assert cut[1][1][0].mu["Conv_0"]["kernel"].shape == (3, 3, 2, 3)
     assert cut[0]["batch_stats"]["BatchNorm_0"]["mean"].shape == (3,)
-    close(cut, structure.shrunk(state, plan))
+    close(cut, structure.shrunk(jax.device_get(state), plan))
 
 
 def test_heads_and_their_dimensions_are_groups():
@@ -318,11 +321,10 @@ def test_a_custom_derivative_stays_what_it_was():
 
 def test_over_seeds_and_with_a_batch_of_unknown_size(tmp_path):
     _, _, small, smaller = halved(Conv(), IMAGE)
-    seeds = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), smaller)
+    seeds = jax.tree.map(lambda leaf: np.stack([leaf, 2 * leaf]), smaller)
     predict = functools.partial(small, train=False)
-    several, one = jax.jit(lambda s, v: (jax.vmap(lambda v: predict(v, IMAGE))(s), predict(v, IMAGE[:2])))(
-        seeds, smaller
-    )
+    both = soon_compiled(lambda s, v: (jax.vmap(lambda v: predict(v, IMAGE))(s), predict(v, IMAGE[:2])))
+    several, one = both(seeds, smaller)
     close(several[0][:2], one)
     stablehlo.export(predict, smaller, (IMAGE,), tmp_path / "net")
     close(stablehlo.load(tmp_path / "net")(IMAGE[:2]), one)
@@ -439,7 +441,7 @@ def dimensions(jaxpr):
 
 @functools.cache
 def wide():
-    variables = jax.tree.map(np.asarray, drawn(Wide(), IMAGE))
+    variables = drawn(Wide(), IMAGE)
     return variables, structure.groups(Wide().apply, variables, IMAGE, train=False)
 
 
