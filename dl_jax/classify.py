@@ -78,6 +78,16 @@ def _like(before: Tree, after: Tree) -> Tree:
     return jax.tree.unflatten(jax.tree.structure(before), jax.tree.leaves(after))
 
 
+def as_logits(found: Any) -> Array:
+    """`found`, which `apply` returned. Raises InputError unless it is one array, such as logits [B, classes]."""
+    if not hasattr(found, "shape"):
+        raise InputError(
+            f"`apply` returns a {type(found).__name__}, expected an array, such as logits [B, classes]; wrap it in a "
+            "function that returns this array alone"
+        )
+    return found
+
+
 def _takes_mutable(apply: Callable[..., Any]) -> bool:
     parameters = inspect.signature(apply).parameters
     return "mutable" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
@@ -87,13 +97,13 @@ def loss(apply: Callable[..., Any]) -> Loss:
     """Mean cross-entropy in nats; the metric `error` is the fraction misclassified.
 
     batch["label"] is int [B], or float [B, classes] (label smoothing, mixup); the argmax is then the true class. The
-    collections that `apply` changed are returned (`in_training`). Raises InputError where the shapes of labels and
-    logits do not match.
+    collections that `apply` changed are returned (`in_training`). Raises InputError where `apply` returns anything but
+    an array, and where the shapes of labels and logits do not match.
     """
 
     def cross_entropy(variables: Tree, batch: Batch, key: Array):
-        logits, collections = in_training(apply, variables, batch, key)
-        label = batch["label"]
+        found, collections = in_training(apply, variables, batch, key)
+        logits, label = as_logits(found), batch["label"]
         if jnp.issubdtype(label.dtype, jnp.floating):
             values, label = losses.soft_cross_entropy(logits, label), label.argmax(-1)
         else:
@@ -106,16 +116,21 @@ def loss(apply: Callable[..., Any]) -> Loss:
 def evaluation(apply: Callable[..., Any]) -> Evaluation:
     """A `metrics` function for `evaluator`; returns `error` and `nats` as (sum, weight).
 
-    `error` is the fraction misclassified and `nats` the mean cross-entropy. No collection is changed.
+    `error` is the fraction misclassified and `nats` the mean cross-entropy. No collection is changed. Raises
+    InputError, when called, where `apply` returns anything but an array.
     """
 
     def evaluate(variables: Tree, batch: Batch, key: Array) -> dict[str, tuple[Array, Array]]:
-        given = apply(variables, to_unit(batch["image"]), train=False), batch["label"], batch["mask"]
+        logits = as_logits(apply(variables, to_unit(batch["image"]), train=False))
+        given = logits, batch["label"], batch["mask"]
         return {"error": metrics.error_rate(*given), "nats": metrics.cross_entropy(*given)}
 
     return evaluate
 
 
 def outputs(predict: Callable[[Any], Any], images: np.ndarray) -> np.ndarray:  # [N, H, W, C] -> [N, ...]
-    """Applies `predict` to chunks of 1000 images; returns NumPy [N, ...]."""
-    return np.concatenate([predict(images[i : i + 1000]) for i in range(0, len(images), 1000)])
+    """Applies `predict` to chunks of 1000 images; returns NumPy [N, ...].
+
+    Raises InputError where it returns anything but an array.
+    """
+    return np.concatenate([as_logits(predict(images[i : i + 1000])) for i in range(0, len(images), 1000)])

@@ -22,7 +22,7 @@ Notes = dict[str, list[Any]]
 Hook = Callable[[Any, list[Any]], tuple[list[Any], Notes]]
 Origin = frozenset[int]  # numbers of leaves of the variables on which a value depends, and DATA if on anything else
 DATA = -1
-PRODUCTS = ("dot_general", "conv_general_dilated")
+LAYER_PRIMITIVES = ("dot_general", "conv_general_dilated")
 
 
 class Layer(NamedTuple):
@@ -112,7 +112,7 @@ def _has_products(closed: Any) -> bool:
     bodies += [
         inlined(e.params[DERIVATIVES[e.primitive.name]]) for e in closed.jaxpr.eqns if e.primitive.name in DERIVATIVES
     ]
-    return any(e.primitive.name in PRODUCTS for e in closed.jaxpr.eqns) or any(map(_has_products, bodies))
+    return any(e.primitive.name in LAYER_PRIMITIVES for e in closed.jaxpr.eqns) or any(map(_has_products, bodies))
 
 
 def analysed(called: Called) -> tuple[dict[Any, Layer], dict[Any, Origin]]:
@@ -140,7 +140,7 @@ def _origins(
             results = _scan_origins(called, equation, origins, found, known)
         else:
             results = [nothing.union(*origins)] * len(equation.outvars)
-            if equation.primitive.name in PRODUCTS and (layer := _layer(called, origins)):
+            if equation.primitive.name in LAYER_PRIMITIVES and (layer := _layer(called, origins)):
                 found[equation.outvars[0]] = layer
         known.update(zip(equation.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]

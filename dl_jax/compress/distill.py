@@ -63,6 +63,7 @@ def loss(apply: Callable[..., Any], temperature: float) -> Loss:
 
     def follow(variables: Tree, batch: Batch, key: Array):
         logits, collections = classify.in_training(apply, variables, batch, key)
+        logits = classify.as_logits(logits)
         return soft(logits, batch["teacher_logits"], temperature).mean(), (collections, {})
 
     return follow

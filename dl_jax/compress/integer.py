@@ -174,7 +174,7 @@ def _integer_kernel(
     if not (np.allclose(real, values * scale, rtol=1e-5, atol=0) and abs(values).max() <= 127):
         raise InputError(
             f"the weights of layer {layer.paths[0]!r} are not integers with one scale for each output, expected those "
-            "of `quantize`; give it the axes that `output_axes` reads from the model"
+            "of `quantize`; give it the axes that `layer_weights` reads from the model"
         )
     finest = scale[scale > 0].min(initial=1)  # for an output without weights, which may have a bias
     return values.astype(np.int8), np.where(scale > 0, scale, finest).squeeze(summed)
@@ -383,5 +383,5 @@ def _wide(equation: Any, inputs: list[Any]) -> Sequence[Any]:
         return inputs
     if name in BROADCAST:
         return [BROADCAST[name](*inputs)]
-    changes = {"preferred_element_type": None} if name in inspect.PRODUCTS else {}
+    changes = {"preferred_element_type": None} if name in inspect.LAYER_PRIMITIVES else {}
     return bound(equation, inputs, **changes)

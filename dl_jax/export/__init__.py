@@ -6,6 +6,7 @@ the batch; the file then takes inputs with their other axes and their types. It 
 is opened, and when it is called.
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -40,9 +41,41 @@ class Input(NamedTuple):
 
 
 def baked(apply: Callable[..., Any], variables: Any) -> Callable[..., Any]:
-    """The function inputs -> `apply(variables, *inputs)`, with `variables` (JAX or NumPy arrays) as constants."""
+    """The function inputs -> `apply(variables, *inputs)`, with `variables` (JAX or NumPy arrays) as constants.
+
+    Raises InputError, when called with inputs of an unknown number of rows, where `apply` works for a known one only.
+    """
     variables = jax.tree.map(jnp.asarray, variables)
-    return lambda *inputs: apply(variables, *inputs)
+
+    def function(*inputs: Any) -> Any:
+        try:
+            return apply(variables, *inputs)
+        except Exception as e:
+            if isinstance(e, InputError) or not _needs_rows(functools.partial(apply, variables), inputs):
+                raise
+            raise InputError(
+                f"the function needs the number of rows in a batch, expected one for any number ({_first_line(e)}); "
+                "write x.shape[0] for len(x), do not loop over rows, or export for one batch size where the format can"
+            ) from e
+
+    return function
+
+
+def _needs_rows(function: Callable[..., Any], inputs: Sequence[Any]) -> bool:
+    """Whether a function that cannot be traced for these inputs can be for two rows in place of an unknown number."""
+    shapes = [jnp.shape(each) for each in inputs]
+    if all(isinstance(size, int) for shape in shapes for size in shape):
+        return False
+    known = [[size if isinstance(size, int) else 2 for size in shape] for shape in shapes]
+    try:
+        jax.eval_shape(function, *map(jax.ShapeDtypeStruct, known, [jnp.result_type(each) for each in inputs]))
+    except Exception:
+        return False
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def signature(inputs: Sequence[Any], batch: int | None = None) -> tuple[jax.ShapeDtypeStruct, ...]:

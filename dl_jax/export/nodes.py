@@ -114,7 +114,7 @@ def _give(ctx: Any, eqn: Any, value: Any) -> None:
     ctx.bind_value_for_var(out, value)
 
 
-MOVES = ("MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze")  # what rounded numbers pass unchanged
+ON_SAME_GRID = ("MaxPool", "Reshape", "Squeeze", "Transpose", "Unsqueeze")  # nodes that rounded numbers pass unchanged
 
 
 def with_biases(model: Any) -> Any:
@@ -196,7 +196,7 @@ def _scale(layer: Any, constants: Mapping[str, np.ndarray], made: Mapping[str, A
     scale = np.float32(1)
     for name in layer.input:
         node = made.get(name)
-        while node is not None and node.op_type in MOVES:
+        while node is not None and node.op_type in ON_SAME_GRID:
             node = made.get(node.input[0])
         if node is None or node.op_type != "DequantizeLinear":
             return None

@@ -255,8 +255,8 @@ def integers(network: Network, images: np.ndarray) -> tuple[Network, Network]:
     apply = functools.partial(network.apply, train=False)
     batches = [{"image": images[i : i + 100]} for i in range(0, len(images), 100)]
     ranges = quantize.calibrate(lambda variables, batch: apply(variables, batch["image"]), network.variables, batches)
-    axes = quantize.output_axes(apply, network.variables, images[:1])
-    small = {**network.variables, "params": quantize.quantize(network.variables["params"], 8, axes=axes)}
+    weights = quantize.layer_weights(apply, network.variables, images[:1])
+    small = {**network.variables, "params": quantize.quantize(network.variables["params"], 8, *weights)}
 
     def unpacked(apply: Callable[..., Any]) -> Callable[..., Any]:
         return lambda variables, image: apply(quantize.dequantize(variables), image)

@@ -52,6 +52,18 @@ def test_the_evaluation_counts_each_example_once():
     np.testing.assert_allclose(found["nats"], (losses.cross_entropy(*kept).sum(), 4), rtol=1e-5)
 
 
+def test_logits_with_something_beside_them_are_refused():
+    pair = lambda variables, image, train, rngs=None: (apply(variables, image, train, rngs), image)
+    message = "^`apply` returns a tuple, expected an array, such as logits .*; wrap it in a function that returns"
+    masked = {**BATCH, "mask": np.ones(6, np.float32)}
+    with pytest.raises(InputError, match=message):
+        classify.loss(pair)(VARIABLES, BATCH, jax.random.key(0))
+    with pytest.raises(InputError, match=message):
+        classify.evaluation(pair)(VARIABLES, masked, jax.random.key(0))
+    with pytest.raises(InputError, match=message):
+        classify.outputs(lambda image: pair(VARIABLES, classify.to_unit(image), False), IMAGE)
+
+
 def test_outputs_are_those_of_all_pictures_in_order():
     images = np.arange(2500.0).reshape(2500, 1, 1, 1)
     sizes = []

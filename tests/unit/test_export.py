@@ -366,6 +366,31 @@ def test_what_onnx_runtime_cannot_run_is_one_line_and_not_written(tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize(
+    "apply",
+    [
+        lambda v, x: x.reshape(len(x), -1) @ v,
+        lambda v, x: jax.jit(lambda x: x.reshape(int(x.shape[0]), -1))(x) @ v,
+        lambda v, x: jnp.stack([row.ravel() for row in x]) @ v,
+        lambda v, x: x.reshape(-1, 6) @ v + (0 if x.shape[0] > 1 else 1),
+    ],
+    ids=["len", "int", "loop", "branch"],
+)
+def test_a_batch_that_the_function_makes_a_number_is_one_clear_line(apply, tmp_path):
+    weights, x = np.ones((6, 2), np.float32), np.linspace(0, 1, 18, dtype=np.float32).reshape(3, 2, 3)
+    for export in (onnx.export, stablehlo.export):
+        with pytest.raises(InputError, match=r"^the function needs the number of rows in a batch, .*; write x.shape"):
+            export(apply, weights, (x,), tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+    onnx.export(apply, weights, (x,), tmp_path / "model", batch=3)
+
+
+def test_an_error_for_any_batch_is_the_functions_own(tmp_path):
+    x = np.ones((3, 2, 3), np.float32)
+    with pytest.raises(TypeError, match="dot_general requires"):
+        stablehlo.export(lambda v, x: x.reshape(x.shape[0], -1) @ v, np.ones((5, 2)), (x,), tmp_path / "model")
+
+
 def test_stablehlo_of_a_function_that_is_not_pure_is_not_written(tmp_path):
     calls = itertools.count()  # another number at every trace
     with pytest.raises(InputError, match=r"StableHLO file differs from JAX by \d\.\de-0\d, expected at most 1e-05"):

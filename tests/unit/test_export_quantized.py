@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from dl_jax.compress import quantize, structure
 from dl_jax.compress.grid import dequantized, fake_quantize
 from dl_jax.core.errors import InputError
 from dl_jax.export import onnx
@@ -152,6 +153,53 @@ def test_fewer_levels_and_a_channel_of_zeros(tmp_path):
     found = onnx.load(tmp_path / "net.onnx")(x)
     np.testing.assert_allclose(found[:, 2], rounded(bias[2], -3, 3), rtol=1e-6)
     assert "QGemm" in fused(tmp_path / "net.onnx")
+
+
+class Pooled(nn.Module):
+    """Convolutions with maxima of windows between them, one on a sum of two and one before a ReLU."""
+
+    window: tuple[int, int]
+    strides: tuple[int, int]
+    padding: Any
+
+    @nn.compact
+    def __call__(self, image):
+        pool = lambda x: nn.max_pool(x, self.window, self.strides, self.padding)
+        x = pool(nn.relu(nn.Conv(8, (3, 3))(image)))
+        x = nn.relu(pool(nn.Conv(8, (3, 3))(x) + x))
+        x = pool(nn.Conv(12, (3, 3), padding="VALID")(jnp.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)))))
+        return nn.Dense(3)(nn.relu(x).reshape(x.shape[0], -1))
+
+
+@pytest.mark.parametrize(
+    ("window", "strides", "padding"),
+    [
+        ((2, 2), (2, 2), "VALID"),
+        ((3, 3), (2, 2), "SAME"),
+        ((2, 3), (1, 2), ((1, 0), (0, 2))),
+        ((4, 1), (3, 1), ((3, 2), (0, 0))),
+    ],
+)
+def test_maxima_in_a_network_that_is_cut_and_quantised(window, strides, padding, tmp_path):
+    import onnx as format
+
+    model, rng = Pooled(window, strides, padding), np.random.default_rng(0)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), IMAGES)
+    draw = lambda leaf: rng.normal(size=leaf.shape).astype(np.float32) / np.sqrt(max(8, leaf.size // leaf.shape[-1]))
+    variables = jax.tree.map(draw, shapes)
+    found = structure.groups(model.apply, variables, IMAGES)
+    small, smaller = structure.cut(model.apply, variables, structure.lowest(found, structure.l2(found, variables), 0.5))
+    ranges = quantize.calibrate(small, smaller, [IMAGES])
+    # Of 8 bits, x86 CPUs without VNNI saturate large sums.
+    smaller = {"params": quantize.quantize(smaller["params"], 7), quantize.RANGES: ranges}
+    apply = quantize.with_activations(small, 8)
+    read = lambda v, image: apply({**v, "params": quantize.dequantize(v["params"])}, image)
+    onnx.export(read, smaller, [IMAGES], tmp_path / "net.onnx", tolerance=0.05)
+    images = rng.random((40, 8, 8, 1), np.float32)
+    expected = np.asarray(jax.jit(small)({"params": quantize.dequantize(smaller["params"])}, images))
+    error = np.abs(onnx.load(tmp_path / "net.onnx")(images) - expected)
+    assert error.max() < 0.05 * np.abs(expected).max()
+    assert [node.op_type for node in format.load(tmp_path / "net.onnx").graph.node].count("MaxPool") == 3
 
 
 def test_scales_that_depend_on_the_input_are_written_as_operations(tmp_path):

@@ -153,12 +153,15 @@ class Heads(nn.Module):
 def test_the_axes_of_outputs_are_read_from_the_products():
     tokens = np.zeros((2, 5), np.int32)
     variables = drawn(Heads(), tokens)
-    axes = quantize.output_axes(Heads().apply, variables, tokens)
+    where, axes = quantize.layer_weights(Heads().apply, variables, tokens)
     found = {
         jax.tree_util.keystr(path[:-1], simple=True, separator="/"): axes(path, leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"])
         if quantize.is_weight(path, leaf)
     }
+    chosen = jax.tree_util.tree_map_with_path(where, variables["params"])
+    assert not chosen.pop("Embed_0")["embedding"]
+    assert all(yes == (path[-1].key == "kernel") for path, yes in jax.tree_util.tree_leaves_with_path(chosen))
     attention, cell = "MultiHeadDotProductAttention_0/", "OptimizedLSTMCell_0/"
     assert found == {
         **dict.fromkeys([attention + name for name in ("query", "key", "value")], (1, 2)),
@@ -174,6 +177,32 @@ def test_the_axes_of_outputs_are_read_from_the_products():
     scale = abs(query).max(0, keepdims=True) / 127
     np.testing.assert_allclose(stored["kernel"].scale, scale, rtol=1e-6)
     np.testing.assert_allclose(simulated({"kernel": query})["kernel"], np.round(query / scale) * scale, rtol=1e-5)
+
+
+def test_weights_of_any_name_are_those_that_layers_multiply_with():
+    """One has a name of its own, one is computed from two, one is a table that answers with itself, none is a norm."""
+
+    def apply(variables, tokens):
+        params, table = variables["params"], variables["params"]["table"]
+        x = table[tokens] * params["kernel"]
+        x = jnp.einsum("btc,dc->btd", x, params["w"])
+        x = x @ (params["direction"] / jnp.linalg.norm(params["direction"], axis=0) * params["size"])
+        return (x @ variables["fixed"]["w"] @ table.T) @ params["last"]
+
+    shapes = {"table": (5, 3), "kernel": (3,), "w": (4, 3), "direction": (4, 6), "size": (6,), "last": (5,)}
+    rng = np.random.default_rng(0)
+    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    variables = {"params": params, "fixed": {"w": np.ones((6, 3), np.float32)}}
+    where, axes = quantize.layer_weights(apply, variables, np.zeros((2, 7), np.int32))
+    stored = quantize.quantize(params, 8, where, axes)
+    assert {name: each.scale.shape for name, each in stored.items() if quantize.is_quantized(each)} == {
+        "table": (5, 1),
+        "w": (4, 1),
+        "direction": (1, 1),
+        "last": (1,),
+    }
+    with pytest.raises(InputError, match=r"^the call multiplies with no parameter, expected at least one layer"):
+        quantize.layer_weights(lambda variables, x: x * variables["params"]["kernel"], variables, np.ones(3))
 
 
 def test_what_the_codec_gives_back_is_dequantised():

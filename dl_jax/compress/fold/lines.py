@@ -8,16 +8,16 @@ from typing import Any, NamedTuple
 import jax.extend.core as jex
 import jax.numpy as jnp
 
-from dl_jax.core.equations import Called
+from dl_jax.core.equations import ELEMENTWISE, Called
 from dl_jax.core.leaves import leaf_name
 
 Variable = Any  # of a jaxpr
 Equation = Any
 Axes = tuple[int | None, ...]  # for each axis of an array, the axis of another one that it is, or None
 SHIFTS = {"add", "add_any", "sub"}
-ARITHMETIC = {*SHIFTS, "div", "mul", "neg"}
-MOVES = {"broadcast_in_dim", "convert_element_type", "copy", "reshape", "rev", "squeeze", "transpose"}
-ELEMENTWISE = {*ARITHMETIC, "abs", "exp", "integer_pow", "log", "max", "min", "pow", "rsqrt", "sqrt", "square"}
+AFFINE = {*SHIFTS, "div", "mul", "neg"}  # with a constant, what becomes s x + t
+# Primitives whose results hold numbers of their input alone, in other places, repeated or of another type.
+COPIES = {"broadcast_in_dim", "convert_element_type", "copy", "reshape", "rev", "squeeze", "transpose"}
 
 
 class Constant(NamedTuple):
@@ -71,7 +71,7 @@ class Flow(NamedTuple):
             flow.known[variable] = Constant(_long(variable))
         for i, variable in enumerate(jaxpr.invars[: len(called.paths)]):
             flow.known[variable] = Constant(_long(variable), frozenset([i]), (i, all_axes(variable)), True)
-        for equation in jaxpr.eqns:
+        for equation in (equation for equation in jaxpr.eqns if equation.outvars):
             _follow(flow, equation)
         return flow
 
@@ -95,13 +95,13 @@ def _follow(flow: Flow, equation: Equation) -> None:
     if not data and not equation.effects:
         alone = all(isinstance(atom, jex.Literal) or flow.reads[atom] == 1 for atom in equation.invars)
         flow.known.update({out: _computed(equation, constants, out, alone) for out in equation.outvars})
-    elif len(data) == 1 and name in ARITHMETIC:
+    elif len(data) == 1 and name in AFFINE:
         begun = flow.line(data[0])
         for line in (begun, Line(data[0], all_axes(data[0]))):
             if longer := _longer(flow, line, equation):
                 flow.lines[result] = longer
                 return
-    elif len(data) == 1 == len(equation.invars) and name in MOVES and _is_real(data[0]):
+    elif len(data) == 1 == len(equation.invars) and name in COPIES and is_real(data[0]):
         line, moved = flow.line(data[0]), _moved(equation)
         axes = tuple(None if axis is None else line.axes[axis] for axis in moved)
         flow.lines[result] = line._replace(axes=axes, steps=(*line.steps, equation))
@@ -174,12 +174,12 @@ def _computed(equation: Equation, inputs: Sequence[Constant | None], result: Var
     """A result of an equation of constants. `alone`: nothing else reads its inputs."""
     constants = [each for each in inputs if each]
     name, leaves = equation.primitive.name, frozenset[int]().union(*(each.leaves for each in constants))
-    if name in MOVES and len(constants) == 1:
+    if name in COPIES and len(constants) == 1:
         (constant,), moved = constants, _moved(equation)
         mixed = _long(result) if name != "broadcast_in_dim" else frozenset()
         varies = {i for i, axis in enumerate(moved) if axis in constant.varies or (axis is None and i in mixed)}
         view = None
-        if constant.view and _is_real(equation.invars[0]):
+        if constant.view and is_real(equation.invars[0]):
             leaf, axes = constant.view
             view = leaf, tuple(None if axis is None else axes[axis] for axis in moved)
         return Constant(frozenset(varies), leaves, view, constant.alone and alone)
@@ -189,7 +189,7 @@ def _computed(equation: Equation, inputs: Sequence[Constant | None], result: Var
 
 
 def _moved(equation: Equation) -> Axes:
-    """For each axis of the result of one of MOVES, the axis of its input that it is; None where it is none."""
+    """For each axis of the result of one of COPIES, the axis of its input that it is; None where it is none."""
     name, params = equation.primitive.name, equation.params
     before, after = shape(equation.invars[0]), shape(equation.outvars[0])
     if name == "transpose":
@@ -219,5 +219,5 @@ def _long(variable: Variable) -> frozenset[int]:
     return frozenset(axis for axis, size in enumerate(getattr(variable.aval, "shape", ())) if size != 1)
 
 
-def _is_real(variable: Variable) -> bool:
+def is_real(variable: Variable) -> bool:
     return jnp.issubdtype(variable.aval.dtype, jnp.floating)

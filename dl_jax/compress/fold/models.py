@@ -12,7 +12,7 @@ from dl_jax.compress.fold.kernels import (
     new_leaves,
 )
 from dl_jax.compress.fold.lines import (
-    ARITHMETIC,
+    AFFINE,
     SHIFTS,
     Equation,
     Flow,
@@ -20,6 +20,7 @@ from dl_jax.compress.fold.lines import (
     Product,
     Variable,
     all_axes,
+    is_real,
     reads_of,
     shape,
 )
@@ -88,23 +89,29 @@ def folded(apply: Apply, variables: Tree, *inputs: Any, **settings: Any) -> tupl
 def remaining(apply: Apply, variables: Tree, *inputs: Any, **settings: Any) -> dict[str, str]:
     """What `folded` leaves of the normalisations with running statistics: {layer: why}, by path ("stem/BatchNorm_0").
 
-    Running statistics are the leaves outside of `params`. The arguments are those of `folded`.
+    Running statistics are the leaves of real numbers outside of `params`, so neither counters nor keys, and what is
+    itself the kernel of a layer is none. The arguments are those of `folded`.
     """
     called = trace(apply, variables, *inputs, **settings)
     flow = Flow.of(called)
     passed = _passed(_folds(flow))
     reads = reads_of(called, passed)
     layer = lambda leaf: leaf_name(called.paths[leaf][1:-1])
-    statistics = {i for i, path in enumerate(called.paths) if leaf_name(path[:1]) != "params"}
+    leaves = enumerate(zip(called.paths, called.jaxpr.jaxpr.invars, strict=False))
+    statistics = {i: leaf for i, (path, leaf) in leaves if leaf_name(path[:1]) != "params" and is_real(leaf)}
+    module = lambda leaf: called.paths[leaf][:-1]
+    read = {module(i) for i, leaf in statistics.items() if flow.reads[leaf]}
     found = {
-        layer(i): "its running statistics are not read; give the settings of evaluation, such as train=False"
+        layer(i): "this call reads none of its statistics; give the settings of evaluation, such as train=False"
         for i in statistics
-        if not flow.reads[called.jaxpr.jaxpr.invars[i]]
+        if module(i) not in read
     }
-    for equation in called.jaxpr.jaxpr.eqns:
-        result, constants = equation.outvars[0], flow.constants_of(equation)
+    for equation in (equation for equation in called.jaxpr.jaxpr.eqns if equation.outvars):
+        result, constants = equation.outvars[0], [each for each in flow.constants_of(equation) if each]
+        if result in flow.products:
+            constants = [each for each in constants if not each.view]  # a leaf that is the kernel is no statistic
         if result not in flow.known and result not in passed and any(reads[out] for out in equation.outvars):
-            for leaf in frozenset().union(*(each.leaves for each in constants if each)) & statistics:
+            for leaf in frozenset().union(*(each.leaves for each in constants)) & statistics.keys():
                 found.setdefault(layer(leaf), _why(flow, equation))
     return found
 
@@ -129,7 +136,7 @@ def _folds(flow: Flow) -> list[Fold]:
     after = {
         line.source: line  # the longest comes last
         for line in flow.lines.values()
-        if line.steps[-1].primitive.name in ARITHMETIC and line.source in products and flow.reads[line.source] == 1
+        if line.steps[-1].primitive.name in AFFINE and line.source in products and flow.reads[line.source] == 1
     }
     found = []
     for result, product in products.items():
@@ -144,7 +151,7 @@ def _folds(flow: Flow) -> list[Fold]:
 
 def _is_bias(flow: Flow, line: Line) -> bool:
     """Whether the only step of arithmetic adds a parameter."""
-    steps = [step for step in line.steps if step.primitive.name in ARITHMETIC]
+    steps = [step for step in line.steps if step.primitive.name in AFFINE]
     names = [step.primitive.name for step in steps]
     return names == ["add"] and any(each and each.view for each in flow.constants_of(steps[0]))
 
@@ -155,6 +162,8 @@ def _bias(flow: Flow, product: Product, line: Line) -> jax.tree_util.KeyPath | N
     bias = (*kernel[:-1], jax.tree_util.DictKey("bias"))
     if len(kernel) < 2 or not isinstance(kernel[-1], jax.tree_util.DictKey) or bias == kernel:
         return None
+    if any(path[: len(bias)] == bias != path for path in paths):
+        return None  # a module has this name
     if bias in paths:  # it may be replaced unless it is read by something else
         leaf = paths.index(bias)
         if flow.reads[flow.called.jaxpr.jaxpr.invars[leaf]] != sum(leaf in each for each in line.leaves):
@@ -168,7 +177,9 @@ def _bias(flow: Flow, product: Product, line: Line) -> jax.tree_util.KeyPath | N
 
 def _why(flow: Flow, equation: Equation) -> str:
     """Why an equation of constants and data is not folded."""
-    if equation.primitive.name not in ARITHMETIC:
+    if equation.outvars[0] in flow.products:
+        return "a kernel is computed from it"
+    if equation.primitive.name not in AFFINE:
         return f"the operation {equation.primitive.name!r} reads it"
     other = "its values vary along other axes than the channels of the kernel before it"
     line = flow.lines.get(equation.outvars[0])
@@ -183,7 +194,9 @@ def _why(flow: Flow, equation: Equation) -> str:
     if flow.reads[line.source] > 1:
         return "what it normalises is read by something else as well"
     if product:
-        return "the kernel before it has no place for a bias: `bias` beside it has another use, or there is no dict"
+        return (
+            "the kernel before it has no place for a bias: `bias` beside it is a module or read elsewhere, or no dict"
+        )
     for each in flow.products.values():
         if isinstance(each, Product) and flow.line(each.data).source is line.source:
             return _unfit(each, flow.line(each.data)) or "the kernel after it has no place for a bias"
@@ -196,7 +209,7 @@ def _passed(folds: Iterable[Fold]) -> dict[Variable, Variable]:
     for line in (line for fold in folds for line in (fold.before, fold.after) if line):
         variable = line.source
         for step in line.steps:
-            if step.primitive.name in ARITHMETIC:
+            if step.primitive.name in AFFINE:
                 passed[step.outvars[0]] = variable
             variable = step.outvars[0]
     return passed

@@ -20,7 +20,7 @@ from dl_jax.compress.quantize.activations import (
     rounded,
     with_activations,
 )
-from dl_jax.compress.quantize.axes import output_axes
+from dl_jax.compress.quantize.axes import LayerWeights, layer_weights
 from dl_jax.compress.quantize.binary import binary, stochastic_binary, ternary, with_stochastic_binary, within_one
 from dl_jax.compress.quantize.learned import activation_steps, learned, learned_activations, stored, with_steps
 from dl_jax.compress.quantize.weights import (
@@ -40,6 +40,7 @@ from dl_jax.compress.quantize.weights import (
 __all__ = [
     "RANGES",
     "Axes",
+    "LayerWeights",
     "Observer",
     "Quantized",
     "Range",
@@ -51,10 +52,10 @@ __all__ = [
     "is_quantized",
     "is_weight",
     "last_axis",
+    "layer_weights",
     "learned",
     "learned_activations",
     "least_error",
-    "output_axes",
     "pack",
     "percentile",
     "quantize",

@@ -1,7 +1,7 @@
-"""The axes of output channels of a model's weights, read from the products in which they are used."""
+"""Which parameters of a model are weights, and their axes of output channels: read from the products that use them."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -9,28 +9,46 @@ import numpy as np
 from dl_jax import inspect
 from dl_jax.compress.quantize.weights import Axes, last_axis
 from dl_jax.core.equations import Called, bound, evaluate, scanned
-from dl_jax.core.leaves import leaf_name
+from dl_jax.core.errors import InputError
+from dl_jax.core.leaves import Where, leaf_name
 from dl_jax.core.step import Tree
 
 
-def output_axes(apply: Callable[..., Any], variables: Tree, *args: Any, **kwargs: Any) -> Axes:
-    """For `quantize` and `fake`: the axes of a weight over which the results of its layer run, in the given call.
+class LayerWeights(NamedTuple):
+    """For `quantize` and `fake`: `quantize(params, 8, *layer_weights(apply, variables, image))`."""
+
+    where: Where  # whether a layer multiplies with a parameter, of whatever name
+    axes: Axes
+
+
+def layer_weights(apply: Callable[..., Any], variables: Tree, *args: Any, **kwargs: Any) -> LayerWeights:
+    """The parameters that layers multiply with in the given call, and the axes over which their results run.
 
     Those of a kernel [D, heads, width] that projects to heads are (1, 2), and those of a kernel [heads, width, D] that
     projects back are (2,). Where a layer computes its kernel otherwise than by moving numbers, none may be found: the
-    weight then has one scale. A weight that no layer multiplies with, such as an embedding, has the `last_axis`. Only
-    the shapes of `variables` matter.
+    weight then has one scale. A parameter that no layer multiplies with, such as an embedding, has the `last_axis`, and
+    `where` does not choose it. Only the shapes of `variables` matter. Layers are those of `inspect.with_inputs`.
+
+    Raises InputError where no layer multiplies with a parameter.
     """
     called = inspect.opened(apply, variables, *args, **kwargs)
     layers, _ = inspect.analysed(called)
     leaves = jax.tree.leaves(variables)
-    used = sorted({i for layer in layers.values() for i in layer.leaves})
+    used = sorted({i for layer in layers.values() for i in layer.leaves if leaf_name(called.paths[i][:1]) == "params"})
+    if not used:
+        raise InputError(
+            "the call multiplies with no parameter, expected at least one layer; give it a model with dense or "
+            "convolutional layers, and its variables as {'params': ..., ...}"
+        )
     runs_over = [_kernels_along(called, layers, leaves, axis) for axis in range(max(leaves[i].ndim for i in used))]
     found = {
         leaf_name(called.paths[i][1:]): tuple(axis for axis in range(leaves[i].ndim) if i in runs_over[axis])
         for i in used
     }
-    return lambda path, leaf: found.get(leaf_name(path), last_axis(path, leaf))
+    return LayerWeights(
+        lambda path, leaf: leaf_name(path) in found,
+        lambda path, leaf: found.get(leaf_name(path), last_axis(path, leaf)),
+    )
 
 
 def _kernels_along(called: Called, layers: dict[Any, inspect.Layer], leaves: list[Any], axis: int) -> set[int]:

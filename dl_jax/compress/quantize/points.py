@@ -58,7 +58,7 @@ def points(called: Called) -> Points:
     The input of a layer has the name of its (first) path, and its output that with ":output". A sum has the name of the
     last layer before it with ":sum". Every point has a range of its own, so that what would have the name of another
     one is numbered: where a module multiplies with two kernels, or is called twice, its layers are "a" and "a#2". In
-    the bodies of scans only inputs are points, as no runtime computes the gates of a recurrent layer in integers.
+    the bodies of scans only inputs are points: a runtime multiplies them as integers, but adds up the gates in floats.
     """
     layers, origins = analysed(called)
     names, found = _numbered(layers), Points({}, {})

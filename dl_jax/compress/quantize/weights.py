@@ -56,9 +56,9 @@ def quantize(params: Tree, bits: int, where: Where = is_kernel, axes: Axes = las
 
     The grid is symmetric around an exact 0, and its ends are the channel's largest magnitude: scale = max |w| / q. With
     1 bit there is no 0: w becomes ± mean |w| of its channel (Rastegari et al. 2016, arXiv:1603.05279, equation 6), and
-    0 becomes +. `axes` gives the axes of a weight's output channels, by default the last one; `output_axes` reads them
-    from a model. Map it over seeds with `jax.vmap`. Raises InputError as `fake` does, and for weights that are not
-    finite, which cannot be seen under `jit` and `vmap`.
+    0 becomes +. `axes` gives the axes of a weight's output channels, by default the last one. `layer_weights` reads
+    both from a model: which parameters are weights, of any name, and their axes. Map it over seeds with `jax.vmap`.
+    Raises InputError as `fake` does, and for weights that are not finite, which cannot be seen under `jit` and `vmap`.
     """
     require_bits(bits)
 

@@ -1,6 +1,7 @@
 """Channels of a model that have to be removed together, and the model without some of them."""
 
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dl_jax.compress.structure import arrays, flow, shrink
+from dl_jax.compress.structure import arrays, flow, products, shrink
 from dl_jax.compress.structure.identity import Identities
 from dl_jax.core import equations
 from dl_jax.core.errors import InputError
@@ -29,6 +30,7 @@ class Groups(NamedTuple):
 
     free: Mapping[str, tuple[Channel, ...]]  # by group, the channels of which each goes on its own
     frozen: Mapping[Place, str]  # why coordinates of an axis stay
+    widths: Mapping[str, int]  # by group, how many inputs and outputs of layers a channel is: of a head, its dimensions
 
 
 class Followed(NamedTuple):
@@ -57,15 +59,19 @@ def groups(apply: Apply, variables: Tree, *args: Any, **kwargs: Any) -> Groups:
                     frozen.setdefault(place, reason)
                 for source in found.ids.sources(each):
                     channels[source][place].append(i)
-    alike: dict[tuple[Place, ...], list[Channel]] = defaultdict(list)
-    for channel in channels.values():
-        alike[tuple(channel)].append({place: tuple(indices) for place, indices in channel.items()})
-    free = {}
-    for places, each in alike.items():
+    alike: dict[tuple[Place, ...], list[int]] = defaultdict(list)
+    for source, channel in channels.items():
+        alike[tuple(channel)].append(source)
+    counts = products.widths(found.ids, found.body)
+    free: dict[str, tuple[Channel, ...]] = {}
+    widths: dict[str, int] = {}
+    for places, sources in alike.items():
         name = _name(places)
-        same = sum(known.partition("#")[0] == name for known in free)
-        free[f"{name}#{same + 1}" if same else name] = tuple(each)
-    return Groups(free, frozen)
+        if same := sum(known.partition("#")[0] == name for known in free):
+            name = f"{name}#{same + 1}"
+        free[name] = tuple({place: tuple(indices) for place, indices in channels[source].items()} for source in sources)
+        widths[name] = math.gcd(*(counts.get(source, 1) for source in sources))
+    return Groups(free, frozen, widths)
 
 
 def _name(places: tuple[Place, ...]) -> str:
@@ -233,7 +239,8 @@ def explain(found: Groups) -> str:
     """A report of what can be removed together, and of what stays and why."""
     lines = [f"Groups of channels that can be removed: {len(found.free)}"]
     for name, channels in found.free.items():
-        lines.append(f"  {name}: {len(channels)} channels")
+        width = found.widths[name]
+        lines.append(f"  {name}: {len(channels)} channels{f' of {width} inputs and outputs' if width > 1 else ''}")
         lines.extend(f"    axis {axis} of {path}" for path, axis in channels[0])
     by_reason: dict[str, list[Place]] = defaultdict(list)
     for place, why in found.frozen.items():

@@ -1,5 +1,6 @@
 """Which channels to remove: scores of channels, costs of what is left, and plans that meet a budget."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -130,8 +131,10 @@ def seconds(apply: Apply, variables: Tree, *args: Any, rounds: int = 100) -> Cos
 def lowest(found: Groups, scores: Scores, share: float | Mapping[str, float], multiple: int = 1) -> Plan:
     """The plan that removes the share of each group that has the lowest scores.
 
-    `share` is one fraction for all groups that have scores, or {group: fraction}. What is left of a group is rounded up
-    to a multiple of `multiple` channels: 8 or 16 suit most processors.
+    `share` is one fraction for all groups that have scores, or {group: fraction}. So many channels of a group are left
+    that the inputs and the outputs of layers which they are, together, are a multiple of `multiple`; 8 or 16 suit most
+    processors. A channel of a convolution is one of them, a head of 64 dimensions 64, and a group of a grouped
+    convolution as many as it has maps (`Groups.widths`). The number is rounded up; a group without such a number stays.
 
     Raises InputError for a share outside [0, 1), and for a group that cannot shrink.
     """
@@ -149,12 +152,12 @@ def lowest(found: Groups, scores: Scores, share: float | Mapping[str, float], mu
 def within(found: Groups, scores: Scores, cost: Cost, budget: float, multiple: int = 1) -> Plan:
     """The plan that removes the fewest channels, the lowest scores of all groups first, so that cost(plan) <= budget.
 
-    A group keeps `multiple` channels at least, and a multiple of that. The cost is asked for about log2(channels)
-    plans. Raises InputError where the budget cannot be met.
+    What a group keeps is a multiple of `multiple`, as in `lowest`. The cost is asked for about log2(channels) plans.
+    Raises InputError where the budget cannot be met, and says what stands in the way.
     """
     ranked = sorted((score, name) for name, each in scores.items() for score in each.tolist())
 
-    def plan(n: int) -> Plan:
+    def plan(n: int, multiple: int = multiple) -> Plan:
         counts = dict.fromkeys(scores, 0)
         for _, name in ranked[:n]:
             counts[name] += 1
@@ -162,10 +165,15 @@ def within(found: Groups, scores: Scores, cost: Cost, budget: float, multiple: i
 
     low, high = 0, len(ranked)
     if (least := cost(plan(high))) > budget:
-        raise InputError(
-            f"the cost is {least:g} where every group is as small as it can be, expected at most {budget:g}; raise the "
-            f"budget, or lower the multiple {multiple}"
-        )
+        if not ranked:
+            where, then = "nothing can be removed", "raise the budget; `explain` tells why axes stay"
+        elif multiple > 1 and cost(plan(high, multiple=1)) <= budget:
+            where = f"every group is as small as the multiple {multiple} lets it be"
+            then = "raise the budget, or lower the multiple"
+        else:
+            where = "every group is as small as it can be"
+            then = "raise the budget; a lower multiple is not enough, and `explain` tells why axes stay"
+        raise InputError(f"the cost is {least:g} where {where}, expected at most {budget:g}; {then}")
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if cost(plan(middle)) <= budget else (middle + 1, high)
@@ -175,11 +183,12 @@ def within(found: Groups, scores: Scores, cost: Cost, budget: float, multiple: i
 def _plan(found: Groups, scores: Scores, counts: Mapping[str, int], multiple: int) -> Plan:
     """Removes so many channels of the groups, less where a group would not keep a multiple of `multiple`."""
     if multiple < 1:
-        raise InputError(f"multiple is {multiple}, expected 1 or more channels")
+        raise InputError(f"multiple is {multiple}, expected 1 or more inputs and outputs of layers")
     gone: list[Channel] = []
     for name, count in counts.items():
         size = _size(found, scores, name)
-        left = min(size, max(1, -(-(size - count) // multiple)) * multiple)
+        step = multiple // math.gcd(multiple, found.widths[name])  # channels that are a multiple together
+        left = min(size, max(1, -(-(size - count) // step)) * step)
         order = np.argsort(scores[name], kind="stable")
         gone.extend(found.free[name][i] for i in order[: size - left])
     return removing(gone)

@@ -23,16 +23,7 @@ from dl_jax.compress.structure.arrays import (
 from dl_jax.compress.structure.identity import Axis, Identities
 from dl_jax.compress.structure.shapes import SHAPES
 from dl_jax.core import equations
-
-ELEMENTWISE = frozenset((
-    "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh",
-    "bitcast_convert_type", "cbrt", "ceil", "clamp", "convert_element_type", "copy", "cos", "cosh", "digamma",
-    "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "integer_pow", "is_finite",
-    "le", "lgamma", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not",
-    "or", "pow", "reduce_precision", "rem", "round", "rsqrt", "select_n", "shift_left",
-    "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient",
-    "sub", "tan", "tanh", "xor",
-))  # fmt: skip
+from dl_jax.core.equations import ELEMENTWISE
 
 
 def apply_rule(ids: Identities, equation: Any, ins: list[Array]) -> list[Array]:
