@@ -18,7 +18,7 @@ from jax.core import Tracer
 from dl_jax import inspect
 from dl_jax.compress.fixed import Fixed, Grid, Multiplier, as_multiplier, multiplied
 from dl_jax.compress.quantize.activations import RANGES, grid_of, is_between
-from dl_jax.compress.quantize.points import MOVES, Points, points, selects
+from dl_jax.compress.quantize.points import REARRANGING, Points, points, selects
 from dl_jax.compress.quantize.weights import Quantized, as_quantized, dequantize, is_quantized, require_bits
 from dl_jax.core.equations import DERIVATIVES, Called, bound, evaluate, inlined
 from dl_jax.core.errors import InputError
@@ -283,7 +283,7 @@ def _keeps_channels(equation: Any, x: Fixed) -> bool:
     before, after = x.values.shape, equation.outvars[0].aval.shape
     channels = [i for i in range(-x.scale.ndim, 0) if x.scale.shape[i] != 1]
     same = len(before) == len(after) and all(before[i] == after[i] for i in channels)
-    return same and equation.primitive.name not in MOVES
+    return same and equation.primitive.name not in REARRANGING
 
 
 def _sum(notes: Notes, v: Any, inputs: list[Any]) -> Fixed:

@@ -185,8 +185,15 @@ def quantized(
     write(out, _entry(data) + data)
 
 
-PRODUCTS = ("Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul")
-MOVES = ("Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")  # what a weight may pass on its way there
+PRODUCT_NODES = ("Conv", "ConvTranspose", "Einsum", "Gemm", "MatMul")
+REARRANGING_NODES = (
+    "Cast",
+    "Identity",
+    "Reshape",
+    "Squeeze",
+    "Transpose",
+    "Unsqueeze",
+)  # what a weight may pass on its way there
 
 
 def _weights(graph: Any, types: Collection[int], outside: Mapping[str, Any]) -> dict[str, int]:
@@ -199,9 +206,9 @@ def _weights(graph: Any, types: Collection[int], outside: Mapping[str, Any]) -> 
     for node in graph.node:
         if node.op_type == "Constant":
             tensors |= {name: (name, attribute.t) for name in node.output for attribute in node.attribute}
-        if node.op_type in MOVES and node.input[0] in tensors:
+        if node.op_type in REARRANGING_NODES and node.input[0] in tensors:
             tensors[node.output[0]] = tensors[node.input[0]]
-        if node.op_type in PRODUCTS:
+        if node.op_type in PRODUCT_NODES:
             known = (tensors[name] for name in node.input[:2] if name in tensors)
             found |= {name: math.prod(tensor.dims) for name, tensor in known if tensor.data_type in types}
         for body in (attribute.g for attribute in node.attribute if attribute.HasField("g")):  # of a loop or branch

@@ -167,3 +167,72 @@ def test_every_network_of_the_pipeline_is_cut_and_rounded(load_experiment):
         teacher = module.folded(model.apply, variables, {"image": image})
         assert set(teacher.variables) == {"params"}, name
         assert not [path for path in structure.groups(*teacher, image[:1] / 255, train=False).free if "norm" in path]
+
+
+def linear(variables, image, train):
+    """A normalised linear layer: [B, ...] -> [B, 3]."""
+    statistics, x = variables["batch_stats"]["norm"], image.reshape(len(image), -1)
+    return (x @ variables["params"]["layer"]["kernel"] - statistics["mean"]) * statistics["var"] ** -0.5
+
+
+def linear_variables(rng):
+    """Variables of `linear` for two seeds and images of 28 x 28 pixels."""
+    statistics = {"mean": np.float32(rng.normal(size=(2, 3))), "var": np.float32(1 + rng.random((2, 3)))}
+    kernel = np.float32(rng.normal(size=(2, 784, 3)))
+    return {"params": {"layer": {"kernel": kernel}}, "batch_stats": {"norm": statistics}}
+
+
+def seed_of(tree, seed):
+    """The leaves of one seed of a tree [S, ...]."""
+    return jax.tree.map(lambda leaf: leaf[seed], tree)
+
+
+def test_errors_and_differing_images_of_the_integer_network(load_experiment):
+    module = load_experiment("compression/integer_only")
+    logits = np.array([[1.0, 2.0], [3.0, 0.0], [5.0, 4.0], [0.0, 1.0]], np.float32)
+    assert module.error(logits, np.array([1, 1, 0, 0])) == 50
+    other = logits.copy()
+    assert module.differing(logits, other) == 0
+    other[0, 1], other[3] = np.nextafter(other[0, 1], np.float32(9)), np.nan
+    assert module.differing(logits, other) == 2
+
+
+def test_the_integer_network_has_the_weights_and_ranges_of_the_folded_one(load_experiment):
+    """Of each seed: kernel / sqrt(var) in steps of its channel's largest / 127, and the range of the images."""
+    module, rng = load_experiment("compression/integer_only"), np.random.default_rng(0)
+    variables, images = linear_variables(rng), np.float32(rng.random((5, 28, 28, 1)))
+    apply, small = module.quantised(linear, variables, images)
+    kernel = variables["params"]["layer"]["kernel"] / np.sqrt(variables["batch_stats"]["norm"]["var"])[:, None]
+    found = small["params"]["layer"]["kernel"]
+    np.testing.assert_allclose(found.scale, abs(kernel).max(1, keepdims=True) / 127, rtol=1e-5)
+    np.testing.assert_allclose(found.values, kernel / found.scale, atol=0.5001)
+    for end, least in zip(small["ranges"]["layer"], (images.min(), images.max()), strict=True):
+        np.testing.assert_array_equal(end, [least] * 2)
+    read = lambda variables: apply({"params": quantize.dequantize(variables["params"])}, images)
+    expected = linear(seed_of(variables, 1), images, False)
+    np.testing.assert_allclose(read(seed_of(small, 1)), expected, atol=0.02 * abs(expected).max())
+
+
+def test_what_training_regains_of_the_error_that_rounding_adds(load_experiment):
+    module = load_experiment("compression/quantize_sweep")
+    reference, rounded, trained = np.array([1.0, 1, 1, 1]), np.array([5.0, 3, 1, 0.5]), np.array([2.0, 4, 0.5, 0.1])
+    np.testing.assert_allclose(module.regained(reference, rounded, trained), [75, -50, 0, 0])
+
+
+def test_the_network_of_the_sweep_is_folded_seed_by_seed(load_experiment):
+    module, rng = load_experiment("compression/quantize_sweep"), np.random.default_rng(0)
+    variables, image = linear_variables(rng), np.float32(rng.random((2, 28, 28, 1)))
+    apply, folded = module.folded(linear, variables)
+    assert folded.keys() == {"params"}
+    for seed in range(2):
+        expected = linear(seed_of(variables, seed), image, False)
+        np.testing.assert_allclose(apply(seed_of(folded, seed), image), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_curves_of_the_sweep(load_experiment):
+    module = load_experiment("compression/quantize_sweep")
+    found = {f"error/{kind}{bits}": np.array([bits, 10.0]) for kind in ("ptq", "qat", "lsq") for bits in (4, 2)}
+    curves = module.curves(found | {"error/float": np.array([1.0, 2.0])}, (2, 4))
+    assert len(curves) == 4
+    np.testing.assert_array_equal(curves["rounded after training"][1], [[2, 10], [4, 10]])
+    np.testing.assert_array_equal(curves["floating point"][1], [[1, 2], [1, 2]])

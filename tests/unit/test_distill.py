@@ -54,6 +54,13 @@ def test_bfloat16_logits_are_compared_in_float32():
     np.testing.assert_allclose(found, wide, rtol=1e-2)
 
 
+def test_a_network_that_returns_more_than_logits_is_refused_in_one_line():
+    apply = lambda variables, image, train, rngs: (image.mean((1, 2)), image)
+    batch = {"image": np.zeros((2, 4, 4, 3), np.float32), "teacher_logits": logits(0, 2, 3)}
+    with pytest.raises(InputError, match="`apply` returns a tuple, expected an array"):
+        distill.loss(apply, 4.0)({"params": {}}, batch, jax.random.key(0))
+
+
 def test_a_single_class_is_refused_because_its_probability_never_changes():
     with pytest.raises(InputError, match=r"logits of shape \(4, 1\), expected two classes or more"):
         distill.soft(logits(0, 4, 1), logits(1, 4, 1), 1.0)

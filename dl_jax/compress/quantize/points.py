@@ -17,8 +17,23 @@ import jax.numpy as jnp
 from dl_jax.core.equations import DERIVATIVES, Called, inlined
 from dl_jax.inspect import DATA, Hook, Layer, Notes, Origin, analysed
 
-MOVES = ("reshape", "transpose", "squeeze", "expand_dims", "rev", "copy")  # the same numbers, in another shape or order
-SELECTIONS = (*MOVES, "slice", "max", "min", "clamp", "reduce_max", "reduce_window_max")  # rounding may come after them
+REARRANGING = (
+    "reshape",
+    "transpose",
+    "squeeze",
+    "expand_dims",
+    "rev",
+    "copy",
+)  # the same numbers, in another shape or order
+SELECTIONS = (
+    *REARRANGING,
+    "slice",
+    "max",
+    "min",
+    "clamp",
+    "reduce_max",
+    "reduce_window_max",
+)  # rounding may come after them
 OUTPUT, SUM = ":output", ":sum"  # what the name of a point that is not the input of a layer ends in
 
 Rounding = Callable[[str, Any], tuple[Any, Any]]  # (name of a point, x) -> the value in its place, and a note
@@ -114,7 +129,7 @@ def _add_input(found: Points, graph: _Graph, equation: Any, layer: Layer, name: 
     if v not in graph.made and is_argument:
         found.operands[equation.outvars[0]] = layer.operand, name
         return
-    while v in graph.made and graph.made[v].primitive.name in MOVES:
+    while v in graph.made and graph.made[v].primitive.name in REARRANGING:
         before = graph.made[v].invars[0]
         if before not in graph.made and is_argument:
             break
