@@ -7,7 +7,13 @@ densities.
 """
 
 from dl_jax.core.step import Loss
-from dl_jax.losses.classification import cross_entropy, require_labels, smooth_labels, soft_cross_entropy
+from dl_jax.losses.classification import (
+    cross_entropy,
+    require_labels,
+    smooth_labels,
+    soft_cross_entropy,
+    squared_hinge,
+)
 from dl_jax.losses.combine import (
     elastic_net,
     l1,
@@ -33,6 +39,7 @@ __all__ = [
     "smooth_labels",
     "soft_cross_entropy",
     "squared_error",
+    "squared_hinge",
     "weighted_sum",
     "with_batch",
     "with_params",

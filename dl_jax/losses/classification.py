@@ -29,6 +29,20 @@ def soft_cross_entropy(logits: Array, targets: Array) -> Array:  # [B, ..., C], 
     return optax.safe_softmax_cross_entropy(at_least_float32(logits), at_least_float32(targets))
 
 
+def squared_hinge(logits: Array, labels: Array) -> Array:  # [B, ..., C], int [B, ...] -> [B, ...]
+    """Σ max(0, 1 − t · logit)² over the classes, where t is 1 for the label and −1 for the others.
+
+    The loss of an L2-SVM of each class against the rest (Tang 2013, arXiv:1306.0239, section 2), one value for each
+    label. A label outside [0, C) gives NaN. Raises InputError where shapes or dtypes do not fit.
+    """
+    require_labels("squared_hinge", logits, labels)
+    classes = logits.shape[-1]
+    labels = class_numbers(labels, classes)
+    signs = 2 * jax.nn.one_hot(labels, classes) - 1  # [B, ..., C]
+    values = jnp.sum(optax.hinge_loss(at_least_float32(logits), signs) ** 2, -1)
+    return jnp.where(labels < classes, values, jnp.nan)
+
+
 def smooth_labels(labels: Array, classes: int, smoothing: float) -> Array:  # int [B, ...] -> [B, ..., C]
     """Targets for `soft_cross_entropy`: (1 − smoothing) on the label plus smoothing / C on every class.
 

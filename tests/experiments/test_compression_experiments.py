@@ -236,3 +236,47 @@ def test_the_curves_of_the_sweep(load_experiment):
     assert len(curves) == 4
     np.testing.assert_array_equal(curves["rounded after training"][1], [[2, 10], [4, 10]])
     np.testing.assert_array_equal(curves["floating point"][1], [[1, 2], [1, 2]])
+
+
+def test_kernels_of_binary_networks_learn_at_the_rates_of_kernels_of_glorots_size(load_experiment):
+    """Of f(w) = g(h w), h² = 1.5 / (in + out), the scaled gradient moves h w by what the gradient of g says."""
+    module = load_experiment("compression/binary_connect")
+    tx, h = module.by_glorot(), np.sqrt(1.5 / (3 + 5))
+    slope = np.arange(15, dtype=np.float32).reshape(3, 5)  # of g
+    gradients = {"Dense_0": {"kernel": h * slope, "bias": np.ones(5, np.float32)}}
+    scaled, _ = tx.update(gradients, tx.init(gradients))
+    np.testing.assert_allclose(h * scaled["Dense_0"]["kernel"], slope, rtol=1e-6)
+    np.testing.assert_array_equal(scaled["Dense_0"]["bias"], 1)
+
+
+def test_the_hinge_loss_of_a_network_and_its_error(load_experiment):
+    module = load_experiment("compression/binary_connect")
+    loss = module.hinge_loss(lambda variables, image, train, rngs: variables["params"])
+    logits, labels = np.array([[2.0, -0.5], [0.5, 0.0]], np.float32), np.array([0, 1])
+    value, (collections, metrics) = loss({"params": logits}, {"image": np.zeros((2, 8, 8, 1)), "label": labels}, None)
+    np.testing.assert_allclose(value, (0.5**2 + (1.5**2 + 1)) / 2)
+    assert (collections, metrics) == ({}, {"error": 0.5})
+
+
+def test_weights_of_one_are_counted_exactly(load_experiment):
+    module = load_experiment("compression/binary_connect")
+    kernel = np.array([[[1, -1], [0.5, 1]], [[-1, -1], [np.nextafter(np.float32(1), np.float32(0)), 0]]], np.float32)
+    params = {"a": {"kernel": kernel, "bias": np.ones((2, 7))}, "b": {"kernel": np.array([[[1, -1]], [[0, 0]]])}}
+    np.testing.assert_allclose(module.ones(params), [100 * 5 / 6, 100 * 2 / 6])
+    drawn = module.within_one(jax.random.key(0), (2, 300, 40))
+    assert abs(drawn).max() <= 1
+    assert abs(drawn).mean() == pytest.approx(0.5, abs=0.01)
+    np.testing.assert_array_equal(module.ones(quantize.binary()({"kernel": drawn})), [100, 100])
+
+
+def test_values_of_ternary_and_binary_kernels(load_experiment):
+    module = load_experiment("compression/ternary")
+    kernel = jax.random.normal(jax.random.key(0), (2, 30, 4))  # of two seeds
+    params = {"a": {"kernel": kernel, "bias": kernel}, "b": {"kernel": kernel[:, :1, :2]}}
+    np.testing.assert_array_equal(module.values(params), [120, 120])
+    found = {name: jax.vmap(module.ROUNDINGS[name])(params) for name in module.ROUNDINGS}
+    np.testing.assert_array_equal(module.values(found["real"]), [120, 120])
+    np.testing.assert_array_equal(module.values(found["ternary"]), [3, 3])
+    np.testing.assert_array_equal(module.values(found["binary"]), [2, 2])
+    scale = np.abs(np.asarray(kernel, np.float64)).mean((1, 2))  # of each seed, for the whole kernel
+    np.testing.assert_allclose(np.abs(found["binary"]["a"]["kernel"]).max((1, 2)), scale, rtol=1e-6)

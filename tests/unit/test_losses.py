@@ -94,26 +94,40 @@ def test_cross_entropies_match_float64(rng, shape, scale):
     np.testing.assert_allclose(soft, -(targets * log_p).sum(-1), rtol=1e-5)
 
 
+def test_squared_hinge_by_hand_and_in_float64(rng):
+    """(1 - y)² for the label where y < 1, plus (1 + y)² for every other class where y > -1 (Tang 2013)."""
+    logits = jnp.array([[0.5, -2.0, 0.0], [1.5, 2.0, -1.0]])
+    np.testing.assert_allclose(losses.squared_hinge(logits, jnp.array([0, 2])), [0.25 + 1, 2.5**2 + 3**2 + 2**2])
+    logits, labels = rng.normal(size=(3, 4, 6)) * 2, rng.integers(0, 6, (3, 4))
+    own = np.arange(6) == labels[..., None]
+    expected = np.where(own, np.where(logits < 1, 1 - logits, 0), np.where(logits > -1, 1 + logits, 0)) ** 2
+    found = losses.squared_hinge(jnp.asarray(logits, jnp.float32), jnp.asarray(labels))
+    np.testing.assert_allclose(found, expected.sum(-1), rtol=1e-5)
+
+
 def test_soft_cross_entropy_of_an_impossible_class_with_target_0():
     logits, targets = jnp.array([[0.0, 0.0, -jnp.inf]]), jnp.array([[0.5, 0.5, 0.0]])
     np.testing.assert_allclose(losses.soft_cross_entropy(logits, targets), [np.log(2)], rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["squared_error", "huber", "cross_entropy", "soft_cross_entropy"])
+@pytest.mark.parametrize("name", ["squared_error", "huber", "cross_entropy", "soft_cross_entropy", "squared_hinge"])
 def test_gradients_match_finite_differences(rng, name):
     x = rng.normal(size=(3, 4)) * 2
-    second = {"cross_entropy": rng.integers(0, 4, 3), "soft_cross_entropy": rng.dirichlet(np.ones(4), 3)}
+    labels = rng.integers(0, 4, 3)
+    second = {"cross_entropy": labels, "squared_hinge": labels, "soft_cross_entropy": rng.dirichlet(np.ones(4), 3)}
     with jax.enable_x64(True):
         targets = jnp.asarray(second.get(name, rng.normal(size=(3, 4))))
         f = lambda x: getattr(losses, name)(x, targets).sum()
         np.testing.assert_allclose(jax.grad(f)(jnp.asarray(x)), numeric_gradient(f, x), atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["squared_error", "huber", "cross_entropy", "soft_cross_entropy"])
+@pytest.mark.parametrize("name", ["squared_error", "huber", "cross_entropy", "soft_cross_entropy", "squared_hinge"])
 def test_bfloat16_outputs_are_lossed_in_float32(rng, name):
     outputs = jnp.asarray(rng.normal(size=(2, 300)), jnp.bfloat16)
     targets = (
-        jnp.array([3, 299]) if name == "cross_entropy" else jnp.asarray(rng.dirichlet(np.ones(300), 2), jnp.float32)
+        jnp.array([3, 299])
+        if name in ("cross_entropy", "squared_hinge")
+        else jnp.asarray(rng.dirichlet(np.ones(300), 2), jnp.float32)
     )
     loss = getattr(losses, name)
     assert loss(outputs, targets).dtype == jnp.float32
@@ -127,9 +141,9 @@ def test_integer_targets_do_not_wrap():  # uint8 arithmetic would
 @pytest.mark.parametrize("label", [-1, -3, 3, 100])
 def test_a_label_outside_the_classes_gives_nan(label):
     labels = jnp.array([0, label])
-    value = losses.cross_entropy(jnp.zeros((2, 3)), labels)
-    assert np.isfinite(value[0])
-    assert np.isnan(value[1])
+    for value in (losses.cross_entropy(jnp.zeros((2, 3)), labels), losses.squared_hinge(jnp.zeros((2, 3)), labels)):
+        assert np.isfinite(value[0])
+        assert np.isnan(value[1])
     assert np.isnan(losses.smooth_labels(labels, 3, 0.1)[1]).all()
 
 
@@ -184,6 +198,7 @@ def test_smooth_labels():
         (lambda: losses.huber(jnp.zeros(3), jnp.zeros(3), float("nan")), "delta is nan"),
         (lambda: losses.cross_entropy(jnp.zeros((3, 2)), jnp.zeros((3, 1), int)), "expected (3,)"),
         (lambda: losses.cross_entropy(jnp.zeros((3, 2)), jnp.zeros(3)), "float32"),
+        (lambda: losses.squared_hinge(jnp.zeros((3, 2)), jnp.zeros((3, 1), int)), "expected (3,)"),
         (lambda: losses.soft_cross_entropy(jnp.zeros((3, 2)), jnp.zeros(3)), "(3, 2)"),
         (lambda: losses.smooth_labels(jnp.zeros(3, int), 2, 1.0), "smoothing is 1.0"),
         (lambda: losses.smooth_labels(jnp.zeros(3), 2, 0.1), "float32"),

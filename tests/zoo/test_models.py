@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy_layers import batch_norm, dense
 from quick import jit, moved, shapes
 
 from dl_jax import models
@@ -196,17 +197,16 @@ def test_mlp_against_numpy():
 
 
 def test_deep_mlp_against_numpy():
-    """BatchNorm stands before the activation, and only the second hidden layer is as wide as what it gets."""
+    """BatchNorm stands before the activations and on the logits; only the second layer is as wide as what it gets."""
     _, inputs, variables, predict, _ = example("vision.mlp.DeepMLP")
     params, stats = moved(variables["params"], 0.1), moved(variables["batch_stats"], 0.1)
-    assert params["Dense_0"].keys() == {"kernel"}
+    assert params["Dense_0"].keys() == params["Dense_2"].keys() == {"kernel"}
     x = inputs["image"].reshape(3, -1).astype(np.float64)
     for i, residual in enumerate((0, 1)):
-        y, norm, running = x @ params[f"Dense_{i}"]["kernel"], params[f"BatchNorm_{i}"], stats[f"BatchNorm_{i}"]
-        y = (y - running["mean"]) / np.sqrt(running["var"] + 1e-5) * norm["scale"] + norm["bias"]
+        y = batch_norm(x @ params[f"Dense_{i}"]["kernel"], params[f"BatchNorm_{i}"], stats[f"BatchNorm_{i}"])
         y = 1 / (1 + np.exp(-y))
         x = x + y if residual else y
-    x = x @ params["Dense_2"]["kernel"] + params["Dense_2"]["bias"]
+    x = batch_norm(x @ params["Dense_2"]["kernel"], params["BatchNorm_2"], stats["BatchNorm_2"])
     found = predict({"params": params, "batch_stats": stats}, inputs)
     np.testing.assert_allclose(found, x, atol=1e-5)
 
@@ -390,6 +390,21 @@ def test_caffe_variant_against_numpy():
     x = np.maximum(x.reshape(len(x), -1) @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"], 0)
     x = x @ params["Dense_1"]["kernel"] + params["Dense_1"]["bias"]
     np.testing.assert_allclose(predict({"params": params}, inputs), x, rtol=1e-5, atol=1e-5)
+
+
+def test_normalised_lenet_against_numpy():
+    """BatchNorm stands before each ReLU, and the layers before it have no bias."""
+    _, inputs, variables, predict, _ = example("vision.lenet.NormalisedLeNet")
+    params, stats = moved(variables["params"], 0.1), moved(variables["batch_stats"], 0.1)
+    norm = lambda x, i: np.maximum(batch_norm(x, params[f"BatchNorm_{i}"], stats[f"BatchNorm_{i}"]), 0)
+    assert all(params[name].keys() == {"kernel"} for name in ("Conv_0", "Conv_1", "Dense_0"))
+    x = inputs["image"].astype(np.float64)
+    for i in (0, 1):
+        windows = np.lib.stride_tricks.sliding_window_view(x, (5, 5), (1, 2))  # [B, H, W, C, 5, 5]
+        x = norm(np.einsum("bhwcij,ijcd->bhwd", windows, params[f"Conv_{i}"]["kernel"], optimize=True), i)
+        x = np.max([x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)], 0)
+    x = dense(norm(x.reshape(len(x), -1) @ params["Dense_0"]["kernel"], 2), params["Dense_1"])
+    np.testing.assert_allclose(predict({"params": params, "batch_stats": stats}, inputs), x, rtol=1e-5, atol=1e-5)
 
 
 def test_lenet5_trains_on_an_accelerator_with_plain_convolutions():

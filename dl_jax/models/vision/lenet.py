@@ -1,4 +1,4 @@
-"""The LeNets: LeNet-5 as published, its Caffe variant and LeNet-300-100.
+"""The LeNets: LeNet-5 as published, its Caffe variants and LeNet-300-100.
 
 LeCun, Bottou, Bengio and Haffner, "Gradient-based learning applied to document recognition", Proceedings of the IEEE
 86(11), 1998, section II. The Caffe variant and LeNet-300-100 are the networks of the pruning papers: Han, Pool, Tran
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from dl_jax.core.errors import InputError
+from dl_jax.core.errors import InputError, require_positive
 from dl_jax.core.leaves import at_least_float32
 from dl_jax.losses import require_labels
 from dl_jax.losses.inputs import class_numbers
@@ -197,13 +197,55 @@ class LeNetCaffe(nn.Module):
         return dense(self.classes)(x).astype(jnp.float32)
 
 
+class NormalisedLeNet(nn.Module):
+    """The LeNet of Li and Liu 2016 (arXiv:1605.04711), 32C5-MP2-64C5-MP2-512FC: image [B, H, W, C] -> [B, classes].
+
+    Each convolution and the hidden dense layer are followed by batch normalisation and a ReLU, and have no bias.
+    Convolutions are not padded. Kernels are initialised as those of `LeNetCaffe`. There are 582,634 parameters for grey
+    images of 28 x 28 pixels and 10 classes.
+
+    Raises InputError as `LeNetCaffe` does, and for a layer without units.
+    """
+
+    maps: tuple[int, int] = (32, 64)  # of each convolution
+    hidden: int = 512  # units of the hidden dense layer
+    classes: int = 10
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, image: jax.Array, *, train: bool) -> jax.Array:
+        require_positive({"maps": min(self.maps), "hidden": self.hidden, "classes": self.classes})
+        layers.require_image(self, image, 16, ("Conv_0",))
+        init, x = nn.initializers.variance_scaling(1.0, "fan_in", "uniform"), image
+        for maps in self.maps:
+            conv = nn.Conv(
+                maps,
+                (5, 5),
+                padding="VALID",
+                use_bias=False,
+                kernel_init=init,
+                dtype=self.dtype,
+                conv_general_dilated=ops.conv_general_dilated,
+            )
+            x = ops.max_pool(nn.relu(layers.batch_norm(train, dtype=self.dtype)(conv(x))), 2)  # [B, (H - 4) / 2, ...]
+        layers.require_values(self, x, ("Dense_0",))
+        x = nn.Dense(self.hidden, use_bias=False, kernel_init=init, dtype=self.dtype)(x.reshape(x.shape[0], -1))
+        x = nn.relu(layers.batch_norm(train, dtype=self.dtype)(x))
+        return nn.Dense(self.classes, kernel_init=init, dtype=self.dtype)(x).astype(jnp.float32)
+
+
 LeNet300 = functools.partial(MLP, hidden=(300, 100))  # LeNet-300-100: 266,610 parameters for 28 x 28 pixels
 
 
 def examples() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
     """Tiny instances with a batch of inputs each, for the tests of the whole zoo."""
     image = np.random.default_rng(0).random((3, 28, 28, 1), np.float32)
-    models = {"LeNet5": LeNet5(), "LeNetCaffe": LeNetCaffe(), "LeNet300": LeNet300()}
+    models = {
+        "LeNet5": LeNet5(),
+        "LeNetCaffe": LeNetCaffe(),
+        "NormalisedLeNet": NormalisedLeNet((4, 6), 8),
+        "LeNet300": LeNet300(),
+    }
     return {name: (model, {"image": image}) for name, model in models.items()}
 
 
@@ -211,11 +253,13 @@ def published() -> dict[str, tuple[nn.Module, dict[str, jax.ShapeDtypeStruct], i
     """The instances of the papers.
 
     The number of LeNet-5 is that of LeCun et al., section II.B. Those of the others are the sizes of Caffe's
-    `lenet_train_test.prototxt` and of 784-300-100-10; Han et al. round them to 431 and 267 thousand (Table 1).
+    `lenet_train_test.prototxt` and of 784-300-100-10; Han et al. round them to 431 and 267 thousand (Table 1). Li and
+    Liu give none: theirs follows from the layers.
     """
     image = {"image": jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32)}
     return {
         "LeNet5": (LeNet5(), image, 60_000),
         "LeNetCaffe": (LeNetCaffe(), image, 431_080),
+        "NormalisedLeNet": (NormalisedLeNet(), image, 25 * 32 + 64 + 800 * 64 + 128 + 1024 * 512 + 1024 + 513 * 10),
         "LeNet300": (LeNet300(), image, 266_610),
     }

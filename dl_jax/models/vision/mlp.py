@@ -27,6 +27,7 @@ class MLP(nn.Module):
     activation: Callable[[jax.Array], jax.Array] = nn.relu
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()  # of every layer
     batch_norm: bool = False  # between each hidden layer, which then has no bias, and its activation
+    norm_logits: bool = False  # whether the logits are normalised over the batch too; their layer then has no bias
     residual: bool = False  # a hidden layer as wide as the one before adds to it
     dtype: DTypeLike = jnp.float32
 
@@ -42,13 +43,15 @@ class MLP(nn.Module):
             y = batch_norm(train, dtype=self.dtype)(y) if self.batch_norm else y
             y = nn.Dropout(self.dropout, deterministic=not train)(self.activation(y))
             x = x + y if self.residual and x.shape == y.shape else y
-        return nn.Dense(self.classes, dtype=self.dtype, kernel_init=self.kernel_init)(x).astype(jnp.float32)
+        last = nn.Dense(self.classes, use_bias=not self.norm_logits, dtype=self.dtype, kernel_init=self.kernel_init)
+        logits = last(x).astype(jnp.float32)
+        return batch_norm(train)(logits) if self.norm_logits else logits
 
 
 def examples() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
     """Tiny instances with a batch of inputs each, for the tests of the whole zoo."""
     image = np.random.default_rng(0).random((3, 8, 8, 1), np.float32)
-    deep = MLP(hidden=(12, 12), activation=nn.sigmoid, batch_norm=True, residual=True)
+    deep = MLP(hidden=(12, 12), activation=nn.sigmoid, batch_norm=True, norm_logits=True, residual=True)
     return {
         "MLP": (MLP(hidden=(12, 12), classes=5, dropout=0.5), {"image": image}),
         "DeepMLP": (deep, {"image": image}),
