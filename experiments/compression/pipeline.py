@@ -8,8 +8,8 @@ this is the teacher. Then a share of the channels of every layer is removed, tho
 2017, arXiv:1608.08710), and the small network is trained on the teacher's soft targets (Hinton et al. 2015,
 arXiv:1503.02531), while a fraction of its weights becomes zero (Zhu & Gupta 2017, arXiv:1710.01878). Both networks are
 exported as StableHLO for XLA and as ONNX for ONNX Runtime, and in 8-bit integers (Krishnamoorthi 2018,
-arXiv:1806.08342) as ONNX, the small one also as an entropy-coded file (Han et al. 2016, arXiv:1510.00149). Weights use 7
-of the 8 bits, so that all CPUs compute the same; so does the baseline, ONNX Runtime's own quantisation. Sizes, times
+arXiv:1806.08342) as ONNX, the small one also as an entropy-coded file (Han et al. 2016, arXiv:1510.00149). Weights use
+7 of the 8 bits, so that all CPUs compute the same; so does the baseline, ONNX Runtime's own quantisation. Sizes, times
 and accuracies are those of the files, opened again; parameters and zeros are counted before export.
 
 The file that is recommended is chosen on validation images: the fastest of those that are smaller and faster than the
