@@ -434,6 +434,7 @@ def compared(ratios: np.ndarray) -> str:  # [S]
 def costs_figure(found: Found, best: Name) -> "Figure":
     """Accuracy against the time of a call on one image, and against bytes: a marker for a file, its std as a bar."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
@@ -456,6 +457,9 @@ def costs_figure(found: Found, best: Name) -> "Figure":
             left.errorbar(1e6 * np.median([cost.latency[BATCHES[0]].p50 for cost in each]), mean, std, **style)
     left.set(xscale="log", xlabel="microseconds for one image", ylabel="test accuracy (%)")
     right.set(xscale="log", xlabel="kilobytes")
+    for axes in (left, right):
+        axes.xaxis.set_major_formatter(LogFormatter())
+        axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
     title = "no file was chosen" if best[0] == TEACHER else f"chosen, with a black edge: {file_name(best)}"
     figure.suptitle(title)
     figure.legend(*right.get_legend_handles_labels(), loc="outside right center")
