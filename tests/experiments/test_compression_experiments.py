@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from dl_jax.compress import codec, measure, quantize, structure
+from dl_jax.compress import codec, distill, measure, quantize, structure
 from dl_jax.core.errors import InputError
 from dl_jax.harness.run import Run, Settings
+from dl_jax.models.vision.resnet import CifarResNet
 
 
 def kernel(rows, columns, places):
@@ -106,6 +107,7 @@ def test_a_rewound_network_has_the_zeros_of_one_and_the_weights_of_the_other(loa
         ("lottery_ticket", {"rounds": 40}, r"rounds is 40, but two of them leave 0.\d % of the weights, expected"),
         ("lottery_ticket", {"redrawn": (99,)}, r"redrawn is \(99,\), expected rounds from 0 to 1"),
         ("distill_mnist", {"batch_size": 1000}, "1 epochs of 120 digits make no batch of 1000"),
+        ("distill_features", {"student_depth": 9}, r"depth is 9, expected 6 n \+ 2"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_training(load_experiment, name, change, message, monkeypatch):
@@ -280,3 +282,70 @@ def test_values_of_ternary_and_binary_kernels(load_experiment):
     np.testing.assert_array_equal(module.values(found["binary"]), [2, 2])
     scale = np.abs(np.asarray(kernel, np.float64)).mean((1, 2))  # of each seed, for the whole kernel
     np.testing.assert_allclose(np.abs(found["binary"]["a"]["kernel"]).max((1, 2)), scale, rtol=1e-6)
+
+
+def test_students_of_features_differ_in_their_losses_alone(load_experiment, monkeypatch):
+    """All of them start at the same weights, see the same images, and hear of the same teacher."""
+    module, seen = load_experiment("compression/distill_features"), {}
+
+    def untrained(step, states, stream, *, steps, run):
+        batches = [stream(i) for i in range(3)]
+        seen[run.name] = step.args[0], batches, distill.without_regressors(states.params), states.extra
+        assert (distill.REGRESSORS in states.params) == (run.name == "hints")
+        return states
+
+    monkeypatch.setattr(module, "fit", untrained)
+    monkeypatch.setattr(module, "evaluator", lambda *given: lambda variables: {"error": np.zeros(2)})
+    config = dataclasses.replace(module.PRESETS["smoke"], students=module.Config().students)
+    found = module.main(config, Run(settings=Settings(seeds=(0, 1))))
+    _, _, *start = seen.pop("teacher")
+    assert {f"error/{name}" for name in seen} | {"error/teacher"} == set(found)
+    for taught_by, *others in seen.values():
+        jax.tree.map(np.testing.assert_array_equal, taught_by, {"params": start[0], **start[1]})
+        jax.tree.map(np.testing.assert_array_equal, others, list(seen["alone"][1:]))
+
+
+def test_the_loss_of_each_student_by_hand(load_experiment):
+    module = load_experiment("compression/distill_features")
+    cfg = dataclasses.replace(module.PRESETS["smoke"], soft_weight=0.7, hint_weight=0.2, attention_weight=3.0)
+    rng = np.random.default_rng(0)
+    image, label = rng.random((3, 8, 8, 1), np.float32), np.array([1, 7, 7])
+    small, large = CifarResNet(8, width=2), CifarResNet(14, width=3)
+    init = lambda net: jax.jit(lambda: net.init(jax.random.key(1), image, train=False))()
+    own, teacher = init(small), init(large)
+    regressor = {"kernel": rng.normal(size=(4, 6)).astype(np.float32), "bias": rng.normal(size=6).astype(np.float32)}
+    answers, maps = outputs(small, own, image, (0, 0, 0), train=True)
+    taught, wanted = outputs(large, teacher, image, (1, 1, 1), train=False)
+
+    log_p = lambda x: x - np.log(np.exp(x).sum(-1, keepdims=True))
+    attention = lambda x: (q := (x**2).sum(-1).reshape(3, -1)) / np.sqrt((q**2).sum(1, keepdims=True))
+    distance = lambda s, t: 0.5 * np.sqrt(((attention(s) - attention(t)) ** 2).sum(1)).mean()
+    labels = -log_p(answers)[range(3), label].mean()
+    soft = -16 * (np.exp(log_p(taught / 4)) * log_p(answers / 4)).sum(-1).mean()
+    hint = 0.5 * ((wanted[1] - maps[1] @ regressor["kernel"] - regressor["bias"]) ** 2).sum((1, 2, 3)).mean()
+    attended = sum(distance(s, t) for s, t in zip(maps, wanted, strict=True))
+    expected = {
+        "alone": labels,
+        "soft": 0.3 * labels + 0.7 * soft,
+        "hints": labels + 0.2 * hint,
+        "attention": labels + 3 * attended,
+        "soft_attention": 0.3 * labels + 0.7 * soft + 3 * attended,
+    }
+    batch = {"image": image, "label": label, "teacher": teacher}
+    regressors = {"hints": {distill.REGRESSORS: [regressor]}}
+
+    def found(student, weights):
+        loss = module.student_loss(small, large, cfg.temperature, weights)
+        variables = {**own, "params": own["params"] | regressors.get(student, {})}
+        return loss(variables, batch, jax.random.key(2))[0]
+
+    values = jax.jit(lambda: {name: found(name, weights) for name, weights in module.cells(cfg).items()})()
+    assert values == pytest.approx(expected, rel=1e-4)
+
+
+def outputs(net, variables, image, last, train):
+    """The logits and the outputs of the block `last` of each stage, float64, as Flax captures them."""
+    run = jax.jit(lambda: net.apply(variables, image, train=train, capture_intermediates=True, mutable=True))
+    logits, seen = run()
+    blocks = [seen["intermediates"][f"stage{stage}_block{i}"]["__call__"][0] for stage, i in enumerate(last, 1)]
+    return np.float64(logits), [np.float64(block) for block in blocks]
