@@ -289,10 +289,11 @@ def written(folder: Path, teacher: Network, small: Network, images: np.ndarray) 
         if kind == XLA:
             stablehlo.export(*network, some, path)
             return File(path, stablehlo.load(path), count)
-        # In integers a number between two others may be rounded to either.
-        onnx.export(*network, some, path, tolerance=0.1 if model in (INT8, SMALL_INT8) else 1e-4)
         if model == BASELINE:
-            onnx.quantized(path, [[images[i : i + 100]] for i in range(0, len(images), 100)], path)
+            batches = [[images[i : i + 100]] for i in range(0, len(images), 100)]
+            onnx.quantized(folder / file_name((TEACHER, ONNX)), batches, path)
+        else:  # in integers a number between two others may be rounded to either
+            onnx.export(*network, some, path, tolerance=0.1 if model in (INT8, SMALL_INT8) else 1e-4)
         return File(path, onnx.load(path), count)
 
     return {name: file(name, networks[name]) for name in ROWS}

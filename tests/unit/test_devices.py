@@ -153,7 +153,9 @@ class Sharded(Recorder):
 
 @pytest.mark.parametrize(("seeds", "shard"), [(None, (512, 128)), (2, (1, 512, 256))])
 def test_a_state_that_is_split_over_the_rows_devices_equals_one_that_is_not(seeds, shard):
-    step, state = make_step(loss_of(Wide()), optax.adam(1e-3)), start(Wide(), optax.adam(1e-3))
+    # Adam divides a gradient by its own size: where that is rounding alone, the order of a sum would decide the sign.
+    tx = optax.adam(1e-3, eps=1e-3)
+    step, state = make_step(loss_of(Wide()), tx), start(Wide(), tx)
     stream = STREAM
     if seeds:
         state, step = jax.tree.map(lambda x: jnp.stack([x] * seeds), state), per_seed(step)
