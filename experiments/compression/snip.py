@@ -57,8 +57,8 @@ PRESETS = {
 
 claim = functools.partial(Claim, paper="Lee et al. 2019", unit="%", given={"dataset": "mnist"})
 MISSED = (
-    "We do not know why. Our penalty and clipping are those of prune_lenet.py, where a dense network is pruned after "
-    "its training."
+    "We do not know why. It is not the penalty: with a fifth of it, 95 % pruned, the error on the last 10,000 training "
+    "digits was 2.43 % instead of 2.56 % (two seeds)."
 )
 CLAIMS = (
     *(
