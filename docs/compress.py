@@ -51,12 +51,8 @@ def compressed(
     state = fit(step, init_state(jax.random.key(0), start, tx), taught, steps=steps)
     onnx.export(small, state.variables, [image], folder / "small.onnx", tolerance=1e-4)
 
-    weights = quantize.layer_weights(small, state.variables, image)  # of any name, and their output channels
-    ranges = quantize.calibrate(lambda v, batch: small(v, batch["image"]), state.variables, [{"image": image}])
-    params = quantize.quantize(state.params, 7, *weights)  # with 8 bits, x86 CPUs without VNNI saturate large sums
-    integers = {**state.variables, "params": params, quantize.RANGES: ranges}
-    rounded = quantize.with_activations(small, 8)
-    read = lambda variables, image: rounded({**variables, "params": quantize.dequantize(variables["params"])}, image)
+    # With weights of 8 bits, sums of two products saturate on x86 CPUs without VNNI.
+    read, integers = quantize.after_training(small, state.variables, [(image,)], 7)
     onnx.export(read, integers, [image], folder / "int8.onnx", tolerance=0.1)
 
     def agreement(predict: Callable[..., Any]) -> float:

@@ -2,7 +2,8 @@
 
 from dl_jax.harness.fields import Between, Distinct, Fraction, NonNegative, Positive, Probability, Some
 from dl_jax.harness.launch import launch
-from dl_jax.harness.report.figures import confusion_figure, curves_figure
+from dl_jax.harness.report.figures import Point, confusion_figure, curves_figure, trade_figure
+from dl_jax.harness.report.tables import markdown_rows, print_rows
 from dl_jax.harness.results.claims import Claim, on_digits, on_shapes
 from dl_jax.harness.run import Run
 
@@ -12,6 +13,7 @@ __all__ = [
     "Distinct",
     "Fraction",
     "NonNegative",
+    "Point",
     "Positive",
     "Probability",
     "Run",
@@ -19,6 +21,9 @@ __all__ = [
     "confusion_figure",
     "curves_figure",
     "launch",
+    "markdown_rows",
     "on_digits",
     "on_shapes",
+    "print_rows",
+    "trade_figure",
 ]

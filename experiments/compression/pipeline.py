@@ -29,10 +29,8 @@ these steps for it in twenty lines.
 
 import dataclasses
 import functools
-import io
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -42,12 +40,25 @@ import numpy as np
 import optax
 
 from dl_jax import classify, data, losses, optim
-from dl_jax.compress import codec, distill, fold, measure, prune, quantize, structure
+from dl_jax.compress import codec, comparison, distill, fold, measure, prune, quantize, structure
+from dl_jax.compress.comparison import Comparison, Cost, Name
 from dl_jax.core import seeds
 from dl_jax.core.fit import fit
 from dl_jax.core.step import Tree, init_states, make_step, per_seed, start
 from dl_jax.export import onnx, stablehlo
-from dl_jax.harness import Claim, NonNegative, Positive, Probability, Run, launch, on_digits
+from dl_jax.harness import (
+    Claim,
+    NonNegative,
+    Point,
+    Positive,
+    Probability,
+    Run,
+    launch,
+    markdown_rows,
+    on_digits,
+    print_rows,
+    trade_figure,
+)
 from dl_jax.harness.machine import device
 from dl_jax.harness.results.record import measured_cell
 from dl_jax.models.vision.lenet import LeNet300, LeNetCaffe
@@ -154,7 +165,6 @@ ROWS = (
 )
 WEIGHT_BITS = 7  # stored in 8: with all 8, sums of two products saturate on x86 CPUs without VNNI
 BATCHES = (1, 128)  # batch sizes of the calls that are timed
-Name = tuple[str, str]  # the model in a file, and the file format
 Images = Mapping[str, np.ndarray]  # image, uint8 [N, H, W, C], and label, int [N]
 
 
@@ -171,19 +181,6 @@ class File(NamedTuple):
     path: Path
     predict: Callable[..., Any]
     counts: measure.Counts  # of the network before export
-
-
-class Cost(NamedTuple):
-    """The measurements of one file."""
-
-    counts: measure.Counts
-    size: measure.Size
-    validation_error: float  # per cent
-    error: float  # test error in per cent
-    latency: Mapping[int, measure.Latency]  # by batch size; empty for a file that cannot be run directly
-
-
-Found = Sequence[Mapping[Name, Cost]]  # by seed
 
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
@@ -207,9 +204,10 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
             found.append(costs(files, validation, test, cfg.rounds))
             for file in files.values():
                 (run / "files" / f"seed{seed}").keep(file.path.name, file.path.read_bytes())
-    best = chosen(found, cfg.max_loss)
-    publish(run, found, best, cfg)
-    return measured(found, best, cfg.max_loss)
+    of = Comparison(TEACHER, found)
+    best = comparison.recommended(of, cfg.max_loss)
+    publish(run, of, best, cfg)
+    return measured(of, best, cfg.max_loss)
 
 
 def images(cfg: Config, split: str) -> Images:
@@ -256,16 +254,10 @@ def integers(network: Network, images: np.ndarray) -> tuple[Network, Network]:
     The ranges of the activations are calibrated on `images`.
     """
     apply = functools.partial(network.apply, train=False)
-    batches = [{"image": images[i : i + 100]} for i in range(0, len(images), 100)]
-    ranges = quantize.calibrate(lambda variables, batch: apply(variables, batch["image"]), network.variables, batches)
-    weights = quantize.layer_weights(apply, network.variables, images[:1])
-    small = {**network.variables, "params": quantize.quantize(network.variables["params"], WEIGHT_BITS, *weights)}
-
-    def unpacked(apply: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda variables, image: apply(quantize.dequantize(variables), image)
-
-    rounded = quantize.with_activations(apply, 8)
-    return Network(unpacked(rounded), {**small, quantize.RANGES: ranges}), Network(unpacked(apply), small)
+    batches = [(images[i : i + 100],) for i in range(0, len(images), 100)]
+    rounded, variables = quantize.after_training(apply, network.variables, batches, WEIGHT_BITS)
+    weights = {name: tree for name, tree in variables.items() if name != quantize.RANGES}
+    return Network(rounded, variables), Network(quantize.unpacked(apply), weights)
 
 
 def written(folder: Path, teacher: Network, small: Network, images: np.ndarray) -> dict[Name, File]:
@@ -324,76 +316,46 @@ def costs(files: Mapping[Name, File], validation: Images, test: Images, rounds: 
     }
 
 
-def chosen(found: Found, max_loss: float) -> Name:
-    """The file that is recommended: the fastest on one image of those that are smaller and faster than the teacher's.
-
-    Only files that lose at most `max_loss` points on the validation images, in the mean over the seeds, are considered.
-    The teacher's own ONNX file, if there is none.
-    """
-
-    def good(name: Name) -> bool:
-        lost = np.mean([costs[name].validation_error - costs[TEACHER, name[1]].validation_error for costs in found])
-        gains = [smaller_by(found, name), *(faster(found, name, batch) for batch in BATCHES)]
-        return bool(lost <= max_loss and min(map(np.median, gains)) > 1)
-
-    timed = [name for name in ROWS if name[0] != TEACHER and name[1] != ENCODED]
-    speed = lambda name: np.median([costs[name].latency[BATCHES[0]].p50 for costs in found])
-    return min(filter(good, timed), key=speed, default=(TEACHER, ONNX))
-
-
-def smaller_by(found: Found, name: Name) -> np.ndarray:  # [S]
-    """How many times smaller a file is than the teacher's of its format, or than its ONNX file."""
-    teacher = TEACHER, XLA if name[1] == XLA else ONNX
-    return np.array([costs[teacher].size.raw / costs[name].size.raw for costs in found])
-
-
-def faster(found: Found, name: Name, batch: int) -> np.ndarray:  # [S]
-    """How many times faster a file is called than the teacher's of its format, by p50."""
-    pairs = ((costs[TEACHER, name[1]].latency[batch].p50, costs[name].latency[batch].p50) for costs in found)
-    return np.array([teacher / own for teacher, own in pairs])
-
-
-def measured(found: Found, best: Name, max_loss: float) -> dict[str, np.ndarray]:
-    """The metrics of the run, one value per seed. Files are compared with the teacher's."""
-    error = lambda name: np.array([costs[name].error for costs in found])
+def measured(of: Comparison, best: Name | None, max_loss: float) -> dict[str, np.ndarray]:
+    """The metrics of the run, one value per seed. Where no file is recommended, it is the teacher's own."""
+    best = best or (TEACHER, ONNX)
     models = {"int8": INT8, "baseline": BASELINE, "small": SMALL, "small_int8": SMALL_INT8}
-    encoded, teacher = (SMALL_INT8, ENCODED), error((TEACHER, ONNX))
+    files = {**{short: (model, ONNX) for short, model in models.items()}, "encoded": (SMALL_INT8, ENCODED)}
+    faster = functools.partial(comparison.times_faster, of)
     return {
-        "error/teacher": teacher,
-        **{f"error/{short}": error((model, ONNX)) for short, model in models.items()},
-        "error/encoded": error(encoded),
-        **{f"times_smaller/{short}": smaller_by(found, (model, ONNX)) for short, model in models.items()},
-        "times_smaller/encoded": smaller_by(found, encoded),
+        "error/teacher": comparison.errors(of, (TEACHER, ONNX)),
+        **{f"error/{short}": comparison.errors(of, name) for short, name in files.items()},
+        **{f"times_smaller/{short}": comparison.times_smaller(of, name) for short, name in files.items()},
         **{
-            f"times_faster/{short}/batch{batch}": faster(found, (model, ONNX), batch)
+            f"times_faster/{short}/batch{batch}": faster((model, ONNX), batch)
             for short, model in models.items()
             for batch in BATCHES
         },
-        **{f"times_faster_xla/small/batch{batch}": faster(found, (SMALL, XLA), batch) for batch in BATCHES},
-        "times_smaller/chosen": smaller_by(found, best),
-        "times_faster/chosen": np.min([faster(found, best, batch) for batch in BATCHES], 0),
-        "accuracy_to_spare/chosen": max_loss - (error(best) - error((TEACHER, best[1]))),
+        **{f"times_faster_xla/small/batch{batch}": faster((SMALL, XLA), batch) for batch in BATCHES},
+        "times_smaller/chosen": comparison.times_smaller(of, best),
+        "times_faster/chosen": np.min([faster(best, batch) for batch in BATCHES], 0),
+        "accuracy_to_spare/chosen": max_loss - comparison.points_lost(of, best),
     }
 
 
 HEADER = ("model", "file", "params", "nonzero", "kB", "gzip", *(f"µs for {b}" for b in BATCHES), "accuracy, %")
 
 
-def rows(found: Found) -> Iterator[tuple[str, ...]]:
+def rows(of: Comparison) -> Iterator[tuple[str, ...]]:
     """The rows of the table: counts and sizes as means over seeds, p50 and p95 as medians, accuracy ± std."""
     for name in ROWS:
-        each = [files[name] for files in found]
+        each = [files[name] for files in of.costs]
         count, size = np.mean([cost.counts for cost in each], 0), np.mean([cost.size for cost in each], 0) / 1000
         times = [1e6 * np.median([cost.latency[b] for cost in each], 0) for b in BATCHES if b in each[0].latency]
         cells = [" / ".join(f"{t:.0f}" for t in pair) for pair in times] or ["–"] * len(BATCHES)
-        accuracy, _, _ = measured_cell([100 - cost.error for cost in each]).partition(" (")
+        accuracy, _, _ = measured_cell(100 - comparison.errors(of, name)).partition(" (")
         yield (*name, *(f"{x:,.0f}" for x in (*count, *size)), *cells, accuracy)
 
 
-def remarks(found: Found, best: Name, cfg: Config) -> Iterator[str]:
+def remarks(of: Comparison, best: Name | None, cfg: Config) -> Iterator[str]:
     """The sentences below the table."""
     yield (
-        f"Accuracy is on the test set, ± std over {len(found)} seeds. Times are microseconds per call on "
+        f"Accuracy is on the test set, ± std over {len(of.costs)} seeds. Times are microseconds per call on "
         f"{' or '.join(map(str, BATCHES))} images, p50 / p95, with all files called in turn. StableHLO runs in XLA on "
         f"{device()}, ONNX in ONNX Runtime on the CPU, whose threads do not spin between calls. The encoded file must "
         "be decoded before it can run and is not timed."
@@ -406,19 +368,18 @@ def remarks(found: Found, best: Name, cfg: Config) -> Iterator[str]:
     for kind, runtime in {XLA: "XLA", ONNX: "ONNX Runtime"}.items():
         for batch in BATCHES:
             words = ", ".join(
-                f"{model} {compared(faster(found, (model, kind), batch))}"
+                f"{model} {compared(comparison.times_faster(of, (model, kind), batch))}"
                 for model, own in ROWS
                 if own == kind and model != TEACHER
             )
             yield f"{runtime}, batch size {batch}, against the float32 teacher on this device: {words}."
-    if best[0] == TEACHER:
+    if not best:
         yield f"Chosen: none. No file is smaller and faster and loses at most {cfg.max_loss:g} points in validation."
         return
-    lost = np.mean([costs[best].error - costs[TEACHER, best[1]].error for costs in found])
-    speeds = " and ".join(f"{np.median(faster(found, best, batch)):.1f}" for batch in BATCHES)
+    speeds = " and ".join(f"{np.median(comparison.times_faster(of, best, batch)):.1f}" for batch in BATCHES)
     yield (
-        f"Chosen: {file_name(best)}, {smaller_by(found, best).mean():.1f} times smaller and {speeds} times faster than "
-        f"the teacher's, for {lost:+.2f} points of test error."
+        f"Chosen: {file_name(best)}, {comparison.times_smaller(of, best).mean():.1f} times smaller and {speeds} times "
+        f"faster than the teacher's, for {comparison.points_lost(of, best).mean():+.2f} points of test error."
     )
 
 
@@ -433,65 +394,34 @@ def compared(ratios: np.ndarray) -> str:  # [S]
     return f"{ratio:.1f} times faster" if ratio > 1 else f"{1 / ratio:.1f} times SLOWER"
 
 
-def costs_figure(found: Found, best: Name) -> "Figure":
-    """Accuracy against the time of a call on one image, and against bytes: a marker for a file, its std as a bar."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter
+def costs_figure(of: Comparison, best: Name | None) -> "Figure":
+    """Accuracy against the time of a call on one image, and against bytes."""
 
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    colours = {model: f"C{i}" for i, model in enumerate(dict.fromkeys(model for model, _ in ROWS))}
-    for name in ROWS:
-        model, kind = name
-        each = [files[name] for files in found]
-        accuracy = np.array([100 - cost.error for cost in each])
-        style: dict[str, Any] = {
-            "fmt": {XLA: "s", ONNX: "o", ENCODED: "D"}[kind],
-            "color": colours[model],
-            "label": f"{model}, {kind}",
-            "capsize": 3,
-            "markersize": 12 if name == best else 7,
-            "markeredgecolor": "black" if name == best else colours[model],
-        }
-        mean, std = accuracy.mean(), accuracy.std()
-        right.errorbar(np.mean([cost.size.raw / 1000 for cost in each]), mean, std, **style)
-        if each[0].latency:
-            left.errorbar(1e6 * np.median([cost.latency[BATCHES[0]].p50 for cost in each]), mean, std, **style)
-    left.set(xscale="log", xlabel="microseconds for one image", ylabel="test accuracy (%)")
-    right.set(xscale="log", xlabel="kilobytes")
-    for axes in (left, right):
-        axes.xaxis.set_major_formatter(LogFormatter())
-        axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
-    title = "no file was chosen" if best[0] == TEACHER else f"chosen, with a black edge: {file_name(best)}"
-    figure.suptitle(title)
-    figure.legend(*right.get_legend_handles_labels(), loc="outside right center")
+    def point(name: Name) -> Point:
+        each = [files[name] for files in of.costs]
+        seconds = [cost.latency[1].p50 for cost in each if cost.latency]
+        time = 1e6 * float(np.median(seconds)) if seconds else None
+        kilobytes = float(np.mean([cost.size.raw / 1000 for cost in each]))
+        return Point(*name, (time, kilobytes), 100 - comparison.errors(of, name))
+
+    points = {name: point(name) for name in ROWS}
+    figure = trade_figure(
+        list(points.values()),
+        points[best] if best else None,
+        xlabels=("microseconds for one image", "kilobytes"),
+        ylabel="test accuracy (%)",
+    )
+    figure.suptitle(f"chosen, with a black edge: {file_name(best)}" if best else "no file was chosen")
     return figure
 
 
-def publish(run: Run, found: Found, best: Name, cfg: Config) -> None:
+def publish(run: Run, of: Comparison, best: Name | None, cfg: Config) -> None:
     """Prints the table and the remarks, and writes both to table.md in the run's folder, beside the figure."""
-    from rich.box import MARKDOWN, SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    def table(box: Any) -> Table:
-        table = Table(*HEADER[:2], box=box, padding=0, show_edge=box is MARKDOWN)
-        for name in HEADER[2:]:
-            table.add_column(name, justify="right")
-        for cells in rows(found):
-            table.add_row(*cells)
-        return table
-
-    run.figure("costs", cfg.steps, lambda: costs_figure(found, best))
+    run.figure("costs", cfg.steps, lambda: costs_figure(of, best))
+    report = HEADER, list(rows(of)), list(remarks(of, best, cfg))
+    run.keep("table.md", markdown_rows(*report, texts=2))
     if jax.process_index() == 0:
-        wide = Console(file=io.StringIO(), width=1000)
-        with wide.capture() as text:
-            wide.print(table(MARKDOWN))
-        lines = [line.rstrip() for line in text.get().strip().splitlines()]
-        sentences = list(remarks(found, best, cfg))
-        run.keep("table.md", "\n".join([*lines, *(f"\n{sentence}" for sentence in sentences), ""]))
-        console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
-        console.print("", table(SIMPLE_HEAD), "", *sentences, sep="\n")
+        print_rows(*report, texts=2)
 
 
 if __name__ == "__main__":

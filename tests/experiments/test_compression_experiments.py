@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from dl_jax.compress import codec, distill, measure, quantize, structure
+from dl_jax.compress import codec, comparison, distill, measure, quantize, structure
 from dl_jax.core.errors import InputError
 from dl_jax.harness.run import Run, Settings
 from dl_jax.models.vision.resnet import CifarResNet
@@ -128,7 +128,7 @@ def costs_of(module, **changes):
         size, one, many, validation, test = changes.get(module.file_name(name).replace(".", "_"), (1e5, 100, 100, 5, 5))
         times = {1: measure.Latency(one / 1e6, 0), 128: measure.Latency(many / 1e6, 0)}
         latency = {} if name[1] == module.ENCODED else times
-        files[name] = module.Cost(measure.Counts(1, 1), measure.Size(int(size), 1), validation, test, latency)
+        files[name] = comparison.Cost(measure.Counts(1, 1), measure.Size(int(size), 1), validation, test, latency)
     return files
 
 
@@ -147,10 +147,10 @@ def costs_of(module, **changes):
 )
 def test_the_file_that_the_pipeline_recommends(load_experiment, changes, best):
     module = load_experiment("compression/pipeline")
-    found = [costs_of(module, **changes)] * 2
-    name = module.chosen(found, 0.2)
-    assert module.file_name(name) == best
-    metrics = module.measured(found, name, 0.2)
+    of = comparison.Comparison(module.TEACHER, [costs_of(module, **changes)] * 2)
+    name = comparison.recommended(of, 0.2)
+    assert module.file_name(name or (module.TEACHER, module.ONNX)) == best
+    metrics = module.measured(of, name, 0.2)
     expected = changes.get(best.replace(".", "_"), (1e5, 100, 100, 5, 5))
     teacher = changes.get(f"teacher_{best.split('.')[1]}", (1e5, 100, 100, 5, 5))
     np.testing.assert_allclose(metrics["times_smaller/chosen"], teacher[0] / expected[0])

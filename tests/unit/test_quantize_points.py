@@ -286,3 +286,17 @@ def test_a_module_whose_name_looks_like_a_number_is_not_mistaken_for_a_second_ca
 
     ranges = calibrate(Named().apply, drawn(Named(), SEQUENCE), [SEQUENCE])
     assert {path for path in ranges if ":" not in path} == {"layer", "layer#2", "layer#3"}
+
+
+def test_a_trained_model_in_integers_is_the_steps_one_by_one():
+    variables = drawn(Residual(), X)
+    apply, integers = quantize.after_training(Residual().apply, variables, [(X[:3],), (X[3:],)], 7)
+    ranges = calibrate(lambda v, batch: Residual().apply(v, batch["x"]), variables, [{"x": X[:3]}, {"x": X[3:]}])
+    params = quantize.fake(7)(variables["params"])
+    expected = jax.jit(with_activations(Residual().apply, 8))({"params": params, "ranges": ranges}, X)
+    np.testing.assert_array_equal(jax.jit(apply)(integers, X), expected)
+    assert {leaf.dtype for path, leaf in jax.tree.leaves_with_path(integers) if "values" in str(path)} == {
+        np.dtype("int8")
+    }
+    with pytest.raises(InputError, match="no batches"):
+        quantize.after_training(Residual().apply, variables, [], 7)

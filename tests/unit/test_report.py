@@ -18,7 +18,8 @@ from etils import epath
 from dl_jax.core.errors import InputError
 from dl_jax.harness.report import terminal
 from dl_jax.harness.report import writers as report
-from dl_jax.harness.report.figures import confusion_figure, curves_figure, image_sheet
+from dl_jax.harness.report.figures import Point, confusion_figure, curves_figure, image_sheet, trade_figure
+from dl_jax.harness.report.tables import markdown_rows
 from dl_jax.harness.report.terminal import Progress, print_table
 from dl_jax.harness.report.writers import JsonLines, TensorBoard
 from dl_jax.harness.results.claims import Claim, judge, summary
@@ -556,3 +557,25 @@ def test_an_ascii_stream_still_gets_the_table():
     out = io.TextIOWrapper(raw, encoding="ascii")
     print_table(result(), out)
     assert b"1.000 ? 0.079 (5)" in raw.getvalue()
+
+
+def test_a_table_of_an_experiment_in_markdown():
+    found = markdown_rows(
+        ("name", "file", "kB"), [("a", "x", "1,000"), ("b", "y", "7")], ["First.", "Second."], texts=2
+    )
+    table, first, second = found.split("\n\n")
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert [head, *rows] == [["name", "file", "kB"], ["a", "x", "1,000"], ["b", "y", "7"]]
+    assert table.splitlines()[-1] == "|b   |y   |    7|"  # numbers are aligned to the right
+    assert (first, second) == ("First.", "Second.\n")
+
+
+def test_a_figure_of_trades_draws_each_point_where_it_has_a_cost():
+    points = [Point("a", "ONNX", (10.0, 100.0), [1.0, 3.0]), Point("b", "encoded", (None, 5.0), [4.0, 4.0])]
+    figure = trade_figure(points, points[0], xlabels=("time", "bytes"), ylabel="accuracy")
+    left, right = figure.axes
+    places = lambda axes: [(each.lines[0].get_xdata()[0], each.lines[0].get_ydata()[0]) for each in axes.containers]
+    np.testing.assert_array_equal(places(right), [(100, 2), (5, 4)])
+    np.testing.assert_array_equal(places(left), [(10, 2), (np.nan, 4)])
+    edges = [each.lines[0].get_markeredgecolor() for each in right.containers]
+    assert edges[0] == "black" != edges[1]

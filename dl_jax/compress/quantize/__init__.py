@@ -23,6 +23,7 @@ from dl_jax.compress.quantize.activations import (
 from dl_jax.compress.quantize.axes import LayerWeights, layer_weights
 from dl_jax.compress.quantize.binary import binary, stochastic_binary, ternary, with_stochastic_binary, within_one
 from dl_jax.compress.quantize.learned import activation_steps, learned, learned_activations, stored, with_steps
+from dl_jax.compress.quantize.trained import after_training, unpacked
 from dl_jax.compress.quantize.weights import (
     Axes,
     Quantized,
@@ -45,6 +46,7 @@ __all__ = [
     "Quantized",
     "Range",
     "activation_steps",
+    "after_training",
     "binary",
     "calibrate",
     "dequantize",
@@ -65,6 +67,7 @@ __all__ = [
     "stored",
     "ternary",
     "unpack",
+    "unpacked",
     "with_activations",
     "with_steps",
     "with_stochastic_binary",

@@ -3,7 +3,7 @@
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -70,6 +70,45 @@ def curves_figure(
         axes.fill_between(x, y.min(1), y.max(1), alpha=0.2, color=line.get_color())
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title, yscale="log" if log_y else "linear")
     axes.legend()
+    return figure
+
+
+class Point(NamedTuple):
+    """A point of `trade_figure`."""
+
+    kind: str  # points of a kind have a colour
+    shape: str  # points of a shape have a marker
+    x: Sequence[float | None]  # its place in each panel; None where it is not drawn
+    y: Any  # values [n], drawn as their mean with their standard deviation
+
+
+def trade_figure(points: Sequence[Point], best: Point | None, *, xlabels: Sequence[str], ylabel: str) -> "Figure":
+    """What is gained against what it costs: a panel with a logarithmic axis for each cost; `best` has a black edge."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
+
+    figure = Figure(figsize=(2 + 4 * len(xlabels), 4.5), layout="constrained")
+    panels = figure.subplots(1, len(xlabels), sharey=True, squeeze=False)[0]
+    colours = {kind: f"C{i}" for i, kind in enumerate(dict.fromkeys(point.kind for point in points))}
+    markers = dict(zip(dict.fromkeys(point.shape for point in points), "soD^vPX", strict=False))
+    for i, axes in enumerate(panels):
+        for point in points:
+            axes.errorbar(
+                [np.nan if point.x[i] is None else point.x[i]],
+                [np.mean(point.y)],
+                [np.std(point.y)],
+                fmt=markers[point.shape],
+                color=colours[point.kind],
+                label=f"{point.kind}, {point.shape}",
+                capsize=3,
+                markersize=12 if point is best else 7,
+                markeredgecolor="black" if point is best else colours[point.kind],
+            )
+        axes.set(xscale="log", xlabel=xlabels[i])
+        axes.xaxis.set_major_formatter(LogFormatter())
+        axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
+    panels[0].set_ylabel(ylabel)
+    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside right center")
     return figure
 
 
