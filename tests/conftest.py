@@ -9,7 +9,7 @@ import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -55,6 +55,22 @@ def tfds_dir() -> str:
     if not folder or not Path(folder, "mnist").is_dir():
         pytest.skip("TFDS_DATA_DIR holds no prepared mnist")
     return folder
+
+
+@pytest.fixture
+def compilations() -> Iterator[list[float]]:
+    """The seconds that each compilation of this test has taken so far."""
+    import jax
+
+    found: list[float] = []
+
+    def listen(event: str, seconds: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.fixture(scope="session")

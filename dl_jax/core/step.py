@@ -195,7 +195,12 @@ def per_seed(step: Step, one_by_one: bool = False) -> Step:
         step = jax.jit(step, inline=True)  # traced once for both
         side_by_side = jax.vmap(step)
         in_turn = lambda states, batches: jax.lax.map(lambda both: step(*both), (states, batches))
-        mapped = lambda states, batches: jax.lax.platform_dependent(states, batches, cpu=in_turn, default=side_by_side)
+
+        def mapped(states: State, batches: Batch) -> tuple[State, Metrics]:
+            if len(states.step) == 1:  # the only seed of a device
+                return jax.tree.map(lambda x: x[None], step(*jax.tree.map(lambda x: x[0], (states, batches))))
+            return jax.lax.platform_dependent(states, batches, cpu=in_turn, default=side_by_side)
+
     return lambda states, batches: over_seeds(lambda both, _: mapped(*both))((states, batches), None)
 
 

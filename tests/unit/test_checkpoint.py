@@ -238,6 +238,21 @@ def test_a_state_of_eight_devices_is_restored_on_two_and_on_one(tmp_path):
             assert all(found[name].sharding == like[name].sharding for name in ("rows", "columns", "keys"))
 
 
+def test_copies_on_many_devices_are_sliced_only_where_it_is_worth_a_program(tmp_path, compilations):
+    """Each device writes a part of a large array, which takes a program for each shape; one writes a small array."""
+    numbers = np.arange(8 * checkpoint_files.WORTH_SLICING // 4, dtype=np.int32)
+    with opened(tmp_path) as checkpoints:
+        for step, rows, sliced in ((1, numbers[:800], False), (2, numbers, True)):
+            tree = {"copied": jax.device_put(rows.reshape(8, -1), on_mesh(8, None))}
+            jax.block_until_ready(tree)
+            compilations.clear()
+            checkpoints.save(step, tree)
+            checkpoints.wait()
+            assert bool(compilations) == sliced
+            _, found, _ = checkpoints.restore(tree)
+            same(found, tree)
+
+
 def test_restored_leaves_are_as_free_to_move_as_the_model_s(tmp_path):
     free, bound = jnp.ones(3), jax.device_put(jnp.ones(3), jax.devices()[5])
     with opened(tmp_path) as checkpoints:

@@ -254,6 +254,19 @@ def test_per_seed_equals_each_seed_alone():
         equal(jax.tree.map(lambda x, place=place: x[place], together), alone, rtol=1e-5, atol=1e-6)
 
 
+def test_the_only_seed_is_computed_as_the_step_itself():
+    """One by one, a single seed needs neither a loop nor the batching rules of vmap."""
+    step, state, batch = make_step(noisy_loss, ADAM), start(), rows(0)
+    alone = lambda tree: jax.tree.map(lambda x: x[None], tree)  # [...] -> [1, ...]
+    of_one = per_seed(step, one_by_one=True)
+    found, metrics = jax.jit(of_one)(alone(state), alone(batch))
+    equal(found, alone(step(state, batch)[0]), rtol=1e-6, atol=1e-7)
+    assert {np.shape(value) for value in metrics.values()} == {(1,)}
+    text = str(jax.make_jaxpr(of_one)(alone(state), alone(batch)))
+    assert "scan[" not in text
+    assert "platform_index" not in text
+
+
 @pytest.mark.parametrize("stream", [rows, data.shuffled(RECORDS, 8, seeds=3)], ids=["function", "stream"])
 def test_a_scan_equals_single_steps_and_averages_metrics(stream):
     one, four, step = Log(), Log(), make_step(noisy_loss, ADAM)

@@ -24,6 +24,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -40,6 +41,7 @@ Meta = dict[str, Any]
 T = TypeVar("T")
 
 SCHEMA = 1
+WORTH_SLICING = 2**20  # bytes of an array that each of the devices that hold it would write
 SHOWN = 4  # differing leaves in a message
 # TensorStore's codes for what would not become better by waiting; other errors are checked by reading the files.
 PASSING = ("UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "ABORTED", "UNAUTHENTICATED")
@@ -65,7 +67,13 @@ def orbax_writer() -> Any:
     import orbax.checkpoint as ocp
 
     logging.getLogger("absl").addFilter(_speaks)  # once, however often it is added
-    state = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False)  # as `_location` has it
+    # Devices that hold the same array each write a part of it, which takes a program for each shape, if it is worth it.
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=WORTH_SLICING)
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())
+    )
+    # As `_location` has it.
+    state = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, type_handler_registry=registry)
     return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(state=state, meta=ocp.JsonCheckpointHandler()))
 
 
