@@ -105,27 +105,55 @@ def _normed(inputs: int, maps: int, size: int, stride: int = 1, groups: int = 1)
     return nn.Sequential(conv, nn.BatchNorm2d(maps))
 
 
-class ResNet20(nn.Module):
-    """The twin of `dl_jax.models.vision.resnet.CifarResNet` with 20 layers, whose logits `export.weights` compares."""
+class LeNetCaffe(nn.Sequential):
+    """The twin of `dl_jax.models.vision.lenet.LeNetCaffe` for grey images of 28 x 28 pixels."""
 
     def __init__(self) -> None:
+        convs = [nn.Conv2d(1, 20, 5), nn.MaxPool2d(2), nn.Conv2d(20, 50, 5), nn.MaxPool2d(2)]
+        super().__init__(*convs, nn.Flatten(), nn.Linear(800, 500), nn.ReLU(), nn.Linear(500, 10))
+
+    def load(self, variables: dict[str, Any]) -> None:
+        params, (first, second, hidden, out) = variables["params"], (self[i] for i in (0, 2, 5, 7))
+        _copy(first, params["Conv_0"])
+        _copy(second, params["Conv_1"])
+        _copy(out, params["Dense_1"])
+        # Our rows are the pixels of all maps, one pixel after the other; PyTorch's are one map after the other.
+        kernel = np.asarray(params["Dense_0"]["kernel"]).reshape(4, 4, 50, 500).transpose(2, 0, 1, 3).reshape(800, 500)
+        _copy(hidden, {**params["Dense_0"], "kernel": kernel})
+
+
+class CifarResNet(nn.Module):
+    """The twin of `dl_jax.models.vision.resnet.CifarResNet`. Its shortcuts can be traced by torch.fx."""
+
+    def __init__(self, depth: int = 20, channels: int = 3) -> None:
         super().__init__()
-        self.stem, self.blocks, inputs = _normed(3, 16, 3), nn.ModuleList(), 16
+        self.stem, self.blocks, self.new, inputs = _normed(channels, 16, 3), nn.ModuleList(), [], 16
         for maps in (16, 32, 64):
-            for _ in range(3):
+            for _ in range((depth - 2) // 6):
                 first = _normed(inputs, maps, 3, 1 if maps == inputs else 2)
                 self.blocks.append(nn.Sequential(first, nn.ReLU(), _normed(maps, maps, 3)))
+                self.new.append(maps - inputs)  # maps that the shortcut fills with zeros
                 inputs = maps
         self.head = nn.Linear(64, 10)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         x = functional.relu(self.stem(image))
-        for block in self.blocks:
+        for block, new in zip(self.blocks, self.new, strict=True):
             y = block(x)
-            if x.shape != y.shape:
-                x = functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, x.shape[1] // 2, x.shape[1] // 2))
+            if new:
+                x = functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, new // 2, new // 2))
             x = functional.relu(x + y)
         return self.head(x.mean((2, 3)))
+
+    def load(self, variables: dict[str, Any]) -> None:
+        _copy_normed(self.stem, variables, "stem_conv", "stem_norm")
+        per_stage = len(self.blocks) // 3
+        for i, block in enumerate(self.blocks):
+            path = f"stage{i // per_stage + 1}_block{i % per_stage}"
+            inner = {name: tree[path] for name, tree in variables.items()}
+            _copy_normed(block[0], inner, "conv1", "norm1")
+            _copy_normed(block[2], inner, "conv2", "norm2")
+        _copy(self.head, variables["params"]["head"])
 
 
 class ConvNet(nn.Sequential):
@@ -141,14 +169,22 @@ class ConvNet(nn.Sequential):
 
 
 class SmallMobileNet(nn.Sequential):
-    """The twin of `dl_jax.models.vision.mobilenet.SmallMobileNet` for colour images."""
+    """The twin of `dl_jax.models.vision.mobilenet.SmallMobileNet`."""
 
-    def __init__(self) -> None:
-        layers, inputs = [_normed(3, 16, 3), nn.ReLU()], 16
+    def __init__(self, channels: int = 3) -> None:
+        layers, inputs = [_normed(channels, 16, 3), nn.ReLU()], 16
         for maps, stride in ((32, 1), (64, 2), (64, 1), (128, 2), (128, 1)):
             layers += [_normed(inputs, inputs, 3, stride, inputs), nn.ReLU(), _normed(inputs, maps, 1), nn.ReLU()]
             inputs = maps
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 10))
+
+    def load(self, variables: dict[str, Any]) -> None:
+        stem, *blocks = (layer for layer in self if isinstance(layer, nn.Sequential))
+        _copy_normed(stem, variables, "stem_conv", "stem_norm")
+        for i, layer in enumerate(blocks):
+            name = f"block{i // 2}_{'pointwise' if i % 2 else 'depthwise'}"
+            _copy_normed(layer, variables, f"{name}_conv", f"{name}_norm")
+        _copy(self[-1], variables["params"]["head"])
 
 
 def map_loss(logits: torch.Tensor, labels: torch.Tensor, rubbish: float) -> torch.Tensor:
@@ -240,7 +276,7 @@ TWINS = {
     "MLP": Twin(functools.partial(MLP, (1200, 1200), dropout=0.5), cross_entropy, SGD),
     "LeNet-5": Twin(LeNet5, reading_loss, SGD),
     "CNN": Twin(CNN, cross_entropy, SGD),
-    "ResNet-20": Twin(ResNet20, cross_entropy, SGD),
+    "ResNet-20": Twin(CifarResNet, cross_entropy, SGD),
     "ConvNet": Twin(ConvNet, cross_entropy, SGD),
     "MobileNet": Twin(SmallMobileNet, cross_entropy, SGD),
     "VAE": Twin(functools.partial(VAE, 500, 20), negative_elbo, ADAM),
@@ -288,11 +324,22 @@ def _squash(x: torch.Tensor) -> torch.Tensor:
     return 1.7159 * torch.tanh(2 / 3 * x)
 
 
+def _copy_normed(layers: nn.Sequential, variables: dict[str, Any], conv: str, norm: str) -> None:
+    """Copies our convolution without a bias, and our BatchNorm with its statistics, to the two layers of `_normed`."""
+    params, (convolution, normalisation) = variables["params"], layers
+    _copy(convolution, params[conv])
+    found = {**params[norm], **variables["batch_stats"][norm]}
+    names = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
+    with torch.no_grad():
+        for theirs, ours in names.items():
+            getattr(normalisation, theirs).copy_(torch.tensor(np.asarray(found[ours])))
+
+
 def _copy(layer: nn.Linear | nn.Conv2d, params: dict[str, np.ndarray]) -> None:
     """Copies our kernel, [in, out] or [H, W, in, out], to a layer with weights [out, in] or [out, in, H, W]."""
     kernel = np.asarray(params["kernel"])
     axes = (1, 0) if kernel.ndim == 2 else (3, 2, 0, 1)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor(kernel.transpose(axes).copy()))
-        assert layer.bias is not None
-        layer.bias.copy_(torch.tensor(np.asarray(params["bias"])))
+        if layer.bias is not None:
+            layer.bias.copy_(torch.tensor(np.asarray(params["bias"])))

@@ -190,18 +190,17 @@ def per_seed(step: Step, one_by_one: bool = False) -> Step:
     Where `fit` splits the seeds over devices, each device computes its own without communication.
     """
     if not one_by_one:
-        mapped = jax.vmap(step)
-    else:
-        step = jax.jit(step, inline=True)  # traced once for both
-        side_by_side = jax.vmap(step)
-        in_turn = lambda states, batches: jax.lax.map(lambda both: step(*both), (states, batches))
+        return lambda states, batches: over_seeds(lambda both, _: jax.vmap(step)(*both))((states, batches), None)
+    step = jax.jit(step, inline=True)  # traced once for both
+    side_by_side = jax.vmap(step)
+    in_turn = lambda states, batches: jax.lax.map(lambda both: step(*both), (states, batches))
 
-        def mapped(states: State, batches: Batch) -> tuple[State, Metrics]:
-            if len(states.step) == 1:  # the only seed of a device
-                return jax.tree.map(lambda x: x[None], step(*jax.tree.map(lambda x: x[0], (states, batches))))
-            return jax.lax.platform_dependent(states, batches, cpu=in_turn, default=side_by_side)
+    def mapped(both: tuple[State, Batch], _: None) -> tuple[State, Metrics]:
+        if len(both[0].step) == 1:  # the only seed of a device
+            return jax.tree.map(lambda x: x[None], step(*jax.tree.map(lambda x: x[0], both)))
+        return jax.lax.platform_dependent(*both, cpu=in_turn, default=side_by_side)
 
-    return lambda states, batches: over_seeds(lambda both, _: mapped(*both))((states, batches), None)
+    return lambda states, batches: over_seeds(mapped)((states, batches), None)
 
 
 def over_seeds(function: Callable[[Tree, Tree], Tree]) -> Callable[[Tree, Tree], Tree]:

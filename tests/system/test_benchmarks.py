@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import compress
 from benchmarks.problems import CNN, PROBLEMS, images, text
 from dl_jax import losses
+from dl_jax.compress import measure, structure
 from dl_jax.models.generative.vae import VAE
 from dl_jax.models.sequence.rnn import GRU, LSTM, VANILLA, CharLM
 from dl_jax.models.vision import lenet
@@ -50,6 +52,27 @@ def test_classifiers(torch, twins, model, sizes):
     np.testing.assert_allclose(theirs, ours, rtol=1e-5, atol=1e-4)
     criteria = twins.map_loss(theirs, torch.from_numpy(labels), 10.0), lenet.map_loss(ours, jnp.array(labels), 10.0)
     np.testing.assert_allclose(*criteria, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", compress.NETWORKS)
+def test_networks_that_are_compressed(torch, name):
+    """With their statistics, and at strides that divide the image."""
+    pytest.importorskip("torch_pruning")
+    from benchmarks import torch_compression
+
+    model, image, draw = compress.NETWORKS[name], images(3)["image"], np.random.default_rng(0)
+    variables = jax.jit(lambda: model.init(jax.random.key(0), image, train=False))()
+    variables = jax.tree.map(lambda leaf: np.asarray(leaf + 0.2 * draw.random(leaf.shape), np.float32), variables)
+    twin = torch_compression.twin(name, variables)
+    ours = model.apply(variables, image, train=False)
+    np.testing.assert_allclose(torch_compression.predictor(twin)(image), ours, rtol=1e-4, atol=1e-4)
+    if name == "ResNet-8":  # Torch-Pruning cannot follow zeros that are added as channels
+        return
+    groups = structure.groups(model.apply, variables, image, train=False)
+    small, fewer = structure.cut(model.apply, variables, structure.lowest(groups, structure.l2(groups, variables), 0.5))
+    cut = torch_compression.cut(twin, image, 0.5)
+    assert small(fewer, image, train=False).shape == torch_compression.predictor(cut)(image).shape == (3, 10)
+    assert measure.counts(fewer["params"]).parameters == sum(p.numel() for p in cut.parameters())
 
 
 def test_vae(twins):
