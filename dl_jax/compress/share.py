@@ -6,7 +6,7 @@ Han, Mao & Dally 2016, "Deep compression" (arXiv:1510.00149), section 3.
     loss = losses.with_params(loss, share.expanded(clusters))      # the codebooks are the parameters of this loss
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,17 +30,24 @@ class Shared(NamedTuple):
     clusters: Tree  # int32, of the leaf's shape: k for codebook value k - 1, or 0 for a weight that is and stays zero
 
 
-def cluster(params: Tree, values: int, where: Where = is_kernel) -> Shared:
+def cluster(params: Tree, values: int | Sequence[int], where: Where = is_kernel) -> Shared:
     """Replaces the non-zero weights of each chosen leaf by at most `values` different values, by k-means.
 
-    Each leaf has its own values. The computation runs on the host. Raises InputError where `values` is not in 1 to 256,
-    where `where` chooses no parameter, and where a weight is not finite.
+    Each leaf has its own values. `values` is one number for all leaves, or one for each, sorted by path. The
+    computation runs on the host. Raises InputError where one is not in 1 to 256 or their number is another than that of
+    the leaves, where `where` chooses no parameter, and where a weight is not finite.
     """
-    if values not in range(1, 257):
-        raise InputError(f"share: values is {values}, expected 1 to 256 in a layer; 63 and zero take 6 bits")
     yes = chosen(params, where)
-    host = jax.tree.map(np.asarray, params)
-    codebooks = jax.tree.map(lambda w, share: k_means(w[w != 0], values) if share else w, host, yes)
+    leaves, structure = jax.tree.flatten(yes)
+    counts = tuple(values) if isinstance(values, Sequence) else (values,) * sum(leaves)
+    if len(counts) != sum(leaves):
+        raise InputError(f"share: values has {len(counts)} numbers, expected one for each of the {sum(leaves)} leaves")
+    for count in counts:
+        if count not in range(1, 257):
+            raise InputError(f"share: values is {count}, expected 1 to 256 in a layer; 63 and zero take 6 bits")
+    of_leaf, host = iter(counts), jax.tree.map(np.asarray, params)
+    most = jax.tree.unflatten(structure, [next(of_leaf) if share else 0 for share in leaves])  # 0: not shared
+    codebooks = jax.tree.map(lambda w, count: k_means(w[w != 0], count) if count else w, host, most)
     clusters = jax.tree.map(lambda w, share, book: _clusters(w, book) if share else None, host, yes, codebooks)
     return Shared(codebooks, clusters)
 

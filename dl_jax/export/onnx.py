@@ -253,6 +253,8 @@ def _session(data: bytes) -> tuple[Any, dict[str, Input]]:
         raise _missing(e) from e
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
+    # By default there are as many threads as the machine has cores, also where the process may use fewer.
+    options.intra_op_num_threads = usable_cores()
     # Threads that sleep between calls: spinning, they would slow down whatever runs next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])

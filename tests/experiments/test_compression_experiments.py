@@ -1,5 +1,6 @@
 """What the compression experiments count, by hand, and which settings they refuse before they train."""
 
+import contextlib
 import dataclasses
 from typing import get_args, get_type_hints
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from dl_jax.compress import codec, comparison, distill, measure, quantize, structure
@@ -31,10 +33,25 @@ def test_ratios_of_deep_compression(load_experiment):
     }
     assert module.ratio_pruned(layers) == 108 / 6
     # Distances reach 32: 1, 32 + 7, 32 + 28 in the first kernel, 4 in the second, 1, 1 and 2 to the end in the third.
-    taken = (5 + 1 + 3) * (6 + 5) + 3 * 63 * 32
-    assert module.ratio_quantised(layers, 6) == pytest.approx(32 * 108 / taken)
+    taken = 5 * (8 + 5) + (1 + 3) * (6 + 5) + (255 + 2 * 63) * 32
+    assert module.ratio_quantised(layers, (8, 6, 6)) == pytest.approx(32 * 108 / taken)
     data = codec.encode(layers)
     assert module.ratio_file(layers, data) == 4 * (108 + 6) / len(data)
+
+
+def test_a_convolutional_network_becomes_a_file_with_the_bits_of_each_layer(load_experiment, tmp_path):
+    module = load_experiment("compression/deep_compression")
+    whole, smoke = module.PRESETS["lenet5"], module.PRESETS["smoke"]
+    config = dataclasses.replace(smoke, convolutional=True, kept=whole.kept, bits=whole.bits)
+    with contextlib.closing(Run(epath.Path(tmp_path), Settings(seeds=(0,)))) as run:
+        found = module.main(config, run)
+    params = codec.decode((tmp_path / "lenet5_seed0.dlj").read_bytes())
+    values = [len(np.setdiff1d(kernel, 0)) for kernel in module.kernels(params)]
+    assert min(values[:2]) > 31  # 8 bits
+    assert max(values[2:]) <= 31  # 5 bits
+    weights = {500: 0.66, 25_000: 0.12, 400_000: 0.08, 5000: 0.19}  # of C1, C2 and the two dense layers
+    left = sum(size - round((1 - share) * size) for size, share in weights.items())
+    np.testing.assert_allclose(found["ratio/pruned"], 430_500 / left, rtol=1e-3)
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])

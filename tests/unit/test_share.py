@@ -121,6 +121,17 @@ def test_training_finds_the_shared_values_again() -> None:
         jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-5), both, params)
 
 
+def test_leaves_may_have_different_numbers_of_values() -> None:
+    params = {"b": {"kernel": WEIGHTS, "bias": WEIGHTS[0]}, "a": {"kernel": WEIGHTS}}
+    codebooks, clusters = share.cluster(params, values=(2, 4))
+    assert [len(codebooks[layer]["kernel"]) for layer in ("a", "b")] == [2, 4]
+    np.testing.assert_array_equal(codebooks["b"]["kernel"], share.cluster(params, 4).codebooks["b"]["kernel"])
+    np.testing.assert_array_equal(codebooks["b"]["bias"], WEIGHTS[0])
+    assert clusters["b"]["bias"] is None
+    with pytest.raises(InputError, match=r"values has 3 numbers, expected one for each of the 2 leaves"):
+        share.cluster(params, (2, 4, 4))
+
+
 @pytest.mark.parametrize("values", [0, 257, -1, 2.5])
 def test_a_number_of_values_out_of_range(values: int) -> None:
     with pytest.raises(InputError, match=f"values is {values}, expected 1 to 256"):
