@@ -50,7 +50,7 @@ def streamed(
             return examples
         return [transform(generator(seed, i), example) for i, example in zip(part, examples, strict=True)]
 
-    return Stream(batch_size, Prefetched(batch_size, decode, threads or _cores()))
+    return Stream(batch_size, Prefetched(batch_size, decode, threads or cores.usable()))
 
 
 class Prefetched:
@@ -80,7 +80,3 @@ class Prefetched:
     def _parts(self, positions: range) -> list[range]:
         k = min(self._threads, len(positions))
         return [positions[i * len(positions) // k : (i + 1) * len(positions) // k] for i in range(k)]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

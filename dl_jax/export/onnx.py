@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dl_jax.core import cores
 from dl_jax.core.errors import InputError
 from dl_jax.export import Input, baked, check, difference, nodes, read, require_same, signature, write
 from dl_jax.export.plain import plain
@@ -254,7 +255,7 @@ def _session(data: bytes) -> tuple[Any, dict[str, Input]]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
     # By default there are as many threads as the machine has cores, also where the process may use fewer.
-    options.intra_op_num_threads = usable_cores()
+    options.intra_op_num_threads = cores.usable()
     # Threads that sleep between calls: spinning, they would slow down whatever runs next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
