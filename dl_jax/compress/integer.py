@@ -75,11 +75,19 @@ def simulated(apply: Callable[..., Any], variables: Tree, bits: int = 8) -> Call
     return reals
 
 
+class Term(NamedTuple):
+    """How the integers of a term of a sum are multiplied, and rounded: by a whole number, or by a power of 1/2."""
+
+    before: np.ndarray  # the scale
+    factor: np.ndarray
+    after: np.ndarray  # the scale of the sum
+
+
 class Notes(NamedTuple):
     """What `simulated` has to know of the integers, by the variable that holds the result of an operation."""
 
     constants: dict[Any, list[Any]]  # the constants that it reads, in whole steps; None for what is computed
-    terms: dict[Any, list[tuple[np.ndarray, np.ndarray]]]  # of a sum: the scale before and after its multiplication
+    terms: dict[Any, list[Term]]  # of a sum
     # At a point: the scale of the sums, and by what they are rescaled.
     rescaled: dict[Any, tuple[np.ndarray, Multiplier]]
 
@@ -295,12 +303,32 @@ def _sum(notes: Notes, v: Any, inputs: list[Any]) -> Fixed:
             raise InputError("a sum of two layers of which one is not rounded, expected two; calibrate this very model")
         scale = np.maximum(a.scale, b.scale) * 2.0**-TERM_BITS
         factors = [np.round(x.scale / scale).astype(np.int32) for x in inputs]
-        notes.terms[v] = [(x.scale, factor * scale) for x, factor in zip(inputs, factors, strict=True)]
+        notes.terms[v] = [Term(x.scale, factor, scale) for x, factor in zip(inputs, factors, strict=True)]
         return Fixed(a.centred() * factors[0] + b.centred() * factors[1], scale, 0)
     x, number = (a, b) if isinstance(a, Fixed) else (b, a)
-    whole = _whole(number, Fixed(x.centred(), x.scale, 0)).clip(-MOST, MOST)
-    notes.constants[v] = [None if isinstance(each, Fixed) else whole * x.scale for each in inputs]
-    return Fixed(x.centred() + whole, x.scale, 0)
+    shift = _shift(x, number)
+    scale, kept = x.scale * 2.0**shift, np.minimum(shift, 31)  # by which every sum is 0
+    whole = _whole(number, Fixed(x.centred(), scale, 0))
+    notes.constants[v] = [None if isinstance(each, Fixed) else whole * scale for each in inputs]
+    if not shift.any():
+        return Fixed(x.centred() + whole, scale, 0)
+    own, bias = Term(x.scale, 2.0**-shift, scale), Term(scale, np.ones(()), scale)
+    notes.terms[v] = [own if isinstance(each, Fixed) else bias for each in inputs]
+    rounded = (x.centred() + (2**kept >> 1).astype(np.int32)) >> kept.astype(np.int32)  # halves up
+    return Fixed(rounded + whole, scale, 0)
+
+
+def _shift(x: Fixed, number: Any) -> np.ndarray:
+    """The least k, by channel, for which the constant is at most `MOST` steps of scale · 2^k.
+
+    It is 0 but for a channel whose weights are tiny beside its bias, as of a unit that weight decay has switched off.
+    """
+    size = np.abs(np.asarray(number, np.float64))
+    size = np.broadcast_to(size, np.broadcast_shapes(size.shape, x.values.shape))
+    axes = tuple(i for i in range(-size.ndim, 0) if i < -x.scale.ndim or x.scale.shape[i] == 1)
+    largest = size.max(axes, keepdims=True).reshape(x.scale.shape)
+    with np.errstate(divide="ignore"):
+        return np.maximum(np.ceil(np.log2(largest / x.scale / MOST)), 0).astype(np.int64)
 
 
 def _product(model: _Model, equation: Any, x: Any) -> Fixed:
@@ -315,6 +343,7 @@ def _product(model: _Model, equation: Any, x: Any) -> Fixed:
             f"the input of layer {layer.paths[0]!r} is not rounded, expected a range; calibrate this very model"
         )
     sums = kernel.astype(np.int32).sum(_summed(equation, 1))
+    scale = scale if scale.size > 1 else scale.reshape(())  # one output may become no axis
     if not convolution:
         product = lax.dot_general(x.values, kernel, params["dimension_numbers"], preferred_element_type=jnp.int32)
         return Fixed(product - x.zero * sums, x.scale * scale, 0)
@@ -335,7 +364,8 @@ def _product(model: _Model, equation: Any, x: Any) -> Fixed:
         preferred_element_type=jnp.int32,
     )
     channels = [-1 if i == numbers.out_spec[1] else 1 for i in range(product.ndim)]
-    return Fixed(product - x.zero * sums.reshape(channels), x.scale * scale.reshape(channels), 0)
+    scale = scale if scale.size == 1 else scale.reshape(channels)
+    return Fixed(product - x.zero * sums.reshape(channels), x.scale * scale, 0)
 
 
 def _in_reals(model: _Model, notes: Notes, others: Any) -> list[Any]:
@@ -351,7 +381,8 @@ def _in_reals(model: _Model, notes: Notes, others: Any) -> list[Any]:
             inputs[1] = kernel * np.expand_dims(scale, _summed(equation, 1))
         inputs = [x if c is None else c for x, c in zip(inputs, notes.constants.get(v, inputs), strict=True)]
         if terms := notes.terms.get(v):
-            inputs = [jnp.round(x / before) * after for x, (before, after) in zip(inputs, terms, strict=True)]
+            inputs = [jnp.floor(jnp.round(x / each.before) * each.factor + 0.5) * each.after
+                      for x, each in zip(inputs, terms, strict=True)]  # fmt: skip
         wide = any(jnp.result_type(x) == jnp.float64 for x in inputs)
         outputs = _wide(equation, inputs) if wide else bound(equation, _typed(equation, inputs))
         grids = [model.grid(model.points.values[v]) if v in model.points.values else None for v in equation.outvars]

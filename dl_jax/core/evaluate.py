@@ -37,7 +37,15 @@ def evaluator(
     after the other. Raises InputError as `stream.epoch` does.
     """
     epoch(records, batch_size)
-    measure = _measuring(metrics)
+
+    def by_seed(given: tuple[Tree, Array], shared: tuple[Batch, Array]) -> Mapping[str, tuple[Array, Array]]:
+        batch, i = shared
+        return jax.lax.map(lambda one: metrics(one[0], batch, jax.random.fold_in(one[1], i)), given)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def measure(mesh: Mesh, variables: Tree, batch: Batch, keys: Array, i: Array) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return over_seeds(by_seed)((variables, keys), (batch, i))
 
     @events.phase("evaluation")
     def evaluate(variables: Tree) -> Measurements:
@@ -59,20 +67,6 @@ def evaluator(
             return {name: np.asarray(value / weight) for name, (value, weight) in total.items()}
 
     return evaluate
-
-
-@functools.lru_cache(maxsize=8)  # what is evaluated on two data sets of one batch size is compiled once
-def _measuring(metrics: Callable[[Tree, Batch, Array], Mapping[str, tuple[Array, Array]]]) -> Any:
-    def by_seed(given: tuple[Tree, Array], shared: tuple[Batch, Array]) -> Mapping[str, tuple[Array, Array]]:
-        batch, i = shared
-        return jax.lax.map(lambda one: metrics(one[0], batch, jax.random.fold_in(one[1], i)), given)
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def measure(mesh: Mesh, variables: Tree, batch: Batch, keys: Array, i: Array) -> Any:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return over_seeds(by_seed)((variables, keys), (batch, i))
-
-    return measure
 
 
 @events.phase("evaluation")

@@ -89,6 +89,10 @@ def batches_of(layout: Layout, scan: int) -> Batches:
 
     def read(i: int) -> Batch:
         batch = stream.read(i, mine.rows)
+        if by_seed and (other := {len(column) for column in batch.values()} - {seeds}):
+            raise InputError(
+                f"a batch of {other.pop()} seeds, expected the {seeds} of the state; give the same seeds to both"
+            )
         if mesh.shape[SEED] > 1:
             batch = {name: column[mine.seeds] for name, column in batch.items()}
         return batch if records is None else gather(records, batch)

@@ -188,19 +188,32 @@ def per_seed(step: Step, one_by_one: bool = False) -> Step:
     cases.
 
     Where `fit` splits the seeds over devices, each device computes its own without communication.
+
+    The result raises InputError where the leading axes of states and batches are not one number, that of the seeds.
     """
-    if not one_by_one:
-        return lambda states, batches: over_seeds(lambda both, _: jax.vmap(step)(*both))((states, batches), None)
-    step = jax.jit(step, inline=True)  # traced once for both
+    if one_by_one:
+        step = jax.jit(step, inline=True)  # traced once for both
     side_by_side = jax.vmap(step)
     in_turn = lambda states, batches: jax.lax.map(lambda both: step(*both), (states, batches))
 
     def mapped(both: tuple[State, Batch], _: None) -> tuple[State, Metrics]:
-        if len(both[0].step) == 1:  # the only seed of a device
+        if not one_by_one:
+            return side_by_side(*both)
+        if len(jax.tree.leaves(both)[0]) == 1:  # the only seed of a device
             return jax.tree.map(lambda x: x[None], step(*jax.tree.map(lambda x: x[0], both)))
         return jax.lax.platform_dependent(*both, cpu=in_turn, default=side_by_side)
 
-    return lambda states, batches: over_seeds(mapped)((states, batches), None)
+    def of_seeds(states: State, batches: Batch) -> tuple[State, Metrics]:
+        counts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves((states, batches))}
+        if len(counts) > 1:
+            found = " and ".join(sorted(str(*count) if count else "no axis" for count in counts))
+            raise InputError(
+                f"states and batches of {found} seeds, expected one number in all leaves, [S, ...]; give "
+                "data.shuffled the seeds as a tuple, (0,) for one seed"
+            )
+        return over_seeds(mapped)((states, batches), None)
+
+    return of_seeds
 
 
 def over_seeds(function: Callable[[Tree, Tree], Tree]) -> Callable[[Tree, Tree], Tree]:

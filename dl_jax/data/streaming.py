@@ -1,12 +1,12 @@
 """Streams shuffled batches of a set that does not fit into memory, decoded by threads ahead of the step."""
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
+from dl_jax.core import cores
 from dl_jax.core.inputs import note
 from dl_jax.core.stream import Columns, Stream, check_batch
 from dl_jax.data.batches import generator, order, per_seed

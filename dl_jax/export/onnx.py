@@ -56,7 +56,8 @@ def export(
     Activations and weights that `compress.grid` rounds to 8 bits are written with the same scales and zero points, as
     nodes QuantizeLinear and DequantizeLinear: weights are stored as int8, and a runtime computes a layer in integers
     where both its inputs and its output are rounded. An output may then differ from that of `apply` by some steps of
-    the rounding, for which `tolerance` has to allow.
+    the rounding, for which `tolerance` has to allow. x86 CPUs without VNNI saturate sums of two products of weights
+    that use all 8 bits, and may then differ by much more, also where this machine does not: round weights to 7 bits.
 
     Args:
       apply: a pure function that returns one array or a tuple of them. It is traced with a batch of unknown size, so it

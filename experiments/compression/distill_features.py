@@ -6,8 +6,9 @@ Zagoruyko & Komodakis 2017, "Paying more attention to attention" (arXiv:1612.039
     python experiments/compression/distill_features.py --dataset mnist --preset paper --seeds 5 --workdir runs/features
 
 Expected: the test error of the student is lower with soft targets, with a hint, with attention transfer, and with soft
-targets and attention transfer together, than that of the student alone, each paired over seeds. Five seeds should take
-about a quarter of an hour on a CPU core.
+targets and attention transfer together, than that of the student alone, each paired over seeds. With a hint it was
+lower by 0.22 ± 0.19 points, whose interval includes 0; the gradient that is clipped is then that of the regressor too.
+Five seeds should take about a quarter of an hour on a CPU core.
 
 The teacher has 14 layers and 16 maps in its first stage, and learns from all training digits. Each student has 8 layers
 and 8 maps, and learns from 1,000 of these digits. All students of a seed begin with the same weights and learn from the

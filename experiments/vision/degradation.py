@@ -80,9 +80,8 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
         states = start(net, tx, key_init, key, jnp.zeros((1, cfg.size, cfg.size, 3)))
         step = per_seed(make_step(loss, tx), one_by_one=True)
         variables = fit(step, states, stream, steps=cfg.steps, run=run / name).variables
-        measure = classify.evaluation(net.apply)
         for split, records in (("train", train), ("test", test)):
-            error_of = evaluator(measure, records, 8 * cfg.batch_size, key_test)
+            error_of = evaluator(classify.evaluation(net.apply), records, 8 * cfg.batch_size, key_test)
             found[f"{split}_error/{name}"] = 100 * error_of(variables)["error"]
         steps, errors = (run / name).history("error")  # means over 100 steps, of augmented images
         curves[name] = steps, 100 * errors

@@ -30,18 +30,6 @@ def test_every_example_counts_once_whatever_the_batch_size(batch_size):
     np.testing.assert_allclose(found["rows"] * -(-61 // batch_size), [61, 61])
 
 
-def test_two_data_sets_with_the_same_metrics_are_compiled_once():
-    traces = []
-
-    def counted(variables, batch, key):
-        traces.append(batch["x"].shape)
-        return error(variables, batch, key)
-
-    whole, half = (evaluator(counted, {k: v[:n] for k, v in RECORDS.items()}, 16, KEYS) for n in (61, 30))
-    assert whole(VARIABLES)["squared"].shape == half(VARIABLES)["squared"].shape
-    assert len(traces) == 1
-
-
 def test_a_mean_over_nothing_is_nan_without_a_warning():
     never = lambda variables, batch, key: {"of_class_7": (jnp.zeros([]), jnp.zeros([]))}
     assert np.isnan(evaluator(never, RECORDS, 32, KEYS)(VARIABLES)["of_class_7"]).all()

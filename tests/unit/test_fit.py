@@ -267,6 +267,28 @@ def test_the_only_seed_is_computed_as_the_step_itself():
     assert "platform_index" not in text
 
 
+@pytest.mark.parametrize("one_by_one", [False, True])
+@pytest.mark.parametrize(("of", "seeds"), [((0,), 3), ((0,), (3, 4)), ((0, 1), (3,))])
+def test_batches_of_another_number_of_seeds_are_refused(one_by_one, of, seeds):
+    """`seeds=3` makes batches without the axis: a single seed would learn from the first row of each."""
+    states = jax.tree.map(lambda *x: jnp.stack(x), *map(start, of))
+    stream = data.shuffled(RECORDS, 8, seeds=seeds)
+    with pytest.raises(
+        InputError,
+        match=r"^(states and batches of .* seeds, expected one number in all leaves|a batch of . seeds, expected the)",
+    ):
+        fit(per_seed(make_step(noisy_loss, ADAM), one_by_one), states, stream, steps=2)
+
+
+def test_any_tree_is_mapped_over_seeds():
+    step = lambda state, batch: ({"sum": state["sum"] + batch["x"].sum()}, {"sum": state["sum"]})
+    for one_by_one in (False, True):
+        for n in (1, 2):
+            new, metrics = per_seed(step, one_by_one)({"sum": jnp.zeros(n)}, {"x": jnp.ones((n, 5))})
+            np.testing.assert_array_equal(new["sum"], [5] * n)
+            np.testing.assert_array_equal(metrics["sum"], [0] * n)
+
+
 @pytest.mark.parametrize("stream", [rows, data.shuffled(RECORDS, 8, seeds=3)], ids=["function", "stream"])
 def test_a_scan_equals_single_steps_and_averages_metrics(stream):
     one, four, step = Log(), Log(), make_step(noisy_loss, ADAM)

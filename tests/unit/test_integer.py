@@ -88,6 +88,27 @@ def test_integers_are_near_the_rounding_of_training():
     assert abs(found - rounded).mean() < 0.002 * abs(rounded).max()
 
 
+@pytest.mark.parametrize(("tiny", "bias"), [(1e-3, 0.5), (1e-5, 0.5), (1e-8, -0.5), (1e-30, 0.5), (1.0, 1e6)])
+def test_a_bias_that_is_large_beside_the_weights_of_its_channel_is_kept(tiny, bias):
+    """Whole steps of such weights would be more than an int32 holds; sums lose their last bits instead."""
+    x, draw = np.random.default_rng(2).random((40, 8), np.float32), np.random.default_rng(3)
+    model = Two()
+    shapes = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), x)
+    params = jax.tree.map(lambda leaf: draw.normal(size=leaf.shape).astype(np.float32), shapes)["params"]
+    params["Dense_0"]["kernel"][:, 3] *= tiny
+    params["Dense_0"]["bias"][3] = bias
+    apply, variables = functools.partial(model.apply, train=False), {"params": params}
+    ranges = quantize.calibrate(apply, variables, [x])
+    variables = jax.device_get({"params": quantize.quantize(params, 8), "ranges": ranges})
+    found = jax.jit(integer.integer_only(apply, variables))(x)
+    np.testing.assert_array_equal(found, integer.simulated(apply, variables)(x))
+    real = {**variables, "params": quantize.dequantize(variables["params"])}
+    rounded = jax.jit(quantize.with_activations(apply, 8))(real, x)
+    steps = abs(found - rounded) / abs(rounded).max()
+    assert steps.max() < 0.02
+    assert steps.mean() < 0.002
+
+
 def test_from_the_first_layer_to_the_last_there_are_integers_only():
     apply, variables = lenet_quantized()
     jaxpr = jax.make_jaxpr(integer.integer_only(apply, variables))(IMAGE)
@@ -189,3 +210,17 @@ def test_what_has_no_integers_is_said():
     apply, variables = quantized(Normed(), image=x)
     with pytest.raises(InputError, match=r"sub of int8 .* has no integer form, expected layers, .*; fold batch"):
         run(apply, variables)
+
+
+def test_a_layer_of_one_output_may_lose_its_axis():
+    class One(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, train):
+            x = nn.relu(nn.Dense(6)(x))
+            return nn.Dense(1)(x)[:, 0]
+
+    apply, variables = quantized(One(), image=np.random.default_rng(0).random((9, 5), np.float32))
+    x = np.random.default_rng(4).random((7, 5), np.float32)
+    found = jax.jit(integer.integer_only(apply, variables))(x)
+    assert found.shape == (7,)
+    np.testing.assert_array_equal(found, integer.simulated(apply, variables)(x))

@@ -58,6 +58,7 @@ def quantize(params: Tree, bits: int, where: Where = is_kernel, axes: Axes = las
     1 bit there is no 0: w becomes ± mean |w| of its channel (Rastegari et al. 2016, arXiv:1603.05279, equation 6), and
     0 becomes +. `axes` gives the axes of a weight's output channels, by default the last one. `layer_weights` reads
     both from a model: which parameters are weights, of any name, and their axes. Map it over seeds with `jax.vmap`.
+    For files that x86 CPUs may run, take 7 bits: see `export.onnx.export`.
     Raises InputError as `fake` does, and for weights that are not finite, which cannot be seen under `jit` and `vmap`.
     """
     require_bits(bits)
