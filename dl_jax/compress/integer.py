@@ -177,6 +177,11 @@ def _integer_kernel(
     equation: Any, layer: inspect.Layer, real: np.ndarray, values: np.ndarray, scales: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The int8 kernel of a product, and the scales of its outputs."""
+    if real.dtype.itemsize < 4:
+        raise InputError(
+            f"layer {layer.paths[0]!r} computes in {real.dtype.name}, expected float32, in which weights are exact; "
+            "make the model with dtype float32"
+        )
     summed = _summed(equation, 1 - layer.operand)
     scale = scales.astype(np.float64).max(summed, keepdims=True)
     if not (np.allclose(real, values * scale, rtol=1e-5, atol=0) and abs(values).max() <= 127):

@@ -224,3 +224,17 @@ def test_a_layer_of_one_output_may_lose_its_axis():
     found = jax.jit(integer.integer_only(apply, variables))(x)
     assert found.shape == (7,)
     np.testing.assert_array_equal(found, integer.simulated(apply, variables)(x))
+
+
+def test_layers_of_half_precision_are_refused():
+    image = np.random.default_rng(0).random((9, 5), np.float32)
+
+    class Half(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, train):
+            x = nn.relu(nn.Dense(6, dtype=jnp.bfloat16)(x))
+            return nn.Dense(3, dtype=jnp.bfloat16)(x)
+
+    apply, variables = quantized(Half(), image=image)
+    with pytest.raises(InputError, match=r"^layer '.*' computes in bfloat16, expected float32"):
+        integer.integer_only(apply, variables)(image)
