@@ -10,9 +10,12 @@ core.
 
 The weights that stay are those of highest |gradient * weight| at the start, over all layers together, for the first
 batch of the training set. Five networks are trained from the same weights on the same batches: with all weights, and
-with each kind of mask at both sparsities. Biases are not pruned. Batches of 100, 10,000 iterations and a learning rate
-of 0.1 are those of the authors' code. The schedule (warm-up, then a cosine), the clipping of the gradient and the
-penalty are those of prune_lenet.py. Nothing was tuned.
+with each kind of mask at both sparsities. Standardised pixels, batches of 100, 10,000 iterations, a learning rate of
+0.1 and the penalty are those of the authors' code (namhoonlee/snip-public), the momentum is the paper's. That code also
+prunes biases, and trains other weights than it has scored. The rate is divided by ten after half and three quarters of
+the steps; in the paper it falls after every 25,000. On the last 10,000 training digits, 95 % pruned, two seeds, the
+error was 2.7 % for pixels in [0, 1] with a cosine schedule and a clipped gradient, 2.4 % for standardised pixels, and
+2.2 % with this schedule and without clipping. The initialisation of Glorot or He changed nothing.
 """
 
 import dataclasses
@@ -24,12 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dl_jax import classify, data, losses, optim
+from dl_jax import classify, data, losses
 from dl_jax.compress import prune
 from dl_jax.core.evaluate import evaluator
 from dl_jax.core.fit import fit
 from dl_jax.core.step import Tree, init_states, init_variables, make_step, per_seed
 from dl_jax.harness import Claim, Fraction, NonNegative, Positive, Probability, Run, Some, launch, on_digits
+from dl_jax.models.layers import Normalise
 from dl_jax.models.vision.lenet import LeNet300
 
 
@@ -42,9 +46,8 @@ class Config:
     scored: Positive[int] = 100  # training examples whose loss scores the weights
     steps: Positive[int] = 10_000  # train steps of each network
     batch_size: Positive[int] = 100  # examples per step, over all devices
-    learning_rate: Positive[float] = 0.1  # peak learning rate
+    learning_rate: Positive[float] = 0.1  # learning rate of the first half of the steps
     momentum: Probability = 0.9  # momentum of SGD
-    clip: Positive[float] = 1.0  # largest norm of the gradient
     weight_decay: NonNegative[float] = 5e-4  # L2 penalty on the weights, not the biases
 
 
@@ -56,20 +59,16 @@ PRESETS = {
 }  # fmt: skip
 
 claim = functools.partial(Claim, paper="Lee et al. 2019", unit="%", given={"dataset": "mnist"})
-MISSED = (
-    "We do not know why. It is not the penalty: with a fifth of it, 95 % pruned, the error on the last 10,000 training "
-    "digits was 2.43 % instead of 2.56 % (two seeds)."
-)
 CLAIMS = (
     *(
         claim(f"test_error/snip_{pruned}", locator=f"Table 1, LeNet-300-100, {pruned} %", claimed=error, tolerance=0.3,
-              verified=False, note=MISSED)
+              verified=False)
         for pruned, error in ((95, 1.6), (98, 2.4))
     ),
     *(
         claim(f"test_error/snip_{pruned}", versus=f"test_error/random_{pruned}", paper="our bar",
               locator=f"SNIP against random masks, {pruned} %",
-              note="SNIP is ahead in every seed; errors with random masks vary by ten points or more between seeds.")
+              note="Errors with random masks vary by ten points or more between seeds.")
         for pruned in (95, 98)
     ),
     on_digits("test_error/snip_95", at_most=10.0, unit="%", note="logistic regression: 10.0 %"),
@@ -82,10 +81,13 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     model = LeNet300()
     key_init, key, key_random, key_test = run.keys(4)  # [S] each
     variables = init_variables(model, key_init, jnp.zeros((1, 28, 28, 1)))
-    loss = classify.loss(model.apply)
-    tx = optax.chain(optim.clipped_sgd(cfg.learning_rate, cfg.steps, cfg.momentum, cfg.clip), prune.keep_zeros())
+    standardise = Normalise(*((float(number),) for number in (train["image"].mean() / 255, train["image"].std() / 255)))
+    apply = lambda variables, image, **options: model.apply(variables, standardise(image), **options)
+    loss = classify.loss(apply)
+    rate = optax.piecewise_constant_schedule(cfg.learning_rate, {cfg.steps // 2: 0.1, cfg.steps * 3 // 4: 0.1})
+    tx = optax.chain(optax.sgd(rate, cfg.momentum), prune.keep_zeros())
     step = per_seed(make_step(losses.l2(loss, cfg.weight_decay), tx))
-    test_of = evaluator(classify.evaluation(model.apply), test, cfg.batch_size, key_test)
+    test_of = evaluator(classify.evaluation(apply), test, cfg.batch_size, key_test)
 
     def error(name: str, params: Tree) -> np.ndarray:  # [S, ...] -> [S]
         """The test error in % of a network that starts at `params`, whose zeros stay."""
