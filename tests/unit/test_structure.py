@@ -125,6 +125,12 @@ def drawn(model, x):
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
+def of_shapes(**shapes):
+    """Parameters of these shapes, drawn as in `drawn`."""
+    rng = np.random.default_rng(1)
+    return {"params": {name: np.float32(rng.uniform(-1, 1, shape)) for name, shape in shapes.items()}}
+
+
 # Most of the time of these tests goes into optimising what runs once.
 soon_compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -261,19 +267,12 @@ def test_padded_channels_keep_their_places():
         params = variables["params"]
         return (jnp.pad(x @ params["a"], ((0, 0), (1, 3))) + x @ params["c"]) @ params["d"]
 
-    shapes = {"a": (3, 6), "c": (3, 10), "d": (10, 2)}
-    variables = {"params": {name: np.float32(RNG.random(shape)) for name, shape in shapes.items()}}
+    variables = of_shapes(a=(3, 6), c=(3, 10), d=(10, 2))
     plan = some(structure.groups(apply, variables, np.ones((2, 3), np.float32)))
     small, smaller = structure.cut(apply, variables, plan)
     x = np.float32(RNG.random((2, 3)))
     assert [leaf.shape for leaf in jax.tree.leaves(smaller)] == [(3, 3), (3, 5), (5, 2)]
     close(jax.jit(small)(smaller, x), apply(structure.zeroed(variables, plan), x))
-
-
-def test_a_layer_of_the_same_name_in_a_submodule_stays():
-    state = optax.TraceState({"a": jnp.ones(4), "b": {"a": jnp.ones(4)}})
-    found = structure.shrunk([state], {"params/a": {0: [1]}})[0].trace
-    assert (found["a"].shape, found["b"]["a"].shape) == ((3,), (4,))
 
 
 def test_dropout_draws_for_the_units_that_are_left():
@@ -288,6 +287,24 @@ def test_dropout_draws_for_the_units_that_are_left():
     assert first != other
     for kept in (first, other):
         assert abs(kept - 4000) < 5 * np.sqrt(8000 / 4)
+
+
+def test_what_is_drawn_for_the_channels_that_are_left_stays():
+    """By keys in the model, one and several at once, and by one that it is given: dropout is that of the large net."""
+
+    def apply(variables, x, key):
+        one, *several = jax.random.split(jax.random.key(1, impl="unsafe_rbg"), 3)  # which compiles soonest
+        noise = jax.vmap(lambda key: jax.random.normal(key, (8,)))(jnp.stack(several))
+        hidden = jnp.cos(x @ (variables["params"]["a"] * jax.random.normal(one, (3, 8)))) + noise.mean(0)
+        return jnp.where(jax.random.bernoulli(key, 0.5, hidden.shape), hidden, 0) @ variables["params"]["b"]
+
+    variables, x = of_shapes(a=(3, 8), b=(8, 2)), np.float32(RNG.standard_normal((4, 3)))
+    plan = some(structure.groups(apply, variables, x, jax.random.key(0, impl="unsafe_rbg")))
+    small, smaller = structure.cut(apply, variables, plan)
+    assert smaller["params"]["b"].shape == (4, 2)
+    both = soon_compiled(lambda s, z, key: (small(s, x, key), apply(z, x, key)))
+    for seed in range(2):
+        close(*both(smaller, structure.zeroed(variables, plan), jax.random.key(seed, impl="unsafe_rbg")))
 
 
 def relu_net(variables, x):
@@ -506,6 +523,16 @@ def test_what_cannot_be_followed_stays_for_a_reason(function, why):
     small, smaller = structure.cut(apply, variables, {"params/a": {1: [0]}, "params/b": {0: [0]}})
     with pytest.raises(InputError, match=f"^the plan removes 0 of axis 1 of params/a, which this call needs: .*{why}"):
         small(smaller, jnp.ones((2, 3)))
+
+
+def test_seeds_are_no_channels():
+    def apply(variables, x):
+        drawn = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), ()))(variables["seeds"]["s"])
+        return (x @ (variables["params"]["a"] * drawn)).sum(-1)
+
+    variables = {"seeds": {"s": np.arange(4)}, **of_shapes(a=(3, 4))}
+    found = structure.groups(apply, variables, np.ones((2, 3), np.float32))
+    assert (found.free, found.frozen["params/a", 1]) == ({}, "random keys")
 
 
 @pytest.mark.parametrize("length", [1, 4])
