@@ -535,6 +535,26 @@ def test_seeds_are_no_channels():
     assert (found.free, found.frozen["params/a", 1]) == ({}, "random keys")
 
 
+@pytest.mark.parametrize(
+    ("function", "stays"),
+    [
+        (lambda e, i: e.at[i].get(mode="fill", fill_value=1.0), True),
+        (lambda e, i: e.astype(int).at[i].get(mode="fill"), True),
+        (lambda e, i: e.at[i].get(mode="fill", fill_value=0.0), False),
+        (lambda e, i: jnp.take(e, i, axis=0), False),
+        (lambda e, i: e.at[i].get(mode="clip"), False),
+        (lambda e, i: jax.lax.reduce_window(e, -jnp.inf, jax.lax.max, (1, 1), (1, 1), ((1, 0), (0, 0))), True),
+        (lambda e, i: nn.max_pool(e[None, ..., None], (3, 1), padding="SAME")[0, ..., 0], False),
+    ],
+)
+def test_what_is_filled_with_other_numbers_than_zero_is_not_summed_without_them(function, stays):
+    """Rows that indices miss, and windows of nothing but padding."""
+    apply = lambda v, i: function(v["params"]["e"], i).sum(-1)
+    found = structure.groups(apply, of_shapes(e=(9, 12)), np.array([3, 50]))
+    assert (not found.free) == stays
+    assert stays == ("terms need not be zero" in found.frozen.get(("params/e", 1), ""))
+
+
 @pytest.mark.parametrize("length", [1, 4])
 def test_a_coordinate_that_is_broadcast_stays_and_is_no_zero_for_others(length):
     """The second parameter goes with no unit, so that the cosine of a removed one would be missed in the sum."""
