@@ -555,6 +555,26 @@ def test_what_is_filled_with_other_numbers_than_zero_is_not_summed_without_them(
     assert stays == ("terms need not be zero" in found.frozen.get(("params/e", 1), ""))
 
 
+@pytest.mark.parametrize("hidden", [12, 7])
+def test_outputs_in_lists_are_not_the_variables_in_these_places(hidden):
+    def apply(variables, x):
+        first, second = variables
+        return jnp.tanh(x @ first), {"w": [(x @ first) @ second]}
+
+    variables = [np.ones((16, hidden), np.float32), np.ones((hidden, 12), np.float32)]
+    for wrapped, of in ((variables, apply), ({"w": variables}, lambda v, x: apply(v["w"], x))):
+        found = structure.groups(of, wrapped, np.ones((16, 16), np.float32))
+        assert not found.free
+        assert set(found.frozen.values()) == {"an input of the model", "an output of the model"}
+
+
+def test_an_output_of_the_name_of_a_variable_but_another_shape_stays():
+    apply = lambda v, x: {"stats": {"mean": (x @ v["params"]["a"])[0] + v["stats"]["mean"].sum()}}
+    variables = {**of_shapes(a=(3, 4)), "stats": {"mean": np.ones(6, np.float32)}}
+    found = structure.groups(apply, variables, np.ones((2, 3), np.float32))
+    assert found.frozen["params/a", 1] == "an output of the model"
+
+
 @pytest.mark.parametrize("length", [1, 4])
 def test_a_coordinate_that_is_broadcast_stays_and_is_no_zero_for_others(length):
     """The second parameter goes with no unit, so that the cosine of a removed one would be missed in the sum."""

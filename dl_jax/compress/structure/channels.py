@@ -45,8 +45,9 @@ class Followed(NamedTuple):
 def groups(apply: Apply, variables: Tree, *args: Any, **kwargs: Any) -> Groups:
     """The channels that a call `apply(variables, *args, **kwargs)` allows to remove.
 
-    Arrays may be given as shapes. An output whose path ends in that of a variable, such as new batch statistics,
-    shrinks with it; other outputs keep their shapes.
+    Arrays may be given as shapes. An output shrinks with a variable, as new batch statistics do, if its path ends in
+    that of the variable, which is in a collection and below keys of dicts alone, and their shapes are equal. Other
+    outputs keep their shapes. Channels that cross, as heads and their dimensions do, are in different groups.
     """
     found = followed(apply, variables, args, kwargs)
     channels: dict[int, dict[Place, list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -89,17 +90,29 @@ def followed(apply: Apply, variables: Tree, args: tuple[Any, ...], kwargs: Mappi
     own = tuple(arrays.parameter(ids, v.aval) for v in invars[: len(called.paths)])
     others = [arrays.fixed(v.aval, "an input of the model") for v in invars[len(called.paths) :]]
     body = flow.follow(ids, called.jaxpr, [*own, *others])
-    numbered = jax.tree.unflatten(called.structure, list(range(called.structure.num_leaves)))
-    by_path = {tuple(map(str, path)): array for path, array in zip(called.paths, own, strict=True)}
+    _join_outputs(ids, called, own, body)
+    return Followed(called, ids, body, own)
+
+
+def _join_outputs(ids: Identities, called: equations.Called, own: tuple[arrays.Array, ...], body: flow.Body) -> None:
+    """Notes that outputs keep their shapes, but for new values of variables, which shrink with these.
+
+    Places in lists and tuples tell nothing of an output, so only a name in a collection says that it is a variable.
+    """
+    invars, outvars = flow.open_jaxpr(called.jaxpr).invars, flow.open_jaxpr(called.jaxpr).outvars
+    known = {
+        path: (variable.aval.shape, array)
+        for path, variable, array in zip(called.paths, invars[: len(own)], own, strict=True)
+        if len(path) > 1 and all(isinstance(key, jax.tree_util.DictKey) for key in path)
+    }
+    numbered = jax.tree.unflatten(called.structure, range(called.structure.num_leaves))
     for path, i in jax.tree_util.tree_leaves_with_path(numbered):
-        keys, output = tuple(map(str, path)), body.outputs[i]
-        variable = next((by_path[keys[k:]] for k in range(len(keys)) if keys[k:] in by_path), None)
-        for place, axis in enumerate(output.axes):
-            if variable is not None and len(variable.axes) == len(output.axes):
+        shape, variable = next((known[path[k:]] for k in range(len(path)) if path[k:] in known), (None, None))
+        for place, axis in enumerate(body.outputs[i].axes):
+            if variable is not None and shape == outvars[i].aval.shape:
                 ids.join(axis, variable.axes[place])
             else:
                 ids.freeze(axis, "an output of the model")
-    return Followed(called, ids, body, own)
 
 
 def removing(channels: Iterable[Channel]) -> Plan:
