@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dl_jax.compress.structure import arrays, flow, products, shrink
+from dl_jax.compress.structure import arrays, copies, flow, products, shrink
 from dl_jax.compress.structure.identity import Identities
 from dl_jax.core import equations
 from dl_jax.core.errors import InputError
@@ -132,13 +132,13 @@ def cut(apply: Apply, variables: Tree, plan: Plan) -> tuple[Apply, Tree]:
     Raises InputError where the plan does not fit `variables`, and when a call of the function needs what it removes, or
     gets variables of other shapes.
     """
-    smaller = shrunk(variables, plan)
     sizes = {path: jnp.shape(leaf) for path, leaf in _named(variables).items()}
-    left = {path: jnp.shape(leaf) for path, leaf in _named(smaller).items()}
     if unknown := sorted(set(plan) - set(sizes)):
         raise InputError(
             f"the plan removes coordinates of {unknown[0]}, which the model does not have; make it of this model"
         )
+    smaller = shrunk(variables, plan)
+    left = {path: jnp.shape(leaf) for path, leaf in _named(smaller).items()}
 
     @functools.wraps(apply)
     def small(variables: Tree, *args: Any, **kwargs: Any) -> Any:
@@ -191,9 +191,9 @@ def kept_by(found: Followed, plan: Plan) -> shrink.Kept:
 def shrunk(tree: Tree, plan: Plan) -> Tree:
     """A tree without the coordinates of a plan: variables, parameters, statistics, or the state of an optimiser.
 
-    A leaf belongs to a variable if its path ends in the variable's, with or without the collection: "params/a/kernel"
-    stands for `opt_state[0].mu["a"]["kernel"]`, too. Raises InputError where such a leaf has other axes than the plan,
-    as in an optimiser that factors its moments.
+    The tree may hold copies of the variables: "params/a/kernel" stands for `opt_state[0].mu["a"]["kernel"]`, too.
+    `copies.planned` has the rule. Raises InputError where a leaf may be one of two variables, and where one has other
+    axes than the plan, as in an optimiser that factors its moments.
     """
     return _mapped(tree, plan, lambda leaf, mask, axis: shrink.compressed(leaf, mask, axis))
 
@@ -208,8 +208,8 @@ def zeroed(tree: Tree, plan: Plan) -> Tree:
 
 
 def _mapped(tree: Tree, plan: Plan, change: Callable[[Any, np.ndarray, int], Any]) -> Tree:
-    def of_leaf(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
-        for axis, indices in _planned(path, plan).items():
+    def of_leaf(path: jax.tree_util.KeyPath, leaf: Any, axes: copies.Axes) -> Any:
+        for axis, indices in axes.items():
             shape = jnp.shape(leaf)
             if axis >= len(shape) or not 0 <= min(indices) <= max(indices) < shape[axis]:
                 raise InputError(
@@ -225,23 +225,9 @@ def _mapped(tree: Tree, plan: Plan, change: Callable[[Any, np.ndarray, int], Any
             leaf = change(leaf, mask, axis)
         return leaf
 
-    return jax.tree_util.tree_map_with_path(of_leaf, tree)
-
-
-def _planned(path: jax.tree_util.KeyPath, plan: Plan) -> Mapping[int, np.ndarray]:
-    """What a plan removes from the leaf at a path.
-
-    A collection's name may be missing where no key of a dict stands before: that would be a submodule.
-    """
-    for start in range(len(path)):
-        name = leaf_name(path[start:])
-        if name in plan:
-            return plan[name]
-        if start == 0 or not isinstance(path[start - 1], jax.tree_util.DictKey):
-            for known, axes in plan.items():
-                if known.partition("/")[2] == name:
-                    return axes
-    return {}
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    planned = copies.planned([path for path, _ in leaves], plan)
+    return jax.tree.unflatten(structure, [of_leaf(*leaf, axes) for leaf, axes in zip(leaves, planned, strict=True)])
 
 
 def _named(tree: Tree) -> dict[str, Any]:
