@@ -262,6 +262,68 @@ def test_heads_and_their_dimensions_are_groups():
     assert sizes == [(4, 4), (4, 4)]  # heads of four coordinates, and dimensions of four heads
 
 
+def test_heads_and_dimensions_of_one_kernel_shrink_each_on_its_own():
+    """Query, key and value in one product, as in timm: a coordinate of the kernel goes with its head or dimension."""
+
+    def apply(variables, tokens):
+        parts = (tokens @ variables["params"]["qkv"]).reshape(2, 3, 3, 4, 8)
+        query, key, value = jnp.moveaxis(parts, 2, 0)
+        weights = nn.softmax(jnp.einsum("bthd,bshd->bhts", query, key))
+        return jnp.einsum("bhts,bshd->bthd", weights, value).reshape(2, 3, 32) @ variables["params"]["out"]
+
+    variables, tokens = of_shapes(qkv=(6, 96), out=(32, 5)), np.float32(RNG.standard_normal((2, 3, 6)))
+    found = structure.groups(apply, variables, tokens)
+    sizes = {name: (len(channels), len(channels[0]["params/out", 0])) for name, channels in found.free.items()}
+    (heads,), (dims,) = ([name for name in sizes if sizes[name] == size] for size in ((4, 8), (8, 4)))
+    assert found.crossing == {heads: {dims}, dims: {heads}}
+    assert f"{heads}: 4 channels of 8 inputs and outputs" in structure.explain(found)
+
+    scores, cost = structure.random(found, 0), structure.parameters(variables)
+    left = lambda plan: structure.shrunk(variables, plan)["params"]["out"].shape[0]
+    assert left(structure.lowest(found, scores, {heads: 0.5})) == 2 * 8
+    assert left(structure.lowest(found, scores, {dims: 0.5})) == 4 * 4
+    assert left(structure.lowest(found, scores, 0.5, multiple=8)) == 2 * 8
+    assert left(structure.lowest(found, scores, 0.9)) == 1
+    plan = structure.within(found, scores, cost, 300)
+    assert 150 < cost(plan) <= 300
+    small, smaller = structure.cut(apply, variables, plan)
+    close(jax.jit(small)(smaller, tokens), jax.jit(apply)(structure.zeroed(variables, plan), tokens))
+
+
+@pytest.mark.parametrize("multiple", [2, 4, 6, 8, 16])
+@pytest.mark.parametrize("kernel", [(3, 32), (3, 4, 8)])
+def test_what_is_left_of_crossing_groups_together_is_a_multiple(kernel, multiple):
+    """One axis of a kernel that is taken apart, or two axes over which the next layer sums."""
+
+    def apply(variables, x):
+        hidden = jnp.tanh(jnp.tensordot(x, variables["params"]["a"], 1)).reshape(2, 4, 8)
+        return jnp.cos(hidden.swapaxes(1, 2).reshape(2, 32) @ variables["params"]["b"])
+
+    variables = of_shapes(a=kernel, b=(32, 5))
+    found = structure.groups(apply, variables, np.ones((2, 3), np.float32))
+    for seed, share in itertools.product(range(3), (0.25, 0.5, 0.75, 0.9)):
+        plan = structure.lowest(found, structure.random(found, seed), share, multiple)
+        left = structure.shrunk(variables, plan)["params"]["b"].shape[0]
+        assert left % multiple == 0 or left == 32
+        assert multiple > 2 or left < 32
+
+
+def test_channels_that_are_shuffled_in_part_are_groups():
+    """As in ShuffleNet v2: a part of the channels goes by, all are merged in another order, and no axis is emptied."""
+
+    def apply(variables, x):
+        params = variables["params"]
+        hidden = jnp.concatenate([x @ params["a"], x @ params["b"]], -1).reshape(2, 2, 8)
+        return jnp.tanh(hidden.swapaxes(1, 2).reshape(2, 16)) @ params["c"]
+
+    variables, x = of_shapes(a=(3, 4), b=(3, 12), c=(16, 5)), np.float32(RNG.standard_normal((2, 3)))
+    found = structure.groups(apply, variables, x)
+    plan = structure.lowest(found, structure.random(found, 0), 0.9)
+    small, smaller = structure.cut(apply, variables, plan)
+    assert smaller["params"]["c"].shape[0] < 16
+    close(jax.jit(small)(smaller, x), apply(structure.zeroed(variables, plan), x))
+
+
 def test_padded_channels_keep_their_places():
     def apply(variables, x):
         params = variables["params"]

@@ -31,6 +31,7 @@ class Groups(NamedTuple):
     free: Mapping[str, tuple[Channel, ...]]  # by group, the channels of which each goes on its own
     frozen: Mapping[Place, str]  # why coordinates of an axis stay
     widths: Mapping[str, int]  # by group, how many inputs and outputs of layers a channel is: of a head, its dimensions
+    crossing: Mapping[str, frozenset[str]]  # by group, those with which it shares inputs and outputs of layers
 
 
 class Followed(NamedTuple):
@@ -51,6 +52,7 @@ def groups(apply: Apply, variables: Tree, *args: Any, **kwargs: Any) -> Groups:
     """
     found = followed(apply, variables, args, kwargs)
     channels: dict[int, dict[Place, list[int]]] = defaultdict(lambda: defaultdict(list))
+    crossed: dict[int, set[tuple[Place, int]]] = defaultdict(set)  # by source, those with which it shares coordinates
     frozen: dict[Place, str] = {}
     for path, array in zip(found.called.paths, found.variables, strict=True):
         for axis, identities in enumerate(array.axes):
@@ -58,21 +60,25 @@ def groups(apply: Apply, variables: Tree, *args: Any, **kwargs: Any) -> Groups:
             for i, each in enumerate([] if isinstance(identities, str) else identities.tolist()):
                 if reason := found.ids.reason(each):
                     frozen.setdefault(place, reason)
-                for source in found.ids.sources(each):
+                sources = found.ids.sources(each)
+                for source in sources:
                     channels[source][place].append(i)
-    alike: dict[tuple[Place, ...], list[int]] = defaultdict(list)
+                    crossed[source].update((place, other) for other in sources if other != source)
+    alike: dict[Any, list[int]] = defaultdict(list)
     for source, channel in channels.items():
-        alike[tuple(channel)].append(source)
+        alike[tuple(channel), frozenset(crossed[source])].append(source)
     counts = products.widths(found.ids, found.body)
     free: dict[str, tuple[Channel, ...]] = {}
     widths: dict[str, int] = {}
-    for places, sources in alike.items():
+    group_of: dict[int, str] = {}
+    for (places, _), sources in alike.items():
         name = _name(places)
         if same := sum(known.partition("#")[0] == name for known in free):
             name = f"{name}#{same + 1}"
         free[name] = tuple({place: tuple(indices) for place, indices in channels[source].items()} for source in sources)
         widths[name] = math.gcd(*(counts.get(source, 1) for source in sources))
-    return Groups(free, frozen, widths)
+        group_of |= dict.fromkeys(sources, name)
+    return Groups(free, frozen, widths, products.crossing(found.ids, found.body, group_of))
 
 
 def _name(places: tuple[Place, ...]) -> str:
