@@ -274,7 +274,8 @@ def test_heads_and_dimensions_of_one_kernel_shrink_each_on_its_own():
     variables, tokens = of_shapes(qkv=(6, 96), out=(32, 5)), np.float32(RNG.standard_normal((2, 3, 6)))
     found = structure.groups(apply, variables, tokens)
     sizes = {name: (len(channels), len(channels[0]["params/out", 0])) for name, channels in found.free.items()}
-    (heads,), (dims,) = ([name for name in sizes if sizes[name] == size] for size in ((4, 8), (8, 4)))
+    heads, dims = "params/qkv:1", "params/qkv:1#2"
+    assert sizes == {heads: (4, 8), dims: (8, 4)}
     assert found.crossing == {heads: {dims}, dims: {heads}}
     assert f"{heads}: 4 channels of 8 inputs and outputs" in structure.explain(found)
 

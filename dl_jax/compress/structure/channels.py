@@ -60,7 +60,7 @@ def groups(apply: Apply, variables: Tree, *args: Any, **kwargs: Any) -> Groups:
             for i, each in enumerate([] if isinstance(identities, str) else identities.tolist()):
                 if reason := found.ids.reason(each):
                     frozen.setdefault(place, reason)
-                sources = found.ids.sources(each)
+                sources = sorted(found.ids.sources(each))  # in the order of axes: heads before their dimensions
                 for source in sources:
                     channels[source][place].append(i)
                     crossed[source].update((place, other) for other in sources if other != source)
