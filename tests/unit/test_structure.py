@@ -125,6 +125,12 @@ def drawn(model, x):
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
+def of_shapes(**shapes):
+    """Parameters of these shapes, drawn as in `drawn`."""
+    rng = np.random.default_rng(1)
+    return {"params": {name: np.float32(rng.uniform(-1, 1, shape)) for name, shape in shapes.items()}}
+
+
 # Most of the time of these tests goes into optimising what runs once.
 soon_compiled = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -256,24 +262,80 @@ def test_heads_and_their_dimensions_are_groups():
     assert sizes == [(4, 4), (4, 4)]  # heads of four coordinates, and dimensions of four heads
 
 
+def test_heads_and_dimensions_of_one_kernel_shrink_each_on_its_own():
+    """Query, key and value in one product, as in timm: a coordinate of the kernel goes with its head or dimension."""
+
+    def apply(variables, tokens):
+        parts = (tokens @ variables["params"]["qkv"]).reshape(2, 3, 3, 4, 8)
+        query, key, value = jnp.moveaxis(parts, 2, 0)
+        weights = nn.softmax(jnp.einsum("bthd,bshd->bhts", query, key))
+        return jnp.einsum("bhts,bshd->bthd", weights, value).reshape(2, 3, 32) @ variables["params"]["out"]
+
+    variables, tokens = of_shapes(qkv=(6, 96), out=(32, 5)), np.float32(RNG.standard_normal((2, 3, 6)))
+    found = structure.groups(apply, variables, tokens)
+    sizes = {name: (len(channels), len(channels[0]["params/out", 0])) for name, channels in found.free.items()}
+    heads, dims = "params/qkv:1", "params/qkv:1#2"
+    assert sizes == {heads: (4, 8), dims: (8, 4)}
+    assert found.crossing == {heads: {dims}, dims: {heads}}
+    assert f"{heads}: 4 channels of 8 inputs and outputs" in structure.explain(found)
+
+    scores, cost = structure.random(found, 0), structure.parameters(variables)
+    left = lambda plan: structure.shrunk(variables, plan)["params"]["out"].shape[0]
+    assert left(structure.lowest(found, scores, {heads: 0.5})) == 2 * 8
+    assert left(structure.lowest(found, scores, {dims: 0.5})) == 4 * 4
+    assert left(structure.lowest(found, scores, 0.5, multiple=8)) == 2 * 8
+    assert left(structure.lowest(found, scores, 0.9)) == 1
+    plan = structure.within(found, scores, cost, 300)
+    assert 150 < cost(plan) <= 300
+    small, smaller = structure.cut(apply, variables, plan)
+    close(jax.jit(small)(smaller, tokens), jax.jit(apply)(structure.zeroed(variables, plan), tokens))
+
+
+@pytest.mark.parametrize("multiple", [2, 4, 6, 8, 16])
+@pytest.mark.parametrize("kernel", [(3, 32), (3, 4, 8)])
+def test_what_is_left_of_crossing_groups_together_is_a_multiple(kernel, multiple):
+    """One axis of a kernel that is taken apart, or two axes over which the next layer sums."""
+
+    def apply(variables, x):
+        hidden = jnp.tanh(jnp.tensordot(x, variables["params"]["a"], 1)).reshape(2, 4, 8)
+        return jnp.cos(hidden.swapaxes(1, 2).reshape(2, 32) @ variables["params"]["b"])
+
+    variables = of_shapes(a=kernel, b=(32, 5))
+    found = structure.groups(apply, variables, np.ones((2, 3), np.float32))
+    for seed, share in itertools.product(range(3), (0.25, 0.5, 0.75, 0.9)):
+        plan = structure.lowest(found, structure.random(found, seed), share, multiple)
+        left = structure.shrunk(variables, plan)["params"]["b"].shape[0]
+        assert left % multiple == 0 or left == 32
+        assert multiple > 2 or left < 32
+
+
+def test_channels_that_are_shuffled_in_part_are_groups():
+    """As in ShuffleNet v2: a part of the channels goes by, all are merged in another order, and no axis is emptied."""
+
+    def apply(variables, x):
+        params = variables["params"]
+        hidden = jnp.concatenate([x @ params["a"], x @ params["b"]], -1).reshape(2, 2, 8)
+        return jnp.tanh(hidden.swapaxes(1, 2).reshape(2, 16)) @ params["c"]
+
+    variables, x = of_shapes(a=(3, 4), b=(3, 12), c=(16, 5)), np.float32(RNG.standard_normal((2, 3)))
+    found = structure.groups(apply, variables, x)
+    plan = structure.lowest(found, structure.random(found, 0), 0.9)
+    small, smaller = structure.cut(apply, variables, plan)
+    assert smaller["params"]["c"].shape[0] < 16
+    close(jax.jit(small)(smaller, x), apply(structure.zeroed(variables, plan), x))
+
+
 def test_padded_channels_keep_their_places():
     def apply(variables, x):
         params = variables["params"]
         return (jnp.pad(x @ params["a"], ((0, 0), (1, 3))) + x @ params["c"]) @ params["d"]
 
-    shapes = {"a": (3, 6), "c": (3, 10), "d": (10, 2)}
-    variables = {"params": {name: np.float32(RNG.random(shape)) for name, shape in shapes.items()}}
+    variables = of_shapes(a=(3, 6), c=(3, 10), d=(10, 2))
     plan = some(structure.groups(apply, variables, np.ones((2, 3), np.float32)))
     small, smaller = structure.cut(apply, variables, plan)
     x = np.float32(RNG.random((2, 3)))
     assert [leaf.shape for leaf in jax.tree.leaves(smaller)] == [(3, 3), (3, 5), (5, 2)]
     close(jax.jit(small)(smaller, x), apply(structure.zeroed(variables, plan), x))
-
-
-def test_a_layer_of_the_same_name_in_a_submodule_stays():
-    state = optax.TraceState({"a": jnp.ones(4), "b": {"a": jnp.ones(4)}})
-    found = structure.shrunk([state], {"params/a": {0: [1]}})[0].trace
-    assert (found["a"].shape, found["b"]["a"].shape) == ((3,), (4,))
 
 
 def test_dropout_draws_for_the_units_that_are_left():
@@ -288,6 +350,24 @@ def test_dropout_draws_for_the_units_that_are_left():
     assert first != other
     for kept in (first, other):
         assert abs(kept - 4000) < 5 * np.sqrt(8000 / 4)
+
+
+def test_what_is_drawn_for_the_channels_that_are_left_stays():
+    """By keys in the model, one and several at once, and by one that it is given: dropout is that of the large net."""
+
+    def apply(variables, x, key):
+        one, *several = jax.random.split(jax.random.key(1, impl="unsafe_rbg"), 3)  # which compiles soonest
+        noise = jax.vmap(lambda key: jax.random.normal(key, (8,)))(jnp.stack(several))
+        hidden = jnp.cos(x @ (variables["params"]["a"] * jax.random.normal(one, (3, 8)))) + noise.mean(0)
+        return jnp.where(jax.random.bernoulli(key, 0.5, hidden.shape), hidden, 0) @ variables["params"]["b"]
+
+    variables, x = of_shapes(a=(3, 8), b=(8, 2)), np.float32(RNG.standard_normal((4, 3)))
+    plan = some(structure.groups(apply, variables, x, jax.random.key(0, impl="unsafe_rbg")))
+    small, smaller = structure.cut(apply, variables, plan)
+    assert smaller["params"]["b"].shape == (4, 2)
+    both = soon_compiled(lambda s, z, key: (small(s, x, key), apply(z, x, key)))
+    for seed in range(2):
+        close(*both(smaller, structure.zeroed(variables, plan), jax.random.key(seed, impl="unsafe_rbg")))
 
 
 def relu_net(variables, x):
@@ -506,6 +586,56 @@ def test_what_cannot_be_followed_stays_for_a_reason(function, why):
     small, smaller = structure.cut(apply, variables, {"params/a": {1: [0]}, "params/b": {0: [0]}})
     with pytest.raises(InputError, match=f"^the plan removes 0 of axis 1 of params/a, which this call needs: .*{why}"):
         small(smaller, jnp.ones((2, 3)))
+
+
+def test_seeds_are_no_channels():
+    def apply(variables, x):
+        drawn = jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), ()))(variables["seeds"]["s"])
+        return (x @ (variables["params"]["a"] * drawn)).sum(-1)
+
+    variables = {"seeds": {"s": np.arange(4)}, **of_shapes(a=(3, 4))}
+    found = structure.groups(apply, variables, np.ones((2, 3), np.float32))
+    assert (found.free, found.frozen["params/a", 1]) == ({}, "random keys")
+
+
+@pytest.mark.parametrize(
+    ("function", "stays"),
+    [
+        (lambda e, i: e.at[i].get(mode="fill", fill_value=1.0), True),
+        (lambda e, i: e.astype(int).at[i].get(mode="fill"), True),
+        (lambda e, i: e.at[i].get(mode="fill", fill_value=0.0), False),
+        (lambda e, i: jnp.take(e, i, axis=0), False),
+        (lambda e, i: e.at[i].get(mode="clip"), False),
+        (lambda e, i: jax.lax.reduce_window(e, -jnp.inf, jax.lax.max, (1, 1), (1, 1), ((1, 0), (0, 0))), True),
+        (lambda e, i: nn.max_pool(e[None, ..., None], (3, 1), padding="SAME")[0, ..., 0], False),
+    ],
+)
+def test_what_is_filled_with_other_numbers_than_zero_is_not_summed_without_them(function, stays):
+    """Rows that indices miss, and windows of nothing but padding."""
+    apply = lambda v, i: function(v["params"]["e"], i).sum(-1)
+    found = structure.groups(apply, of_shapes(e=(9, 12)), np.array([3, 50]))
+    assert (not found.free) == stays
+    assert stays == ("terms need not be zero" in found.frozen.get(("params/e", 1), ""))
+
+
+@pytest.mark.parametrize("hidden", [12, 7])
+def test_outputs_in_lists_are_not_the_variables_in_these_places(hidden):
+    def apply(variables, x):
+        first, second = variables
+        return jnp.tanh(x @ first), {"w": [(x @ first) @ second]}
+
+    variables = [np.ones((16, hidden), np.float32), np.ones((hidden, 12), np.float32)]
+    for wrapped, of in ((variables, apply), ({"w": variables}, lambda v, x: apply(v["w"], x))):
+        found = structure.groups(of, wrapped, np.ones((16, 16), np.float32))
+        assert not found.free
+        assert set(found.frozen.values()) == {"an input of the model", "an output of the model"}
+
+
+def test_an_output_of_the_name_of_a_variable_but_another_shape_stays():
+    apply = lambda v, x: {"stats": {"mean": (x @ v["params"]["a"])[0] + v["stats"]["mean"].sum()}}
+    variables = {**of_shapes(a=(3, 4)), "stats": {"mean": np.ones(6, np.float32)}}
+    found = structure.groups(apply, variables, np.ones((2, 3), np.float32))
+    assert found.frozen["params/a", 1] == "an output of the model"
 
 
 @pytest.mark.parametrize("length", [1, 4])

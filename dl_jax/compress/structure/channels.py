@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dl_jax.compress.structure import arrays, flow, products, shrink
+from dl_jax.compress.structure import arrays, copies, flow, products, shrink
 from dl_jax.compress.structure.identity import Identities
 from dl_jax.core import equations
 from dl_jax.core.errors import InputError
@@ -31,6 +31,7 @@ class Groups(NamedTuple):
     free: Mapping[str, tuple[Channel, ...]]  # by group, the channels of which each goes on its own
     frozen: Mapping[Place, str]  # why coordinates of an axis stay
     widths: Mapping[str, int]  # by group, how many inputs and outputs of layers a channel is: of a head, its dimensions
+    crossing: Mapping[str, frozenset[str]]  # by group, those with which it shares inputs and outputs of layers
 
 
 class Followed(NamedTuple):
@@ -45,11 +46,13 @@ class Followed(NamedTuple):
 def groups(apply: Apply, variables: Tree, *args: Any, **kwargs: Any) -> Groups:
     """The channels that a call `apply(variables, *args, **kwargs)` allows to remove.
 
-    Arrays may be given as shapes. An output whose path ends in that of a variable, such as new batch statistics,
-    shrinks with it; other outputs keep their shapes.
+    Arrays may be given as shapes. An output shrinks with a variable, as new batch statistics do, if its path ends in
+    that of the variable, which is in a collection and below keys of dicts alone, and their shapes are equal. Other
+    outputs keep their shapes. Channels that cross, as heads and their dimensions do, are in different groups.
     """
     found = followed(apply, variables, args, kwargs)
     channels: dict[int, dict[Place, list[int]]] = defaultdict(lambda: defaultdict(list))
+    crossed: dict[int, set[tuple[Place, int]]] = defaultdict(set)  # by source, those with which it shares coordinates
     frozen: dict[Place, str] = {}
     for path, array in zip(found.called.paths, found.variables, strict=True):
         for axis, identities in enumerate(array.axes):
@@ -57,21 +60,25 @@ def groups(apply: Apply, variables: Tree, *args: Any, **kwargs: Any) -> Groups:
             for i, each in enumerate([] if isinstance(identities, str) else identities.tolist()):
                 if reason := found.ids.reason(each):
                     frozen.setdefault(place, reason)
-                for source in found.ids.sources(each):
+                sources = sorted(found.ids.sources(each))  # in the order of axes: heads before their dimensions
+                for source in sources:
                     channels[source][place].append(i)
-    alike: dict[tuple[Place, ...], list[int]] = defaultdict(list)
+                    crossed[source].update((place, other) for other in sources if other != source)
+    alike: dict[Any, list[int]] = defaultdict(list)
     for source, channel in channels.items():
-        alike[tuple(channel)].append(source)
+        alike[tuple(channel), frozenset(crossed[source])].append(source)
     counts = products.widths(found.ids, found.body)
     free: dict[str, tuple[Channel, ...]] = {}
     widths: dict[str, int] = {}
-    for places, sources in alike.items():
+    group_of: dict[int, str] = {}
+    for (places, _), sources in alike.items():
         name = _name(places)
         if same := sum(known.partition("#")[0] == name for known in free):
             name = f"{name}#{same + 1}"
         free[name] = tuple({place: tuple(indices) for place, indices in channels[source].items()} for source in sources)
         widths[name] = math.gcd(*(counts.get(source, 1) for source in sources))
-    return Groups(free, frozen, widths)
+        group_of |= dict.fromkeys(sources, name)
+    return Groups(free, frozen, widths, products.crossing(found.ids, found.body, group_of))
 
 
 def _name(places: tuple[Place, ...]) -> str:
@@ -89,17 +96,29 @@ def followed(apply: Apply, variables: Tree, args: tuple[Any, ...], kwargs: Mappi
     own = tuple(arrays.parameter(ids, v.aval) for v in invars[: len(called.paths)])
     others = [arrays.fixed(v.aval, "an input of the model") for v in invars[len(called.paths) :]]
     body = flow.follow(ids, called.jaxpr, [*own, *others])
-    numbered = jax.tree.unflatten(called.structure, list(range(called.structure.num_leaves)))
-    by_path = {tuple(map(str, path)): array for path, array in zip(called.paths, own, strict=True)}
+    _join_outputs(ids, called, own, body)
+    return Followed(called, ids, body, own)
+
+
+def _join_outputs(ids: Identities, called: equations.Called, own: tuple[arrays.Array, ...], body: flow.Body) -> None:
+    """Notes that outputs keep their shapes, but for new values of variables, which shrink with these.
+
+    Places in lists and tuples tell nothing of an output, so only a name in a collection says that it is a variable.
+    """
+    invars, outvars = flow.open_jaxpr(called.jaxpr).invars, flow.open_jaxpr(called.jaxpr).outvars
+    known = {
+        path: (variable.aval.shape, array)
+        for path, variable, array in zip(called.paths, invars[: len(own)], own, strict=True)
+        if len(path) > 1 and all(isinstance(key, jax.tree_util.DictKey) for key in path)
+    }
+    numbered = jax.tree.unflatten(called.structure, range(called.structure.num_leaves))
     for path, i in jax.tree_util.tree_leaves_with_path(numbered):
-        keys, output = tuple(map(str, path)), body.outputs[i]
-        variable = next((by_path[keys[k:]] for k in range(len(keys)) if keys[k:] in by_path), None)
-        for place, axis in enumerate(output.axes):
-            if variable is not None and len(variable.axes) == len(output.axes):
+        shape, variable = next((known[path[k:]] for k in range(len(path)) if path[k:] in known), (None, None))
+        for place, axis in enumerate(body.outputs[i].axes):
+            if variable is not None and shape == outvars[i].aval.shape:
                 ids.join(axis, variable.axes[place])
             else:
                 ids.freeze(axis, "an output of the model")
-    return Followed(called, ids, body, own)
 
 
 def removing(channels: Iterable[Channel]) -> Plan:
@@ -119,13 +138,13 @@ def cut(apply: Apply, variables: Tree, plan: Plan) -> tuple[Apply, Tree]:
     Raises InputError where the plan does not fit `variables`, and when a call of the function needs what it removes, or
     gets variables of other shapes.
     """
-    smaller = shrunk(variables, plan)
     sizes = {path: jnp.shape(leaf) for path, leaf in _named(variables).items()}
-    left = {path: jnp.shape(leaf) for path, leaf in _named(smaller).items()}
     if unknown := sorted(set(plan) - set(sizes)):
         raise InputError(
             f"the plan removes coordinates of {unknown[0]}, which the model does not have; make it of this model"
         )
+    smaller = shrunk(variables, plan)
+    left = {path: jnp.shape(leaf) for path, leaf in _named(smaller).items()}
 
     @functools.wraps(apply)
     def small(variables: Tree, *args: Any, **kwargs: Any) -> Any:
@@ -178,9 +197,9 @@ def kept_by(found: Followed, plan: Plan) -> shrink.Kept:
 def shrunk(tree: Tree, plan: Plan) -> Tree:
     """A tree without the coordinates of a plan: variables, parameters, statistics, or the state of an optimiser.
 
-    A leaf belongs to a variable if its path ends in the variable's, with or without the collection: "params/a/kernel"
-    stands for `opt_state[0].mu["a"]["kernel"]`, too. Raises InputError where such a leaf has other axes than the plan,
-    as in an optimiser that factors its moments.
+    The tree may hold copies of the variables: "params/a/kernel" stands for `opt_state[0].mu["a"]["kernel"]`, too.
+    `copies.planned` has the rule. Raises InputError where a leaf may be one of two variables, and where one has other
+    axes than the plan, as in an optimiser that factors its moments.
     """
     return _mapped(tree, plan, lambda leaf, mask, axis: shrink.compressed(leaf, mask, axis))
 
@@ -195,8 +214,8 @@ def zeroed(tree: Tree, plan: Plan) -> Tree:
 
 
 def _mapped(tree: Tree, plan: Plan, change: Callable[[Any, np.ndarray, int], Any]) -> Tree:
-    def of_leaf(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
-        for axis, indices in _planned(path, plan).items():
+    def of_leaf(path: jax.tree_util.KeyPath, leaf: Any, axes: copies.Axes) -> Any:
+        for axis, indices in axes.items():
             shape = jnp.shape(leaf)
             if axis >= len(shape) or not 0 <= min(indices) <= max(indices) < shape[axis]:
                 raise InputError(
@@ -212,23 +231,9 @@ def _mapped(tree: Tree, plan: Plan, change: Callable[[Any, np.ndarray, int], Any
             leaf = change(leaf, mask, axis)
         return leaf
 
-    return jax.tree_util.tree_map_with_path(of_leaf, tree)
-
-
-def _planned(path: jax.tree_util.KeyPath, plan: Plan) -> Mapping[int, np.ndarray]:
-    """What a plan removes from the leaf at a path.
-
-    A collection's name may be missing where no key of a dict stands before: that would be a submodule.
-    """
-    for start in range(len(path)):
-        name = leaf_name(path[start:])
-        if name in plan:
-            return plan[name]
-        if start == 0 or not isinstance(path[start - 1], jax.tree_util.DictKey):
-            for known, axes in plan.items():
-                if known.partition("/")[2] == name:
-                    return axes
-    return {}
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    planned = copies.planned([path for path, _ in leaves], plan)
+    return jax.tree.unflatten(structure, [of_leaf(*leaf, axes) for leaf, axes in zip(leaves, planned, strict=True)])
 
 
 def _named(tree: Tree) -> dict[str, Any]:

@@ -135,6 +135,8 @@ def lowest(found: Groups, scores: Scores, share: float | Mapping[str, float], mu
     that the inputs and the outputs of layers which they are, together, are a multiple of `multiple`; 8 or 16 suit most
     processors. A channel of a convolution is one of them, a head of 64 dimensions 64, and a group of a grouped
     convolution as many as it has maps (`Groups.widths`). The number is rounded up; a group without such a number stays.
+    Heads and their dimensions cross, so that what is left of one changes how many the other is: there the narrower
+    channels, here the dimensions, are a multiple whatever heads are left.
 
     Raises InputError for a share outside [0, 1), and for a group that cannot shrink.
     """
@@ -187,11 +189,22 @@ def _plan(found: Groups, scores: Scores, counts: Mapping[str, int], multiple: in
     gone: list[Channel] = []
     for name, count in counts.items():
         size = _size(found, scores, name)
-        step = multiple // math.gcd(multiple, found.widths[name])  # channels that are a multiple together
+        step = multiple // math.gcd(multiple, _width(found, name, counts))  # channels that are a multiple together
         left = min(size, max(1, -(-(size - count) // step)) * step)
         order = np.argsort(scores[name], kind="stable")
         gone.extend(found.free[name][i] for i in order[: size - left])
     return removing(gone)
+
+
+def _width(found: Groups, name: str, shrinking: Iterable[str]) -> int:
+    """How many inputs and outputs of layers a channel is, at least, whatever is left of wider channels that cross it.
+
+    The wider ones, such as heads, may count on all narrower ones, or on a multiple of these: their dimensions.
+    """
+    rank = lambda name: (-found.widths[name], name)
+    wider = [other for other in found.crossing[name].intersection(shrinking) if rank(other) < rank(name)]
+    width = found.widths[name]
+    return width // math.gcd(width, math.prod(len(found.free[other]) for other in wider))
 
 
 def _size(found: Groups, scores: Scores, name: str) -> int:

@@ -1,8 +1,9 @@
 """How many inputs and outputs of products a channel is, on which the speed of a processor depends."""
 
+import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dl_jax.compress.structure.arrays import Array
@@ -17,6 +18,35 @@ def widths(ids: Identities, body: Body) -> dict[int, int]:
 
     A head of 64 dimensions is 64 outputs of the layers before it and 64 inputs of the one after it.
     """
+    sources, found = _remembered(ids), defaultdict[int, int](int)
+    for dimension in _dimensions(body):
+        for source, count in _counted(dimension, sources).items():
+            found[source] = math.gcd(found[source], count)
+    return found
+
+
+def crossing(ids: Identities, body: Body, group_of: Mapping[int, str]) -> dict[str, frozenset[str]]:
+    """{group: the others with which it shares inputs or outputs of products}; `group_of` tells that of a source.
+
+    Heads and their dimensions do: an output goes with its head or with its dimension.
+    """
+    sources, found = _remembered(ids), {name: set[str]() for name in group_of.values()}
+    for dimension in _dimensions(body):
+        axes = [
+            {frozenset(group_of[each] for each in sources(i) if each in group_of) for i in axis.tolist()}
+            for axis, _ in dimension
+            if not isinstance(axis, str)
+        ]
+        along = [frozenset[str]().union(*axis) for axis in axes]
+        pairs = {frozenset(pair) for two in itertools.combinations(along, 2) for pair in itertools.product(*two)}
+        for together in pairs.union(*axes):
+            for name in together:
+                found[name] |= together
+    return {name: frozenset(others - {name}) for name, others in found.items()}
+
+
+def _remembered(ids: Identities) -> Callable[[int], frozenset[int]]:
+    """The sources of identities, found once for each root."""
     known: dict[int, frozenset[int]] = {}
 
     def sources(identity: int) -> frozenset[int]:
@@ -25,11 +55,7 @@ def widths(ids: Identities, body: Body) -> dict[int, int]:
             known[root] = ids.sources(root)
         return known[root]
 
-    found: dict[int, int] = defaultdict(int)
-    for dimension in _dimensions(body):
-        for source, count in _counted(dimension, sources).items():
-            found[source] = math.gcd(found[source], count)
-    return found
+    return sources
 
 
 def _dimensions(body: Body) -> Iterator[Dimension]:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from dl_jax.compress.structure.arrays import (
     ALONE,
@@ -151,8 +152,15 @@ def _along(ids: Identities, equation: Any, ins: list[Array]) -> list[Array]:
 
 
 def _window(ids: Identities, equation: Any, ins: list[Array]) -> list[Array]:
-    """Pooling. Its other axes have windows of one coordinate."""
+    """Pooling. Its other axes have windows of one coordinate.
+
+    A maximum or minimum over nothing is not zero, so every window has to meet a number: paddings are smaller than it.
+    """
     params, x = equation.params, ins[0]
+    filled = equation.primitive.name == "reduce_window_sum" or (
+        {*params["base_dilation"], *params["window_dilation"]} == {1}
+        and all(max(pads) < n for pads, n in zip(params["padding"], params["window_dimensions"], strict=True))
+    )
     why, axes = "the pixels of a pooling", []
     for i, axis in enumerate(x.axes):
         each = [params[name][i] for name in ("window_dimensions", "window_strides", "base_dilation")]
@@ -160,7 +168,7 @@ def _window(ids: Identities, equation: Any, ins: list[Array]) -> list[Array]:
         if not plain:
             ids.freeze(axis, why)
         axes.append(axis if plain else why)
-    return output(axes, x.zero)
+    return output(axes, [z and filled for z in x.zero])
 
 
 # indexing
@@ -174,17 +182,30 @@ def _gather(ids: Identities, equation: Any, ins: list[Array]) -> list[Array]:
         return given_up(ids, equation, ins, "an index for each row")
     shape, sizes = equation.invars[0].aval.shape, equation.params["slice_sizes"]
     axes: list[Axis] = [ALONE] * len(equation.outvars[0].aval.shape)
-    zero = [False] * len(axes)
+    zero, empty = [False] * len(axes), _fills_with_zeros(equation)
     for axis in indices.axes:
         ids.freeze(axis, "an array of indices")
     left = [i for i in range(len(shape)) if i not in numbers.collapsed_slice_dims]
     for i, (axis, size, n) in enumerate(zip(x.axes, sizes, shape, strict=True)):
         if i in left and size == n:
             place = numbers.offset_dims[left.index(i)]
-            axes[place], zero[place] = axis, x.zero[i]
+            axes[place], zero[place] = axis, x.zero[i] and empty
         else:
             ids.freeze(axis, INDEXED)
     return output(axes, zero)
+
+
+def _fills_with_zeros(equation: Any) -> bool:
+    """Whether a gather puts nothing but zeros, or NaNs, in the place of what its indices miss.
+
+    A row of NaNs is an error, which those that are left show as well. Whole numbers have none.
+    """
+    filling, dtype = equation.params["fill_value"], equation.outvars[0].aval.dtype
+    if equation.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
+        return True
+    if filling is None:
+        return jnp.issubdtype(dtype, jnp.inexact)
+    return not filling or bool(np.isnan(filling))
 
 
 def _dynamic_slice(ids: Identities, equation: Any, ins: list[Array]) -> list[Array]:

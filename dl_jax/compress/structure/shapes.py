@@ -11,7 +11,6 @@ from dl_jax.compress.structure.arrays import (
     Array,
     Rule,
     anonymous,
-    fixed,
     given_up,
     is_zero,
     joined,
@@ -188,7 +187,7 @@ def _drawn(ids: Identities, equation: Any, ins: list[Array]) -> list[Array]:
 
 
 def _keys(ids: Identities, equation: Any, ins: list[Array]) -> list[Array]:
-    return [fixed(variable.aval, "random keys") for variable in equation.outvars]
+    return given_up(ids, equation, ins, "random keys")
 
 
 SHAPES: dict[str, Rule] = {

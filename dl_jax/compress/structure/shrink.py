@@ -108,6 +108,15 @@ def _with_shape(equation: Any, inputs: list[Any], before: list[list[Mask]], afte
     return equations.bound(equation, inputs, shape=_shape(equation, after))
 
 
+def _drawn(equation: Any, inputs: list[Any], before: list[list[Mask]], after: list[Mask]) -> Sequence[Any]:
+    """Numbers of the old shape, of which some are left: a draw of a smaller shape would give other numbers."""
+    drawn, first = equations.bound(equation, inputs)[0], len(before[0])  # the axes of the keys come first
+    for place, mask in enumerate(after):
+        if place >= first and mask is not None:
+            drawn = compressed(drawn, mask, place)
+    return [drawn]
+
+
 def _reshape(equation: Any, inputs: list[Any], before: list[list[Mask]], after: list[Mask]) -> Sequence[Any]:
     return [lax.reshape(inputs[0], _shape(equation, after), equation.params["dimensions"])]
 
@@ -243,7 +252,7 @@ RULES: dict[str, Callable[..., Sequence[Any]]] = {
     "reshape": _reshape,
     "broadcast_in_dim": _broadcast_in_dim,
     "iota": _with_shape,
-    "random_bits": _with_shape,
+    "random_bits": _drawn,
     "slice": _slice,
     "split": _split,
     "pad": _pad,
