@@ -26,6 +26,7 @@ COMMANDS = {"dl_jax.results": "harness"}  # short names for `python -m`, and the
 # `dl_jax.core.<name>` may import the names before its own.
 CORE = (
     "errors",
+    "cores",
     "bucket",
     "files",
     "inputs",
