@@ -1,7 +1,7 @@
 """Compressed networks against those of other tools: the same trained weights, images and further training.
 
     pip install torch torch-pruning onnxscript
-    python benchmarks/compress.py --dataset mnist    half an hour on two quiet cores
+    python benchmarks/compress.py --dataset mnist    on a quiet machine
     python benchmarks/compress.py --quick            to see that it runs, on the bundled digits
 
 Caffe's LeNet-5, a residual network and a small MobileNet are trained. Each is then compressed in two ways. In 8 bits,
@@ -200,7 +200,7 @@ def compare(name: str, train: Images, test: Images, setting: Setting, peers: boo
     for batch in BATCHES:
         found = measure.latency(functions, scaled(test, batch), rounds=setting.rounds)
         times[batch] = {key: 1e6 * latency.p50 for key, latency in found.items()}
-    print(f"{name}, {setting.seeds} seeds")
+    print(f"{name}, seeds: {setting.seeds}")
     print_rows(HEADER, list(rows(first, times, accuracies)), [*comparisons(first, times), *failed, ""], texts=2)
 
 

@@ -1,13 +1,26 @@
 """Files of compressed networks against those of the original one, over seeds: size, time of a call, errors."""
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from dl_jax import classify
+from dl_jax.compress import measure
 from dl_jax.compress.measure import Counts, Latency, Size
 
 Name = tuple[str, str]  # the network in a file, and the file format
+Images = Mapping[str, np.ndarray]  # image, uint8 [N, H, W, C], and label, int [N]
+
+
+class File(NamedTuple):
+    """A file that was written, and the function images float32 [B, H, W, C] in [0, 1] -> logits [B, classes] in it."""
+
+    path: Path
+    predict: Callable[..., Any]
+    counts: Counts  # of the network before export
+    runs: bool = True  # whether the file can be run as it is
 
 
 class Cost(NamedTuple):
@@ -18,6 +31,33 @@ class Cost(NamedTuple):
     validation_error: float  # per cent
     error: float  # test error in per cent
     latency: Mapping[int, Latency]  # by batch size; empty for a file that cannot be run directly
+
+
+def costs(
+    files: Mapping[Name, File], validation: Images, test: Images, batches: Sequence[int], rounds: int
+) -> dict[Name, Cost]:
+    """Measures files; `rounds` calls of all that run are timed, in alternating order, for each of the batch sizes."""
+    runs = {name: file.predict for name, file in files.items() if file.runs}
+    images = classify.to_unit(test["image"][: max(batches)])
+    shape = images.shape[1:]
+    latency = {
+        batch: measure.latency(runs, np.resize(images[:batch], (batch, *shape)), rounds=rounds) for batch in batches
+    }
+
+    def error(file: File, records: Images) -> float:
+        found = classify.outputs(file.predict, np.asarray(classify.to_unit(records["image"])))
+        return 100 * float((found.argmax(1) != records["label"]).mean())
+
+    return {
+        name: Cost(
+            file.counts,
+            measure.size(file.path),
+            error(file, validation),
+            error(file, test),
+            {batch: times[name] for batch, times in latency.items() if name in times},
+        )
+        for name, file in files.items()
+    }
 
 
 class Comparison(NamedTuple):

@@ -8,16 +8,16 @@ Han, Mao & Dally 2016, "Deep compression" (arXiv:1510.00149), tables 1 and 2: pr
 Expected: 1,066,440 bytes of float32 parameters become a file 40 ± 4 times smaller, counting all bytes of the file. The
 test error of the network decoded from the file equals that of the reference network within 0.15 points (1.64 % for the
 reference and 1.58 % for the compressed network in the paper). Five seeds take some twenty minutes on a CPU core. With
-`--preset lenet5`, the 1,724,320 bytes of Caffe's LeNet-5 become 39 ± 4 times fewer (0.80 and 0.74 %), in about an hour.
+`--preset lenet5`, the 1,724,320 bytes of Caffe's LeNet-5 become 39 ± 4 times fewer (0.80 and 0.74 %), in an hour by estimate.
 
 As in the paper: the three stages, the fraction of the weights kept in each layer, the bits (6 of every layer of
 LeNet-300-100, and 8 of convolutions and 5 of dense layers of LeNet-5), and k-means that starts from evenly spaced
-values. Our choices, where the paper gives none: SGD with a cosine schedule and a clipped gradient,
-four prunings that each keep the same fraction of the remaining weights, and a weaker L2 penalty after pruning. After a
-pruning, training restarts at the full learning rate; Han et al. 2015 restart at a tenth of it. These choices were made
-on the last 6,000 training digits. The file stores distances up to 256, where the paper's are up to 32, so that fewer
-filler zeros are needed. It scans each kernel in the direction that takes fewer bytes. One of the 64 indices is reserved
-for the filler zeros. The Huffman coding is that of deflate, by zlib.
+values. Our choices, where the paper gives none: SGD with a cosine schedule and a clipped gradient, four prunings that
+each keep the same fraction of the remaining weights, and a weaker L2 penalty after pruning. After a pruning, training
+restarts at the full learning rate; Han et al. 2015 restart at a tenth of it. These choices were made on the last 6,000
+training digits; rates and steps of LeNet-5 are those of prune_lenet.py. The file stores distances up to 256, where the
+paper's are up to 32, so that fewer filler zeros are needed. It scans each kernel in the direction that takes fewer
+bytes. One of the 64 indices is reserved for the filler zeros. The Huffman coding is that of deflate, by zlib.
 """
 
 import dataclasses
@@ -99,7 +99,7 @@ CLAIMS = (
     on_digits("ratio/file", at_least=38, unit="x", note="nothing compressed: 1; missed"),
     on_digits("test_error/decoded", at_most=8, unit="%", note="logistic regression: 10.0 %; missed"),
 )  # fmt: skip
-KEEPS = ("lenet300_seed*.dlj",)  # files in the run's folder
+KEEPS = ("lenet*_seed*.dlj",)  # files in the run's folder
 
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:

@@ -15,7 +15,7 @@ ours. The networks are LeNet-5 as Caffe ships it (the published one has tanh uni
 and a small MobileNet. They are trained in floating point and quantised afterwards: weights symmetrically per output
 channel, activations with ranges calibrated on training images. In the integer network all products have int8 inputs
 and int32 sums, which are rescaled by fixed-point multipliers. The simulation computes with the real numbers that these
-integers stand for, in float64 (`compress/integer.py` says how it rounds). The steps of the
+integers stand for, in float64 (`compress/integer/reals.py` says how it rounds). The steps of the
 MobileNet were doubled after a pilot on validation images; nothing else was tuned.
 """
 

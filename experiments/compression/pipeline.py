@@ -41,7 +41,7 @@ import optax
 
 from dl_jax import classify, data, losses, optim
 from dl_jax.compress import codec, comparison, distill, fold, measure, prune, quantize, structure
-from dl_jax.compress.comparison import Comparison, Cost, Name
+from dl_jax.compress.comparison import Comparison, File, Images, Name
 from dl_jax.core import seeds
 from dl_jax.core.fit import fit
 from dl_jax.core.step import Tree, init_states, make_step, per_seed, start
@@ -165,7 +165,6 @@ ROWS = (
 )
 WEIGHT_BITS = 7  # stored in 8: with all 8, sums of two products saturate on x86 CPUs without VNNI
 BATCHES = (1, 128)  # batch sizes of the calls that are timed
-Images = Mapping[str, np.ndarray]  # image, uint8 [N, H, W, C], and label, int [N]
 
 
 class Network(NamedTuple):
@@ -173,14 +172,6 @@ class Network(NamedTuple):
 
     apply: Callable[..., Any]
     variables: Tree
-
-
-class File(NamedTuple):
-    """A file that was written, and the function images -> logits [B, classes] in it."""
-
-    path: Path
-    predict: Callable[..., Any]
-    counts: measure.Counts  # of the network before export
 
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
@@ -201,7 +192,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
         small = smaller(cfg, teacher, train, own_key, seed, run / f"seed{seed}")
         with tempfile.TemporaryDirectory() as folder:
             files = written(Path(folder), teacher, small, inputs(train, cfg.calibration))
-            found.append(costs(files, validation, test, cfg.rounds))
+            found.append(comparison.costs(files, validation, test, BATCHES, cfg.rounds))
             for file in files.values():
                 (run / "files" / f"seed{seed}").keep(file.path.name, file.path.read_bytes())
     of = Comparison(TEACHER, found)
@@ -219,7 +210,7 @@ def images(cfg: Config, split: str) -> Images:
     return data.images(cfg.dataset, split, size=cfg.size)
 
 
-def inputs(records: Images, n: int | None = None) -> np.ndarray:
+def inputs(records: Images, n: int) -> np.ndarray:
     """The first `n` images as inputs of the exported files: float32 [n, H, W, C] in [0, 1]."""
     return np.asarray(classify.to_unit(records["image"][:n]))
 
@@ -278,7 +269,8 @@ def written(folder: Path, teacher: Network, small: Network, images: np.ndarray) 
         count = measure.counts(quantize.dequantize(network.variables["params"]))
         if kind == ENCODED:
             path.write_bytes(codec.encode(network.variables))
-            return File(path, jax.jit(functools.partial(network.apply, codec.decode(path.read_bytes()))), count)
+            predict = jax.jit(functools.partial(network.apply, codec.decode(path.read_bytes())))
+            return File(path, predict, count, runs=False)
         if kind == XLA:
             stablehlo.export(*network, some, path)
             return File(path, stablehlo.load(path), count)
@@ -290,30 +282,6 @@ def written(folder: Path, teacher: Network, small: Network, images: np.ndarray) 
         return File(path, onnx.load(path), count)
 
     return {name: file(name, networks[name]) for name in ROWS}
-
-
-def costs(files: Mapping[Name, File], validation: Images, test: Images, rounds: int) -> dict[Name, Cost]:
-    """Measures the files. The calls of all files are timed in alternating order."""
-    runs = {name: file.predict for name, file in files.items() if name[1] != ENCODED}
-    shape = test["image"].shape[1:]
-    latency = {
-        batch: measure.latency(runs, np.resize(inputs(test, batch), (batch, *shape)), rounds=rounds)
-        for batch in BATCHES
-    }
-
-    def error(file: File, records: Images) -> float:
-        return 100 * float((classify.outputs(file.predict, inputs(records)).argmax(1) != records["label"]).mean())
-
-    return {
-        name: Cost(
-            file.counts,
-            measure.size(file.path),
-            error(file, validation),
-            error(file, test),
-            {batch: times[name] for batch, times in latency.items() if name in times},
-        )
-        for name, file in files.items()
-    }
 
 
 def measured(of: Comparison, best: Name | None, max_loss: float) -> dict[str, np.ndarray]:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dl_jax.compress import fixed, integer, quantize
+from dl_jax.compress import integer, quantize
+from dl_jax.compress.integer import fixed
 from dl_jax.core.errors import InputError
 from dl_jax.models.vision import mobilenet
 

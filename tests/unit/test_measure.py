@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dl_jax.compress import measure
+from dl_jax.compress import comparison, measure
 from dl_jax.compress.measure import Counts, Size
 from dl_jax.core.errors import InputError
 
@@ -97,3 +97,23 @@ def test_too_few_calls(counts):
 def test_nothing_to_measure():
     with pytest.raises(InputError, match="no function to measure"):
         measure.latency({}, np.zeros(3))
+
+
+def test_the_costs_of_files(tmp_path):
+    """One knows the label from the first pixel, the other says 1; the second cannot be run as it is."""
+    image = np.zeros((5, 2, 2, 1), np.uint8)
+    image[:, 0, 0, 0] = 255 * np.array([0, 1, 1, 0, 1])
+    records = {"image": image, "label": np.array([0, 1, 1, 0, 1])}
+    right = lambda images: np.stack([1 - images[:, 0, 0, 0], images[:, 0, 0, 0]], -1)
+    one = lambda images: np.tile(np.float32([0, 1]), (len(images), 1))
+    (tmp_path / "a").write_bytes(b"12345")
+    files = {
+        ("a", "x"): comparison.File(tmp_path / "a", right, measure.Counts(3, 2)),
+        ("b", "y"): comparison.File(tmp_path / "a", one, measure.Counts(3, 2), runs=False),
+    }
+    some = {name: column[:2] for name, column in records.items()}
+    found = comparison.costs(files, some, records, (1, 8), rounds=2)
+    assert [(cost.validation_error, cost.error) for cost in found.values()] == [(0, 0), (50, 40)]
+    assert [set(cost.latency) for cost in found.values()] == [{1, 8}, set()]
+    assert found["a", "x"].size.raw == 5
+    assert found["a", "x"].counts == (3, 2)
