@@ -279,7 +279,7 @@ def written(folder: Path, teacher: Network, small: Network, images: np.ndarray) 
             onnx.quantized(folder / file_name((TEACHER, ONNX)), batches, path)
         else:  # in integers a number between two others may be rounded to either
             onnx.export(*network, some, path, tolerance=0.1 if model in (INT8, SMALL_INT8) else 1e-4)
-        return File(path, onnx.load(path), count)
+        return File(path, onnx.load(path, threads=1), count)
 
     return {name: file(name, networks[name]) for name in ROWS}
 
@@ -325,8 +325,8 @@ def remarks(of: Comparison, best: Name | None, cfg: Config) -> Iterator[str]:
     yield (
         f"Accuracy is on the test set, ± std over {len(of.costs)} seeds. Times are microseconds per call on "
         f"{' or '.join(map(str, BATCHES))} images, p50 / p95, with all files called in turn. StableHLO runs in XLA on "
-        f"{device()}, ONNX in ONNX Runtime on the CPU, whose threads do not spin between calls. The encoded file must "
-        "be decoded before it can run and is not timed."
+        f"{device()}, ONNX in ONNX Runtime on one thread of the CPU. The encoded file must be decoded before it can "
+        "run and is not timed."
     )
     yield (
         f"Small: {cfg.cut:.0%} of the channels are gone, and {cfg.sparsity:.0%} of the weights that are left are zero. "

@@ -279,6 +279,20 @@ def test_wrong_inputs_are_one_error_in_both_formats(inputs, message, hlo, ort):
             predict(*inputs)
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+def test_onnx_computes_in_as_many_threads_as_are_asked_for(ort):
+    threads = lambda: len(os.listdir("/proc/self/task"))
+    before = threads()
+    one = onnx.load(ort, threads=1)
+    assert threads() == before
+    three = onnx.load(ort, threads=3)
+    assert threads() == before + 2  # the caller's thread is one of the three
+    x = np.ones((2, 4), np.float32)
+    np.testing.assert_allclose(one(x), three(x), rtol=1e-6)
+    with pytest.raises(InputError, match="threads is 0, expected at least 1"):
+        onnx.load(ort, threads=0)
+
+
 def test_inputs_of_two_batch_sizes(tmp_path):
     x = np.ones((2, 3), np.float32)
     stablehlo.export(lambda _, x, y: x + y, None, (x, x), tmp_path / "model")
