@@ -8,9 +8,10 @@ Caffe's LeNet-5, a residual network and a small MobileNet are trained. Each is t
 after training: by `compress.quantize` with BatchNorm folded, by ONNX Runtime's static quantisation of our float file,
 and by torch.ao on a PyTorch network with the same weights. And cut: half of the channels of every layer, those of the
 smallest weights, by `compress.structure` and by Torch-Pruning; both are trained further on the same batches at the same
-learning rates. Accuracy is the mean over seeds on the test set. Of the first seed's files, all are called in turn, and
-the median time of a call is given. Files of PyTorch's own hold the weights without the code. A tool that is not
-installed, or that fails, has a line that says so.
+learning rates. Accuracy is the mean over seeds on the test set. Of the first seed's files, all are called in turn,
+twice each, and the median time of the second call is given. Files of PyTorch's own hold the weights without the code. A
+tool that is not installed, or that fails, has a line that says so. For calls on one thread, run it on one core, with
+`taskset -c 0` before the command.
 """
 
 import argparse

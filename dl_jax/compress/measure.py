@@ -60,9 +60,10 @@ def latency(
 
     All functions are called on the same inputs. A call ends when its results are ready. Each function is called
     `warm_up` times first, which also compiles it, and is then timed `rounds` times; with fewer than 20 rounds p95 is
-    close to the maximum. Each round calls all functions once, in alternating order, so that other load on the machine
-    affects all of them alike. Pass JAX functions jitted. With NumPy inputs the time includes the copy to the device, as
-    in serving.
+    close to the maximum. Each round calls all functions, in alternating order, so that other load on the machine
+    affects all of them alike. It calls each twice and times the second call: the first one pays for what the function
+    before it left behind, such as threads that still wait for work. Pass JAX functions jitted. With NumPy inputs the
+    time includes the copy to the device, as in serving.
 
     Raises InputError where there are no functions, or where `rounds` or `warm_up` is below 1.
     """
@@ -76,6 +77,7 @@ def latency(
     seconds: dict[Name, list[float]] = {name: [] for name in functions}
     for turn in range(rounds):
         for name in list(functions)[:: -1 if turn % 2 else 1]:
+            jax.block_until_ready(functions[name](*inputs))
             start = time.perf_counter()
             jax.block_until_ready(functions[name](*inputs))
             seconds[name].append(time.perf_counter() - start)
