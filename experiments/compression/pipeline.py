@@ -325,8 +325,8 @@ def remarks(of: Comparison, best: Name | None, cfg: Config) -> Iterator[str]:
     yield (
         f"Accuracy is on the test set, ± std over {len(of.costs)} seeds. Times are microseconds per call on "
         f"{' or '.join(map(str, BATCHES))} images, p50 / p95; all files are called in turn, twice each, and the second "
-        f"call is timed. StableHLO runs in XLA on {device()}, ONNX in ONNX Runtime on one thread of the CPU. The encoded "
-        "file must be decoded before it can run and is not timed."
+        f"call is timed. StableHLO runs in XLA on {device()}, ONNX in ONNX Runtime on one CPU thread. The encoded file "
+        "must be decoded before it can run and is not timed."
     )
     yield (
         f"Small: {cfg.cut:.0%} of the channels are gone, and {cfg.sparsity:.0%} of the weights that are left are zero. "
