@@ -2,7 +2,7 @@
 
 import collections
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,16 +11,19 @@ from jax.sharding import Mesh
 
 from dl_jax.core import events
 from dl_jax.core.devices import fetched, own, place, put, rows_over, states_over
+from dl_jax.core.errors import InputError
 from dl_jax.core.program import calls_in_flight
 from dl_jax.core.recorder import Measurements
 from dl_jax.core.step import Array, Batch, Tree, over_seeds
 from dl_jax.core.stream import count, epoch
 from dl_jax.core.target import Program, abstract, mesh_of, planned, unknown
 
+Records = Mapping[str, Any]  # the columns of a data set, [N, ...]
+
 
 def evaluator(
     metrics: Callable[[Tree, Batch, Array], Mapping[str, tuple[Array, Array]]],
-    records: Mapping[str, np.ndarray],
+    records: Records | Sequence[Records],
     batch_size: int,
     keys: Array,
 ) -> Callable[[Tree], Measurements]:
@@ -29,14 +32,19 @@ def evaluator(
     Args:
       metrics: a function `(variables, batch, key) -> {name: (sum, weight)}` for the variables of one seed and a batch
         of `stream.epoch`, whose column `mask` float32 [B] is 0 for padding.
-      records: the columns of the data set, [N, ...].
+      records: the columns of the data set, [N, ...], or a list of parts of it, such as `data.buckets`, whose batches
+        differ in their shapes.
       batch_size: the number of rows on all devices; as many devices as divide it take part.
-      keys: typed PRNG keys [S]. Batch i of seed s uses `fold_in(keys[s], i)`.
+      keys: typed PRNG keys [S]. Batch i of seed s uses `fold_in(keys[s], i)`; the parts are counted through.
 
     The mean of a metric is Σ sum / Σ weight over all batches, and NaN where Σ weight is 0. The seeds are computed one
-    after the other. Raises InputError as `stream.epoch` does.
+    after the other. Raises InputError as `stream.epoch` does, and for a list without parts.
     """
-    epoch(records, batch_size)
+    parts = [records] if isinstance(records, Mapping) else list(records)
+    if not parts:
+        raise InputError("no records, expected at least one part of a data set; choose a split that is not empty")
+    for part in parts:
+        epoch(part, batch_size)
 
     def by_seed(given: tuple[Tree, Array], shared: tuple[Batch, Array]) -> Mapping[str, tuple[Array, Array]]:
         batch, i = shared
@@ -53,10 +61,10 @@ def evaluator(
         mesh = mesh_of(batch_size, len(keys))
         target = planned()
         if target:
-            traced = measure.trace(mesh, *_shapes(variables, records, batch_size, mesh), keys, np.int32(0))
+            traced = measure.trace(mesh, *_shapes(variables, parts[-1], batch_size, mesh), keys, np.int32(0))
             target.take(Program("evaluation", traced, mesh, None))
             return {name: value for name, (value, _) in unknown(traced.out_info).items()}
-        variables, batches = _on(mesh, variables), _placed(records, batch_size, mesh)
+        variables, batches = _on(mesh, variables), _placed(parts, batch_size, mesh)
         found = (measure(mesh, variables, batch, keys, np.int32(i)) for i, batch in enumerate(batches))
         for pairs in _results(found, calls_in_flight(mesh)):
             for name, pair in pairs.items():
@@ -70,9 +78,7 @@ def evaluator(
 
 
 @events.phase("evaluation")
-def collect(
-    predict: Callable[[Tree, Batch], Tree], variables: Tree, records: Mapping[str, np.ndarray], batch_size: int
-) -> Tree:
+def collect(predict: Callable[[Tree, Batch], Tree], variables: Tree, records: Records, batch_size: int) -> Tree:
     """The predictions for all of `records`: a tree of NumPy arrays [S, N, ...], on every process.
 
     Args:
@@ -83,7 +89,7 @@ def collect(
       batch_size: the number of rows on all devices.
 
     Use it for a teacher's logits, and for metrics that are not sums over examples, such as F1, BLEU or a rank
-    correlation. Raises InputError as `stream.epoch` does.
+    correlation. With `data.buckets` call it for each bucket. Raises InputError as `stream.epoch` does.
     """
     mesh = mesh_of(batch_size, len(jax.tree.leaves(variables)[0]))
 
@@ -100,20 +106,21 @@ def collect(
         rows = lambda s: jax.ShapeDtypeStruct((s.shape[0], count(records), *s.shape[2:]), s.dtype)
         return unknown(jax.tree.map(rows, traced.out_info))
     variables = _on(mesh, variables)
-    calls = (answer(variables, batch) for batch in _placed(records, batch_size, mesh))
+    calls = (answer(variables, batch) for batch in _placed([records], batch_size, mesh))
     found = list(_results(calls, calls_in_flight(mesh)))
     return jax.tree.map(lambda *parts: np.concatenate(parts, 1)[:, : count(records)], *found)
 
 
-def _shapes(variables: Tree, records: Mapping[str, np.ndarray], batch_size: int, mesh: Mesh) -> tuple[Tree, Tree]:
+def _shapes(variables: Tree, records: Records, batch_size: int, mesh: Mesh) -> tuple[Tree, Tree]:
     """The variables and a batch as a plan has them: shapes with shardings."""
     batch, rows = next(iter(epoch(records, batch_size))), rows_over(mesh, seeds=False)
     over = states_over(variables, mesh, len(jax.tree.leaves(variables)[0]))
     return abstract(variables, over), abstract(batch, dict.fromkeys(batch, rows))
 
 
-def _placed(records: Mapping[str, np.ndarray], batch_size: int, mesh: Mesh) -> Iterator[Batch]:
-    batches = epoch(records, batch_size, own(mesh, batch_size).rows)
+def _placed(parts: Sequence[Records], batch_size: int, mesh: Mesh) -> Iterator[Batch]:
+    rows = own(mesh, batch_size).rows
+    batches = (batch for part in parts for batch in epoch(part, batch_size, rows))
     return (place(batch, rows_over(mesh, seeds=False), (batch_size,)) for batch in batches)
 
 

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dl_jax.core.devices import data_mesh, fetched, numeric, own, place, put, replicated, rows_over, states_over
 from dl_jax.core.errors import InputError
 from dl_jax.core.flops import flops
+from dl_jax.core.ragged import Ragged
 from dl_jax.core.step import SEED, Batch, Metric, State, Step, Tree, require_collections
 from dl_jax.core.stream import Stream, gather
 from dl_jax.core.target import Feed, Program, abstract, mesh_of, planned
@@ -82,6 +83,11 @@ def batches_of(layout: Layout, scan: int) -> Batches:
     if not isinstance(stream, Stream):
         batches = lambda i: numeric(stream(i))
         return batches if scan == 1 else lambda i: _stacked([batches(i + j) for j in range(scan)])
+    if stream.together and stream.together % scan:
+        raise InputError(
+            f"scan is {scan}, expected a divisor of {stream.together}, the steps with batches of one shape; give "
+            f"data.bucketed together={scan}"
+        )
     by_seed, leading = bool(stream.axis), () if scan == 1 else (scan,)
     sharding, mine = rows_over(mesh, by_seed, len(leading)), own(mesh, stream.batch_size, seeds)
     # For a data set in memory the batches of a scan are indices: `program` holds the records.
@@ -115,7 +121,8 @@ def steps_in_a_call(step: Step, state: State, layout: Layout, *counts: int) -> i
     stream, _, mesh, _ = layout
     if _on_cpu(mesh) or not isinstance(stream, Stream):
         return 1
-    if sum(column.nbytes for column in (stream.records or {}).values()) > RESIDENT * _memory(mesh):
+    padded = sum(math.prod(column.shape) * column.dtype.itemsize for column in (stream.records or {}).values())
+    if padded > RESIDENT * _memory(mesh):
         return 1
     read = stream.read(int(np.max(fetched(state.step))), slice(None))
     batch = read if stream.records is None else gather(stream.records, read)
@@ -123,7 +130,8 @@ def steps_in_a_call(step: Step, state: State, layout: Layout, *counts: int) -> i
     size = sum(column.nbytes for column in read.values())
     enough = min(ENOUGH * mesh.devices.size / operations, LARGE / max(1, size))
     stride = max(1, advance_of(step, state, batch))
-    possible = (k for k in range(1, MOST_STEPS + 1) if k <= enough and math.gcd(*counts) % (k * stride) == 0)
+    due, alike = math.gcd(*counts), stream.together or 0  # every k divides 0
+    possible = (k for k in range(1, MOST_STEPS + 1) if k <= enough and due % (k * stride) == alike % k == 0)
     return max(possible, default=1)
 
 
@@ -158,7 +166,10 @@ def planned_program(name: str, advance: Any, step: Step, state: State, layout: L
     stream, _, mesh, shardings = layout
     at, everywhere = int(np.max(np.asarray(state.step))), NamedSharding(mesh, PartitionSpec())
     if isinstance(stream, Stream):
-        read = functools.partial(stream if scan == 1 else stream.read, rows=slice(None))
+        all_rows = slice(None)
+        read = functools.partial(stream if scan == 1 else stream.read, rows=all_rows)
+        if stream.widest:
+            read = lambda step, widest=stream.widest: widest(all_rows)
         rows = rows_over(mesh, bool(stream.axis), int(scan > 1))
     else:
         read, rows = stream, everywhere
@@ -222,7 +233,12 @@ def program(step: Step, stream: Stream | Batches, scan: int) -> jax.tree_util.Pa
     if scan == 1:
         return _unwrapped(step)
     records = stream.records if isinstance(stream, Stream) else None
-    return jax.tree_util.Partial(_Scanned(scan), _unwrapped(step), records and numeric(dict(records)))
+    resident = records and numeric({name: _whole(column) for name, column in records.items()})
+    return jax.tree_util.Partial(_Scanned(scan), _unwrapped(step), resident)
+
+
+def _whole(column: Any) -> Any:
+    return np.asarray(column) if isinstance(column, Ragged) else column
 
 
 def _unwrapped(step: Step) -> jax.tree_util.Partial:

@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from dl_jax.core.errors import InputError
 
-Columns = dict[str, np.ndarray]  # every column [N, ...], or [B, ...] of a batch
+Columns = dict[str, Any]  # every column an array [N, ...] or Ragged, or an array [B, ...] of a batch
 ALL = slice(None)
 INDEX = "index"  # the column of a batch that points into a stream's records
 
@@ -25,13 +26,24 @@ class Stream:
     axis: int = 0  # of the rows: 0 in [B, ...], 1 in [S, B, ...] for S seeds
     # Columns [N, ...] of a set in memory; None where `read` gives the batch itself.
     records: Mapping[str, np.ndarray] | None = None
+    # The steps i k to (i + 1) k - 1 have batches of one shape for k = `together`; None where all steps have.
+    together: int | None = None
+    widest: Callable[[slice], Columns] | None = None  # a batch that is as large as any, where shapes differ
 
     def __call__(self, step: int, rows: slice = ALL) -> Columns:
         batch = self.read(step, rows)
         return batch if self.records is None else gather(self.records, batch)
 
     def later(self, begin: int) -> "Stream":
-        """The stream whose step 0 is step `begin` of this one, for a second training stage."""
+        """The stream whose step 0 is step `begin` of this one, for a second training stage.
+
+        Raises InputError where `begin` lies within steps that have to stay together.
+        """
+        if self.together and begin % self.together:
+            raise InputError(
+                f"a stage that begins at step {begin} of the stream, expected a multiple of {self.together}, the steps "
+                "with batches of one shape; train for such a number of steps before"
+            )
         return dataclasses.replace(self, read=lambda step, rows: self.read(begin + step, rows))
 
 
@@ -48,8 +60,18 @@ def gather(records: Mapping, batch: Mapping) -> dict:
 
 
 def stacked(parts: Sequence[Mapping]) -> Columns:
-    """Batches stacked along a new first axis."""
-    return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+    """Batches stacked along a new first axis. Raises InputError where their shapes differ."""
+
+    def column(name: str) -> np.ndarray:
+        shapes = {np.shape(part[name]) for part in parts}
+        if len(shapes) > 1:
+            raise InputError(
+                f"batches of shapes {min(shapes)} and {max(shapes)} in column {name!r}, expected one shape for all "
+                "seeds; bucket the data of all seeds together"
+            )
+        return np.stack([part[name] for part in parts])
+
+    return {name: column(name) for name in parts[0]}
 
 
 @dataclasses.dataclass(frozen=True)

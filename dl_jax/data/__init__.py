@@ -7,9 +7,11 @@ stream(7)                                            # the batch of step 7, [2, 
 This package never imports JAX.
 """
 
+from dl_jax.core.ragged import Ragged, joined, ragged
 from dl_jax.core.stream import Columns, Stream, epoch
 from dl_jax.data import text
 from dl_jax.data.batches import per_seed, shuffled
+from dl_jax.data.buckets import bucketed, buckets
 from dl_jax.data.columns import load
 from dl_jax.data.describe import Feature, Info, info
 from dl_jax.data.image import check_images, check_labels, enlarge, grey_images, images, resized_crop
@@ -19,7 +21,10 @@ __all__ = [
     "Columns",
     "Feature",
     "Info",
+    "Ragged",
     "Stream",
+    "bucketed",
+    "buckets",
     "check_images",
     "check_labels",
     "enlarge",
@@ -27,8 +32,10 @@ __all__ = [
     "grey_images",
     "images",
     "info",
+    "joined",
     "load",
     "per_seed",
+    "ragged",
     "resized_crop",
     "shuffled",
     "streamed",

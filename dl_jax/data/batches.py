@@ -62,8 +62,18 @@ def per_seed(streams: Sequence[Stream]) -> Stream:
     sizes = {stream.batch_size for stream in streams}
     if len(sizes) != 1:
         raise InputError(f"streams of batch sizes {sorted(sizes)}, expected one size; give one stream for each seed")
-    first = streams[0]
-    if first.records is not None and all(stream.records is first.records for stream in streams):
-        read = lambda step, rows: stacked([stream.read(step, rows) for stream in streams])
-        return Stream(first.batch_size, read, first.axis + 1, first.records)
-    return Stream(first.batch_size, lambda step, rows: stacked([s(step, rows) for s in streams]), first.axis + 1)
+    first, alike = streams[0], {stream.together for stream in streams}
+    if len(alike) != 1:
+        raise InputError(f"streams that keep {alike} steps together, expected one number; bucket them alike")
+    records = first.records if all(stream.records is first.records for stream in streams) else None
+    of = (lambda stream: stream.read) if records is not None else (lambda stream: stream)
+    read = lambda step, rows: stacked([of(stream)(step, rows) for stream in streams])
+    widest = [stream.widest for stream in streams if stream.widest]
+    return Stream(
+        first.batch_size,
+        read,
+        first.axis + 1,
+        records,
+        first.together,
+        (lambda rows: stacked([batch(rows) for batch in widest])) if widest else None,
+    )

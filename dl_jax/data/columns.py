@@ -10,7 +10,7 @@ import tempfile
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -21,15 +21,16 @@ from dl_jax.core import bucket
 from dl_jax.core.errors import InputError, spared
 from dl_jax.core.files import cache_address, cache_folder
 from dl_jax.core.inputs import note
+from dl_jax.core.ragged import Ragged, joined, ragged
 from dl_jax.core.stream import Columns
 from dl_jax.data import cached, copies
 from dl_jax.data.describe import Feature
-from dl_jax.data.records import Example, Records, stack
+from dl_jax.data.records import Example, Records, require_one_shape, stack
 from dl_jax.data.source import Prepared, cache_entry, find, normal_split
 
 BUDGET = 2 * 10**9  # bytes
 _LISTING = "columns.json"
-_CHUNK = 256  # examples decoded at a time
+CHUNK = 256  # examples decoded at a time
 _PATIENCE = 2.0  # seconds without a progress bar
 
 
@@ -42,14 +43,22 @@ class Change(NamedTuple):
 
 
 def load(
-    name: str, split: str, data_dir: str | None = None, cache_dir: str | None = None, *, budget: int = BUDGET
+    name: str,
+    split: str,
+    data_dir: str | None = None,
+    cache_dir: str | None = None,
+    *,
+    only: Sequence[str] | None = None,
+    budget: int = BUDGET,
 ) -> Columns:
     """A split of a prepared TFDS set as read-only columns [N, ...], in TFDS's order.
 
     Images are uint8 [N, H, W, C], decoded as TensorFlow decodes them; of 16-bit images the upper 8 bits are kept. Class
     labels are int32 [N]. Text is a bytes array (dtype S, width of the longest); text ending in NUL raises InputError.
-    Other tensors keep their dtype. A column whose examples differ in length is padded with zeros to [N, L, ...] and has
-    a companion `<column>/length`, int32 [N]. Nested features are called `outer/inner`.
+    Other tensors keep their dtype. A column whose examples differ in length is `Ragged`: it reads like an array [N, L,
+    ...] padded with zeros to the longest, takes no more memory than the values, and has a companion `<column>/length`,
+    int32 [N]. Nested features are called `outer/inner`. `only` names the columns to decode and keep; by default it is
+    all of them.
 
     `split` is TFDS's: `train`, `train[:90%]`, `train+test`. The set `digits` needs no preparation; other sets are
     looked for in `data_dir` (see `source.data_folder`). The first call decodes the split and writes it to the cache
@@ -57,11 +66,11 @@ def load(
     is decoded anew, with a warning. If the cache is an address, what is decoded is copied there, and copied from there
     to the cache folder of another machine. The set's version and a digest of the columns are noted (see `inputs.note`).
 
-    Raises InputError for a set, split or file that is missing or damaged, for examples that do not match their declared
-    features, or that cannot be stacked, and for columns of more than `budget` bytes, for which there is `streamed`.
-    Raises Unavailable where the cache cannot be read at present.
+    Raises InputError for a set, split or column that is missing or damaged, for examples that do not match their
+    declared features, or that cannot be stacked, and for columns of more than `budget` bytes, for which there is
+    `streamed`. Raises Unavailable where the cache cannot be read at present.
     """
-    return load_changed(name, split, AS_IT_IS, data_dir, cache_dir, budget=budget)
+    return load_changed(name, split, AS_IT_IS, data_dir, cache_dir, only=only, budget=budget)
 
 
 def load_changed(
@@ -71,18 +80,20 @@ def load_changed(
     data_dir: str | None = None,
     cache_dir: str | None = None,
     *,
+    only: Sequence[str] | None = None,
     budget: int = BUDGET,
 ) -> Columns:
     """As `load`, of examples to which `change` has been applied; what is kept and noted carries its name."""
     found, split = find(name, data_dir, cache_dir), normal_split(split)
-    place = cache_entry(found, cache_dir) / f"{_folder_name(split)}{change.name}"
+    chosen = "" if only is None else " of " + ", ".join(sorted({*only}))
+    place = cache_entry(found, cache_dir) / f"{_folder_name(split + chosen)}{change.name}"
     address = cache_address(cache_dir)
     shared = address and address / place.relative_to(cache_folder(cache_dir)).as_posix()
 
     def make() -> None:
         if shared and _received(shared, place):
             return
-        _write(_decode(found, split, change, budget), place)
+        _write(_decode(found, split, only, change, budget), place)
         if shared:
             _send(place, shared)
 
@@ -90,7 +101,7 @@ def load_changed(
     size = sum(column.nbytes for column in read.columns.values())
     if size > budget:
         raise InputError(_too_large(found, split, size, budget))
-    note(f"{found.name} {split}{change.name}", f"{found.version} {read.digest}")
+    note(f"{found.name} {split}{chosen}{change.name}", f"{found.version} {read.digest}")
     return read.columns
 
 
@@ -115,21 +126,57 @@ def _read(place: Path) -> _Read | None:
     if listing is None:
         raise cached.DamagedError(f"{_LISTING} is missing")
     cached.require_whole(place, listing["files"])
-    return _Read({name: _mapped(place / _file_name(name)) for name in listing["columns"]}, listing["digest"])
-
-
-def _mapped(file: Path) -> np.ndarray:
-    return np.asarray(cached.attempted(lambda: np.load(file, mmap_mode="r"), file))
+    return _Read({name: _column(place, name, **form) for name, form in listing["columns"].items()}, listing["digest"])
 
 
 def _write(columns: Columns, place: Path) -> None:
     def fill(folder: Path) -> None:
-        for name, column in columns.items():
-            cached.write_array(folder / _file_name(name), column)
-        listing = {"columns": list(columns), "digest": _digest(columns), "files": cached.digests(folder)}
+        forms = {name: _put(folder, name, column) for name, column in columns.items()}
+        listing = {"columns": forms, "digest": _digest(columns), "files": cached.digests(folder)}
         cached.write_sealed(folder / _LISTING, listing)
 
     _whole(place, fill)
+
+
+# A column is kept as the array of its values, texts as their bytes, one after the other. Beside it stand the lengths of
+# its texts and of its ragged rows.
+
+
+def _put(folder: Path, name: str, column: Any) -> dict[str, Any]:
+    """Writes the files of a column, and returns the arguments that `_column` needs to read them."""
+    is_ragged = isinstance(column, Ragged)
+    values = column.values if is_ragged else column
+    if is_ragged:
+        cached.write_array(folder / _file_name(name, "rows"), _narrow(column.lengths))
+    if values.dtype.kind != "S":
+        cached.write_array(folder / _file_name(name), values)
+        return {"is_ragged": is_ragged}
+    lengths = np.char.str_len(values).ravel()
+    filled = np.ascontiguousarray(values).view(np.uint8).reshape(len(lengths), values.itemsize)
+    cached.write_array(folder / _file_name(name), filled[np.arange(values.itemsize) < lengths[:, None]])
+    cached.write_array(folder / _file_name(name, "texts"), _narrow(lengths))
+    return {"is_ragged": is_ragged, "texts": values.shape}
+
+
+def _narrow(lengths: np.ndarray) -> np.ndarray:
+    return lengths.astype(np.min_scalar_type(lengths.max(initial=0)))
+
+
+def _column(folder: Path, name: str, is_ragged: bool, texts: Sequence[int] | None = None) -> Any:
+    """Reads a column. `texts` is the shape of its values, if they are texts."""
+    values = _mapped(folder / _file_name(name))
+    if texts is not None:
+        lengths = _mapped(folder / _file_name(name, "texts"))
+        width = max(1, int(lengths.max(initial=0)))
+        filled = np.zeros((len(lengths), width), np.uint8)
+        filled[np.arange(width) < lengths[:, None]] = values
+        values = filled.view(f"S{width}").reshape(texts)
+        values.flags.writeable = False
+    return joined(values, _mapped(folder / _file_name(name, "rows"))) if is_ragged else values
+
+
+def _mapped(file: Path) -> np.ndarray:
+    return np.asarray(cached.attempted(lambda: np.load(file, mmap_mode="r"), file))
 
 
 def _whole(place: Path, fill: Callable[[Path], None]) -> None:
@@ -174,32 +221,40 @@ def _send(place: Path, shared: Any) -> None:
             bucket.client().put_file(str(file), os.fspath(shared / file.name))
 
 
-def _file_name(column: str) -> str:
-    return quote(column, safe="") + ".npy"
+def _file_name(column: str, part: str = "") -> str:
+    return f"{quote(column, safe='')}{part and '#'}{part}.npy"  # `quote` leaves no # in a name
 
 
 def _digest(columns: Columns) -> str:
     """A digest of the names, types, shapes and numbers of `columns`, which are contiguous."""
-    parts = [(name, each.dtype.str, each.shape, zlib.crc32(each.data)) for name, each in sorted(columns.items())]
+    arrays: dict[str, np.ndarray] = {}
+    for name, each in columns.items():
+        arrays |= {name: each.values, f"{name}#offsets": each.offsets} if isinstance(each, Ragged) else {name: each}
+    parts = [(name, each.dtype.str, each.shape, zlib.crc32(each.data)) for name, each in sorted(arrays.items())]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _decode(found: Prepared, split: str, change: Change, budget: int) -> Columns:
-    records = Records(found, split)
+def _decode(found: Prepared, split: str, only: Sequence[str] | None, change: Change, budget: int) -> Columns:
+    records = Records(found, split, only)
     n, features = len(records), change.features(records.features)
     columns: Columns = {}
-    for start in _shown(range(0, n, _CHUNK), n, f"decoding {found.name} {split}"):
-        examples = records.read(range(start, min(start + _CHUNK, n)))
-        chunk = _padded([change.example(example) for example in examples], features)
-        room = {name: _room(columns.get(name), part, n) for name, part in chunk.items()}
+    rows: dict[str, list[np.ndarray]] = {name: [] for name, feature in features.items() if feature.ragged}
+    for start in shown(range(0, n, CHUNK), n, f"decoding {found.name} {split}"):
+        examples = [change.example(each) for each in records.read(range(start, min(start + CHUNK, n)))]
+        for name, found_rows in rows.items():
+            found_rows += [example[name] for example in examples]
+        part = stack([{name: value for name, value in example.items() if name not in rows} for example in examples])
+        room = {name: _room(name, columns.get(name), column, n) for name, column in part.items()}
         size = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in room.values())
+        size += sum(row.nbytes for found_rows in rows.values() for row in found_rows)
         if size > budget:
             raise InputError(_too_large(found, split, size, budget))
-        for name, part in chunk.items():
+        for name, column in part.items():
             columns[name] = _resized(columns.get(name), *room[name])
-            rows = columns[name][start : start + len(part)]
-            rows[tuple(map(slice, part.shape))] = part
-    return columns
+            columns[name][start : start + len(column)] = column
+    columns |= {name: ragged(found_rows) for name, found_rows in rows.items()}
+    lengths = {f"{name}/length": columns[name].lengths for name in rows}
+    return {name: columns[name] for name in features} | lengths
 
 
 def _too_large(found: Prepared, split: str, size: int, budget: int) -> str:
@@ -209,37 +264,21 @@ def _too_large(found: Prepared, split: str, size: int, budget: int) -> str:
     )
 
 
-def _padded(examples: list[Example], features: dict[str, Feature]) -> Columns:
-    """Columns [B, ...] of a few examples, ragged ones padded to the longest and followed by their lengths."""
-    lengths = {name: np.array([len(e[name]) for e in examples], np.int32) for name, f in features.items() if f.ragged}
-    longest = {name: max(1, int(length.max())) for name, length in lengths.items()}
-    padded = [e | {name: _lengthened(e[name], most) for name, most in longest.items()} for e in examples]
-    return stack(padded) | {f"{name}/length": length for name, length in lengths.items()}
-
-
-def _lengthened(value: np.ndarray, length: int) -> np.ndarray:
-    out = np.zeros((length, *value.shape[1:]), value.dtype)
-    out[: len(value)] = value
-    return out
-
-
-def _room(column: np.ndarray | None, part: np.ndarray, n: int) -> tuple[tuple[int, ...], np.dtype]:
+def _room(name: str, column: np.ndarray | None, part: np.ndarray, n: int) -> tuple[tuple[int, ...], np.dtype]:
     """Shape and dtype that hold both `column` [N, ...] and `part` [B, ...]."""
     if column is None:
         return (n, *part.shape[1:]), part.dtype
-    return tuple(map(max, column.shape, part.shape)), np.result_type(column, part)
+    require_one_shape(name, {column.shape[1:], part.shape[1:]})
+    return column.shape, np.result_type(column, part)
 
 
 def _resized(column: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    if column is not None and column.shape == shape and column.dtype == dtype:
-        return column
-    out = np.zeros(shape, dtype)
-    if column is not None:
-        out[tuple(map(slice, column.shape))] = column
-    return out
+    if column is None:
+        return np.zeros(shape, dtype)
+    return column.astype(dtype, copy=False)
 
 
-def _shown(starts: range, total: int, label: str) -> Iterator[int]:
+def shown(starts: range, total: int, label: str) -> Iterator[int]:
     """Yields from `starts`; shows on stderr how far it is once it has taken a while."""
     from rich.console import Console
     from rich.progress import Progress

@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,18 @@ _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's, by number of channe
 class Records:
     """The decoded examples of one split, in TFDS's order, with random access. Threads may share it."""
 
-    def __init__(self, found: Prepared, split: str) -> None:
-        """Raises InputError for a split that is malformed, unknown or empty, and for a missing record file."""
+    def __init__(self, found: Prepared, split: str, only: Sequence[str] | None = None) -> None:
+        """The columns `only`, or all of them.
+
+        Raises InputError for a split that is malformed, unknown or empty, for an unknown column or none, and for a
+        missing record file.
+        """
         import tensorflow_datasets as tfds
 
         split = normal_split(split)
         builder = open_builder(found)
         self.found, self.name, self.split = found, found.name, split
-        self.features: dict[str, Feature] = columns(builder.info.features)
+        self.features: dict[str, Feature] = _chosen(found.name, columns(builder.info.features), only)
         self._decode = _decoder(builder.info.features, self.features)
         self._files = _record_files(builder.info, found, split)
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
@@ -97,6 +101,18 @@ class Records:
         return " or ".join(file for file, _ in self._files)
 
 
+def _chosen(name: str, features: dict[str, Feature], only: Sequence[str] | None) -> dict[str, Feature]:
+    if only is None:
+        return features
+    if isinstance(only, str) or not only:
+        raise InputError(f"only is {only!r}, expected the names of columns of {name}, such as {tuple(features)[:1]}")
+    for column in only:
+        if column not in features:
+            known = ", ".join(features)
+            raise InputError(f"data set {name} has no column {column!r}, expected {known}{nearest(column, features)}")
+    return {column: feature for column, feature in features.items() if column in only}
+
+
 def _record_files(info: Any, found: Prepared, split: str) -> list[tuple[str, int]]:
     """The paths of the record files of a split, each with the number of examples taken from it."""
     try:
@@ -133,13 +149,17 @@ def stack(examples: Sequence[Example]) -> dict[str, np.ndarray]:
 
 
 def _stack_column(name: str, values: list[np.ndarray]) -> np.ndarray:
-    shapes = sorted({np.shape(value) for value in values})
+    require_one_shape(name, {np.shape(value) for value in values})
+    return np.stack(values)
+
+
+def require_one_shape(name: str, shapes: Collection[tuple[int, ...]]) -> None:
+    """Raises InputError where the examples of a column have several shapes."""
     if len(shapes) > 1:
         raise InputError(
-            f"column {name!r} has examples of shapes {shapes[0]} and {shapes[-1]}, expected one shape: use "
-            "`data.stream` with a transform that crops, pads or resizes"
+            f"column {name!r} has examples of shapes {min(shapes)} and {max(shapes)}, expected one shape: use "
+            "`data.streamed` with a transform that crops, pads or resizes"
         )
-    return np.stack(values)
 
 
 def _decoder(features: Any, specs: dict[str, Feature]) -> Callable[[bytes], Example]:
@@ -198,9 +218,20 @@ def _parser(feature: Any, spec: Feature) -> Callable[[str, Any], np.ndarray] | N
         return lambda name, field: _texts(name, _one(name, field))
     if decode := _image_decoder(feature):
         return lambda name, field: decode(_one(name, field))
+    if type(feature) is tfds.features.Sequence and len(spec.shape) == 1:
+        if type(feature.feature) is tfds.features.Text:
+            return lambda name, field: _texts(name, list(field.bytes_list.value))
+        return _number_parser(feature.feature, spec)
+    return _number_parser(feature, spec) if None not in spec.shape else None
+
+
+def _number_parser(feature: Any, spec: Feature) -> Callable[[str, Any], np.ndarray] | None:
+    """The parser of numbers that are stored as they are; None for a feature that is left to TFDS."""
+    import tensorflow_datasets as tfds
+
     plain = type(feature) in (tfds.features.ClassLabel, tfds.features.Scalar, tfds.features.Tensor)
     stored = np.dtype(feature.get_serialized_info().np_dtype) if plain else np.dtype(object)
-    if stored.kind in "biuf" and stored != np.uint64 and None not in spec.shape:  # uint64 is stored as int64
+    if stored.kind in "biuf" and stored != np.uint64:  # uint64 is stored as int64
         return lambda name, field: _numbers(name, field, spec)
     return None
 
@@ -216,7 +247,8 @@ def _numbers(name: str, field: Any, spec: Feature) -> np.ndarray:
     stored, declared = field.WhichOneof("kind"), "float_list" if np.dtype(spec.dtype).kind == "f" else "int64_list"
     if stored not in (declared, None):  # None: of no value at all
         raise ValueError(f"{name!r} is stored as {stored}, expected {declared} of {spec.dtype}")
-    values, shape = getattr(field, declared).value, [size or 0 for size in spec.shape]
+    values = getattr(field, declared).value
+    shape = (len(values),) if spec.shape == (None,) else [size or 0 for size in spec.shape]
     if len(values) != math.prod(shape):
         raise ValueError(f"{name!r} holds {len(values)} values, expected those of shape {spec.shape}")
     wide = np.array(values, np.float64 if declared == "float_list" else np.int64)

@@ -22,7 +22,7 @@ FORM = re.compile(r"(?P<set>\w+)(?:/(?P<config>[^/:]+))?(?::(?P<version>[\d.]+))
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _RECORDS = re.compile(r"-\d{5,}-of-\d{5,}")  # in the names of record files
 BUNDLED = {each.name: each for each in (digits.SET, shapes.SET)}
-_LAYOUT = 3  # version of the cache; increase it when decoding or what is kept changes
+_LAYOUT = 4  # version of the cache; increase it when decoding or what is kept changes
 _LONGEST_NAME, _LONGEST_SPLIT, _LONGEST_PATH = 200, 1000, 3000  # bytes; a file system takes 255 and 4096
 
 

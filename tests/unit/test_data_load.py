@@ -1,6 +1,7 @@
 """Decoding to columns, and the cache. Damaged caches are in test_data_cached.py."""
 
 import contextlib
+import functools
 import json
 import os
 import subprocess
@@ -142,7 +143,10 @@ def test_features_of_every_kind_become_columns(medley, cache):
     }
     dtypes = {"pair": "float32", "big": "uint64", "wave": "int16", "boxes/kind": "int32", "boxes/corner": "float32"}
     assert {name: records[name].dtype.name for name in dtypes} == dtypes
-    assert not any(column.dtype.hasobject or column.flags.writeable for column in records.values())
+    parts = [getattr(column, "values", column) for column in records.values()]
+    assert not any(part.dtype.hasobject or part.flags.writeable for part in parts)
+    assert isinstance(records["wave"], data.Ragged)
+    assert records["wave"].values.tolist() == ([-3, 4, 5, 9] if rows[0] == 0 else [9, -3, 4, 5])
 
 
 def test_info_describes_ragged_and_nested_features(medley, cache):
@@ -163,7 +167,7 @@ def test_info_describes_ragged_and_nested_features(medley, cache):
 def test_growing_columns_keep_what_they_have(monkeypatch, medley, cache, tmp_path):
     """Chunks of one example, the longer or the shorter first: text and ragged columns grow from one to the next."""
     whole = data.load("medley", "train", medley, cache)
-    monkeypatch.setattr(columns_module, "_CHUNK", 1)
+    monkeypatch.setattr(columns_module, "CHUNK", 1)
     for split, order in {"train": slice(None), "train[1:]+train[:1]": slice(None, None, -1)}.items():
         for name, column in data.load("medley", split, medley, str(tmp_path)).items():
             np.testing.assert_array_equal(column, whole[name][order])
@@ -174,8 +178,10 @@ def test_columns_are_on_disk_before_the_cache_has_its_name(monkeypatch, medley, 
     told, rename, sync = [], Path.rename, os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: told.append("sync") or sync(file))
     monkeypatch.setattr(Path, "rename", lambda path, to: told.append("name") or rename(path, to))
-    columns = data.load("medley", "train", medley, str(tmp_path))
-    assert told == ["sync"] * (len(columns) + 2) + ["name"]  # their digests too, and the name of these in the folder
+    data.load("medley", "train", medley, str(tmp_path))
+    (listing,) = tmp_path.rglob("columns.json")
+    files = len([*listing.parent.iterdir()])
+    assert told == ["sync"] * (files + 1) + ["name"]  # and the names of the digests in the folder
 
 
 def test_who_waited_for_another_process_does_not_decode_again(monkeypatch, medley, tmp_path):
@@ -249,7 +255,7 @@ def test_loading_imports_neither_jax_nor_tensorflow(cache):
 
 def test_a_long_decode_says_so_on_stderr(monkeypatch, capsys, tmp_path, medley):
     monkeypatch.setattr(columns_module, "_PATIENCE", -1.0)
-    monkeypatch.setattr(columns_module, "_CHUNK", 1)
+    monkeypatch.setattr(columns_module, "CHUNK", 1)
     data.load("medley", "train", medley, str(tmp_path))
     assert capsys.readouterr() == ("", "decoding medley train: 2 examples, once\n")
 
@@ -277,3 +283,59 @@ def test_mnist_is_what_tfds_reads(tfds_dir, tmp_path):
         np.testing.assert_array_equal(test["image"][i], source[i]["image"])
         assert test["label"][i] == source[i]["label"]
     assert json.dumps(data.info("mnist", tfds_dir, str(tmp_path)).splits) == '{"train": 60000, "test": 10000}'
+
+
+def test_only_the_columns_that_are_named(medley, cache, monkeypatch):
+    whole = data.load("medley", "train", medley, cache)
+    some = data.load("medley", "train", medley, cache, only=("words", "pair", "wave"))
+    assert list(some) == ["pair", "wave", "words", "wave/length", "words/length"]
+    for name, column in some.items():
+        np.testing.assert_array_equal(column, whole[name])
+        assert column.dtype == whole[name].dtype
+    monkeypatch.setattr(columns_module, "Records", None)  # kept, whatever the order
+    assert data.load("medley", "train", medley, cache, only=["wave", "words", "pair"])["words"].values.dtype == "S5"
+    assert list(data.load("digits", "test", cache_dir=cache)) == ["image", "label"]
+
+
+@pytest.mark.parametrize(
+    ("only", "message"),
+    [
+        (("words", "pear"), "data set medley has no column 'pear', expected .*pair.*did you mean pair"),
+        ((), r"only is \(\), expected the names of columns of medley"),
+        ("words", "only is 'words', expected the names of columns of medley, such as"),
+        (("words/length",), "has no column 'words/length'"),
+    ],
+)
+@pytest.mark.parametrize("read", [data.load, functools.partial(data.streamed, batch_size=2, seeds=0)])
+def test_columns_that_are_not_there(read, only, message, medley, cache):
+    with pytest.raises(InputError, match=message):
+        read("medley", "train", data_dir=medley, cache_dir=cache, only=only)
+
+
+def test_sequences_come_from_disk_as_from_memory(medley, cache):
+    for only in (None, ("words", "wave", "boxes/corner")):
+        records = data.load("medley", "train", medley, cache, only=only)
+        memory = data.shuffled(records, 3, (1, 2))
+        disk = data.streamed("medley", "train", 3, (1, 2), data_dir=medley, cache_dir=cache, only=only)
+        for step in (0, 1, 7):
+            one, other = memory(step), disk(step)
+            assert one.keys() == other.keys()
+            for name in one:
+                np.testing.assert_array_equal(one[name], other[name])
+                assert one[name].shape == other[name].shape
+
+
+@pytest.mark.data
+def test_a_treebank_is_read_in_seconds_and_kept_in_little_room(tfds_dir, tmp_path):
+    import tensorflow_datasets as tfds
+
+    name = "universal_dependencies/en_ewt"
+    dev = data.load(name, "dev", tfds_dir, str(tmp_path), only=("tokens", "upos"))
+    text = sum(map(len, dev["tokens"].values.tolist()))
+    kept = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+    assert kept < 3 * text
+    source = tfds.data_source(name, data_dir=tfds_dir, split="dev")
+    for i in (0, 1, 1000, 2000):
+        words, length = source[i]["tokens"], dev["tokens/length"][i]
+        assert dev["tokens"][i][: length + 1].tolist() == [*words, b""][: dev["tokens"].width]
+        np.testing.assert_array_equal(dev["upos"][i][:length], source[i]["upos"])

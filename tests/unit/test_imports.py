@@ -31,6 +31,7 @@ CORE = (
     "files",
     "inputs",
     "events",
+    "ragged",
     "stream",
     "leaves",
     "flops",
