@@ -186,7 +186,7 @@ def piano_rolls(name: str, split: str) -> dict[str, np.ndarray]:
     """
     records = data.load(name, split)
     if "notes" in records:
-        return {"notes": records["notes"], "length": records["notes/length"]}
+        return {"notes": np.asarray(records["notes"]), "length": records["notes/length"]}
     if "image" in records and records["image"].ndim == 4:
         notes = (records["image"][..., 0] > 127).astype(np.uint8)
         return {"notes": notes, "length": np.full(len(notes), notes.shape[1], np.int32)}
