@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 SHELVES = {
     "models",
     "losses",
+    "masks",
     "metrics",
     "optim",
     "augment",
