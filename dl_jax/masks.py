@@ -8,7 +8,7 @@ from dl_jax.core.errors import InputError
 from dl_jax.core.step import Array
 
 
-def from_lengths(lengths: Array, steps: int, batch: int | None = None) -> Array:  # int [B] -> bool [B, T]
+def from_lengths(lengths: Array | np.ndarray, steps: int, batch: int | None = None) -> Array:  # int [B] -> bool [B, T]
     """Whether each of T = `steps` steps is valid, for sequences of these lengths; the padding after them is False.
 
     Raises InputError where the lengths are not whole numbers with one axis, not `batch` many (where it is given), or

@@ -61,6 +61,7 @@ SLOW = {
     "jax2onnx",
     "onnx",
     "onnxruntime",
+    "sacrebleu",
     "scipy",
 }
 FOREIGN = {"tensorflow", "torch"}
