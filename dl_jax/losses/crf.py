@@ -216,7 +216,8 @@ def _log_terms(scores: Array, chain: Chain, valid: Array) -> Array:  # -> [B, T]
     underflow. If this happens anywhere, the recursion is computed anew by log-sum-exp.
     """
     terms, exact = _forward(_by_products, scores, chain, valid)
-    careful = jax.checkpoint(lambda *given: _forward(_by_sums, *given)[0])  # its [B, K, K] are not kept for each step
+    # Its arrays [T, B, K, K] are made where its gradient is computed, not for every call.
+    careful = jax.checkpoint(lambda *given: _forward(_by_sums, *given)[0])
     terms = lax.cond(_for_all(~exact), careful, lambda *_: terms, scores, chain, valid)
     # Where there is no path, make the gradient NaN for all scores: it is that of log 0.
     every = jnp.where(valid[..., None], scores, 0).sum((1, 2)) + sum(part.sum() for part in chain)  # [B]
