@@ -10,9 +10,9 @@ what stands in the padding after them has no effect, whatever it is. All is comp
 
 A score of −inf forbids a tag or a transition. Gradients stay finite as long as a path is left.
 
-All functions raise InputError where shapes or types do not fit, and where every path of a sequence is forbidden. The
-latter cannot be seen of what is traced: log Z and the best score are then −inf, the tags −1, and the negative
-log-likelihood, the marginals and all gradients NaN.
+All functions raise InputError where shapes or types do not fit. Those that go over all paths raise it too where every
+path of a sequence is forbidden. This cannot be seen of what is traced: log Z and the best score are then −inf, the tags
+−1, and the negative log-likelihood, the marginals and all gradients NaN.
 """
 
 from collections.abc import Callable, Sequence
