@@ -4,7 +4,7 @@ import jax
 import optax
 
 from dl_jax.core.devices import DATA
-from dl_jax.core.step import Batch, Loss, Metrics, State, Step, Tree, make_step
+from dl_jax.core.step import Array, Batch, Loss, Metrics, State, Step, Tree, make_step
 
 
 @jax.custom_vjp
@@ -20,11 +20,16 @@ def pmapped(loss: Loss, tx: optax.GradientTransformation) -> Step:
     """`make_step(loss, tx)` under `jax.pmap`: a step for states [D, ...] and batches [D, B / D, ...] on D devices.
 
     The metrics are [D]. The argument is a loss because gradients have to be averaged over the devices before the
-    optimiser sees them. Each device uses its own state.key and normalises its own rows; running statistics are averaged
-    over devices.
+    optimiser sees them; so is the loss that `make_step` gives to the optimiser. Each device uses its own state.key and
+    normalises its own rows; running statistics are averaged over devices.
     """
     averaged = lambda variables, *rest: loss({**variables, "params": _averaged(variables["params"])}, *rest)
-    step = make_step(averaged, tx)
+    inner = optax.with_extra_args_support(tx)
+
+    def update(updates: Tree, state: Tree, params: Tree | None = None, **given: Array) -> tuple[Tree, Tree]:
+        return inner.update(updates, state, params, **jax.lax.pmean(given, DATA))
+
+    step = make_step(averaged, optax.GradientTransformationExtraArgs(tx.init, update))
 
     def on_device(state: State, batch: Batch) -> tuple[State, Metrics]:
         state, metrics = step(state, batch)

@@ -118,19 +118,23 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, microbatches: int = 
     whole batch; the running variance is the average within-part variance, without the variance between the parts'
     means.
 
+    An optimiser that takes extra arguments, such as a chain with `optax.contrib.reduce_on_plateau`, is given the loss
+    of the whole batch as `value`.
+
     Raises InputError where k is below 1 and, when called, where it does not divide the batch or `loss` returns a metric
     of one of these two names.
     """
     if microbatches < 1:
         raise InputError(f"microbatches is {microbatches}, expected 1 or more; 1 takes the batch whole")
     gradient = _accumulated(_gradient(loss), microbatches) if microbatches > 1 else _gradient(loss)
+    update = optax.with_extra_args_support(tx).update
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         (value, (extra, metrics)), grads = gradient(state.params, state.extra, batch, key)
         for name in metrics.keys() & {"loss", "grad_norm"}:
             raise InputError(f"the loss returns a metric {name!r}, which the step adds itself; give it another name")
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates, opt_state = update(grads, state.opt_state, state.params, value=value)
         params = optax.apply_updates(state.params, updates)
         state = State(state.step + 1, params, {**state.extra, **extra}, opt_state, state.key)
         norm = optax.tree.norm(jax.tree.map(at_least_float32, grads))

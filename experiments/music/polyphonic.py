@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dl_jax import data, metrics, optim
+from dl_jax import data, masks, metrics, optim
 from dl_jax.core.errors import InputError
 from dl_jax.core.evaluate import evaluator
 from dl_jax.core.fit import Watch, fit
@@ -174,7 +174,7 @@ def frames_nll(apply: Callable[..., Any], variables, batch, **settings) -> tuple
     logits = apply(variables, notes[:, :-1], **settings)
     flat = lambda x: x.reshape(-1, x.shape[-1])
     nats = -bernoulli_log_prob(flat(logits), flat(notes[:, 1:])).reshape(logits.shape[:2])  # [B, T - 1]
-    there = jnp.arange(nats.shape[1]) < batch["length"][:, None] - 1
+    there = masks.from_lengths(batch["length"], notes.shape[1])[:, 1:]
     return metrics.masked(nats, there * batch["mask"][:, None] if "mask" in batch else there)
 
 

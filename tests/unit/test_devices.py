@@ -257,6 +257,18 @@ def test_pmapped_equals_jit():
     np.testing.assert_allclose(norms[-1], metrics["grad_norm"], rtol=1e-5)
 
 
+def test_pmapped_gives_the_optimiser_the_mean_loss():
+    """Each device alone would halve its rate at another step, or never."""
+    tx = optax.chain(optax.sgd(1.0), optax.contrib.reduce_on_plateau(0.5, patience=1))
+    loss = lambda variables, batch, key: (batch["loss"].mean() + 0 * variables["params"].sum(), ({}, {}))
+    state = init_state(jax.random.key(0), {"params": jnp.zeros(1)}, tx)
+    states, step = jax.tree.map(lambda x: jnp.stack([x] * 8), state), pmapped(loss, tx)
+    each = np.arange(8, dtype=np.float32)
+    for column, scale in ((0 * each + 40, 1), (40 - each, 1), (33 + each, 0.5), (40 - each, 0.25)):
+        states, _ = step(states, {"loss": column[:, None]})
+        np.testing.assert_array_equal(optax.tree.get(states.opt_state, "scale"), np.full(8, scale))
+
+
 @pytest.mark.parametrize("size", [0, 4, 12])
 def test_a_batch_that_the_devices_do_not_divide_is_named(size):
     with pytest.raises(InputError, match=rf"batch size {size} cannot be split over 8 devices, .*--batch-size \d+"):

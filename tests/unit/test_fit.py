@@ -155,6 +155,68 @@ def test_microbatches_move_batch_statistics_once_a_step(k):
     np.testing.assert_allclose(state.extra["batch_stats"]["var"], 0.9 + 0.1 * parts.var(0).mean(0), rtol=1e-5)
 
 
+def plateau_loss(variables, batch, key):
+    """The loss is the mean of the column, and the gradient is 1."""
+    w = variables["params"]["w"]
+    return batch["loss"].mean() + (w - jax.lax.stop_gradient(w)).sum(), ({}, {})
+
+
+def halved(losses):
+    """The weight after each step, which falls by the rate. After 3 steps without a better loss the rate is halved."""
+    best, waited, rate, w, found = np.inf, 0, 1.0, 0.0, []
+    for value in losses:
+        better = value < 0.99 * best
+        best, waited = (value, 0) if better else (best, waited + 1)
+        if waited == 3:
+            rate, waited = rate / 2, 0
+        w -= rate
+        found.append(w)
+    return found
+
+
+PLATEAU = optax.chain(optax.sgd(1.0), optax.contrib.reduce_on_plateau(0.5, patience=3, rtol=0.01))
+PLATEAU_LOSSES = np.array([[9, 8, 8, 9, 8, 7, 7, 7, 7, 7, 7, 6, 5, 5], [*range(20, 6, -1)], [1] * 14], np.float32)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_each_seed_halves_its_rate_on_its_own_plateau(microbatches, one_by_one):
+    """Uninterrupted, and resumed in the middle of a plateau."""
+    spread = np.array([-1, 0.5, 0.5, 0], np.float32)  # the loss is that of the whole batch
+    stream = lambda step: {"loss": PLATEAU_LOSSES[:, step % 14, None] + spread}
+    step = per_seed(make_step(plateau_loss, PLATEAU, microbatches), one_by_one)
+    keys = jax.random.split(jax.random.key(0), 3)
+    begin = jax.vmap(lambda key: init_state(key, {"params": {"w": jnp.zeros(1)}}, PLATEAU))(keys)
+    for cut in (4, 9, 14):
+        state = fit(step, begin, stream, steps=cut)
+        np.testing.assert_array_equal(state.params["w"][:, 0], [halved(row[:cut])[-1] for row in PLATEAU_LOSSES])
+        equal(fit(step, state, stream, steps=14), fit(step, begin, stream, steps=14))
+    assert len({*np.asarray(optax.tree.get(state.opt_state, "scale")).tolist()}) == 3  # 1/4, 1 and 1/16
+
+
+@pytest.mark.parametrize("seeds", [False, True])
+def test_an_optimiser_without_extra_arguments_gets_none(seeds):
+    """One that takes no keyword, and the same program as that of an update written out."""
+    adam = optax.adam(0.1)
+    tx = optax.GradientTransformation(adam.init, lambda grads, state, params=None: adam.update(grads, state, params))
+
+    def written_out(state, batch):
+        key = jax.random.fold_in(state.key, state.step)
+        of = jax.value_and_grad(lambda params: loss({"params": params, **state.extra}, batch, key), has_aux=True)
+        (value, (extra, metrics)), grads = of(state.params)
+        updates, opt_state = adam.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        new = State(state.step + 1, params, {**state.extra, **extra}, opt_state, state.key)
+        return new, {**metrics, "loss": value, "grad_norm": optax.tree.norm(grads)}
+
+    given = start(), rows(0)
+    if seeds:
+        given = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), given)
+    mapped = jax.vmap if seeds else lambda step: step
+    text = lambda step: jax.jit(mapped(step)).lower(*given).as_text().replace("written_out", "step")
+    assert text(make_step(loss, tx)) == text(make_step(loss, adam)) == text(written_out)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_microbatches_of_low_precision_are_added_in_float32(dtype):
     """512 parts: added in 16 bits, sums would stop growing at a few hundred units in the last place."""

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 SHELVES = {
     "models",
     "losses",
+    "masks",
     "metrics",
     "optim",
     "augment",
@@ -61,6 +62,7 @@ SLOW = {
     "jax2onnx",
     "onnx",
     "onnxruntime",
+    "sacrebleu",
     "scipy",
 }
 FOREIGN = {"tensorflow", "torch"}

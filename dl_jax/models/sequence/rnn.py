@@ -9,9 +9,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.typing import DTypeLike
 
+from dl_jax import masks
 from dl_jax.core.errors import InputError, require_positive, require_probability
 from dl_jax.core.leaves import leaf_name
 from dl_jax.models.layers import dense
@@ -76,7 +76,7 @@ class Recurrent(nn.Module):
         batch, steps, _ = x.shape
         require_positive({"hidden": self.hidden, "layers": self.layers, "the length of a sequence": steps})
         require_probability({"dropout": self.dropout})
-        valid = None if lengths is None else _valid(lengths, batch, steps)  # [T, B, 1]
+        valid = None if lengths is None else masks.from_lengths(lengths, steps, batch).T[..., None]  # [T, B, 1]
         carry = self.initial_carry(batch) if carry is None else carry
         directions = 1 + self.bidirectional
         x = where_valid(valid, x.swapaxes(0, 1), 0.0)  # [T, B, D]; a NaN in the padding would make gradients NaN
@@ -103,17 +103,6 @@ class Recurrent(nn.Module):
 def initial_carry(cell: Cell, hidden: int, runs: int, batch: int) -> Carry:
     """Zeros [B, H] for each array of each state; `runs` is the number of layers times the number of directions."""
     return ((jnp.zeros((batch, hidden)),) * cell.states,) * runs
-
-
-def _valid(lengths: Array, batch: int, steps: int) -> Array:  # int [B] -> bool [T, B, 1]
-    if np.shape(lengths) != (batch,) or not jnp.issubdtype(jnp.result_type(lengths), jnp.integer):
-        raise InputError(
-            f"lengths are {jnp.result_type(lengths)} {np.shape(lengths)}, expected whole numbers ({batch},); give one "
-            "for each sequence"
-        )
-    if not isinstance(lengths, Tracer) and ((low := np.min(lengths)) < 1 or (low := np.max(lengths)) > steps):
-        raise InputError(f"a sequence has length {low}, expected 1 to {steps}, the steps of the batch; trim or pad it")
-    return (jnp.arange(steps)[:, None] < jnp.asarray(lengths))[..., None]
 
 
 def with_forget_bias(variables: Any, bias: float) -> Any:

@@ -52,7 +52,8 @@ def loss(variables, batch, key):
 
 def train(folder: str, report) -> None:
     """Trains to the end and writes the digest of everything that the run remembers."""
-    tx = optax.chain(optax.adamw(optim.warmup_cosine(1e-2, STEPS)), optim.averaged(0.9))
+    plateau = optax.contrib.reduce_on_plateau(0.5, patience=2, accumulation_size=3)
+    tx = optax.chain(optax.adamw(optim.warmup_cosine(1e-2, STEPS)), plateau, optim.averaged(0.9))
     variables = jax.jit(lambda key: Net().init(key, RECORDS["image"][:1], train=False))(jax.random.key(0))
     state = init_state(jax.random.key(1), variables, tx)
     stream = data.shuffled(RECORDS, 16, seeds=2)
