@@ -17,6 +17,7 @@ SHELVES = {
     "augment",
     "classify",
     "decode",
+    "masks",
     "inspect",
     "data",
     "compress",
