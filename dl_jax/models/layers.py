@@ -117,7 +117,8 @@ def _inputs_of(module: nn.Module, layer: tuple[str, ...]) -> int | None:
 def valid_steps(lengths: Any, x: jax.Array) -> jax.Array:  # int [B], [B, T, ...] -> bool [B, T]
     """Which steps of the sequences `x` are valid: those before each one's length, all where `lengths` is None.
 
-    Raises InputError unless there is one length in [1, T] for each sequence (`masks.from_lengths`).
+    Raises InputError unless there is one length in [1, T] for each sequence. Lengths that are traced cannot be checked;
+    `masks.from_lengths` says what they mean then.
     """
     batch, steps = x.shape[:2]
     if lengths is None:

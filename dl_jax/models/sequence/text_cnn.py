@@ -22,7 +22,8 @@ class TextCNN(nn.Module):
     stream "dropout". The paper also limits the norm of each class's weights to 3, which is the last transform of the
     optimiser: `optim.max_norm(3, text_cnn.is_output_kernel)`.
 
-    Raises InputError for sizes below 1, a dropout outside [0, 1), and lengths that are not int [B] or not in [1, T].
+    Raises InputError for sizes below 1, a dropout outside [0, 1), and lengths that are not int [B] or not in [1, T]. A
+    traced length of 0, which cannot be checked, is that of a text of zeros.
     """
 
     vocabulary: int
