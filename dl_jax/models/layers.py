@@ -124,8 +124,8 @@ def valid_steps(lengths: Any, x: jax.Array) -> jax.Array:  # int [B], [B, T, ...
     if lengths is None:
         return jnp.ones((batch, steps), bool)
     valid = masks.from_lengths(lengths, steps)
-    if len(valid) != batch:
-        raise InputError(f"{len(valid)} lengths of {batch} sequences, expected as many; give one for each sequence")
+    if valid.shape[0] != batch:
+        raise InputError(f"{valid.shape[0]} lengths of {batch} sequences, expected as many; give one for each sequence")
     return valid
 
 

@@ -223,6 +223,19 @@ def test_rows_may_have_read_different_numbers_of_tokens():
     np.testing.assert_allclose(step(variables, mixed), np.concatenate([both[0][:1], both[1][1:]]), atol=1e-5)
 
 
+def test_each_beam_has_its_own_cache():
+    """The score of each sequence is its log-probability without a cache."""
+    variables, prompt = variables_of(PLAIN), TOKENS[:, :2]
+    step = functools.partial(PLAIN.apply, variables, method="step")
+    search = jit(lambda prompt: decode.beam_search(step, PLAIN.initial_carry(3, 5), prompt, 4, 3, end=0))
+    found = search(prompt)
+    whole = np.concatenate([np.repeat(prompt, 3, 0), found.tokens.reshape(9, 4)], 1)
+    log_p = jit(lambda tokens: jax.nn.log_softmax(PLAIN.apply(variables, tokens, train=False)))(whole)
+    log_p_of = np.take_along_axis(log_p[:, 1:-1], whole[:, 2:, None], 2)[..., 0]
+    counted = np.arange(4) < found.lengths.reshape(9, 1)
+    np.testing.assert_allclose(np.where(counted, log_p_of, 0).sum(1), found.scores.ravel(), rtol=1e-5)
+
+
 def test_weights_start_as_in_nanogpt():
     model = TransformerLM(50, 40, width=64, layers=1, heads=2)
     params = jit(lambda: model.init(jax.random.key(0), TOKENS, train=False))()["params"]

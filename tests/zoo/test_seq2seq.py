@@ -102,6 +102,22 @@ def test_it_generates_what_teacher_forcing_says():
     np.testing.assert_array_equal(FORCED(VARIABLES, SOURCE, before, LENGTHS)[0].argmax(-1), found)
 
 
+def test_beams_read_the_source_of_their_row():
+    """The score of each sequence is its log-probability by teacher forcing."""
+    start = np.ones((3, 1), int)
+
+    def search(source):
+        return decode.beam_search(STEP, MODEL.apply(VARIABLES, source, LENGTHS, method="start"), start, 4, 2, end=0)
+
+    found = jit(search)(SOURCE)
+    targets = np.concatenate([np.repeat(start, 2, 0), found.tokens.reshape(6, 4)], 1)
+    logits, _ = FORCED(VARIABLES, np.repeat(SOURCE, 2, 0), targets[:, :-1], np.repeat(LENGTHS, 2))
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    log_p = np.take_along_axis(log_p, targets[:, 1:, None], 2)[..., 0]
+    counted = np.arange(4) < found.lengths.reshape(6, 1)
+    np.testing.assert_allclose(np.where(counted, log_p, 0).sum(1), found.scores.ravel(), rtol=1e-5)
+
+
 def test_dropout_acts_in_training_only():
     model = MODEL.clone(dropout=0.5)
     train = jit(lambda key: model.apply(VARIABLES, SOURCE, TARGET, train=True, rngs={"dropout": key})[0])

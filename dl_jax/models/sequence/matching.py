@@ -66,7 +66,7 @@ class SiameseClassifier(nn.Module):
 
 def _require_pairs(first: Array, second: Array) -> None:
     shapes = jnp.shape(first), jnp.shape(second)
-    if any(len(shape) != 2 or not shape[1] for shape in shapes) or len(first) != len(second):
+    if any(len(shape) != 2 or not shape[1] for shape in shapes) or shapes[0][0] != shapes[1][0]:
         raise InputError(
             f"texts {shapes[0]} and {shapes[1]}, expected [B, T] and [B, U] with T and U of 1 or more; give as many "
             "first as second texts"

@@ -83,7 +83,7 @@ class Seq2Seq(nn.Module):
     def __call__(
         self, source: Array, target: Array, lengths: Array | None = None, *, train: bool
     ) -> tuple[Array, Array]:
-        if jnp.ndim(target) != 2 or len(target) != len(source) or not jnp.shape(target)[1]:
+        if jnp.ndim(target) != 2 or target.shape[0] != source.shape[0] or not target.shape[1]:
             raise InputError(
                 f"target {jnp.shape(target)} for source {jnp.shape(source)}, expected [B, T] with T of 1 or more and "
                 "the same B; begin each row with a start token"
