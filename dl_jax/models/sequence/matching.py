@@ -50,15 +50,17 @@ class SiameseClassifier(nn.Module):
         require_positive({"units": self.units})
         require_probability({"dropout": self.dropout})
         _require_pairs(first, second)
-        embed = nn.Embed(self.vocabulary, self.embedding, dtype=self.dtype)
-        recurrent = Recurrent(self.cell, self.hidden, bidirectional=True, dtype=self.dtype)
         drop = nn.Dropout(self.dropout, deterministic=not train)
-
-        def vector(tokens: Array, lengths: Array | None) -> Array:  # [B, 2 hidden]
-            outputs, _ = recurrent(drop(embed(tokens)), lengths, train=train)
-            return jnp.where(valid_steps(lengths, tokens)[..., None], outputs, -jnp.inf).max(1)
-
-        u, v = vector(first, first_lengths), vector(second, second_lengths)
+        valid = valid_steps(first_lengths, first), valid_steps(second_lengths, second)
+        longest = max(first.shape[1], second.shape[1])
+        # Both texts in one batch, padded to one length, take half of the steps.
+        stack = lambda pair: jnp.concatenate([jnp.pad(x, ((0, 0), (0, longest - x.shape[1]))) for x in pair])
+        tokens, valid = stack((first, second)), stack(valid)  # [2 B, longest]
+        x = drop(nn.Embed(self.vocabulary, self.embedding, dtype=self.dtype)(tokens))
+        recurrent = Recurrent(self.cell, self.hidden, bidirectional=True, dtype=self.dtype)
+        outputs, _ = recurrent(x, valid.sum(1), train=train)
+        vectors = jnp.where(valid[..., None], outputs, -jnp.inf).max(1)
+        u, v = vectors.reshape(2, first.shape[0], -1)  # [B, 2 hidden] each
         x = jnp.concatenate([u, v, abs(u - v), u * v], -1)
         x = drop(jnp.tanh(nn.Dense(self.units, dtype=self.dtype)(x)))
         return nn.Dense(self.classes, dtype=self.dtype)(x).astype(jnp.float32)
