@@ -105,10 +105,12 @@ def test_vectors_start_with_length_one_on_average():
 @pytest.mark.parametrize(
     ("change", "chars", "message"),
     [
-        ({}, None, "characters None of 9 kinds, expected"),
-        ({"characters": 0}, CHARS, r"characters \(3, 5, 4\) of 0 kinds"),
-        ({}, CHARS[:, :3], r"words \(3, 5\) with characters \(3, 3, 4\)"),
-        ({}, CHARS[0], r"characters \(5, 4\)"),
+        ({}, None, "characters is 9 and chars are none, expected"),
+        ({"characters": 0}, CHARS, r"characters is 0 and chars are \(3, 5, 4\)"),
+        ({"characters": -1}, CHARS, "characters is -1"),
+        ({}, CHARS[:, :3], r"chars are \(3, 3, 4\) for words \(3, 5\)"),
+        ({}, CHARS[0], r"chars are \(5, 4\)"),
+        ({"character_embedding": 0}, CHARS, "character_embedding is 0"),
         ({"dropout": 1.0}, CHARS, "dropout is 1.0"),
         ({"hidden": 0}, CHARS, "hidden is 0"),
         ({"filters": 0}, CHARS, "filters is 0"),

@@ -77,7 +77,7 @@ class AttentionClassifier(nn.Module):
 
         logits, ((_, weights),) = inspect.with_outputs(model.apply, "attention")(variables, tokens, train=False)
 
-    Raises InputError for `units` or `classes` below 1, a dropout outside [0, 1), and lengths that are not int [B] or
+    Raises InputError for sizes below 1, a dropout outside [0, 1), and lengths that are not int [B] or
     not in [1, T].
     """
 
@@ -92,7 +92,8 @@ class AttentionClassifier(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Array, lengths: Array | None = None, *, train: bool) -> Array:
-        require_positive({"classes": self.classes, "the length of a text": tokens.shape[1]})
+        require_positive({name: getattr(self, name) for name in ("vocabulary", "classes", "embedding")})
+        require_positive({"the length of a text": tokens.shape[1]})
         require_probability({"dropout": self.dropout})
         drop = nn.Dropout(self.dropout, deterministic=not train)
         x = drop(nn.Embed(self.vocabulary, self.embedding, dtype=self.dtype)(tokens))
@@ -139,7 +140,7 @@ class SelfAttention(nn.Module):
         q, k, v = (y.swapaxes(1, 2) for y in heads)  # [B, heads, T, D / heads]
         if past is not None:
             rows, (keys, values, read) = jnp.arange(batch), past
-            k, v = (old.at[rows, :, read].set(new[:, :, 0]) for old, new in ((keys, k), (values, v)))
+            k, v = (jnp.asarray(old).at[rows, :, read].set(new[:, :, 0]) for old, new in ((keys, k), (values, v)))
         scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
         weights = masked_softmax(scores / np.sqrt(q.shape[-1]), mask)
         weights = nn.Dropout(self.dropout, deterministic=not train)(weights).astype(self.dtype)
@@ -197,7 +198,7 @@ class _Transformer(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
-        require_positive({"block": self.block, "layers": self.layers, "heads": self.heads, "width": self.width})
+        require_positive({name: getattr(self, name) for name in ("vocabulary", "block", "width", "layers", "heads")})
         require_probability({"dropout": self.dropout})
         if self.width % self.heads:
             raise InputError(f"width is {self.width} for {self.heads} heads, expected a multiple; change one of them")

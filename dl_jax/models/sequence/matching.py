@@ -47,7 +47,7 @@ class SiameseClassifier(nn.Module):
         *,
         train: bool,
     ) -> Array:
-        require_positive({"units": self.units})
+        require_positive({name: getattr(self, name) for name in ("vocabulary", "classes", "embedding", "units")})
         require_probability({"dropout": self.dropout})
         _require_pairs(first, second)
         drop = nn.Dropout(self.dropout, deterministic=not train)
@@ -121,7 +121,7 @@ class DecomposableAttention(nn.Module):
         *,
         train: bool,
     ) -> Array:
-        require_positive({"hidden": self.hidden})
+        require_positive({name: getattr(self, name) for name in ("vocabulary", "classes", "embedding", "hidden")})
         require_probability({"dropout": self.dropout})
         _require_pairs(first, second)
         embed = nn.Embed(self.vocabulary, self.embedding, dtype=self.dtype)

@@ -63,7 +63,8 @@ class Seq2Seq(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
-        require_positive({name: getattr(self, name) for name in ("embedding", "hidden", "units", "maxout")})
+        sizes = ("source_vocabulary", "target_vocabulary", "embedding", "hidden", "units", "maxout")
+        require_positive({name: getattr(self, name) for name in sizes})
         require_probability({"dropout": self.dropout})
         gates, outputs = GRU.gates * self.hidden, 2 * self.hidden
         draw = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")

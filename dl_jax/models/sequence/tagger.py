@@ -66,20 +66,26 @@ class _Tagger(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     def _emissions(self, words: Array, lengths: Array | None, chars: Array | None, train: bool) -> Array:
-        require_positive({"embedding": self.embedding, "filters": self.filters, "tags": self.tags})
+        sizes = ("vocabulary", "tags", "embedding", "character_embedding", "filters")
+        require_positive({name: getattr(self, name) for name in sizes})
         require_probability({"dropout": self.dropout})
         x = nn.Embed(self.vocabulary, self.embedding, dtype=self.dtype, embedding_init=uniform, name="words")(words)
-        if self.characters or chars is not None:
-            shape = None if chars is None else jnp.shape(chars)
-            if not self.characters or shape is None or len(shape) != 3 or shape[:2] != jnp.shape(words):
+        if (chars is None) != (self.characters == 0) or self.characters < 0:
+            given = "none" if chars is None else jnp.shape(chars)
+            raise InputError(
+                f"characters is {self.characters} and chars are {given}, expected a number of characters with chars "
+                "[B, T, C], or 0 without; change one of them"
+            )
+        if chars is not None:
+            if jnp.shape(chars)[:-1] != jnp.shape(words):
                 raise InputError(
-                    f"words {jnp.shape(words)} with characters {shape} of {self.characters} kinds, expected [B, T] "
-                    "with [B, T, C] of 1 kind or more, or neither characters nor kinds; give both or leave both out"
+                    f"chars are {jnp.shape(chars)} for words {jnp.shape(words)}, expected [B, T, C] for [B, T]; give "
+                    "the characters of each word"
                 )
             letters = CharCNN(
                 self.characters, self.character_embedding, self.filters, self.dropout, self.dtype, name="characters_cnn"
             )
-            x = jnp.concatenate([x, letters(chars, train=train)], -1)  # pyright: ignore[reportArgumentType]
+            x = jnp.concatenate([x, letters(chars, train=train)], -1)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         recurrent = Recurrent(self.cell, self.hidden, bidirectional=True, dtype=self.dtype, name="recurrent")
         x, _ = recurrent(x, lengths, train=train)

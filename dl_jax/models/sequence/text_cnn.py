@@ -36,7 +36,8 @@ class TextCNN(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, lengths: jax.Array | None = None, *, train: bool) -> jax.Array:
-        require_positive({"maps": self.maps, "the length of a text": tokens.shape[1]})
+        require_positive({name: getattr(self, name) for name in ("vocabulary", "classes", "embedding", "maps")})
+        require_positive({"the length of a text": tokens.shape[1]})
         require_positive({"the number of widths": len(self.widths), "the least width": min(self.widths, default=0)})
         require_probability({"dropout": self.dropout})
         valid = valid_steps(lengths, tokens)
