@@ -14,7 +14,7 @@ RNG = np.random.default_rng(0)
 FIRST, SECOND = RNG.integers(0, 7, (3, 5)), RNG.integers(0, 7, (3, 4))
 LENGTHS = np.array([5, 1, 4], np.int32), np.array([3, 4, 1], np.int32)
 SIAMESE = SiameseClassifier(7, 3, embedding=4, hidden=5, units=6, cell=VANILLA)
-DECOMPOSABLE = DecomposableAttention(7, 3, embedding=4, hidden=5)
+DECOMPOSABLE = DecomposableAttention(7, 3, embedding=4, hidden=5, dropout=0.0)
 models = pytest.mark.parametrize("model", [SIAMESE, DECOMPOSABLE], ids=lambda model: type(model).__name__)
 
 
@@ -76,6 +76,16 @@ def test_padding_has_no_effect_on_gradients(model):
     ]
     one, other = value(variables, FIRST, SECOND), value(variables, *changed)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, other)
+
+
+@models
+def test_dropout_follows_its_key(model):
+    model = model.clone(dropout=0.5)
+    variables = drawn(model, FIRST, SECOND, train=False)
+    train = jit(lambda key: model.apply(variables, FIRST, SECOND, train=True, rngs={"dropout": key}))
+    one, same, other = (train(jax.random.key(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one, same)
+    assert (one != other).any()
 
 
 @models

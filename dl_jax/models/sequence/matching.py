@@ -154,7 +154,7 @@ def examples() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
     }
     return {
         "SiameseClassifier": (SiameseClassifier(7, 3, embedding=4, hidden=5, units=6, cell=VANILLA), inputs),
-        "DecomposableAttention": (DecomposableAttention(7, 3, embedding=4, hidden=6), inputs),
+        "DecomposableAttention": (DecomposableAttention(7, 3, embedding=4, hidden=6, dropout=0.0), inputs),
     }
 
 
