@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from dl_jax import masks
 from dl_jax.core.errors import InputError
 from dl_jax.models import ops
 
@@ -111,6 +112,21 @@ def _inputs_of(module: nn.Module, layer: tuple[str, ...]) -> int | None:
     for name in layer[1:]:
         found = found[name]
     return found["kernel"].shape[-2]
+
+
+def valid_steps(lengths: Any, x: jax.Array) -> jax.Array:  # int [B], [B, T, ...] -> bool [B, T]
+    """Which steps of the sequences `x` are valid: those before each one's length, all where `lengths` is None.
+
+    Raises InputError unless there is one length in [1, T] for each sequence. Lengths that are traced cannot be checked;
+    `masks.from_lengths` says what they mean then.
+    """
+    batch, steps = x.shape[:2]
+    if lengths is None:
+        return jnp.ones((batch, steps), bool)
+    valid = masks.from_lengths(lengths, steps)
+    if valid.shape[0] != batch:
+        raise InputError(f"{valid.shape[0]} lengths of {batch} sequences, expected as many; give one for each sequence")
+    return valid
 
 
 class Normalise(nn.Module):

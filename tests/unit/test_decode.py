@@ -1,4 +1,4 @@
-"""Each way of drawing gives the distribution that its definition gives; generation is the loop that it stands for."""
+"""Drawing gives the distribution of its definition, generation is its loop, and beam search finds the best."""
 
 import itertools
 
@@ -217,3 +217,233 @@ def test_bad_settings_are_refused(call, message):
 def test_bad_prompts_are_refused(shape, steps, message):
     with pytest.raises(InputError, match=message):
         sample.generate(markov, empty(2), jnp.zeros(shape, int), steps, jax.random.key(0), sample.draw)
+
+
+HASHES = 101
+
+
+def table(vocabulary, seed=0):
+    """Logits of the next token for each hash of all tokens before."""
+    return np.random.default_rng(seed).normal(0, 1.5, (HASHES, vocabulary)).astype(np.float32)
+
+
+def hashed(token, code):
+    return (code * 5 + token + 1) % HASHES
+
+
+def hashing(logits):
+    """A model whose logits depend on all tokens before, by their hash."""
+
+    def step(token, code):
+        code = hashed(token, code)
+        return jnp.array(logits)[code], code
+
+    return step
+
+
+def log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    return logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
+
+
+def normalised(log_p, length, alpha):
+    return log_p / ((5 + length) / 6) ** alpha
+
+
+def all_sequences(logits, code, steps, end):
+    """{sequence: log-probability} of all that end, or have `steps` tokens, after what `code` stands for."""
+    found, open_ = {}, {(): (0.0, code)}
+    for _ in range(steps):
+        longer = {}
+        for sequence, (log_p, code) in open_.items():
+            for token, more in enumerate(log_softmax(logits[code])):
+                into = found if token == end else longer
+                total = log_p + more
+                into[*sequence, token] = total if token == end else (total, hashed(token, code))
+        open_ = longer
+    return found | {sequence: log_p for sequence, (log_p, _) in open_.items()}
+
+
+def sequences(beams, row):
+    """The sequences of one prompt, without what follows their ends."""
+    return [tuple(map(int, tokens[:n])) for tokens, n in zip(beams.tokens[row], beams.lengths[row], strict=True)]
+
+
+PROMPTS = np.array([[1, 2], [0, 2], [2, 2]])
+CODES = [hashed(token, hashed(first, 7)) for first, token in PROMPTS]
+
+
+def search(logits, steps, beams, end=0, alpha=0.0):
+    run = lambda prompt: sample.beam_search(
+        hashing(logits), jnp.full(len(prompt), 7), prompt, steps, beams, end, alpha=alpha
+    )
+    return jax.device_get(jax.jit(run)(PROMPTS))
+
+
+@pytest.mark.parametrize(("vocabulary", "beams"), [(3, 40), (4, 130)])
+@pytest.mark.parametrize("alpha", [0.0, 0.7, 2.0])
+def test_with_enough_beams_all_sequences_are_found_in_order(vocabulary, beams, alpha):
+    logits = table(vocabulary)
+    found = search(logits, 4, beams, alpha=alpha)
+    for row, code in enumerate(CODES):
+        scores = {s: normalised(log_p, len(s), alpha) for s, log_p in all_sequences(logits, code, 4, 0).items()}
+        best = sorted(scores, key=scores.__getitem__, reverse=True)
+        assert sequences(found, row)[: len(best)] == best
+        np.testing.assert_allclose(found.scores[row, : len(best)], [scores[s] for s in best], rtol=1e-5)
+        assert (found.scores[row, len(best) :] == -np.inf).all()
+        assert not found.lengths[row, len(best) :].any()
+        assert len(best) < beams
+    np.testing.assert_array_equal(found.tokens[np.arange(4) >= found.lengths[..., None]], 0)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_few_beams_are_the_best_of_their_continuations(alpha):
+    """A beam search written out with lists."""
+    logits = table(4, seed=1)
+    found = search(logits, 6, 3, alpha=alpha)
+    for row, code in enumerate(CODES):
+        kept = [((), 0.0, code)]
+        for _ in range(6):
+            new = []
+            for sequence, log_p, at in kept:
+                if sequence[-1:] == (0,):
+                    new.append((sequence, log_p, at))
+                    continue
+                for token, more in enumerate(log_softmax(logits[at])):
+                    new.append(((*sequence, token), log_p + more, hashed(token, at)))
+            kept = sorted(new, key=lambda each: -normalised(each[1], len(each[0]), alpha))[:3]
+        assert sequences(found, row) == [sequence for sequence, *_ in kept]
+        expected = [normalised(log_p, len(sequence), alpha) for sequence, log_p, _ in kept]
+        np.testing.assert_allclose(found.scores[row], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_one_beam_is_greedy_up_to_the_end_token(alpha):
+    logits = table(3, seed=2)
+    greedy = lambda key, logits: sample.greedy(logits)
+    tokens, _ = sample.generate(hashing(logits), jnp.full(3, 7), PROMPTS, 8, jax.random.key(0), greedy)
+    found = search(logits, 8, 1, alpha=alpha)
+    ends = [list(row).index(0) + 1 if 0 in row else 8 for row in np.asarray(tokens)]
+    assert 1 < min(ends) < 8
+    np.testing.assert_array_equal(found.lengths[:, 0], ends)
+    for row, n in enumerate(ends):
+        np.testing.assert_array_equal(found.tokens[row, 0, :n], tokens[row, :n])
+
+
+def test_the_length_penalty_by_hand():
+    """P(end) is 0.4 at once and 1 after another token: the scores are log 0.4 and log 0.6 / ((5 + 2) / 6)^alpha."""
+    logits = np.log(np.array([[0.4, 0.6], [1.0, 1e-30]], np.float32))  # of the first token and of others
+    step = lambda token, read: (jnp.array(logits)[jnp.minimum(read, 1)], read + 1)
+    for alpha in (0.0, 1.0, 5.0):
+        found = sample.beam_search(step, jnp.zeros(1, int), jnp.ones((1, 1), int), 2, 2, 0, alpha)
+        np.testing.assert_allclose(found.scores[0], [np.log(0.6) / (7 / 6) ** alpha, np.log(0.4)], rtol=1e-6)
+        np.testing.assert_array_equal(found.tokens[0], [[1, 0], [0, 0]])
+        np.testing.assert_array_equal(found.lengths[0], [2, 1])
+
+
+def test_a_length_penalty_prefers_the_longer_sequence():
+    logits = np.log(np.array([[0.55, 0.45], [1.0, 1e-30]], np.float32))
+    step = lambda token, read: (jnp.array(logits)[jnp.minimum(read, 1)], read + 1)
+    best = [
+        sample.beam_search(step, jnp.zeros(1, int), jnp.ones((1, 1), int), 2, 2, 0, alpha).lengths[0, 0]
+        for alpha in (0.0, 1.0, 3.0)
+    ]
+    assert best == [1, 1, 2]  # log 0.45 / log 0.55 is 1.34: above 7 / 6, below (7 / 6)^3
+
+
+def test_an_end_token_in_the_prompt_does_not_end_a_sequence():
+    found = sample.beam_search(hashing(table(3)), jnp.full(2, 7), jnp.zeros((2, 1), int), 3, 2, 0)
+    assert (found.scores < 0).all()
+    assert (found.lengths > 0).all()
+
+
+def test_a_model_that_gives_nan_is_seen():
+    """Such as one that runs past its block, beside a sequence that has ended before."""
+    step = lambda token, read: (jnp.where(read[:, None] < 2, jnp.zeros((len(token), 3)), jnp.nan), read + 1)
+    found = sample.beam_search(step, jnp.zeros(2, int), jnp.ones((2, 1), int), 3, 3, 0)
+    assert np.isnan(found.scores[:, 0]).all()
+
+
+def test_beams_carry_their_own_states():
+    """The score of each sequence is its log-probability by a model that reads it from its beginning."""
+    model = CharLM(vocabulary=5, hidden=4, layers=2)
+    params = jax.tree.map(lambda leaf: 3 * leaf, jax.jit(lambda: model.init(jax.random.key(0), PROMPTS, train=False))())
+
+    def step(token, carry):
+        logits, carry = model.apply(params, token[:, None], carry, train=False)
+        return logits[:, 0], carry
+
+    found = jax.jit(lambda: sample.beam_search(step, model.initial_carry(3), jnp.array(PROMPTS), 5, 4, 0))()
+    whole = np.concatenate([np.repeat(PROMPTS, 4, 0), found.tokens.reshape(12, 5)], 1)
+    logits = jax.jit(lambda tokens: model.apply(params, tokens, train=False)[0])(whole)
+    log_p = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits))[:, 1:-1], whole[:, 2:, None], 2)[..., 0]
+    counted = np.arange(5) < np.reshape(found.lengths, (12, 1))
+    np.testing.assert_allclose(np.where(counted, log_p, 0).sum(1), np.ravel(found.scores), rtol=1e-5)
+    assert len({tuple(row) for row in whole}) == 12
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"beams": 0}, "beams is 0, expected 1 or more"),
+        ({"alpha": -0.1}, "alpha is -0.1, expected 0 or more"),
+        ({"alpha": float("nan")}, "alpha is nan"),
+        ({"end": 3}, r"end is 3, expected a token in \[0, 3\)"),
+        ({"end": -1}, "end is -1"),
+        ({"steps": 0}, "beam_search: steps is 0"),
+        ({"prompt": jnp.zeros((2, 0), int)}, r"beam_search: the prompt is \(2, 0\)"),
+        ({"carry": jnp.int32(0)}, r"a leaf of the carry is \(\), expected \[2, ...\]"),
+        ({"carry": jnp.zeros(3, int)}, r"a leaf of the carry is \(3,\)"),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused(change, message):
+    step = lambda token, carry: (jnp.zeros((len(token), 3)), carry)
+    settings = {"carry": jnp.zeros(2, int), "prompt": jnp.zeros((2, 1), int), "steps": 2, "beams": 2, "end": 0}
+    with pytest.raises(InputError, match=message):
+        sample.beam_search(step, **{**settings, **change})
+
+
+def test_the_repetition_penalty_is_its_equation():
+    logits = abs(LOGITS) + np.float32(0.1)
+    seen = np.array([True, False, True, False, True, False, False])
+    found = jax.nn.softmax(sample.temperature(sample.repetition_penalty(jnp.array(logits), seen, 1.2), 0.7))
+    weights = np.exp(logits.astype(np.float64) / (0.7 * np.where(seen, 1.2, 1.0)))
+    np.testing.assert_allclose(found, weights / weights.sum(), rtol=1e-5)
+
+
+def test_the_penalty_never_makes_a_seen_token_more_probable():
+    logits = np.append(LOGITS, [-np.inf, 0.0]).astype(np.float32)
+    for token in range(len(logits)):
+        found = np.asarray(sample.repetition_penalty(jnp.array(logits), np.arange(len(logits)) == token, 1.5))
+        expected = logits[token] / 1.5 if logits[token] > 0 else logits[token] * 1.5
+        np.testing.assert_allclose(found[token], expected, rtol=1e-6)
+        np.testing.assert_array_equal(np.delete(found, token), np.delete(logits, token))
+    np.testing.assert_array_equal(sample.repetition_penalty(jnp.array(logits), np.ones(9, bool), 1.0), logits)
+    assert sample.repetition_penalty(jnp.array(logits, jnp.bfloat16), np.ones(9, bool), 1.5).dtype == jnp.float32
+
+
+def test_generation_with_a_penalty_is_a_loop_over_all_tokens_so_far():
+    logits, greedy = table(5, seed=3), lambda key, logits: sample.greedy(logits)
+    carry = jnp.full(3, 7), jnp.zeros((3, 5), bool)
+    step = sample.with_repetition_penalty(hashing(logits), 3.0)
+    tokens, (_, seen) = sample.generate(step, carry, PROMPTS, 6, jax.random.key(0), greedy)
+    plain, _ = sample.generate(hashing(logits), carry[0], PROMPTS, 6, jax.random.key(0), greedy)
+    assert (tokens != plain).any()
+    for row, (prompt, code) in enumerate(zip(PROMPTS, CODES, strict=True)):
+        read = list(prompt)
+        for token in np.asarray(tokens[row]):
+            x = logits[code].astype(np.float64)
+            x = np.where(np.isin(np.arange(5), read), np.where(x > 0, x / 3, x * 3), x)
+            assert token == x.argmax()
+            read.append(token)
+            code = hashed(token, code)
+        np.testing.assert_array_equal(np.flatnonzero(seen[row]), sorted({*map(int, read[:-1])}))
+    beams = sample.beam_search(step, carry, jnp.array(PROMPTS), 6, 1, end=4)
+    upto = beams.lengths[0, 0]
+    np.testing.assert_array_equal(beams.tokens[0, 0, :upto], tokens[0, :upto])
+
+
+@pytest.mark.parametrize("theta", [0.9, 0, -1, float("nan"), float("inf")])
+def test_a_penalty_that_is_none_is_refused(theta):
+    with pytest.raises(InputError, match=f"theta is {theta}, expected 1 or more"):
+        sample.repetition_penalty(jnp.array(LOGITS), np.ones(7, bool), theta)

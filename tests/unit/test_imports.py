@@ -18,6 +18,7 @@ SHELVES = {
     "augment",
     "classify",
     "decode",
+    "masks",
     "inspect",
     "data",
     "compress",

@@ -103,7 +103,9 @@ def added(layers):
 X = {"x": jax.ShapeDtypeStruct((4, 6), jnp.float32)}
 
 
-@pytest.mark.parametrize("name", ["LeNet5", "LSTM", "GRU", "CharLM", "TCN", "VAE", "ConvNet", "SmallMobileNet"])
+@pytest.mark.parametrize(
+    "name", ["LeNet5", "LSTM", "GRU", "CharLM", "TCN", "VAE", "ConvNet", "SmallMobileNet", "CharGPT", "RNNsearch"]
+)
 def test_rows_add_up(name):
     model, inputs, _ = PUBLISHED[name]
     layers = summary.layers(model, inputs)
@@ -182,7 +184,7 @@ def test_the_command_prints_the_layers_and_their_totals(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["LeNet"], "there is no model 'LeNet', expected one of CharLM, ConvMobileNet, ConvNet, "),
+        (["LeNet"], "there is no model 'LeNet', expected one of AttentionClassifier, ChainTagger, CharGPT, CharLM, "),
         (["LeNet5", "--batch-size", "0"], "the batch size is 0, expected 1 or more"),
     ],
 )

@@ -15,7 +15,7 @@ from dl_jax.core.errors import InputError
 from dl_jax.harness.plan import hlo
 from dl_jax.models.recur import recur
 from dl_jax.models.sequence import rnn
-from dl_jax.models.sequence.rnn import GRU, LSTM, VANILLA, CharLM, Recurrent, SequenceClassifier
+from dl_jax.models.sequence.rnn import GRU, LSTM, VANILLA, CharLM, Recurrent, SequenceClassifier, SequenceTagger
 from dl_jax.models.vision.mlp import MLP
 
 CELLS = {"VANILLA": VANILLA, "LSTM": LSTM, "GRU": GRU}
@@ -306,6 +306,19 @@ def test_the_classifier_reads_the_last_valid_state_of_both_directions():
     ends = np.concatenate([y[np.arange(3), LENGTHS - 1, :5], y[:, 0, 5:]], -1)
     expected = ends @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"]
     assert_close(compiled(model)(variables, tokens, LENGTHS), expected, 1e-6)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_the_tagger_is_a_linear_layer_on_every_valid_output(bidirectional):
+    model = SequenceTagger(2, hidden=5, layers=2, cell=GRU, bidirectional=bidirectional)
+    variables = drawn(model, X, LENGTHS, train=False)
+    params = variables["params"]
+    carry = carry_of(Recurrent(GRU, 5, layers=2, bidirectional=bidirectional))
+    outputs, last = compiled(model)(variables, X, LENGTHS, carry)
+    recurrent = compiled(Recurrent(GRU, 5, layers=2, bidirectional=bidirectional))
+    y, expected = recurrent({"params": params["Recurrent_0"]}, X, LENGTHS, carry)
+    assert_close(outputs, y @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"], 1e-6)
+    assert_close(last, expected, 1e-6)
 
 
 def test_the_language_model_sees_the_past_alone_and_carries_it():

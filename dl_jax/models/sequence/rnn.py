@@ -168,7 +168,7 @@ class SequenceClassifier(nn.Module):
 class SequenceTagger(nn.Module):
     """Recurrent layers and a linear layer on every output: x [B, T, D] -> float32 [B, T, outputs], and the last carry.
 
-    The other fields and `carry` are those of `Recurrent`; dropout acts on the outputs of the last layer too.
+    The other fields, `lengths` and `carry` are those of `Recurrent`; dropout acts on the outputs of the last layer too.
     """
 
     outputs: int
@@ -176,12 +176,15 @@ class SequenceTagger(nn.Module):
     layers: int = 1
     cell: Cell = LSTM
     dropout: float = 0.0
+    bidirectional: bool = False
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, carry: Carry | None = None, *, train: bool) -> tuple[Array, Carry]:
-        recurrent = Recurrent(self.cell, self.hidden, self.layers, dropout=self.dropout, dtype=self.dtype)
-        x, carry = recurrent(x, carry=carry, train=train)
+    def __call__(
+        self, x: Array, lengths: Array | None = None, carry: Carry | None = None, *, train: bool
+    ) -> tuple[Array, Carry]:
+        recurrent = Recurrent(self.cell, self.hidden, self.layers, self.bidirectional, self.dropout, self.dtype)
+        x, carry = recurrent(x, lengths, carry, train=train)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return dense(self.outputs, dtype=self.dtype)(x).astype(jnp.float32), carry
 
@@ -203,8 +206,8 @@ class CharLM(nn.Module):
     @nn.compact
     def __call__(self, tokens: Array, carry: Carry | None = None, *, train: bool) -> tuple[Array, Carry]:
         x = nn.Embed(self.vocabulary, self.hidden, dtype=self.dtype)(tokens)
-        tagger = SequenceTagger(self.vocabulary, self.hidden, self.layers, self.cell, self.dropout, self.dtype)
-        return tagger(x, carry, train=train)
+        tagger = SequenceTagger(self.vocabulary, self.hidden, self.layers, self.cell, self.dropout, dtype=self.dtype)
+        return tagger(x, carry=carry, train=train)
 
     def initial_carry(self, batch: int) -> Carry:
         """The carry before the first character, zeros, for `batch` texts."""
@@ -224,7 +227,7 @@ def examples() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
             SequenceClassifier(7, classes=3, embedding=4, hidden=5, bidirectional=True),
             {"tokens": tokens, **ragged},
         ),
-        "SequenceTagger": (SequenceTagger(3, hidden=5), {"x": x}),
+        "SequenceTagger": (SequenceTagger(3, hidden=5, bidirectional=True), {"x": x, **ragged}),
         "CharLM": (CharLM(7, hidden=5, layers=2, cell=GRU), {"tokens": tokens}),
     }
 
