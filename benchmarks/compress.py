@@ -79,13 +79,14 @@ def ours(name: str, train: Images, seed: int, setting: Setting, folder: Path) ->
     image, calibration = scaled(train, 1), scaled(train, CALIBRATION)
     variables = jax.jit(lambda key: model.init(key, image, train=False))(jax.random.key(seed))
     variables = trained(model.apply, variables, stream, RATE, setting.steps)
-    whole, start = fold.folded(model.apply, variables, image, train=False)
-    groups = structure.groups(whole, start, image, train=False)
-    small, smaller = structure.cut(whole, start, structure.lowest(groups, structure.l2(groups, start), CUT))
+    groups = structure.groups(model.apply, variables, image, train=False)
+    plan = structure.lowest(groups, structure.l2(groups, variables), CUT)
+    small, smaller = structure.cut(model.apply, variables, plan)
     smaller = trained(small, smaller, stream.later(setting.steps), FURTHER, setting.further)
 
     found: dict[Name, Entry] = {}
-    for what, apply, tree in (("float", whole, start), ("cut", small, smaller)):
+    for what, given, learnt in (("float", model.apply, variables), ("cut", small, smaller)):
+        apply, tree = fold.folded(given, learnt, image, train=False)
         predict = lambda variables, image, apply=apply: apply(variables, image, train=False)
         parameters = measure.counts(tree["params"]).parameters
         rounded, integers = quantize.after_training(predict, tree, [(calibration,)], WEIGHT_BITS)

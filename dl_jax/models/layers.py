@@ -123,10 +123,7 @@ def valid_steps(lengths: Any, x: jax.Array) -> jax.Array:  # int [B], [B, T, ...
     batch, steps = x.shape[:2]
     if lengths is None:
         return jnp.ones((batch, steps), bool)
-    valid = masks.from_lengths(lengths, steps)
-    if valid.shape[0] != batch:
-        raise InputError(f"{valid.shape[0]} lengths of {batch} sequences, expected as many; give one for each sequence")
-    return valid
+    return masks.from_lengths(lengths, steps, batch)
 
 
 class Normalise(nn.Module):

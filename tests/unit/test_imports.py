@@ -18,7 +18,6 @@ SHELVES = {
     "augment",
     "classify",
     "decode",
-    "masks",
     "inspect",
     "data",
     "compress",

@@ -55,7 +55,7 @@ def test_nothing_is_known_of_an_empty_vocabulary():
         (lambda: text.vocabulary(np.arange(3)), "words are int64, expected bytes or str"),
         (
             lambda: text.vocabulary(["a"]).ids(["a", "b"], known=True),
-            "the word 'b' is not among the 1 of the vocabulary",
+            "the word 'b' is not among the 1 that are known",
         ),
         (lambda: text.vocabulary(["a"]).text([3]), "ids from 3 to 3, expected 0 to 2; take"),
         (lambda: text.read_vocabulary("{"), "a JSON list of words, not '{'"),

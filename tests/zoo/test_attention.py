@@ -259,7 +259,7 @@ def test_weights_start_as_in_nanogpt():
         (LM.clone(layers=0), (TOKENS,), "layers is 0"),
         (LM.clone(dropout=1.0), (TOKENS,), "dropout is 1.0"),
         (ENCODER, (TOKENS, LENGTHS + 1), "a sequence has length 6, expected 1 to 5"),
-        (ENCODER, (TOKENS, LENGTHS[:1]), "1 lengths of 3 sequences"),
+        (ENCODER, (TOKENS, LENGTHS[:1]), r"lengths are int32 \(1,\), expected whole numbers \(3,\)"),
         (AttentionClassifier(7, 3, 4, units=0, layers=0), (TOKENS,), "units is 0"),
         (AttentionClassifier(7, 3, 4, 2, layers=0), (TOKENS[:, :0],), "the length of a text is 0"),
     ],

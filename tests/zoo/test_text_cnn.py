@@ -75,8 +75,8 @@ def test_vectors_start_uniform_below_a_quarter():
         ({"widths": (2, 0)}, TOKENS, None, "the least width is 0"),
         ({"dropout": 1.5}, TOKENS, None, "dropout is 1.5"),
         ({}, TOKENS[:, :0], None, "the length of a text is 0"),
-        ({}, TOKENS, LENGTHS[:2], "2 lengths of 3 sequences"),
-        ({}, TOKENS, LENGTHS[:1], "1 lengths of 3 sequences"),
+        ({}, TOKENS, LENGTHS[:2], r"lengths are int32 \(2,\), expected"),
+        ({}, TOKENS, LENGTHS[:1], r"lengths are int32 \(1,\), expected"),
         ({}, TOKENS, LENGTHS + 1, "length 7, expected 1 to 6"),
     ],
 )
