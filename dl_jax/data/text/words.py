@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -132,7 +133,7 @@ def letters(words: np.ndarray, most: int) -> np.ndarray:  # bytes [...] -> uint8
 
 def _bytes(words: np.ndarray | Sequence[str]) -> np.ndarray:
     """Words as bytes in UTF-8."""
-    array = np.asarray(words) if len(words) else np.array([], np.bytes_)
+    array: Any = np.asarray(words) if len(words) else np.array([], np.bytes_)
     if array.dtype.kind == "U":
         return np.char.encode(array, "utf-8", "surrogateescape")
     if array.dtype.kind != "S":
