@@ -87,10 +87,11 @@ def fit(
 
     Raises InputError where `steps` is negative; where `every`, `scan` or `watch.every` is below 1; where a call of the
     compiled program does not advance `state.step`, or by a number that does not divide `steps`, `every` or
-    `watch.every`; where `carried` names a collection that `state.extra` does not have; where a metric of the step has a
-    name that reports use (`RESERVED`, or one that begins with "watch/"); where `stop` is given without `watch`; where
-    `watch.best` does not name a measurement that is a single number, or its end is not "min" or "max"; where the batch
-    cannot be split over the processes; and where the checkpoint to resume from has other random keys than `state`.
+    `watch.every`; where `scan` does not divide the steps that the stream keeps together; where `carried` names a
+    collection that `state.extra` does not have; where a metric of the step has a name that reports use (`RESERVED`, or
+    one that begins with "watch/"); where `stop` is given without `watch`; where `watch.best` does not name a
+    measurement that is a single number, or its end is not "min" or "max"; where the batch cannot be split over the
+    processes; and where the checkpoint to resume from has other random keys than `state`.
 
     Raises NonFiniteError where a metric is not finite (if the run has `skip_nonfinite`, only after 10 such calls in a
     row), and where a parameter or collection is not finite when it is saved or returned.

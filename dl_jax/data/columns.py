@@ -239,14 +239,15 @@ def _decode(found: Prepared, split: str, only: Sequence[str] | None, change: Cha
     n, features = len(records), change.features(records.features)
     columns: Columns = {}
     rows: dict[str, list[np.ndarray]] = {name: [] for name, feature in features.items() if feature.ragged}
+    held = 0  # bytes of the ragged rows
     for start in shown(range(0, n, CHUNK), n, f"decoding {found.name} {split}"):
         examples = [change.example(each) for each in records.read(range(start, min(start + CHUNK, n)))]
         for name, found_rows in rows.items():
             found_rows += [example[name] for example in examples]
+            held += sum(example[name].nbytes for example in examples)
         part = stack([{name: value for name, value in example.items() if name not in rows} for example in examples])
         room = {name: _room(name, columns.get(name), column, n) for name, column in part.items()}
-        size = sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in room.values())
-        size += sum(row.nbytes for found_rows in rows.values() for row in found_rows)
+        size = held + sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in room.values())
         if size > budget:
             raise InputError(_too_large(found, split, size, budget))
         for name, column in part.items():

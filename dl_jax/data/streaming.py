@@ -39,9 +39,10 @@ def streamed(
     the split, which is looked for once by reading them all, and kept in the cache folder. `only` names the columns to
     decode, by default all. `transform(rng, example)` is applied to each example before batching, for example a random
     crop, and must give all examples the same shapes; `rng` depends only on the seed and the example's position in the
-    order. `threads` threads (default: one per core) decode a batch and the next two.
-    The set's version and a digest of its description and of its files' sizes are noted (see `inputs.note`). Raises
-    InputError as `load` and `shuffled` do.
+    order. `threads` threads (default: one per core) decode a batch and the next two. The set's version and a digest of
+    its description and of its files' sizes are noted (see `inputs.note`).
+
+    Raises InputError as `load` and `shuffled` do.
     """
     check_batch(batch_size)
     if not isinstance(seeds, int):

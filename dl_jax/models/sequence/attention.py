@@ -316,7 +316,8 @@ def published() -> dict[str, tuple[nn.Module, dict[str, jax.ShapeDtypeStruct], i
     """The smallest GPT-2, nanoGPT's model of characters, a small encoder, and a classifier.
 
     GPT-2 has 124,439,808 parameters in OpenAI's checkpoint. nanoGPT prints 10.65M for its model of the 65 characters of
-    Shakespeare, without the positions. The others have our sizes, and the numbers that their layers' sizes give.
+    Shakespeare, without the positions. Both are from memory. The others have our sizes, and the numbers that their
+    layers' sizes give.
     """
 
     def layers(width: int, n: int, bias: int) -> int:  # with the last norm

@@ -1,5 +1,6 @@
 """Networks for pairs of texts, such as a premise and a hypothesis: by their vectors, and by attention between them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -47,11 +48,9 @@ class SiameseClassifier(nn.Module):
         *,
         train: bool,
     ) -> Array:
-        require_positive({name: getattr(self, name) for name in ("vocabulary", "classes", "embedding", "units")})
-        require_probability({"dropout": self.dropout})
-        _require_pairs(first, second)
-        drop = nn.Dropout(self.dropout, deterministic=not train)
+        _require(self, ("vocabulary", "classes", "embedding", "units"), first, second)
         valid = valid_steps(first_lengths, first), valid_steps(second_lengths, second)
+        drop = nn.Dropout(self.dropout, deterministic=not train)
         longest = max(first.shape[1], second.shape[1])
         # Both texts in one batch, padded to one length, take half of the steps.
         stack = lambda pair: jnp.concatenate([jnp.pad(x, ((0, 0), (0, longest - x.shape[1]))) for x in pair])
@@ -66,7 +65,10 @@ class SiameseClassifier(nn.Module):
         return nn.Dense(self.classes, dtype=self.dtype)(x).astype(jnp.float32)
 
 
-def _require_pairs(first: Array, second: Array) -> None:
+def _require(module: Any, sizes: Sequence[str], first: Array, second: Array) -> None:
+    """Raises InputError for fields that cannot be, and for texts that are no pairs."""
+    require_positive({name: getattr(module, name) for name in sizes})
+    require_probability({"dropout": module.dropout})
     shapes = jnp.shape(first), jnp.shape(second)
     if any(len(shape) != 2 or not shape[1] for shape in shapes) or shapes[0][0] != shapes[1][0]:
         raise InputError(
@@ -121,15 +123,13 @@ class DecomposableAttention(nn.Module):
         *,
         train: bool,
     ) -> Array:
-        require_positive({name: getattr(self, name) for name in ("vocabulary", "classes", "embedding", "hidden")})
-        require_probability({"dropout": self.dropout})
-        _require_pairs(first, second)
+        _require(self, ("vocabulary", "classes", "embedding", "hidden"), first, second)
+        valid = valid_steps(first_lengths, first), valid_steps(second_lengths, second)
         embed = nn.Embed(self.vocabulary, self.embedding, dtype=self.dtype)
         project = dense(self.hidden, use_bias=False, dtype=self.dtype, name="project")
         attend, compare, aggregate = (
             FeedForward(self.hidden, self.dropout, self.dtype, name=name) for name in ("attend", "compare", "aggregate")
         )
-        valid = valid_steps(first_lengths, first), valid_steps(second_lengths, second)
         a, b = (project(embed(tokens)) for tokens in (first, second))  # [B, T, D], [B, U, D]
         keys = (attend(x, train=train) for x in (a, b))
         scores = jnp.einsum("btd,bud->btu", *keys, preferred_element_type=jnp.float32)  # equation 1
@@ -161,8 +161,8 @@ def examples() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
 def published() -> dict[str, tuple[nn.Module, dict[str, jax.ShapeDtypeStruct], int]]:
     """Networks for natural language inference (three classes) with vectors of 300 for 10,000 tokens.
 
-    Parikh et al. 2016 give their network 382K parameters without these vectors (table 1): 381,803 by the sizes of its
-    layers. The siamese network has our sizes, and the number that its layers give.
+    Parikh et al. 2016 give their network 382K parameters without these vectors (table 1, from memory): 381,803 by the
+    sizes of its layers. The siamese network has our sizes, and the number that its layers give.
     """
     pairs = {name: jax.ShapeDtypeStruct((1, 32), jnp.int32) for name in ("first", "second")}
     lstm = 2 * 4 * 300 * (300 + 300 + 1)
