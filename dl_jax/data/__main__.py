@@ -26,7 +26,7 @@ def list_sets(data_dir: str | None = None) -> None:
         data_dir: Folder or gs:// address to look in [default: $TFDS_DATA_DIR, else ~/tensorflow_datasets].
     """
     found = prepared(data_dir)
-    print(f"{len(found)} prepared in {data_folder(data_dir)}; {' and '.join(BUNDLED)} are always available")
+    print(f"{len(found)} prepared in {data_folder(data_dir)}; always available: {', '.join(BUNDLED)}")
     for each in found:
         print(_summary(each))
 

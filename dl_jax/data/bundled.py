@@ -1,10 +1,10 @@
-"""Sets of small images that are always there: prepared offline as TFDS sets when they are first used."""
+"""Sets that are always there: prepared offline as TFDS sets when they are first used."""
 
 import contextlib
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,13 +12,50 @@ from dl_jax.data import cached
 
 
 class Bundled(NamedTuple):
-    """A bundled set of images, grey or of three channels, with class labels."""
+    """A bundled set. Its features and examples are made when it is prepared."""
 
     name: str
-    version: str  # increase it when an image changes
+    version: str  # increase it when an example changes
     description: str
-    class_names: tuple[str, ...]
-    splits: Callable[[], Mapping[str, tuple[np.ndarray, np.ndarray]]]  # uint8 [N, H, W, C] and labels [N] of each
+    features: Callable[[], Mapping[str, Any]]  # TFDS's, by name
+    splits: Callable[[], Mapping[str, Iterable[Mapping[str, Any]]]]  # the examples of each split
+    target: tuple[str, str] | None = None  # the input and the class label, where the set has one of each
+
+
+def image_set(
+    name: str,
+    version: str,
+    description: str,
+    class_names: tuple[str, ...],
+    splits: Callable[[], Mapping[str, tuple[np.ndarray, np.ndarray]]],
+) -> Bundled:
+    """A bundled set of images with class labels: `splits()` gives uint8 [N, H, W, C] and labels [N] of each split."""
+
+    def features() -> Mapping[str, Any]:
+        import tensorflow_datasets as tfds
+
+        shape = next(iter(splits().values()))[0].shape[1:]
+        return {
+            "image": tfds.features.Image(shape=shape, encoding_format="png"),
+            "label": tfds.features.ClassLabel(names=list(class_names)),
+        }
+
+    def examples() -> Mapping[str, Iterable[Mapping[str, Any]]]:
+        rows = lambda images, labels: zip(images, labels, strict=True)
+        return {
+            split: [{"image": _png(image), "label": int(label)} for image, label in rows(*columns)]
+            for split, columns in splits().items()
+        }
+
+    return Bundled(name, version, description, features, examples, ("image", "label"))
+
+
+def _png(image: np.ndarray) -> bytes:  # TFDS needs TensorFlow to encode arrays, but not to store encoded images
+    import PIL.Image
+
+    file = io.BytesIO()
+    PIL.Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, "PNG")
+    return file.getvalue()
 
 
 def prepared(each: Bundled, cache: Path) -> Path:
@@ -48,39 +85,25 @@ def _listing(folder: Path) -> Path:
 
 
 def _prepare(each: Bundled, root: Path) -> None:
-    import PIL.Image
     import tensorflow_datasets as tfds
-
-    def png(image: np.ndarray) -> bytes:  # TFDS needs TensorFlow to encode arrays, but not to store encoded images
-        file = io.BytesIO()
-        PIL.Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, "PNG")
-        return file.getvalue()
-
-    splits = each.splits()
-    shape = next(iter(splits.values()))[0].shape[1:]
 
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         name = each.name
         VERSION = tfds.core.Version(each.version)
 
         def _info(self) -> tfds.core.DatasetInfo:
-            features = {
-                "image": tfds.features.Image(shape=shape, encoding_format="png"),
-                "label": tfds.features.ClassLabel(names=each.class_names),
-            }
             return tfds.core.DatasetInfo(
                 builder=self,
                 description=each.description,
-                features=tfds.features.FeaturesDict(features),
-                supervised_keys=("image", "label"),
+                features=tfds.features.FeaturesDict(dict(each.features())),
+                supervised_keys=each.target,
             )
 
         def _split_generators(self, dl_manager):
-            return {name: self._generate_examples(*columns) for name, columns in splits.items()}
+            return {name: self._generate_examples(examples) for name, examples in each.splits().items()}
 
-        def _generate_examples(self, images, labels):
-            for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-                yield i, {"image": png(image), "label": int(label)}
+        def _generate_examples(self, examples):
+            yield from enumerate(examples)
 
     tfds.disable_progress_bar()
     try:

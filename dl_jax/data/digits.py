@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dl_jax.data.bundled import Bundled
+from dl_jax.data.bundled import image_set
 
 TEST = 360
 
@@ -32,4 +32,4 @@ def _splits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {"train": (images[:-TEST], labels[:-TEST]), "test": (images[-TEST:], labels[-TEST:])}
 
 
-SET = Bundled("digits", "1.0.0", "scikit-learn's 8x8 scans of handwritten digits", tuple("0123456789"), _splits)
+SET = image_set("digits", "1.0.0", "scikit-learn's 8x8 scans of handwritten digits", tuple("0123456789"), _splits)

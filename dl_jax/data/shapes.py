@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dl_jax.data.bundled import Bundled
+from dl_jax.data.bundled import image_set
 
 SIZE, TRAIN, TEST = 32, 4000, 1000
 _FINE = 2  # points per pixel along each axis, which are averaged
@@ -83,4 +83,4 @@ def _splits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {"train": images(TRAIN, seed=0), "test": images(TEST, seed=1)}
 
 
-SET = Bundled("shapes", "1.0.0", "Generated colour images of shapes on textured ground", tuple(KINDS), _splits)
+SET = image_set("shapes", "1.0.0", "Generated colour images of shapes on textured ground", tuple(KINDS), _splits)

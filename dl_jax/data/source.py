@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 from dl_jax.core import bucket
 from dl_jax.core.errors import InputError, nearest, one_line
 from dl_jax.core.files import absolute, cache_folder, patiently
-from dl_jax.data import bundled, copies, digits, shapes
+from dl_jax.data import bundled, copies, digits, python_code, shapes
 from dl_jax.data.cached import attempted
 
 FORM = re.compile(r"(?P<set>\w+)(?:/(?P<config>[^/:]+))?(?::(?P<version>[\d.]+))?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _RECORDS = re.compile(r"-\d{5,}-of-\d{5,}")  # in the names of record files
-BUNDLED = {each.name: each for each in (digits.SET, shapes.SET)}
+BUNDLED = {each.name: each for each in (digits.SET, shapes.SET, python_code.TOKENS, python_code.DOCSTRINGS)}
 _LAYOUT = 4  # version of the cache; increase it when decoding or what is kept changes
 _LONGEST_NAME, _LONGEST_SPLIT, _LONGEST_PATH = 200, 1000, 3000  # bytes; a file system takes 255 and 4096
 
