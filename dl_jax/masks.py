@@ -19,7 +19,8 @@ def from_lengths(lengths: Array | np.ndarray, steps: int, batch: int | None = No
         expected = "with one axis" if batch is None else f"({batch},)"
         raise InputError(f"lengths are {kind} {shape}, expected whole numbers {expected}; give one for each sequence")
     if not isinstance(lengths, Tracer) and lengths.size:
-        for length in (np.min(lengths), np.max(lengths)):
+        known = np.asarray(lengths)  # within jax.jit, a minimum of a constant would be traced
+        for length in (known.min(), known.max()):
             if not 1 <= length <= steps:
                 raise InputError(
                     f"a sequence has length {length}, expected 1 to {steps}, the steps of the batch; trim or pad it"

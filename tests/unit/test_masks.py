@@ -28,6 +28,13 @@ def test_seeds_and_unknown_lengths():
     np.testing.assert_array_equal(found.sum(-1), [[3, 1], [4, 0]])
 
 
+def test_constants_within_a_compiled_function_are_checked():
+    constant = jnp.array([3, 5])
+    np.testing.assert_array_equal(jax.jit(lambda: masks.from_lengths(constant, 5).sum(-1))(), [3, 5])
+    with pytest.raises(InputError, match="length 5, expected 1 to 4"):
+        jax.jit(lambda: masks.from_lengths(constant, 4))()
+
+
 @pytest.mark.parametrize(
     ("lengths", "batch", "words"),
     [

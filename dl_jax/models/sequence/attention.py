@@ -275,7 +275,7 @@ class TransformerLM(_Transformer):
         are NaN then.
         """
         size = carry.keys[0].shape[2]
-        if not isinstance(carry.read, Tracer) and np.max(carry.read, initial=0) >= size:
+        if not isinstance(carry.read, Tracer) and np.max(np.asarray(carry.read), initial=0) >= size:
             raise InputError(f"the cache of {size} tokens is full; make a larger one by initial_carry, or begin anew")
         # Where no row is left, `take` gives NaN and the write of key and value is dropped.
         at = jnp.where(carry.read < size, carry.read, self.block)
