@@ -11,7 +11,7 @@ from dl_jax.core.ragged import Ragged, joined, ragged
 from dl_jax.core.stream import Columns, Stream, epoch
 from dl_jax.data import text
 from dl_jax.data.batches import per_seed, shuffled
-from dl_jax.data.buckets import bucketed, buckets
+from dl_jax.data.buckets import bucketed, buckets, widths
 from dl_jax.data.columns import load
 from dl_jax.data.describe import Feature, Info, info
 from dl_jax.data.image import check_images, check_labels, enlarge, grey_images, images, resized_crop
@@ -40,4 +40,5 @@ __all__ = [
     "shuffled",
     "streamed",
     "text",
+    "widths",
 ]

@@ -47,6 +47,17 @@ def buckets(records: Mapping[str, Any], length: str, boundaries: Sequence[int]) 
     ]
 
 
+def widths(boundaries: Sequence[int], *lengths: np.ndarray) -> tuple[int, ...]:  # int [N] each
+    """Those of the boundaries that are below the largest of all lengths, and that length.
+
+    These are the boundaries for sets that are as long as they are. Raises InputError where there is no length.
+    """
+    longest = max((int(each.max()) for each in lengths if each.size), default=0)
+    if longest < 1:
+        raise InputError("there are no lengths above 0, expected those of one split or more; choose other splits")
+    return (*(width for width in boundaries if width < longest), longest)
+
+
 def _taken(name: str, column: Any, rows: np.ndarray, width: int) -> Any:
     if not isinstance(column, Ragged):
         return column[rows]

@@ -28,13 +28,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dl_jax import data, losses, masks, metrics, optim
+from dl_jax import data, masks, metrics, optim
 from dl_jax.core.errors import InputError
 from dl_jax.core.evaluate import collect
 from dl_jax.core.fit import Watch, fit
 from dl_jax.core.step import Array, Batch, Tree, make_step, per_seed, start
 from dl_jax.data import text
-from dl_jax.harness import Claim, Positive, Probability, Run, Some, launch
+from dl_jax.harness import Positive, Probability, Run, Some, launch
 from dl_jax.losses import crf
 from dl_jax.models.sequence.tagger import ChainTagger, Tagger
 
@@ -75,17 +75,20 @@ PRESETS = {
 CLAIMS = ()
 KEEPS = ("vocabulary.json", "tags.json")  # files in the run's folder
 
+# Examples of words [B, T], lengths [B] and characters [B, T, C].
+INPUTS = np.ones((1, 2), np.int32), np.ones(1, np.int32), np.ones((1, 2, 1), np.int32)
+
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     columns = [sentences(cfg, split) for split in (cfg.train_split, cfg.dev_split, cfg.test_split)]
     words = text.vocabulary(lowered(columns[0]["text"].values), cfg.at_least)
     names = data.info(cfg.dataset).class_names
     train, dev, test = (encoded(each, words, cfg.letters) for each in columns)
-    longest = max(int(each["length"].max()) for each in (train, dev, test))
-    boundaries = (*(width for width in cfg.boundaries if width < longest), longest)
+    boundaries = data.widths(cfg.boundaries, *(each["length"] for each in (train, dev, test)))
     run.keep("vocabulary.json", words.kept())
     run.keep("tags.json", names)
     stream = data.bucketed(train, "length", boundaries, cfg.batch_size, run.seeds)
+    exams = {split: data.buckets(part, "length", boundaries) for split, part in {"dev": dev, "test": test}.items()}
     rate = optim.warmup_cosine(cfg.learning_rate, cfg.steps)
     tx = optax.chain(optax.clip_by_global_norm(cfg.clip), optax.adam(rate))
     key_init, key = run.keys(2)  # [S] each
@@ -93,25 +96,30 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     for name in cfg.cells:
         network, characters = ChainTagger if "crf" in name else Tagger, 256 if "chars" in name else 0
         model = network(len(words), len(names), cfg.embedding, cfg.hidden, characters, dropout=cfg.dropout)
-        scores_of = functools.partial(scores, model, data.buckets(dev, "length", boundaries), names, cfg.batch_size)
-        inputs = jnp.ones((1, 2), jnp.int32), jnp.ones(1, jnp.int32), jnp.ones((1, 2, 1), jnp.int32)
         states = fit(
             per_seed(make_step(functools.partial(tagging_loss, model), tx)),
-            start(model, tx, key_init, key, *inputs[: 2 + bool(characters)]),
+            start(model, tx, key_init, key, *INPUTS[: 2 + bool(characters)]),
             stream,
             steps=cfg.steps,
             run=run / name,
-            watch=Watch(cfg.watch_every, scores_of),
+            watch=Watch(cfg.watch_every, functools.partial(tested, model, names, exams["dev"])),
         )
-        parts = data.buckets(test, "length", boundaries)
-        tested = scores(model, parts, names, cfg.batch_size, states.variables)
-        found |= {f"{metric}/{name}": value for metric, value in tested.items()}
+        last = tested(model, names, exams["test"], states.variables)
+        found |= {f"{metric}/{name}": value for metric, value in last.items()}
     return found
 
 
 def sentences(cfg: Config, split: str) -> dict[str, Any]:
-    """The words of a split, text [N, L], their tags, int [N, L], and the numbers of words, int [N]."""
+    """The words of a split, text [N, L], their tags, int [N, L], and the numbers of words, int [N].
+
+    Raises InputError where `cfg.tags` is no column of a class label for each token.
+    """
     records = data.load(cfg.dataset, split, only=("tokens", cfg.tags))
+    if records[cfg.tags].dtype != np.int32 or records[cfg.tags].shape != records["tokens"].shape:
+        raise InputError(
+            f"the column {cfg.tags!r} of {cfg.dataset} is {records[cfg.tags].dtype} {records[cfg.tags].shape}, expected "
+            f"a class label for each of the tokens {records['tokens'].shape}; name another with --tags"
+        )
     return {"text": records["tokens"], "tag": records[cfg.tags], "length": records["tokens/length"]}
 
 
@@ -155,21 +163,31 @@ def best_tags(model: Tagger | ChainTagger, variables: Tree, batch: Batch) -> Arr
     return emissions.argmax(-1) if chain is None else crf.viterbi(emissions, chain, batch["length"])[0]
 
 
-def scores(
-    model: Tagger | ChainTagger, parts: Sequence[Batch], names: Sequence[str], batch_size: int, variables: Tree
+def tested(
+    model: Tagger | ChainTagger, names: Sequence[str], parts: Sequence[Batch], variables: Tree
 ) -> dict[str, np.ndarray]:  # [S]
-    """The accuracy of the tags in per cent, without those of words whose tag is "_"; of tags in BIO, F1 of entities."""
+    """The score of all seeds on the buckets of a split, by its name."""
     predict = functools.partial(best_tags, model)
-    found = [collect(predict, variables, part, batch_size) for part in parts]  # [S, N, T] each
+    found = [collect(predict, variables, part, 64) for part in parts]  # [S, N, T] each
     width = max(part.shape[-1] for part in found)
-    joined = np.concatenate([np.pad(part, ((0, 0), (0, 0), (0, width - part.shape[-1]))) for part in found], 1)
-    tags = np.concatenate([part["tag"].padded(width)[:] for part in parts])
-    lengths = np.concatenate([part["length"] for part in parts])
+    return score(
+        np.concatenate([np.pad(part, ((0, 0), (0, 0), (0, width - part.shape[-1]))) for part in found], 1),
+        np.concatenate([part["tag"].padded(width)[:] for part in parts]),
+        np.concatenate([part["length"] for part in parts]),
+        names,
+    )
+
+
+def score(found: np.ndarray, tags: np.ndarray, lengths: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """F1 of entities for tags in BIO, and otherwise the accuracy of all words but those whose tag is "_", in per cent.
+
+    The shapes are those of `metrics.entity_scores`.
+    """
     if "O" in names:
-        return {"f1": 100 * metrics.entity_scores(joined, tags, lengths, names)[0].f1}
-    counts = np.arange(width) < lengths[:, None]
-    counts &= tags != (names.index("_") if "_" in names else -1)
-    return {"accuracy": 100 * (joined == tags)[:, counts].mean(-1)}
+        return {"f1": 100 * metrics.entity_scores(found, tags, lengths, names)[0].f1}
+    counts = np.arange(tags.shape[1]) < lengths[:, None]
+    counts &= tags != (list(names).index("_") if "_" in names else -1)
+    return {"accuracy": 100 * (found == tags)[..., counts].mean(-1)}
 
 
 if __name__ == "__main__":

@@ -126,6 +126,15 @@ def test_what_cannot_be_bucketed(change, message):
         data.bucketed(records_of([1, 2, 5]), **{**given, **change})
 
 
+def test_the_boundaries_of_a_set_end_at_its_longest():
+    lengths = np.array([3, 9, 1])
+    assert data.widths((4, 8, 16), lengths, np.array([2])) == (4, 8, 9)
+    assert data.widths((4, 9), lengths) == (4, 9)
+    assert data.widths((), lengths, np.zeros(0, int)) == (9,)
+    with pytest.raises(InputError, match="there are no lengths above 0"):
+        data.widths((4,), np.zeros(0, int))
+
+
 def test_an_empty_sequence_and_a_longer_partner_are_named():
     with pytest.raises(InputError, match="length of row 1 is 0, expected 1 to 4"):
         data.buckets(records_of([1, 0]), "length", (4,))

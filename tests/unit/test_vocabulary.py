@@ -45,6 +45,11 @@ def test_nothing_is_known_of_an_empty_vocabulary():
     assert text.Vocabulary(()).ids(["a", ""]).tolist() == [1, 0]
 
 
+def test_a_text_without_words_may_be_a_word():
+    found = text.split(["...", "a b"], text.kim_words, empty="<none>")
+    assert found[:].tolist() == [[b"<none>", b""], [b"a", b"b"]]
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -94,14 +94,15 @@ def read_vocabulary(content: str | bytes) -> Vocabulary:
     return Vocabulary(tuple(encoded))
 
 
-def split(texts: np.ndarray | Iterable[str], words: Callable[[str], list[str]] = str.split) -> Ragged:
+def split(texts: np.ndarray | Iterable[str], words: Callable[[str], list[str]] = str.split, empty: str = "") -> Ragged:
     """The words of texts [N], bytes or str: a ragged column of bytes [N, L], from the function text -> words.
 
-    Bytes that are no UTF-8 are kept. Raises InputError for no texts, for a text without words, and for a word that
-    ends in NUL, which a column of texts would lose.
+    Bytes that are no UTF-8 are kept. A text without words, such as "...", is the one word `empty` where this is given.
+    Raises InputError for no texts, for a text without words where `empty` is not given, and for a word that ends in
+    NUL, which a column of texts would lose.
     """
     encoded = _bytes(texts if isinstance(texts, np.ndarray) else list(texts))
-    rows = [words(_shown(each)) for each in encoded.tolist()]
+    rows = [words(_shown(each)) or [empty] * bool(empty) for each in encoded.tolist()]
     if not rows or not all(rows):
         first = rows.index([]) if rows else 0
         which = f"text {first}, {_shown(encoded[first])!r}, has no word" if rows else "there are no texts"
