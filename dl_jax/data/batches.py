@@ -18,8 +18,7 @@ def order(n: int, seed: int) -> Callable[[int, int], np.ndarray]:
     position can be computed without those before it; the last two permutations are cached. Raises InputError for a
     negative seed.
     """
-    if seed < 0:
-        raise InputError(f"seed {seed}: expected 0 or more; use a non-negative --seed")
+    check_seed(seed)
 
     @functools.lru_cache(maxsize=2)
     def permutation(epoch: int) -> np.ndarray:
@@ -30,6 +29,12 @@ def order(n: int, seed: int) -> Callable[[int, int], np.ndarray]:
         return np.concatenate([permutation(e)[max(start - e * n, 0) : stop - e * n] for e in epochs])
 
     return indices
+
+
+def check_seed(seed: int) -> None:
+    """Raises InputError for a negative seed."""
+    if seed < 0:
+        raise InputError(f"seed {seed}: expected 0 or more; use a non-negative --seed")
 
 
 def generator(seed: int, position: int) -> np.random.Generator:

@@ -9,6 +9,7 @@ densities, and `crf` linear chains of tags.
 from dl_jax.core.step import Loss
 from dl_jax.losses.classification import (
     cross_entropy,
+    negative_sampling,
     require_labels,
     smooth_labels,
     soft_cross_entropy,
@@ -34,6 +35,7 @@ __all__ = [
     "l1",
     "l2",
     "label_smoothing",
+    "negative_sampling",
     "require_labels",
     "require_penalties",
     "smooth_labels",

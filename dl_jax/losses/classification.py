@@ -43,6 +43,25 @@ def squared_hinge(logits: Array, labels: Array) -> Array:  # [B, ..., C], int [B
     return jnp.where(labels < classes, values, jnp.nan)
 
 
+def negative_sampling(positive: Array, negative: Array) -> Array:  # [B, ...], [B, ..., K] -> [B, ...]
+    """−log σ(positive) − Σ log σ(−negative) over the K scores of noise, in nats; one value for each positive score.
+
+    The loss of skip-grams with negative sampling (Mikolov et al. 2013, arXiv:1310.4546, equation 4), where a score is
+    the product of a word's vector with that of a context. It is least, on average, where a score is
+    log(P(context | word) / (K P_noise(context))) (Levy & Goldberg 2014, section 3.1).
+
+    Raises InputError where the shapes do not fit. Without noise, K = 0, the first term is left.
+    """
+    if negative.shape[:-1] != positive.shape or negative.ndim == 0:
+        expected = ", ".join([*map(str, positive.shape), "K"])
+        raise InputError(
+            f"negative_sampling: scores of noise {negative.shape} for scores {positive.shape}, expected ({expected}); "
+            "give K of them for each score"
+        )
+    positive, negative = at_least_float32(positive), at_least_float32(negative)
+    return jax.nn.softplus(-positive) + jax.nn.softplus(negative).sum(-1)
+
+
 def smooth_labels(labels: Array, classes: int, smoothing: float) -> Array:  # int [B, ...] -> [B, ..., C]
     """Targets for `soft_cross_entropy`: (1 − smoothing) on the label plus smoothing / C on every class.
 

@@ -1,4 +1,4 @@
-"""Texts as ids, and the windows of truncated back-propagation."""
+"""Texts as ids, and their windows: in order, for truncated back-propagation, and from anywhere."""
 
 import itertools
 import sysconfig
@@ -94,6 +94,55 @@ def test_seeds_are_stacked_like_any_stream():
         "target": (3, 2, 4),
         "first": (3, 2),
     }
+
+
+@quick
+@given(st.integers(1, 9), st.integers(1, 7), st.integers(1, 20), seeds, st.integers(0, 10**9))
+def test_random_windows_lie_anywhere_and_depend_on_seed_and_step_alone(batch_size, length, spare, seed, step):
+    ids = numbered(length + spare)
+    batch = text.random_windows(ids, batch_size, length, seed)(step)
+    assert batch["token"].shape == batch["target"].shape == (batch_size, length)
+    assert (batch["token"].dtype, batch["target"].dtype) == (np.int32, np.int32)
+    np.testing.assert_array_equal(batch["target"], batch["token"] + 1)
+    np.testing.assert_array_equal(np.diff(batch["token"]), 1)  # contiguous
+    assert batch["token"].min() >= 0
+    assert batch["target"].max() < len(ids)
+    again = text.random_windows(ids, batch_size, length, seed)
+    parts = [again(step, slice(row, row + 1))["token"] for row in reversed(range(batch_size))][::-1]
+    np.testing.assert_array_equal(np.concatenate(parts), batch["token"])
+
+
+def test_random_windows_begin_at_every_place_equally_often():
+    stream = text.random_windows(numbered(8), 100, 3, seeds=0)  # 5 places, of which the last window reaches the end
+    starts = np.concatenate([stream(step)["token"][:, 0] for step in range(100)])
+    counts = np.bincount(starts)
+    assert len(counts) == 5
+    assert (abs(counts - 2000) < 5 * np.sqrt(10_000 * 0.2 * 0.8)).all()
+
+
+def test_each_seed_draws_its_own_random_windows():
+    batch = text.random_windows(numbered(500), 4, 5, (0, 1))(3)
+    assert batch["token"].shape == (2, 4, 5)
+    for seed in (0, 1):
+        alone = text.random_windows(numbered(500), 4, 5, seed)(3)
+        np.testing.assert_array_equal(batch["token"][seed], alone["token"])
+    assert not np.array_equal(*batch["token"])
+    assert not np.array_equal(alone["token"], text.random_windows(numbered(500), 4, 5, 1)(4)["token"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((numbered(5), 2, 5, 0), "a text of 5 characters is too short for a window of 5, expected at least 6"),
+        ((numbered(0), 2, 1, (0, 1)), "a text of 0 characters is too short"),
+        ((numbered(9), 0, 5, 0), "batch size 0"),
+        ((numbered(9), 2, 0, 0), "a window of 0 characters"),
+        ((numbered(9), 2, 5, -1), "seed -1"),
+    ],
+)
+def test_bad_random_windows_are_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
+        text.random_windows(*arguments)
 
 
 @quick

@@ -105,6 +105,47 @@ def test_squared_hinge_by_hand_and_in_float64(rng):
     np.testing.assert_allclose(found, expected.sum(-1), rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (3, 4)])
+@pytest.mark.parametrize("noise", [0, 1, 5])
+def test_negative_sampling_is_its_equation(rng, shape, noise):
+    """log σ(s) + Σ log σ(-s_i), negated, in float64 (Mikolov et al. 2013, arXiv:1310.4546, equation 4)."""
+    positive, negative = rng.normal(size=shape) * 3, rng.normal(size=(*shape, noise)) * 3
+    sigma = lambda x: 1 / (1 + np.exp(-x))
+    expected = -np.log(sigma(positive)) - sum(np.log(sigma(-negative[..., i])) for i in range(noise))
+    found = losses.negative_sampling(jnp.asarray(positive, jnp.float32), jnp.asarray(negative, jnp.float32))
+    assert found.shape == shape
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_negative_sampling_of_large_scores_is_finite_and_has_a_slope():
+    value = jax.value_and_grad(lambda s: losses.negative_sampling(s, s[:, None]).sum())
+    np.testing.assert_allclose(value(jnp.array([1e4]))[0], 1e4)
+    np.testing.assert_allclose(value(jnp.array([-1e4]))[1], [-1.0])
+    assert losses.negative_sampling(jnp.ones(1, jnp.bfloat16), jnp.ones((1, 2), jnp.bfloat16)).dtype == jnp.float32
+    assert np.isnan(losses.negative_sampling(jnp.array([jnp.nan]), jnp.zeros((1, 1)))).all()
+
+
+def test_negative_sampling_is_least_at_the_shifted_mutual_information(rng):
+    """Over all pairs of a joint distribution, with the noise in expectation (Levy & Goldberg 2014, section 3.1)."""
+    joint, noise, count = rng.dirichlet(np.ones(12)).reshape(3, 4), rng.dirichlet(np.ones(4)), 5
+    words = joint.sum(1, keepdims=True)
+    best = np.log(joint / (words * count * noise))
+
+    def expected_loss(scores):  # [3, 4]
+        positive = losses.negative_sampling(scores, jnp.zeros((3, 4, 0)))
+        negative = losses.negative_sampling(scores, scores[..., None]) - positive
+        return (joint * positive + words * count * noise * negative).sum()
+
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(jax.grad(expected_loss)(jnp.asarray(best)), 0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("positive", "negative"), [((3,), (3,)), ((3,), (2, 5)), ((3, 1), (3, 5)), ((), ())])
+def test_negative_sampling_wants_scores_of_noise_for_each_score(positive, negative):
+    with pytest.raises(InputError, match="negative_sampling: scores of noise"):
+        losses.negative_sampling(jnp.zeros(positive), jnp.zeros(negative))
+
+
 def test_soft_cross_entropy_of_an_impossible_class_with_target_0():
     logits, targets = jnp.array([[0.0, 0.0, -jnp.inf]]), jnp.array([[0.5, 0.5, 0.0]])
     np.testing.assert_allclose(losses.soft_cross_entropy(logits, targets), [np.log(2)], rtol=1e-6)

@@ -75,6 +75,11 @@ def test_a_text_without_words_may_be_a_word():
         (lambda: text.skip_grams(np.arange(1), 2, 0), "1 words of 1 are left, expected 2 or more"),
         (lambda: text.skip_grams(np.arange(3), 2, 0, np.zeros(3)), "0 words of 3 are left"),
         (lambda: text.kept_share(np.ones(3), 0.0), "the threshold is 0.0"),
+        (lambda: text.noise_share(np.zeros(3)), "counts of 3 words, expected 0 or more each and not all 0"),
+        (lambda: text.noise_share(np.array([])), "counts of 0 words"),
+        (lambda: text.noise_share(np.array([1, -1])), "counts of 2 words"),
+        (lambda: text.noise_share(np.ones(3), -1.0), "the power of the frequency is -1.0"),
+        (lambda: text.noise_share(np.ones(3), np.nan), "the power of the frequency is nan"),
         (lambda: text.byte_pairs(["a"], 259), "259 pieces, expected 260 or more"),
         (lambda: text.byte_pairs([""], 300), "1 texts without a character"),
         (lambda: text.pieces(text.byte_pairs(["a b"], 300), ["a", ""]), "text 1 is empty"),
@@ -145,3 +150,12 @@ def test_frequent_words_are_removed_before_the_windows():
     assert sorted(zip(*pairs.values(), strict=True)) == [(3, 4), (4, 3), (4, 5), (5, 4)]
     share = text.kept_share(np.array([0, 0, 900, 99, 1]), threshold=0.1)
     np.testing.assert_allclose(share, [1, 1, np.sqrt(1 / 9), 1, 1])
+
+
+@pytest.mark.parametrize("power", [0.75, 1.0, 0.0])
+def test_noise_is_drawn_by_a_power_of_the_frequency(power):
+    counts = np.array([0, 16, 1, 81, 0])
+    weights = np.array([0, 16**power, 1, 81**power, 0])
+    np.testing.assert_allclose(text.noise_share(counts, power), weights / weights.sum())
+    if power == 0.75:
+        np.testing.assert_allclose(text.noise_share(counts), np.array([0, 8, 1, 27, 0]) / 36)

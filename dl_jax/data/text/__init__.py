@@ -13,10 +13,11 @@ from dl_jax.data.text.characters import (
     decode,
     encode,
     load,
+    random_windows,
     reading,
     windows,
 )
-from dl_jax.data.text.pairs import kept_share, skip_grams
+from dl_jax.data.text.pairs import kept_share, noise_share, skip_grams
 from dl_jax.data.text.pieces import BEGIN, END, byte_pairs, pieces
 from dl_jax.data.text.words import PAD, UNKNOWN, Vocabulary, kim_words, letters, read_vocabulary, split, vocabulary
 
@@ -36,7 +37,9 @@ __all__ = [
     "kim_words",
     "letters",
     "load",
+    "noise_share",
     "pieces",
+    "random_windows",
     "read_vocabulary",
     "reading",
     "skip_grams",

@@ -1,4 +1,4 @@
-"""A text as ids, and its windows for truncated back-propagation.
+"""A text as ids, and windows of it: in order, for truncated back-propagation, or from anywhere.
 
 An id is a byte, so the vocabulary is the same for every text and no character is unknown. Bytes that do not occur cost
 almost nothing once the model predicts them with low probability. In ASCII text a byte is a character.
@@ -14,7 +14,7 @@ import numpy as np
 from dl_jax.core.errors import InputError, nearest
 from dl_jax.core.inputs import note
 from dl_jax.core.stream import Columns, Stream, check_batch
-from dl_jax.data.batches import order, per_seed
+from dl_jax.data.batches import check_seed, generator, order, per_seed
 from dl_jax.data.columns import load as load_columns
 
 VOCABULARY = 256
@@ -108,6 +108,34 @@ def windows(ids: np.ndarray, batch_size: int, length: int, seeds: int | Sequence
         window = (starts[rows] + step) % count  # [B]
         shown = ids[(begins[rows] + window * length)[:, None] + np.arange(length + 1)].astype(np.int32)  # [B, T + 1]
         return {"token": shown[:, :-1], "target": shown[:, 1:], "first": (window == 0) | (step == 0)}
+
+    return Stream(batch_size, read)
+
+
+def random_windows(ids: np.ndarray, batch_size: int, length: int, seeds: int | Sequence[int]) -> Stream:
+    """An endless stream of windows from anywhere in a text of ids [N]: {"token", "target": int32 [B, T]}.
+
+    Every step draws, from the seed and the step, where each window of T = `length` characters begins: all N − T places
+    are equally likely, and windows may overlap. `target` is the character after each token. With S seeds the columns
+    are [S, B, T].
+
+    Raises InputError for a text of fewer than T + 1 characters, a length or batch size below 1 or a negative seed.
+    """
+    check_batch(batch_size)
+    _check_length(length)
+    if not isinstance(seeds, int):
+        return per_seed([random_windows(ids, batch_size, length, seed) for seed in seeds])
+    check_seed(seeds)
+    if len(ids) <= length:
+        raise InputError(
+            f"a text of {len(ids)} characters is too short for a window of {length}, expected at least {length + 1}: "
+            "use a longer text, or a smaller --length"
+        )
+
+    def read(step: int, rows: slice) -> Columns:
+        starts = generator(seeds, step).integers(0, len(ids) - length, batch_size)[rows]  # the same for any rows
+        shown = ids[starts[:, None] + np.arange(length + 1)].astype(np.int32)  # [B, T + 1]
+        return {"token": shown[:, :-1], "target": shown[:, 1:]}
 
     return Stream(batch_size, read)
 

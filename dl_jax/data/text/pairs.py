@@ -44,3 +44,18 @@ def kept_share(counts: np.ndarray, threshold: float = 1e-3) -> np.ndarray:  # [V
         raise InputError(f"the threshold is {threshold}, expected a share of the text above 0, such as 1e-3")
     share = np.asarray(counts, np.float64) / max(1, np.sum(counts))
     return np.minimum(1, np.sqrt(threshold / np.where(share > 0, share, threshold)))
+
+
+def noise_share(counts: np.ndarray, power: float = 0.75) -> np.ndarray:  # [V] -> float64 [V]
+    """The probability f^power / Σ f^power with which a word of the frequency f is drawn as noise.
+
+    Mikolov et al. 2013, arXiv:1310.4546, section 2.2, found the power 3/4 best. A word that does not occur has
+    probability 0. Raises InputError where no word occurs, a count is negative, and for a negative power.
+    """
+    counts = np.asarray(counts, np.float64)
+    if not (counts.size and counts.min() >= 0 and counts.max() > 0):
+        raise InputError(f"counts of {counts.size} words, expected 0 or more each and not all 0; count a longer text")
+    if not 0 <= power < np.inf:
+        raise InputError(f"the power of the frequency is {power}, expected 0 or more, such as 0.75")
+    weights = np.where(counts > 0, (counts / counts.max()) ** power, 0)
+    return weights / weights.sum()
