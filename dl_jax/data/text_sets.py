@@ -219,8 +219,8 @@ def _translations(names: Mapping[str, str], files: Mapping[str, str]) -> list[tu
     return [(key, dict(zip(columns, row, strict=True))) for key, row in enumerate(rows)]
 
 
-# The English training file has had two versions. No commit is named, as we could not compare them; the digests decide.
-_MULTI30K = f"{_GITHUB}/multi30k/dataset/master/data/task1/raw"
+# The repository has had two versions of train.en.gz. The digests are those of the first, which is at this commit.
+_MULTI30K = f"{_GITHUB}/multi30k/dataset/c9be912dc05a3ebf9ae5bb5f7f58c1791cda43ab/data/task1/raw"
 MULTI30K = Downloaded(
     name="multi30k",
     version="1.0.0",
