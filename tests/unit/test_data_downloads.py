@@ -283,6 +283,7 @@ def test_other_examples_are_refused_and_nothing_is_written(server, monkeypatch, 
         (b"<html>please log in</html>", 1, "ReadError"),
         (tar(), 1, "KeyError"),
     ],
+    ids=("errors", "torn once", "absent", "always an error", "always torn", "cut", "a page", "no such member"),
 )
 def test_attempts(server, tmp_path, answer, asked, reason):
     server.files["/rt.tar.gz"] = list(answer) if isinstance(answer, list) else answer
