@@ -6,14 +6,14 @@ import tyro
 
 from dl_jax.core.errors import BAD_INPUT, UNAVAILABLE, InputError, Unavailable, lasting_output
 from dl_jax.data.prepare import prepare
-from dl_jax.data.source import BUNDLED, Prepared, data_folder, prepared, split_sizes
+from dl_jax.data.source import BUNDLED, DOWNLOADED, Prepared, data_folder, prepared, split_sizes
 
 
 def prepare_set(name: tyro.conf.Positional[str], data_dir: str | None = None) -> None:
-    """Download and prepare a TFDS data set, in array_record format.
+    """Download and prepare a data set, in array_record format.
 
     Args:
-        name: TFDS name of the data set, such as mnist or glue/sst2.
+        name: TFDS name of the data set, such as mnist or glue/sst2, or one of those that `list` names beside TFDS's.
         data_dir: Folder to prepare the data set in [default: $TFDS_DATA_DIR, else ~/tensorflow_datasets].
     """
     print(_summary(prepare(name, data_dir)))
@@ -26,7 +26,10 @@ def list_sets(data_dir: str | None = None) -> None:
         data_dir: Folder or gs:// address to look in [default: $TFDS_DATA_DIR, else ~/tensorflow_datasets].
     """
     found = prepared(data_dir)
-    print(f"{len(found)} prepared in {data_folder(data_dir)}; always available: {', '.join(BUNDLED)}")
+    print(
+        f"{len(found)} prepared in {data_folder(data_dir)}; always available: {', '.join(BUNDLED)}; "
+        f"beside TFDS's sets, `prepare` knows {', '.join(DOWNLOADED)}"
+    )
     for each in found:
         print(_summary(each))
 

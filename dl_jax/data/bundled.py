@@ -1,6 +1,5 @@
 """Sets that are always there: prepared offline as TFDS sets when they are first used."""
 
-import contextlib
 import io
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dl_jax.data import cached
+from dl_jax.data import builder, cached
 
 
 class Bundled(NamedTuple):
@@ -75,39 +74,12 @@ def _read(folder: Path) -> Path | None:
 
 def _make(each: Bundled, folder: Path) -> None:
     cached.remove(folder)
-    _prepare(each, folder.parents[1])
+    splits = {split: enumerate(examples) for split, examples in each.splits().items()}
+    described = {"description": each.description, "supervised_keys": each.target}
+    builder.write(folder.parents[1], each.name, each.version, each.features(), splits, **described)
     cached.write_sealed(_listing(folder), {"files": cached.digests(folder)})
 
 
 def _listing(folder: Path) -> Path:
     """The file of the digests, beside the set's folder, as all files within belong to TFDS."""
     return folder.parent.with_suffix(".json")
-
-
-def _prepare(each: Bundled, root: Path) -> None:
-    import tensorflow_datasets as tfds
-
-    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        name = each.name
-        VERSION = tfds.core.Version(each.version)
-
-        def _info(self) -> tfds.core.DatasetInfo:
-            return tfds.core.DatasetInfo(
-                builder=self,
-                description=each.description,
-                features=tfds.features.FeaturesDict(dict(each.features())),
-                supervised_keys=each.target,
-            )
-
-        def _split_generators(self, dl_manager):
-            return {name: self._generate_examples(examples) for name, examples in each.splits().items()}
-
-        def _generate_examples(self, examples):
-            yield from enumerate(examples)
-
-    tfds.disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download on stdout, though there is none
-            Builder(data_dir=root, file_format="array_record").download_and_prepare()
-    finally:
-        tfds.enable_progress_bar()

@@ -1,4 +1,4 @@
-"""Prepares data sets with TFDS's own builders, in array_record format, which is read without TensorFlow."""
+"""Prepares data sets with TFDS's builders or our own, in array_record format, which is read without TensorFlow."""
 
 import importlib.util
 import os
@@ -7,14 +7,18 @@ from pathlib import Path
 
 from dl_jax.core.errors import InputError, nearest
 from dl_jax.core.files import locked
+from dl_jax.data import downloads
+from dl_jax.data.downloads import Downloaded
 from dl_jax.data.source import (
     BUNDLED,
+    DOWNLOADED,
     FORM,
     Prepared,
     brief,
     data_folder,
     find,
     lookup,
+    preparable,
     require_name,
     split_sizes,
     tfds_names,
@@ -22,18 +26,18 @@ from dl_jax.data.source import (
 
 
 def prepare(name: str, data_dir: str | None = None) -> Prepared:
-    """Downloads and prepares the TFDS set `name` in `data_dir`, unless it is already prepared, and returns where it is.
+    """Downloads and prepares the set `name` in `data_dir`, unless it is already prepared, and returns where it is.
 
-    Several processes may call it at once: one prepares the set while the others wait. Raises InputError where TFDS
-    cannot prepare the set: for a malformed or unknown name, for a set that needs TensorFlow where this is not
-    installed, and where the network or the disk fails.
+    It is one of TFDS's sets or of `text_sets`. Several processes may call it at once: one prepares the set while the
+    others wait. Raises InputError where the set cannot be prepared: for a malformed or unknown name, for a set that
+    needs TensorFlow where this is not installed, and where the network, a download or the disk fails.
     """
     require_name(name)
     if name in BUNDLED:
         return find(name)
     if not FORM.fullmatch(name):
         raise InputError(
-            f"data set {name!r}, expected a name such as mnist, glue/sst2 or mnist:3.0.1{nearest(name, tfds_names())}"
+            f"data set {name!r}, expected a name such as mnist, glue/sst2 or mnist:3.0.1{nearest(name, preparable())}"
         )
     root = data_folder(data_dir)
     if "://" in os.fspath(root):
@@ -58,10 +62,27 @@ def prepare(name: str, data_dir: str | None = None) -> Prepared:
 def _download_and_prepare(name: str, root: Path) -> None:
     import tensorflow_datasets as tfds
 
+    ours = _downloaded(name)
     try:
-        tfds.builder(name, data_dir=root, file_format="array_record").download_and_prepare()
+        if ours:
+            downloads.prepare(ours, root)
+        else:
+            tfds.builder(name, data_dir=root, file_format="array_record").download_and_prepare()
+    except InputError:
+        raise
     except Exception as e:  # many kinds, raised by TFDS, the network or the disk
         raise InputError(_reason(name, root, e)) from e
+
+
+def _downloaded(name: str) -> Downloaded | None:
+    """The set of our own that has this name, or None. Raises InputError for a config or version that it lacks."""
+    set_name, config, version = FORM.fullmatch(name).groups()  # pyright: ignore
+    found = DOWNLOADED.get(set_name)
+    if found and (config or version not in (None, found.version)):
+        raise InputError(
+            f"data set {name} is unknown, expected {set_name} or {set_name}:{found.version}; use one of them"
+        )
+    return found
 
 
 def _reason(name: str, root: Path, e: Exception) -> str:
@@ -76,5 +97,5 @@ def _reason(name: str, root: Path, e: Exception) -> str:
             "clone: pip install -e '.[prepare]'), then repeat this command; training does not need it"
         )
     if unknown:
-        return f"data set {name} is unknown to TFDS, expected one of its names{nearest(name, tfds_names())}"
+        return f"data set {name} is unknown to TFDS, expected one of its names{nearest(name, preparable())}"
     return f"TFDS could not prepare {name} in {root} ({type(e).__name__}: {brief(e)}): fix this, then try again"

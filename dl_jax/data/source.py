@@ -15,13 +15,16 @@ from typing import Any, NamedTuple
 from dl_jax.core import bucket
 from dl_jax.core.errors import InputError, nearest, one_line
 from dl_jax.core.files import absolute, cache_folder, patiently
-from dl_jax.data import bundled, copies, digits, python_code, shapes
+from dl_jax.data import bundled, copies, digits, python_code, shapes, text_sets
 from dl_jax.data.cached import attempted
 
 FORM = re.compile(r"(?P<set>\w+)(?:/(?P<config>[^/:]+))?(?::(?P<version>[\d.]+))?")
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _RECORDS = re.compile(r"-\d{5,}-of-\d{5,}")  # in the names of record files
 BUNDLED = {each.name: each for each in (digits.SET, shapes.SET, python_code.TOKENS, python_code.DOCSTRINGS)}
+DOWNLOADED = {
+    each.name: each for each in (text_sets.WNUT17, text_sets.ROTTEN_TOMATOES, text_sets.SICK, text_sets.MULTI30K)
+}
 _LAYOUT = 4  # version of the cache; increase it when decoding or what is kept changes
 _LONGEST_NAME, _LONGEST_SPLIT, _LONGEST_PATH = 200, 1000, 3000  # bytes; a file system takes 255 and 4096
 
@@ -200,8 +203,13 @@ def tfds_names() -> set[str]:
     return {name for name in packages | checksums | modules if not name.startswith("_")}
 
 
+def preparable() -> set[str]:
+    """The names of nearly all data sets that `prepare` can prepare: TFDS's and our own."""
+    return tfds_names() | set(DOWNLOADED)
+
+
 def _absent(name: str, root: Any, data_dir: str | None) -> str:
-    if name.partition("/")[0].partition(":")[0] in tfds_names():
+    if name.partition("/")[0].partition(":")[0] in preparable():
         command = _command(name) + (f" --data-dir {data_dir}" if data_dir else "")
         if "://" in os.fspath(root):
             command = f"{_command(name)} --data-dir FOLDER` and `gcloud storage cp -r FOLDER/{name} {root}"
@@ -212,7 +220,7 @@ def _absent(name: str, root: Any, data_dir: str | None) -> str:
     here = [found.name for found in prepared(str(root))]
     return (
         f"data set {name} is neither prepared in {root} nor known to TFDS: `python -m dl_jax.data list` lists the "
-        f"prepared sets, and --dataset digits is always available{nearest(name, {*here, *tfds_names(), *BUNDLED})}"
+        f"prepared sets, and --dataset digits is always available{nearest(name, {*here, *preparable(), *BUNDLED})}"
     )
 
 
