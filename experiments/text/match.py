@@ -28,6 +28,7 @@ import numpy as np
 import optax
 
 from dl_jax import data, losses, metrics, optim
+from dl_jax.core.errors import InputError
 from dl_jax.core.evaluate import collect
 from dl_jax.core.fit import fit
 from dl_jax.core.step import Array, Batch, Tree, make_step, per_seed, start
@@ -126,8 +127,16 @@ def pairs(cfg: Config, split: str) -> dict[str, np.ndarray]:
 
 
 def mixtures(degrees: np.ndarray, highest: int) -> np.ndarray:  # [N] -> float32 [N, highest]
-    """Distributions over the whole degrees 1, 2, ... `highest` with these means (Tai et al. 2015, equation 15)."""
-    return np.maximum(0, 1 - np.abs(np.asarray(degrees)[:, None] - np.arange(1, highest + 1))).astype(np.float32)
+    """Distributions over the whole degrees 1, 2, ... `highest` with these means (Tai et al. 2015, equation 15).
+
+    Raises InputError for a degree outside of them.
+    """
+    if not 1 <= degrees.min() <= degrees.max() <= highest:
+        raise InputError(
+            f"degrees from {degrees.min():g} to {degrees.max():g}, expected 1 to {highest}; set --degrees, or choose "
+            "another --degree"
+        )
+    return np.maximum(0, 1 - np.abs(degrees[:, None] - np.arange(1, highest + 1))).astype(np.float32)
 
 
 def read(texts: np.ndarray, longest: int) -> data.Ragged:  # bytes [N] -> bytes [N, L]

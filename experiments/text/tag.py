@@ -115,12 +115,13 @@ def sentences(cfg: Config, split: str) -> dict[str, Any]:
     Raises InputError where `cfg.tags` is no column of a class label for each token.
     """
     records = data.load(cfg.dataset, split, only=("tokens", cfg.tags))
-    if records[cfg.tags].dtype != np.int32 or records[cfg.tags].shape != records["tokens"].shape:
+    tokens, tags = records["tokens"], records[cfg.tags]
+    if tags.dtype != np.int32 or tags.shape != tokens.shape:
         raise InputError(
-            f"the column {cfg.tags!r} of {cfg.dataset} is {records[cfg.tags].dtype} {records[cfg.tags].shape}, expected "
-            f"a class label for each of the tokens {records['tokens'].shape}; name another with --tags"
+            f"the column {cfg.tags!r} of {cfg.dataset} is {tags.dtype} {tags.shape}, expected a class label for each of "
+            f"the tokens {tokens.shape}; name another with --tags"
         )
-    return {"text": records["tokens"], "tag": records[cfg.tags], "length": records["tokens/length"]}
+    return {"text": tokens, "tag": tags, "length": records["tokens/length"]}
 
 
 def lowered(words: np.ndarray) -> np.ndarray:  # bytes [...] -> str [...]

@@ -84,7 +84,7 @@ def test_a_column_that_is_no_class_label_is_refused(tag, greek, tmp_path, monkey
     monkeypatch.setenv("TFDS_DATA_DIR", greek)
     with (
         contextlib.closing(Run(epath.Path(tmp_path), Settings(seeds=(0,)))) as run,
-        pytest.raises(InputError, match="the column 'lemmas' of greek_sentences is .* a class label for each"),
+        pytest.raises(InputError, match=r"the column 'lemmas' of greek_sentences is .* a class label for each"),
     ):
         tag.main(small(tag, tags="lemmas"), run)
 
