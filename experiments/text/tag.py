@@ -118,8 +118,8 @@ def sentences(cfg: Config, split: str) -> dict[str, Any]:
     tokens, tags = records["tokens"], records[cfg.tags]
     if tags.dtype != np.int32 or tags.shape != tokens.shape:
         raise InputError(
-            f"the column {cfg.tags!r} of {cfg.dataset} is {tags.dtype} {tags.shape}, expected a class label for each of "
-            f"the tokens {tokens.shape}; name another with --tags"
+            f"the column {cfg.tags!r} of {cfg.dataset} is {tags.dtype} {tags.shape}, expected a class label for each "
+            f"of the tokens {tokens.shape}; name another with --tags"
         )
     return {"text": tokens, "tag": tags, "length": records["tokens/length"]}
 
