@@ -1,9 +1,11 @@
-"""The train steps that benchmarks/train_step.py times: ten networks, each on one batch.
+"""The train steps that benchmarks/train_step.py times: fourteen networks, each on one batch.
 
 The same networks in PyTorch are in torch_nets.py. The sizes are the usual ones: Hinton's MLP of 1200-1200 units with
 dropout, Kingma's VAE of 500 units and 20 latents, LeNet-5 as published, the CNN of Flax's MNIST example, ResNet-20, the
 textbook net and a small MobileNet on colour images of 32 x 32 pixels, and a language model of two recurrent layers of
-256 units on 32 sequences of 64 characters.
+256 units on 32 sequences of 64 characters. For texts, a BiLSTM of 100 units in each direction that tags 32 sentences of
+32 words with 18 tags, with and without a chain over the tags, Kim's network on 50 texts of 40 words, and nanoGPT's
+transformer for a CPU. No sequence has padding, which PyTorch would have to pack.
 """
 
 import functools
@@ -17,10 +19,13 @@ import optax
 
 from dl_jax import classify, losses
 from dl_jax.core.step import init_state, make_step
-from dl_jax.losses import latent
+from dl_jax.losses import crf, latent
 from dl_jax.models import ops
 from dl_jax.models.generative.vae import VAE
+from dl_jax.models.sequence.attention import TransformerLM
 from dl_jax.models.sequence.rnn import GRU, LSTM, VANILLA, Cell, CharLM
+from dl_jax.models.sequence.tagger import ChainTagger, Tagger
+from dl_jax.models.sequence.text_cnn import TextCNN
 from dl_jax.models.vision.convnet import ConvNet
 from dl_jax.models.vision.lenet import LeNet5, map_loss
 from dl_jax.models.vision.mlp import MLP
@@ -30,6 +35,8 @@ from dl_jax.models.vision.resnet import CifarResNet
 BATCH = 128  # images
 SEQUENCES, LENGTH, VOCABULARY = 32, 64, 96
 HIDDEN = 256  # units of a recurrent layer, and width of a character's embedding
+WORDS, TAGS = 9_000, 18  # of the taggers; Kim's network has as many words
+BLOCK, WIDTH, LAYERS, HEADS = 64, 128, 4, 4  # of the transformer
 Batch = Mapping[str, np.ndarray]
 
 
@@ -62,6 +69,31 @@ def colour_images() -> dict[str, np.ndarray]:
 def text() -> dict[str, np.ndarray]:
     """Random tokens and targets, int32 [B, T]."""
     characters = np.random.default_rng(0).integers(0, VOCABULARY, (SEQUENCES, LENGTH + 1)).astype(np.int32)
+    return {"token": characters[:, :-1], "target": characters[:, 1:]}
+
+
+def sentences() -> dict[str, np.ndarray]:
+    """Random words and tags, int32 [B, T], all of the same length."""
+    random = np.random.default_rng(0)
+    return {
+        "word": random.integers(0, WORDS, (32, 32)).astype(np.int32),
+        "tag": random.integers(0, TAGS, (32, 32)).astype(np.int32),
+        "length": np.full(32, 32, np.int32),
+    }
+
+
+def labelled_texts() -> dict[str, np.ndarray]:
+    """Random words int32 [B, T] and labels int32 [B]."""
+    random = np.random.default_rng(0)
+    return {
+        "word": random.integers(0, WORDS, (50, 40)).astype(np.int32),
+        "label": random.integers(0, 6, 50).astype(np.int32),
+    }
+
+
+def windows() -> dict[str, np.ndarray]:
+    """Random tokens and targets, int32 [B, T], as nanoGPT's setting for a CPU has them."""
+    characters = np.random.default_rng(0).integers(0, VOCABULARY, (12, BLOCK + 1)).astype(np.int32)
     return {"token": characters[:, :-1], "target": characters[:, 1:]}
 
 
@@ -175,6 +207,52 @@ def language_step(cell: Cell):
     return _step(loss, variables, optax.adam(1e-3))
 
 
+def tagger_step():
+    model = Tagger(WORDS, TAGS, hidden=100, dropout=0)
+
+    def loss(variables, batch, key):
+        logits = model.apply(variables, batch["word"], batch["length"], train=True)
+        return losses.cross_entropy(logits, batch["tag"]).mean(), ({}, {})
+
+    return _text_step(model, sentences()["word"], loss, optax.adam(1e-3))
+
+
+def chain_tagger_step():
+    model = ChainTagger(WORDS, TAGS, hidden=100, dropout=0)
+
+    def loss(variables, batch, key):
+        emissions, chain = model.apply(variables, batch["word"], batch["length"], train=True)
+        nats = crf.negative_log_likelihood(emissions, batch["tag"], crf.Chain(*chain), batch["length"])
+        return nats.mean(), ({}, {})
+
+    return _text_step(model, sentences()["word"], loss, optax.adam(1e-3))
+
+
+def text_cnn_step():
+    model = TextCNN(WORDS, 6, dropout=0)
+
+    def loss(variables, batch, key):
+        logits = model.apply(variables, batch["word"], train=True)
+        return losses.cross_entropy(logits, batch["label"]).mean(), ({}, {})
+
+    return _text_step(model, labelled_texts()["word"], loss, optax.adadelta(1.0, rho=0.95, eps=1e-6))
+
+
+def transformer_step():
+    model = TransformerLM(VOCABULARY, BLOCK, WIDTH, LAYERS, HEADS)
+
+    def loss(variables, batch, key):
+        logits = model.apply(variables, batch["token"], train=True)
+        return losses.cross_entropy(logits, batch["target"]).mean(), ({}, {})
+
+    return _text_step(model, windows()["token"], loss, optax.adamw(1e-3, b2=0.99, weight_decay=0.1))
+
+
+def _text_step(model, words, loss, tx):
+    variables = jax.jit(lambda key: model.init(key, words, train=False))(jax.random.key(0))
+    return _step(loss, variables, tx)
+
+
 def _step(loss, variables, tx):
     return make_step(loss, tx), init_state(jax.random.key(1), variables, tx)
 
@@ -190,4 +268,8 @@ PROBLEMS = {
     "RNN": Problem(text, rnn_step, ">= 1.4"),
     "GRU": Problem(text, gru_step, ">= 1.4"),
     "LSTM": Problem(text, lstm_step, ">= 0.9"),
+    "Tagger": Problem(sentences, tagger_step, ">= 2.0"),
+    "Tagger, CRF": Problem(sentences, chain_tagger_step, ">= 2.0"),
+    "TextCNN": Problem(labelled_texts, text_cnn_step, ">= 1.1"),
+    "Transformer": Problem(windows, transformer_step, ">= 0.9"),
 }

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.problems import HIDDEN, PROBLEMS, VOCABULARY
+from benchmarks.problems import BLOCK, HEADS, HIDDEN, LAYERS, PROBLEMS, TAGS, VOCABULARY, WIDTH, WORDS
 from dl_jax.models.vision import lenet
 
 Tensors = Mapping[str, torch.Tensor]
@@ -242,6 +242,128 @@ class CharLM(nn.Module):
         _copy(self.dense, tagger["Dense_0"])
 
 
+class Tagger(nn.Module):
+    """The twin of `dl_jax.models.sequence.tagger.ChainTagger` without characters, or with `chain` False of `Tagger`."""
+
+    def __init__(self, words: int, tags: int, embedding: int, hidden: int, *, chain: bool) -> None:
+        super().__init__()
+        self.words = nn.Embedding(words, embedding)
+        self.recurrent = nn.LSTM(embedding, hidden, batch_first=True, bidirectional=True)
+        self.output = nn.Linear(2 * hidden, tags)
+        shapes = {"start": (tags,), "step": (tags, tags), "end": (tags,)} if chain else {}
+        self.chain = nn.ParameterDict({name: torch.zeros(shape) for name, shape in shapes.items()})
+
+    def forward(self, word: torch.Tensor) -> torch.Tensor:
+        return self.output(self.recurrent(self.words(word))[0])
+
+    def load(self, params: dict[str, Any]) -> None:
+        with torch.no_grad():
+            self.words.weight.copy_(torch.tensor(np.asarray(params["words"]["embedding"])))
+            for name, weight in self.recurrent.named_parameters():  # weight_ih_l0, bias_hh_l0_reverse, ...
+                ours = params["recurrent"]["backward_0" if name.endswith("reverse") else "forward_0"]
+                if name.startswith("weight"):
+                    kernel = ours["input"]["kernel"] if "_ih_" in name else ours["kernel"]
+                    weight.copy_(torch.tensor(np.asarray(kernel).T.copy()))
+                else:
+                    weight.copy_(torch.tensor(np.asarray(ours["input"]["bias"]))) if "_ih_" in name else weight.zero_()
+            for name, scores in self.chain.items():
+                scores.copy_(torch.tensor(np.asarray(params[name])))
+        _copy(self.output, params["output"])
+
+
+class TextCNN(nn.Module):
+    """The twin of `dl_jax.models.sequence.text_cnn.TextCNN` for texts without padding."""
+
+    def __init__(self, words: int, classes: int, embedding: int = 300, maps: int = 100) -> None:
+        super().__init__()
+        self.words = nn.Embedding(words, embedding)
+        self.convs = nn.ModuleList([nn.Conv1d(embedding, maps, width, padding=width - 1) for width in (3, 4, 5)])
+        self.output = nn.Linear(3 * maps, classes)
+
+    def forward(self, word: torch.Tensor) -> torch.Tensor:
+        x = self.words(word).transpose(1, 2)
+        return self.output(torch.cat([functional.relu(conv(x)).amax(-1) for conv in self.convs], -1))
+
+    def load(self, params: dict[str, Any]) -> None:
+        with torch.no_grad():
+            self.words.weight.copy_(torch.tensor(np.asarray(params["words"]["embedding"])))
+            for width, conv in zip((3, 4, 5), self.convs, strict=True):
+                ours = params[f"width_{width}"]
+                conv.weight.copy_(torch.tensor(np.asarray(ours["kernel"]).transpose(2, 1, 0).copy()))
+                conv.bias.copy_(torch.tensor(np.asarray(ours["bias"])))
+        _copy(self.output, params["output"])
+
+
+class Block(nn.Module):
+    """The twin of `dl_jax.models.sequence.attention.Block` with a causal mask."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        linear = functools.partial(nn.Linear, bias=False)
+        self.heads = heads
+        self.norm_1, self.norm_2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
+        self.qkv, self.project = linear(width, 3 * width), linear(width, width)
+        self.up, self.down = linear(width, 4 * width), linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        split = self.qkv(self.norm_1(x)).chunk(3, -1)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in split)
+        y = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.project(y.transpose(1, 2).flatten(2))
+        return x + self.down(functional.gelu(self.up(self.norm_2(x)), approximate="tanh"))
+
+
+class TransformerLM(nn.Module):
+    """The twin of `dl_jax.models.sequence.attention.TransformerLM` without biases."""
+
+    def __init__(self, vocabulary: int, block: int, width: int, layers: int, heads: int) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(vocabulary, width), nn.Embedding(block, width)
+        self.blocks = nn.ModuleList([Block(width, heads) for _ in range(layers)])
+        self.norm = nn.LayerNorm(width, bias=False)
+        for embedding in (self.words, self.places):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def forward(self, token: torch.Tensor) -> torch.Tensor:
+        x = self.words(token) + self.places.weight[: token.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x) @ self.words.weight.T
+
+    def load(self, params: dict[str, Any]) -> None:
+        with torch.no_grad():
+            self.words.weight.copy_(torch.tensor(np.asarray(params["words"]["embedding"])))
+            self.places.weight.copy_(torch.tensor(np.asarray(params["places"])))
+            self.norm.weight.copy_(torch.tensor(np.asarray(params["norm"]["scale"])))
+        for i, block in enumerate(self.blocks):
+            ours = params[f"blocks_{i}"]
+            with torch.no_grad():
+                for name in ("norm_1", "norm_2"):
+                    getattr(block, name).weight.copy_(torch.tensor(np.asarray(ours[name]["scale"])))
+            for name, layer in {**ours["attention"], "up": ours["up"], "down": ours["down"]}.items():
+                _copy(getattr(block, name), layer)
+
+
+def tagging_loss(model: nn.Module, batch: Tensors) -> torch.Tensor:
+    return functional.cross_entropy(model(batch["word"]).flatten(0, 1), batch["tag"].flatten())
+
+
+def chain_loss(model: Any, batch: Tensors) -> torch.Tensor:
+    """The twin of `crf.negative_log_likelihood` for sequences without padding, with log-sum-exp in every step."""
+    emissions, tag = model(batch["word"]), batch["tag"]  # [B, T, K], [B, T]
+    start, step, end = (model.chain[name] for name in ("start", "step", "end"))
+    alpha = start + emissions[:, 0]
+    for t in range(1, emissions.shape[1]):
+        alpha = torch.logsumexp(alpha[:, :, None] + step, 1) + emissions[:, t]
+    log_z = torch.logsumexp(alpha + end, 1)
+    score = emissions.gather(2, tag[..., None])[..., 0].sum(1) + start[tag[:, 0]] + end[tag[:, -1]]
+    return (log_z - score - step[tag[:, :-1], tag[:, 1:]].sum(1)).mean()
+
+
+def text_loss(model: nn.Module, batch: Tensors) -> torch.Tensor:
+    return functional.cross_entropy(model(batch["word"]), batch["label"])
+
+
 def cross_entropy(model: nn.Module, batch: Tensors) -> torch.Tensor:
     return functional.cross_entropy(model(batch["image"]), batch["label"])
 
@@ -271,6 +393,10 @@ class Twin(NamedTuple):
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SGD = functools.partial(torch.optim.SGD, lr=1e-3, momentum=0.9, fused=True)  # up to 3 times faster than foreach
 ADAM = functools.partial(torch.optim.Adam, lr=1e-3, fused=True)
+ADAMW = functools.partial(torch.optim.AdamW, lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
+ADADELTA = functools.partial(torch.optim.Adadelta, lr=1.0, rho=0.95, eps=1e-6, foreach=True)  # it has no fused form
+tagger = functools.partial(Tagger, WORDS, TAGS, 100, 100)
+transformer = functools.partial(TransformerLM, VOCABULARY, BLOCK, WIDTH, LAYERS, HEADS)
 language = functools.partial(CharLM, vocabulary=VOCABULARY, hidden=HIDDEN, layers=2)
 TWINS = {
     "MLP": Twin(functools.partial(MLP, (1200, 1200), dropout=0.5), cross_entropy, SGD),
@@ -283,6 +409,12 @@ TWINS = {
     "RNN": Twin(functools.partial(language, nn.RNN), next_character, ADAM),
     "GRU": Twin(functools.partial(language, nn.GRU), next_character, ADAM),
     "LSTM": Twin(functools.partial(language, nn.LSTM), next_character, ADAM),
+    "Tagger": Twin(functools.partial(tagger, chain=False), tagging_loss, ADAM),
+    "Tagger, CRF": Twin(functools.partial(tagger, chain=True), chain_loss, ADAM),
+    "TextCNN": Twin(functools.partial(TextCNN, WORDS, 6), text_loss, ADADELTA),
+    "Transformer": Twin(
+        functools.partial(TransformerLM, VOCABULARY, BLOCK, WIDTH, LAYERS, HEADS), next_character, ADAMW
+    ),
 }
 
 

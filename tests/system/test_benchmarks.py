@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 
 from benchmarks import compress
-from benchmarks.problems import CNN, PROBLEMS, images, text
+from benchmarks.problems import CNN, PROBLEMS, images, labelled_texts, sentences, text, windows
 from dl_jax import losses
 from dl_jax.compress import measure, structure
+from dl_jax.losses import crf
 from dl_jax.models.generative.vae import VAE
+from dl_jax.models.sequence.attention import TransformerLM
 from dl_jax.models.sequence.rnn import GRU, LSTM, VANILLA, CharLM
+from dl_jax.models.sequence.tagger import ChainTagger, Tagger
+from dl_jax.models.sequence.text_cnn import TextCNN
 from dl_jax.models.vision import lenet
 from dl_jax.models.vision.mlp import MLP
 
@@ -98,6 +102,37 @@ def test_language_models(torch, twins, cell):
     tensors = {name: torch.from_numpy(column.copy()).long() for name, column in batch.items()}
     theirs = twins.next_character(twin, tensors).detach()
     np.testing.assert_allclose(theirs, losses.cross_entropy(logits, batch["target"]).mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("chain", [False, True])
+def test_taggers(torch, twins, chain):
+    batch = {name: column[:3, :7] if column.ndim > 1 else column[:3] * 0 + 7 for name, column in sentences().items()}
+    model = (ChainTagger if chain else Tagger)(9000, 18, 5, 4, dropout=0)
+    params = shifted(model, batch["word"])
+    twin = twins.Tagger(9000, 18, 5, 4, chain=chain)
+    twin.load(params)
+    found = model.apply({"params": params}, batch["word"], batch["length"], train=False)
+    tensors = {name: torch.from_numpy(column.copy()).long() for name, column in batch.items()}
+    theirs = (twins.chain_loss if chain else twins.tagging_loss)(twin, tensors).detach()
+    ours = (
+        crf.negative_log_likelihood(found[0], batch["tag"], crf.Chain(*found[1]), batch["length"])
+        if chain
+        else losses.cross_entropy(found, batch["tag"])
+    )
+    np.testing.assert_allclose(theirs, ours.mean(), rtol=1e-5)
+
+
+def test_networks_of_texts(torch, twins):
+    pairs = (
+        (TextCNN(9000, 6, 5, 4, dropout=0), twins.TextCNN(9000, 6, 5, 4), labelled_texts()["word"][:3, :7]),
+        (TransformerLM(96, 8, 6, 2, 2), twins.TransformerLM(96, 8, 6, 2, 2), windows()["token"][:3, :7]),
+    )
+    for model, twin, tokens in pairs:
+        params = shifted(model, tokens)
+        twin.load(params)
+        ours = model.apply({"params": params}, tokens, train=False)
+        theirs = twin(torch.from_numpy(tokens.copy()).long()).detach()
+        np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
