@@ -208,7 +208,7 @@ def language_step(cell: Cell):
 
 
 def tagger_step():
-    model = Tagger(WORDS, TAGS, hidden=100, dropout=0)
+    model: Any = Tagger(WORDS, TAGS, hidden=100, dropout=0)
 
     def loss(variables, batch, key):
         logits = model.apply(variables, batch["word"], batch["length"], train=True)
@@ -218,7 +218,7 @@ def tagger_step():
 
 
 def chain_tagger_step():
-    model = ChainTagger(WORDS, TAGS, hidden=100, dropout=0)
+    model: Any = ChainTagger(WORDS, TAGS, hidden=100, dropout=0)
 
     def loss(variables, batch, key):
         emissions, chain = model.apply(variables, batch["word"], batch["length"], train=True)
@@ -229,7 +229,7 @@ def chain_tagger_step():
 
 
 def text_cnn_step():
-    model = TextCNN(WORDS, 6, dropout=0)
+    model: Any = TextCNN(WORDS, 6, dropout=0)
 
     def loss(variables, batch, key):
         logits = model.apply(variables, batch["word"], train=True)
@@ -239,7 +239,7 @@ def text_cnn_step():
 
 
 def transformer_step():
-    model = TransformerLM(VOCABULARY, BLOCK, WIDTH, LAYERS, HEADS)
+    model: Any = TransformerLM(VOCABULARY, BLOCK, WIDTH, LAYERS, HEADS)
 
     def loss(variables, batch, key):
         logits = model.apply(variables, batch["token"], train=True)
