@@ -202,6 +202,22 @@ def test_it_generates_what_it_would_without_a_cache():
     np.testing.assert_array_equal(found, seen[:, 2:])
 
 
+def test_rematerialisation_keeps_less_and_has_the_same_gradient():
+    """With dropout, whose mask is drawn again."""
+    plain, again = (TransformerLM(11, 8, 6, 1, 3, dropout=0.3, remat=remat) for remat in (False, True))
+    variables = variables_of(plain)
+
+    def loss(variables, model):
+        logits = model.apply(variables, TOKENS, train=True, rngs={"dropout": jax.random.key(3)})
+        return (logits**2).sum()
+
+    ours, theirs = (jit(jax.grad(lambda v, model=model: loss(v, model)))(variables) for model in (again, plain))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), ours, theirs)
+    kept = lambda model: jax.eval_shape(lambda v: jax.vjp(lambda v: loss(v, model), v)[1], variables)
+    size = lambda model: sum(leaf.size for leaf in jax.tree.leaves(kept(model)))
+    assert size(again) < 0.5 * size(plain)
+
+
 def test_past_the_end_of_the_cache_is_nan_where_traced_and_refused_where_known():
     variables = variables_of(PLAIN)
     logits, carry = jit(lambda v: one_by_one(PLAIN, v, np.zeros((2, 8), np.int32), 4))(variables)

@@ -195,6 +195,7 @@ class _Transformer(nn.Module):
     heads: int
     dropout: float = 0.0
     bias: bool = False  # of linear layers and norms, as GPT-2 has them
+    remat: bool = False  # whether the backward pass computes each block anew, instead of keeping its arrays
     dtype: DTypeLike = jnp.float32
 
     def setup(self) -> None:
@@ -221,7 +222,8 @@ class _Transformer(nn.Module):
         kept = []
         for i, block in enumerate(self.blocks):
             of_layer = None if past is None else (past.keys[i], past.values[i], past.read)
-            x, keys_and_values = block(x, mask, of_layer, train=train)
+            run = lambda block, x, of_layer=of_layer: block(x, mask, of_layer, train=train)
+            x, keys_and_values = (nn.remat(run) if self.remat else run)(block, x)
             kept.append(keys_and_values)
         return self.norm(x), kept
 
