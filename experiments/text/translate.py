@@ -87,7 +87,7 @@ class Config:
 SUMMARY = Config(dataset="docstrings", source="text", target="summary", shuffled=True, pieces=2000,
                  lengths=(32, 64), embedding=48, hidden=64, units=48, maxout=48, dropout=0.3, steps=600,
                  batch_size=32, learning_rate=4e-3, beams=4, watch_every=100)  # fmt: skip
-ASK = Config(dataset=QUESTIONS, pieces=400, lengths=(24, 36), embedding=32, hidden=64, units=32, maxout=32, dropout=0.0,
+ASK = Config(dataset=QUESTIONS, pieces=400, lengths=(50,), embedding=32, hidden=64, units=32, maxout=32, dropout=0.0,
              steps=1200, batch_size=32, learning_rate=4e-3, beams=1, test_batch=200, watch_every=200)  # fmt: skip
 PRESETS = {
     "paper": Config(),
@@ -231,9 +231,9 @@ def questions(split: str) -> Pairs:
 
 
 def story(rng: random.Random) -> tuple[str, str, str]:
-    """A story of two to five sentences, the question where somebody is who has gone to some place, and the answer."""
+    """A story of four to seven sentences, the question where somebody is who has gone to some place, and the answer."""
     lines, place = [], {}
-    for _ in range(rng.randint(2, 5)):
+    for _ in range(rng.randint(4, 7)):
         person = rng.choice(PEOPLE)
         if not place or rng.random() < 0.7:
             place[person] = rng.choice(PLACES)
