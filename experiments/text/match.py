@@ -7,7 +7,8 @@ is no paper's number to reach.
 
     python experiments/text/match.py --preset paper --seeds 5 --workdir runs/match
 
-Expected: ...
+Expected: the siamese network's degrees correlate better with the true ones than those of TF-IDF, and its relations are
+right more often. Attention, without vectors that were learnt elsewhere, falls behind both (in pilots).
 
 Two networks learn each task by itself. A siamese BiLSTM compares the vectors of the two sentences, and decomposable
 attention aligns their words (Parikh et al. 2016, arXiv:1606.01933). As in Tai et al., section 4.2, relatedness is the
@@ -33,7 +34,7 @@ from dl_jax.core.evaluate import collect
 from dl_jax.core.fit import fit
 from dl_jax.core.step import Array, Batch, Tree, make_step, per_seed, start
 from dl_jax.data import text
-from dl_jax.harness import Positive, Probability, Run, launch
+from dl_jax.harness import Claim, Positive, Probability, Run, launch
 from dl_jax.models.sequence.matching import DecomposableAttention, SiameseClassifier
 
 
@@ -48,13 +49,13 @@ class Config:
     degree: str = "relatedness_score"  # column of the degrees of relatedness
     relations: Positive[int] = 3  # different labels
     degrees: Positive[int] = 5  # the highest degree; the lowest is 1
-    steps: Positive[int] = 1410  # train steps: 10 passes
+    steps: Positive[int] = 1000  # train steps: 7 passes
     batch_size: Positive[int] = 32  # pairs per step, over all devices
     boundaries: tuple[Positive[int], ...] = (8, 12, 16)  # lengths to which shorter texts are padded
     longest: Positive[int] = 64  # words of a text that are read
     embedding: Positive[int] = 100  # width of a word's vector
     hidden: Positive[int] = 100  # units of a recurrent layer in one direction, and of the attention's layers
-    dropout: Probability = 0.2  # dropout probability
+    dropout: Probability = 0.1  # dropout probability
     learning_rate: Positive[float] = 2e-3  # peak learning rate of Adam
 
 
@@ -66,7 +67,14 @@ PRESETS = {
                     test_split="test[:32]", steps=2, batch_size=8, boundaries=(), embedding=4, hidden=2),
 }  # fmt: skip
 
-CLAIMS = ()
+ours = functools.partial(Claim, paper="our bar", better="higher", given={"dataset": "sick2014"})
+PILOT = "A pilot of one seed, on the validation split: "
+CLAIMS = (
+    ours("pearson/siamese", versus="pearson/tfidf", locator="relatedness, siamese network against TF-IDF",
+         note=PILOT + "0.806 against 0.751."),
+    ours("accuracy/siamese", versus="accuracy/tfidf", unit="%", locator="relation, siamese network against TF-IDF",
+         note=PILOT + "83.0 against 82.4 %."),
+)  # fmt: skip
 KEEPS = ("vocabulary.json",)  # files in the run's folder
 
 TASKS = ("relation", "relatedness")
