@@ -10,9 +10,9 @@ from dl_jax.core.errors import InputError
 def pearson(predictions: np.ndarray, targets: np.ndarray) -> np.ndarray:  # [..., N], [N] -> float64 [...]
     """Pearson's correlation, in [−1, 1], of the predictions with the targets.
 
-    The axes before N, such as that of seeds, are kept; where a prediction is not finite the correlation is NaN. Raises
-    InputError where shapes do not fit, there are fewer than two values, a target is not finite, or all targets or all
-    predictions are equal, for which there is no correlation.
+    The axes before N, such as that of seeds, are kept. Where a prediction is not finite, or all are equal, the
+    correlation is NaN. Raises InputError where shapes do not fit, there are fewer than two values, a target is not
+    finite, or all targets are equal, for which there is no correlation.
     """
     return _correlation("pearson", lambda values: values, predictions, targets)
 
@@ -42,16 +42,16 @@ def _correlation(
     if not np.isfinite(targets).all():
         raise InputError(f"{name}: a target is not finite, expected numbers; leave such examples out")
 
-    def compared(what: str, values: np.ndarray) -> np.ndarray:
-        found = of(values)
-        if np.ptp(found) <= 1e-11 * np.abs(found).max():  # the deviations from the mean would be rounding errors
-            raise InputError(
-                f"{name}: all {len(values)} {what} are {values[0]:g}, expected different ones; a constant has no "
-                "correlation"
-            )
-        return found
+    right, rows = of(targets), predictions.reshape(-1, len(targets))
+    if _constant(right):
+        raise InputError(
+            f"{name}: all {len(targets)} targets are {targets[0]:g}, expected different ones; a constant has no "
+            "correlation"
+        )
+    compared = lambda row: np.nan if not np.isfinite(row).all() or _constant(of(row)) else pearsonr(of(row), right)[0]
+    return np.array([compared(row) for row in rows], np.float64).reshape(predictions.shape[:-1])
 
-    right = compared("targets", targets)
-    rows = predictions.reshape(-1, len(targets))
-    found = [pearsonr(compared("predictions", row), right)[0] if np.isfinite(row).all() else np.nan for row in rows]
-    return np.array(found, np.float64).reshape(predictions.shape[:-1])
+
+def _constant(values: np.ndarray) -> bool:
+    """Whether the deviations from the mean would be rounding errors."""
+    return bool(np.ptp(values) <= 1e-11 * np.abs(values).max())

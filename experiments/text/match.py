@@ -21,9 +21,8 @@ every other word of its own, and not to those of another.
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
-import flax.linen as nn
 import jax
 import numpy as np
 import optax
@@ -34,8 +33,10 @@ from dl_jax.core.evaluate import collect
 from dl_jax.core.fit import fit
 from dl_jax.core.step import Array, Batch, Tree, make_step, per_seed, start
 from dl_jax.data import text
-from dl_jax.harness import Claim, Positive, Probability, Run, launch
+from dl_jax.harness import Claim, Positive, Probability, Run, Some, launch
 from dl_jax.models.sequence.matching import DecomposableAttention, SiameseClassifier
+
+Cell = Literal["siamese", "attention"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +58,15 @@ class Config:
     hidden: Positive[int] = 100  # units of a recurrent layer in one direction, and of the attention's layers
     dropout: Probability = 0.1  # dropout probability
     learning_rate: Positive[float] = 2e-3  # peak learning rate of Adam
+    cells: Some[Cell] = ("siamese", "attention")  # the networks
 
 
 PRESETS = {
     "paper": Config(),
     "quick": Config(dataset="docstrings", steps=400, embedding=32, hidden=32),
     "smoke": Config(dataset="docstrings", train_split="train[:64]",
-                    test_split="test[:32]", steps=2, batch_size=8, boundaries=(), embedding=4, hidden=2),
+                    test_split="test[:32]", steps=2, batch_size=8, boundaries=(), embedding=8, hidden=8,
+                    cells=("attention",)),
 }  # fmt: skip
 
 ours = functools.partial(Claim, paper="our bar", better="higher", given={"dataset": "sick2014"})
@@ -77,6 +80,7 @@ CLAIMS = (
 KEEPS = ("vocabulary.json",)  # files in the run's folder
 
 TASKS = ("relation", "relatedness")
+NETWORKS = {"siamese": SiameseClassifier, "attention": DecomposableAttention}
 
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
@@ -84,15 +88,15 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     found = {name: np.full(len(run.seeds), value) for name, value in tfidf_scores(train, test).items()}
     words = text.vocabulary(np.concatenate([read(train[side], cfg.longest).values for side in ("first", "second")]))
     run.keep("vocabulary.json", words.kept())
-    records, exam = (encoded(each, words, cfg.longest) for each in (train, test))
-    boundaries = data.widths(cfg.boundaries, records["length"], exam["length"])
-    stream = data.bucketed(records, "length", boundaries, cfg.batch_size, run.seeds)
-    parts = data.buckets(exam, "length", boundaries)
+    learnt, tested = (encoded(each, words, cfg.longest) for each in (train, test))
+    boundaries = data.widths(cfg.boundaries, learnt["length"], tested["length"])
+    stream = data.bucketed(learnt, "length", boundaries, cfg.batch_size, run.seeds)
+    parts = data.buckets(tested, "length", boundaries)
     tx = optax.adam(optim.warmup_cosine(cfg.learning_rate, cfg.steps))
     key_init, key = run.keys(2)  # [S] each
     for task in TASKS:
-        for name, network in {"siamese": SiameseClassifier, "attention": DecomposableAttention}.items():
-            classes = records[task].shape[1]
+        for name in cfg.cells:
+            network, classes = NETWORKS[name], learnt[task].shape[1]
             model = network(len(words), classes, cfg.embedding, cfg.hidden, dropout=cfg.dropout)
             states = fit(
                 per_seed(make_step(functools.partial(matching_loss, model, task), tx)),
@@ -163,17 +167,17 @@ def encoded(given: Mapping[str, np.ndarray], words: text.Vocabulary, longest: in
     }
 
 
-def logits_of(model: nn.Module, variables: Tree, batch: Batch, **settings: Any) -> Array:
+def logits_of(model: Any, variables: Tree, batch: Batch, **settings: Any) -> Array:
     columns = ("first", "second", "first_length", "second_length")
-    return model.apply(variables, *(batch[name] for name in columns), **settings)  # pyright: ignore[reportReturnType]
+    return model.apply(variables, *(batch[name] for name in columns), **settings)
 
 
-def matching_loss(model: nn.Module, task: str, variables: Tree, batch: Batch, key: Array):
+def matching_loss(model: Any, task: str, variables: Tree, batch: Batch, key: Array):
     logits = logits_of(model, variables, batch, train=True, rngs={"dropout": key})
     return losses.soft_cross_entropy(logits, batch[task]).mean(), ({}, {})
 
 
-def probabilities(model: nn.Module, variables: Tree, batch: Batch) -> Array:  # -> [B, K]
+def probabilities(model: Any, variables: Tree, batch: Batch) -> Array:  # -> [B, K]
     return jax.nn.softmax(logits_of(model, variables, batch, train=False))
 
 

@@ -7,9 +7,8 @@ our own.
     python experiments/text/tag.py --preset paper --seeds 5 --workdir runs/tag
     python experiments/text/tag.py --preset names --seeds 5 --workdir runs/names
 
-Expected: of the parts of speech in Universal Dependencies' English Web Treebank, ... % are right with characters, more
-than without, and a chain (CRF) loses no 0.1 points. Of the names in WNUT-17, F1 is ... % with a chain, better than
-without one.
+Expected: of the parts of speech in Universal Dependencies' English Web Treebank, more are right with characters than
+without, and a chain (CRF) loses no 0.1 points. F1 of the names in WNUT-17 is better with a chain than without one.
 
 Four networks learn the same sentences in the same order. They read words in small letters, of which those that occur
 once are unknown, and the first bytes of words as they are written. The tag "_", which rows of multi-word tokens carry,
@@ -34,7 +33,7 @@ from dl_jax.core.evaluate import collect
 from dl_jax.core.fit import Watch, fit
 from dl_jax.core.step import Array, Batch, Tree, make_step, per_seed, start
 from dl_jax.data import text
-from dl_jax.harness import Positive, Probability, Run, Some, launch
+from dl_jax.harness import Claim, Positive, Probability, Run, Some, launch
 from dl_jax.losses import crf
 from dl_jax.models.sequence.tagger import ChainTagger, Tagger
 
@@ -69,10 +68,24 @@ PRESETS = {
                     watch_every=100),
     "smoke": Config(dataset="python_tokens", tags="tags", train_split="train[:64]", dev_split="validation[:16]",
                     test_split="test[:16]", steps=2, batch_size=8, boundaries=(), letters=4, embedding=4, hidden=4,
-                    watch_every=2, cells=("softmax", "crf_chars")),
+                    watch_every=2, cells=("crf_chars",)),
 }  # fmt: skip
 
-CLAIMS = ()
+ours = functools.partial(Claim, paper="our bar", unit="%", better="higher")
+speech = functools.partial(ours, given={"dataset": "universal_dependencies/en_ewt", "tags": "upos"})
+CLAIMS = (
+    speech("accuracy/crf_chars", versus="accuracy/crf",
+           locator="parts of speech, characters against none, with a chain"),
+    speech("accuracy/softmax_chars", versus="accuracy/softmax",
+           locator="parts of speech, characters against none, without a chain",
+           note="A pilot of one seed, after 980 steps on the split for development: 93.2 against 90.7 %."),
+    speech("accuracy/crf_chars", versus="accuracy/softmax_chars", locator="parts of speech, a chain against none",
+           claimed=0.0, tolerance=0.1),
+    ours("f1/crf_chars", versus="f1/softmax_chars", locator="names, a chain against none", preset="names",
+         given={"dataset": "wnut17", "tags": "ner"},
+         note="Ma & Hovy 2016, table 3, on names in CoNLL-2003. A pilot of one seed on the split for development had "
+         "19.9 against 20.4 %, so this may be missed."),
+)  # fmt: skip
 KEEPS = ("vocabulary.json", "tags.json")  # files in the run's folder
 
 # Examples of words [B, T], lengths [B] and characters [B, T, C].
@@ -88,7 +101,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     run.keep("vocabulary.json", words.kept())
     run.keep("tags.json", names)
     stream = data.bucketed(train, "length", boundaries, cfg.batch_size, run.seeds)
-    exams = {split: data.buckets(part, "length", boundaries) for split, part in {"dev": dev, "test": test}.items()}
+    held_out = {split: data.buckets(part, "length", boundaries) for split, part in {"dev": dev, "test": test}.items()}
     rate = optim.warmup_cosine(cfg.learning_rate, cfg.steps)
     tx = optax.chain(optax.clip_by_global_norm(cfg.clip), optax.adam(rate))
     key_init, key = run.keys(2)  # [S] each
@@ -102,9 +115,9 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
             stream,
             steps=cfg.steps,
             run=run / name,
-            watch=Watch(cfg.watch_every, functools.partial(tested, model, names, exams["dev"])),
+            watch=Watch(cfg.watch_every, functools.partial(tested, model, names, held_out["dev"])),
         )
-        last = tested(model, names, exams["test"], states.variables)
+        last = tested(model, names, held_out["test"], states.variables)
         found |= {f"{metric}/{name}": value for metric, value in last.items()}
     return found
 

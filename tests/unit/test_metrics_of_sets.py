@@ -197,10 +197,7 @@ def test_a_diverged_seed_has_no_correlation():
         (lambda: metrics.bleu(["a"], [[]]), "got 'nothing' for a text"),
         (lambda: metrics.bleu([b"a"], ["a"]), "got b'a' for a text"),
         (lambda: metrics.bleu(["a"], [["a", 3]]), "got 3 for a text"),
-        (lambda: metrics.pearson(np.ones(3), np.arange(3)), "all 3 predictions are 1, expected different ones"),
         (lambda: metrics.spearman(np.arange(3), np.full(3, 2.5)), "all 3 targets are 2.5"),
-        (lambda: metrics.pearson(1 + 1e-14 * np.arange(3), np.arange(3)), "all 3 predictions are 1,"),
-        (lambda: metrics.spearman(np.array([[1, 2], [3, 3]]), np.arange(2)), "all 2 predictions are 3"),
         (lambda: metrics.pearson(np.arange(3), np.arange(4)), "predictions (3,) for targets (4,)"),
         (lambda: metrics.pearson(np.ones((2, 1)), np.ones(1)), "with N at least 2"),
         (lambda: metrics.pearson(np.ones(()), np.ones(())), "predictions () for targets ()"),
@@ -212,3 +209,10 @@ def test_bad_input_is_one_line(call, words):
         call()
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_equal_predictions_have_no_correlation():
+    """A network that has collapsed does not end the run of the others."""
+    np.testing.assert_array_equal(metrics.spearman(np.array([[1, 2], [3, 3]]), np.arange(2)), [1, np.nan])
+    assert np.isnan(metrics.pearson(np.ones(3), np.arange(3)))
+    assert np.isnan(metrics.pearson(1 + 1e-14 * np.arange(3), np.arange(3)))
