@@ -32,7 +32,8 @@ def buckets(records: Mapping[str, Any], length: str, boundaries: Sequence[int]) 
     lengths, widths = np.asarray(records[length]), list(boundaries)
     if lengths.ndim != 1 or lengths.dtype.kind not in "iu":
         raise InputError(f"column {length!r} is {lengths.dtype} {lengths.shape}, expected a whole number for each row")
-    if not widths or widths[0] < 1 or any(low >= high for low, high in itertools.pairwise(widths)):
+    whole = all(isinstance(width, int | np.integer) and not isinstance(width, bool) for width in widths)
+    if not widths or not whole or widths[0] < 1 or any(low >= high for low, high in itertools.pairwise(widths)):
         raise InputError(f"boundaries are {widths}, expected lengths that increase, such as (16, 32, 64)")
     for row in np.flatnonzero((lengths < 1) | (lengths > widths[-1]))[:1]:
         raise InputError(

@@ -41,6 +41,7 @@ class Info:
     features: Mapping[str, Feature]  # by column; nested names are joined by "/"
     classes: int | None  # number of classes; None if there is no class label, or several of which none is the target
     class_names: tuple[str, ...]  # names of these classes, () if there are none
+    labels: Mapping[str, tuple[str, ...]]  # names of the classes of every column of class labels, by column
 
 
 def info(name: str, data_dir: str | None = None, cache_dir: str | None = None) -> Info:
@@ -49,14 +50,15 @@ def info(name: str, data_dir: str | None = None, cache_dir: str | None = None) -
     Raises InputError if the set is not prepared or is damaged, and Unavailable if the cache cannot be read at present.
     """
     found = find(name, data_dir, cache_dir)
-    file = cache_entry(found, cache_dir) / "info.json"
+    file = cache_entry(found, cache_dir) / "description.json"
     make = lambda: cached.write_sealed(file, dataclasses.asdict(_describe(found)))
     return _info_from_json(cached.get(file, lambda: cached.read_sealed(file), make))
 
 
 def _info_from_json(fields: dict[str, Any]) -> Info:
     features = {name: Feature(tuple(shape), dtype) for name, (shape, dtype) in fields["features"].items()}
-    return Info(**{**fields, "features": features, "class_names": tuple(fields["class_names"])})
+    labels = {name: tuple(names) for name, names in fields["labels"].items()}
+    return Info(**{**fields, "features": features, "class_names": tuple(fields["class_names"]), "labels": labels})
 
 
 def _describe(found: Prepared) -> Info:
@@ -71,6 +73,7 @@ def _describe(found: Prepared) -> Info:
         columns(builder_info.features),
         label.num_classes if label else None,
         tuple(label.names) if label else (),
+        {name: tuple(each.names) for name, each in labels.items()},
     )
 
 

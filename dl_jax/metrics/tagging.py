@@ -1,5 +1,6 @@
 """Entities in sequences of BIO tags, and how many of them were found."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -75,7 +76,7 @@ def entity_scores(
     valid = np.asarray(masks.from_lengths(lengths, tags.shape[1], len(tags)))
     outer = predicted.shape[:-2]
     true = _all_entities(tags, valid, names)
-    guesses = [_all_entities(each, valid, names) for each in predicted.reshape(-1, *tags.shape)]
+    guesses = [_all_entities(each, valid, names) for each in predicted.reshape(math.prod(outer), *tags.shape)]
 
     def scores(kinds: set[str]) -> EntityScores:
         of = lambda found: {(row, entity) for row, entity in found if entity.kind in kinds}

@@ -122,8 +122,18 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
 
 
 def labelled(cfg: Config, split: str) -> Mapping[str, np.ndarray]:
-    """The texts of a split, bytes [N], and their labels, int [N]. Raises InputError where a text has no label."""
+    """The texts of a split, bytes [N], and their labels, int [N].
+
+    Raises InputError for columns of another kind, and where a text has no label.
+    """
     records = data.load(cfg.dataset, split, only=(cfg.text, cfg.label))
+    for name, kind in ((cfg.text, "S"), (cfg.label, "i")):
+        column = records[name]
+        if column.dtype.kind != kind or column.ndim != 1:
+            raise InputError(
+                f"column {name!r} of {cfg.dataset} is {column.dtype} {column.shape}, expected a text or a class label "
+                "for each example; give the columns as --text and --label"
+            )
     if (least := records[cfg.label].min()) < 0:
         raise InputError(f"{cfg.dataset}'s split {split} has the label {least}, expected 0 or more; use a labelled one")
     return {"text": records[cfg.text], "label": records[cfg.label]}

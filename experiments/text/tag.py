@@ -95,7 +95,7 @@ INPUTS = np.ones((1, 2), np.int32), np.ones(1, np.int32), np.ones((1, 2, 1), np.
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     columns = [sentences(cfg, split) for split in (cfg.train_split, cfg.dev_split, cfg.test_split)]
     words = text.vocabulary(lowered(columns[0]["text"].values), cfg.at_least)
-    names = data.info(cfg.dataset).class_names
+    names = data.info(cfg.dataset).labels[cfg.tags]
     train, dev, test = (encoded(each, words, cfg.letters) for each in columns)
     boundaries = data.widths(cfg.boundaries, *(each["length"] for each in (train, dev, test)))
     run.keep("vocabulary.json", words.kept())
@@ -125,20 +125,24 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
 def sentences(cfg: Config, split: str) -> dict[str, Any]:
     """The words of a split, text [N, L], their tags, int [N, L], and the numbers of words, int [N].
 
-    Raises InputError where `cfg.tags` is no column of a class label for each token.
+    Raises InputError where `cfg.tags` is no column of a class label for each token, and where a label is missing.
     """
     records = data.load(cfg.dataset, split, only=("tokens", cfg.tags))
     tokens, tags = records["tokens"], records[cfg.tags]
-    if tags.dtype != np.int32 or tags.shape != tokens.shape:
+    if cfg.tags not in data.info(cfg.dataset).labels or not np.array_equal(tags.lengths, tokens.lengths):
         raise InputError(
             f"the column {cfg.tags!r} of {cfg.dataset} is {tags.dtype} {tags.shape}, expected a class label for each "
             f"of the tokens {tokens.shape}; name another with --tags"
         )
+    if tags.values.min(initial=0) < 0:
+        raise InputError(f"split {split} of {cfg.dataset} has words without a label, expected labels; choose another")
     return {"text": tokens, "tag": tags, "length": records["tokens/length"]}
 
 
-def lowered(words: np.ndarray) -> np.ndarray:  # bytes [...] -> str [...]
-    return np.char.lower(np.char.decode(words, "utf-8", "surrogateescape"))
+def lowered(words: np.ndarray) -> np.ndarray:  # bytes [N] -> str [N]
+    """The words in small letters, which may be longer; `np.char.lower` would cut them."""
+    different, place = np.unique(words, return_inverse=True)
+    return np.array([word.decode("utf-8", "surrogateescape").lower() for word in different.tolist()])[place]
 
 
 def encoded(columns: dict[str, Any], words: text.Vocabulary, letters: int) -> dict[str, Any]:

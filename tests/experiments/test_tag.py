@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 import runpy
+import types
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import tensorflow_datasets as tfds
 from etils import epath
 
+from dl_jax import data
 from dl_jax.core.errors import InputError
 from dl_jax.harness.run import Run, Settings
 
@@ -87,6 +89,27 @@ def test_a_column_that_is_no_class_label_is_refused(tag, greek, tmp_path, monkey
         pytest.raises(InputError, match=r"the column 'lemmas' of greek_sentences is .* a class label for each"),
     ):
         tag.main(small(tag, tags="lemmas"), run)
+
+
+def test_small_letters_that_are_longer_than_the_words(tag):
+    """Turkish words, as bytes of any width."""
+    words = np.array(["İSTİKLAL".encode(), "İ".encode(), b"Ab", b"\xff"])
+    assert tag.lowered(words).tolist() == ["İSTİKLAL".lower(), "İ".lower(), "ab", "\udcff"]
+
+
+@pytest.mark.parametrize(
+    ("tags", "message"),
+    [([0, 1, 2], "expected a class label for each of the tokens"), ([0, -1, 2, 1], "words without a label")],
+)
+def test_missing_tags_are_refused(tag, monkeypatch, tags, message):
+    column = lambda values, lengths: data.joined(np.array(values), lengths)
+    lengths = [3, 1] if len(tags) == 4 else [2, 1]
+    records = {"tokens": column([b"a", b"b", b"c", b"d"], [3, 1]), "upos": column(tags, lengths)}
+    info = types.SimpleNamespace(labels={"upos": ("A", "B", "C")})
+    monkeypatch.setattr(tag.data, "load", lambda *args, **rest: {**records, "tokens/length": records["tokens"].lengths})
+    monkeypatch.setattr(tag.data, "info", lambda *args: info)
+    with pytest.raises(InputError, match=message):
+        tag.sentences(tag.Config(), "test")
 
 
 def test_rows_of_multi_word_tokens_and_padding_do_not_count(tag):

@@ -24,6 +24,14 @@ def test_a_split_without_labels_is_refused(classify, monkeypatch):
         classify.labelled(classify.Config(), "test")
 
 
+@pytest.mark.parametrize("column", ["text", "label-coarse"])
+def test_columns_of_another_kind_are_refused(classify, monkeypatch, column):
+    records = {"text": np.array([b"a", b"b"]), "label-coarse": np.zeros(2, np.int32)}
+    monkeypatch.setattr(classify.data, "load", lambda *args, **rest: {**records, column: np.ones(2, np.float32)})
+    with pytest.raises(InputError, match=rf"column '{column}' of trec is float32 \(2,\), expected a text or a class"):
+        classify.labelled(classify.Config(), "test")
+
+
 def test_the_control_reads_words_and_pairs_of_words(classify):
     """Who bites whom is in no single word."""
     texts = np.array([b"dogs bite men", b"men bite dogs", b"cats bite men", b"men bite cats"])
@@ -54,6 +62,23 @@ def test_pairs_of_docstrings(match):
     np.testing.assert_array_equal(found["relatedness"].argmax(1), 4 * np.array(own))
     assert own == [False, True] * 16
     assert found["second"][0] == b" ".join(sentences[1].split()[::2])
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("label", np.array([0, -1], np.int32), "label -1 of example 1"),
+        ("label", np.array([0, 3], np.int32), "label 3 of example 1 .* expected 0 to 2"),
+        ("label", np.array([0.5, 1]), "the labels of data set sick2014 are float64"),
+        ("relatedness_score", np.array([b"a", b"b"]), "column 'relatedness_score' of sick2014 is"),
+    ],
+)
+def test_columns_that_are_no_pairs(match, monkeypatch, column, values, message):
+    records = {"sentence_A": np.array([b"a", b"b"]), "sentence_B": np.array([b"a", b"b"]),
+               "label": np.zeros(2, np.int32), "relatedness_score": np.ones(2, np.float32)}  # fmt: skip
+    monkeypatch.setattr(match.data, "load", lambda *args, **rest: {**records, column: values})
+    with pytest.raises(InputError, match=message):
+        match.pairs(match.Config(), "test")
 
 
 def test_scores_of_pairs(match):

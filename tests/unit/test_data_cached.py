@@ -99,10 +99,10 @@ def test_a_file_for_a_folder_and_a_folder_for_a_file_are_mended(cache, kind):
 
 def test_every_damage_of_a_description_is_told_and_mended(cache):
     whole = data.info("digits", cache_dir=str(cache))
-    (file,) = cache.glob("columns/*/*/info.json")
+    (file,) = cache.glob("columns/*/*/description.json")
     for content in damages(file.read_bytes(), 60)[1:]:
         damage(file, content)
-        with pytest.warns(UserWarning, match=r"info\.json in the cache is damaged"):
+        with pytest.warns(UserWarning, match=r"description\.json in the cache is damaged"):
             assert data.info("digits", cache_dir=str(cache)) == whole
     file.unlink()
     assert data.info("digits", cache_dir=str(cache)) == whole

@@ -211,6 +211,11 @@ def test_bad_input_is_one_line(call, words):
     assert "\n" not in str(error.value)
 
 
+def test_no_sentences_have_no_entities():
+    found, _ = metrics.entity_scores(np.zeros((2, 0, 3), int), np.zeros((0, 3), int), np.zeros(0, int), ("O", "B-x"))
+    np.testing.assert_array_equal(found.f1, [0, 0])
+
+
 def test_equal_predictions_have_no_correlation():
     """A network that has collapsed does not end the run of the others."""
     np.testing.assert_array_equal(metrics.spearman(np.array([[1, 2], [3, 3]]), np.arange(2)), [1, np.nan])

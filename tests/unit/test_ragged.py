@@ -112,6 +112,8 @@ def test_buckets_hold_every_row_once_padded_to_its_boundary():
         ({"length": "token"}, r"column 'token' is int32 \(3, 5\), expected a whole number for each row"),
         ({"boundaries": ()}, r"boundaries are \[\], expected lengths that increase"),
         ({"boundaries": (4, 4)}, r"boundaries are \[4, 4\]"),
+        ({"boundaries": (2.5, 9)}, r"boundaries are \[2.5, 9\]"),
+        ({"boundaries": (True, 9)}, r"boundaries are \[True, 9\]"),
         ({"boundaries": (0, 9)}, r"boundaries are \[0, 9\]"),
         ({"boundaries": (2, 4)}, "length of row 2 is 5, expected 1 to 4, the last boundary"),
         ({"batch_size": 0}, "batch size 0"),

@@ -45,6 +45,16 @@ def test_nothing_is_known_of_an_empty_vocabulary():
     assert text.Vocabulary(()).ids(["a", ""]).tolist() == [1, 0]
 
 
+def test_a_text_that_spells_a_special_piece_has_no_special_piece():
+    written = "a <s> b </s> <pad> <unk>"
+    tokenizer = text.byte_pairs([written, "a b"], 300)
+    read = type(tokenizer).from_str(tokenizer.to_str())
+    for each in (tokenizer, read):
+        ids = text.pieces(each, [written], begin=True, end=True)[0].tolist()
+        assert (ids[0], ids[-1], min(ids[1:-1]) > 3) == (2, 3, True)
+        assert each.decode(ids) == written
+
+
 def test_a_text_without_words_may_be_a_word():
     found = text.split(["...", "a b"], text.kim_words, empty="<none>")
     assert found[:].tolist() == [[b"<none>", b""], [b"a", b"b"]]
@@ -69,6 +79,8 @@ def test_a_text_without_words_may_be_a_word():
         (lambda: text.read_vocabulary('[""]'), "an empty word or one word twice"),
         (lambda: text.split([]), "there are no texts, expected one word or more"),
         (lambda: text.split(["a", "  "]), "text 1, '  ', has no word"),
+        (lambda: text.split(text.split(["a b", "c"])), r"texts of shape \(2, 2\), expected \[N\]"),
+        (lambda: text.skip_grams(np.arange(3), 2, -1), "seed -1"),
         (lambda: text.split(["a\0 b"]), "is empty or ends in a NUL"),
         (lambda: text.letters(np.array([b"a"]), 0), "0 letters of a word"),
         (lambda: text.skip_grams(np.arange(3), 0, 0), "a window of 0 words"),

@@ -4,6 +4,7 @@ import numpy as np
 
 from dl_jax.core.errors import InputError
 from dl_jax.core.stream import Columns
+from dl_jax.data.batches import check_seed
 
 
 def skip_grams(ids: np.ndarray, window: int, seed: int, keep: np.ndarray | None = None) -> Columns:
@@ -14,10 +15,12 @@ def skip_grams(ids: np.ndarray, window: int, seed: int, keep: np.ndarray | None 
     the probability with which an occurrence of it stays in the text; the others are removed first, so that windows
     reach farther (`kept_share`).
 
-    Raises InputError where the text has fewer than two words, or has lost them, and for a window below 1.
+    Raises InputError where the text has fewer than two words, or has lost them, for a window below 1, and for a
+    negative seed.
     """
     if window < 1:
         raise InputError(f"a window of {window} words, expected 1 or more on each side")
+    check_seed(seed)
     rng = np.random.default_rng(seed)
     left = ids if keep is None else ids[rng.random(len(ids)) < keep[ids]]
     if len(left) < 2:

@@ -17,7 +17,8 @@ def byte_pairs(texts: Iterable[str], size: int) -> Any:
     """A `tokenizers.Tokenizer` of `size` pieces at most, learnt from texts.
 
     It knows every byte, so nothing is unknown and `decode` gives back the text. The ids 0 to 3 are padding, unknown,
-    the beginning and the end of a text. `to_str()` is what `run.keep` takes, and `Tokenizer.from_str` reads.
+    the beginning and the end of a text; a text that spells "<s>" has other ids. `to_str()` is what `run.keep` takes,
+    and `Tokenizer.from_str` reads.
 
     Raises InputError for no text, for a size that has no room for all bytes, and where `tokenizers` is missing.
     """
@@ -36,6 +37,7 @@ def byte_pairs(texts: Iterable[str], size: int) -> Any:
         vocab_size=size, special_tokens=_SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.encode_special_tokens = True
     return tokenizer
 
 
@@ -44,6 +46,7 @@ def pieces(tokenizer: Any, texts: Iterable[str], *, begin: bool = False, end: bo
 
     Raises InputError for no texts, and for a text without pieces.
     """
+    tokenizer.encode_special_tokens = True  # as text; a file does not keep this setting
     rows = [each.ids for each in tokenizer.encode_batch(list(texts))]
     if not rows or not all(rows):
         which = f"text {rows.index([])} is empty" if rows else "there are no texts"

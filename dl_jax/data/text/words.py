@@ -101,6 +101,8 @@ def split(texts: np.ndarray | Iterable[str], words: Callable[[str], list[str]] =
     Raises InputError for no texts, for a text without words where `empty` is not given, and for a word that ends in
     NUL, which a column of texts would lose.
     """
+    if isinstance(texts, Ragged | np.ndarray) and len(texts.shape) != 1:
+        raise InputError(f"texts of shape {texts.shape}, expected [N], one text each; these are split already")
     encoded = _bytes(texts if isinstance(texts, np.ndarray) else list(texts))
     rows = [words(_shown(each)) or [empty] * bool(empty) for each in encoded.tolist()]
     if not rows or not all(rows):
