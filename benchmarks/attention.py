@@ -6,8 +6,8 @@
 
 The network is nanoGPT's for a CPU (4 blocks of 128 values, 4 heads) with places for 4,096 tokens. Its gradient for 8
 texts is compiled for one chip of a TPU v5e, which need not be there, and the memory is what the compiler plans for
-temporary arrays in the chip's main memory. On a CPU rematerialisation makes no difference: what it asks to compute
-anew, XLA's CPU backend merges with what was computed before.
+temporary arrays in the chip's main memory. On a CPU the memory was the same with and without, 3.2 GiB for one text of
+4,096 tokens; why is not known.
 """
 
 import argparse
