@@ -13,7 +13,6 @@ temporary arrays in the chip's main memory. On a CPU the memory was the same wit
 import argparse
 import functools
 import importlib.metadata
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -71,5 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     main()

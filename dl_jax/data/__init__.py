@@ -12,7 +12,7 @@ from dl_jax.core.stream import Columns, Stream, epoch
 from dl_jax.data import text
 from dl_jax.data.batches import per_seed, shuffled
 from dl_jax.data.buckets import bucketed, buckets, widths
-from dl_jax.data.columns import load
+from dl_jax.data.columns import check_columns, load
 from dl_jax.data.describe import Feature, Info, info
 from dl_jax.data.image import check_images, check_labels, enlarge, grey_images, images, resized_crop
 from dl_jax.data.streaming import streamed
@@ -25,6 +25,7 @@ __all__ = [
     "Stream",
     "bucketed",
     "buckets",
+    "check_columns",
     "check_images",
     "check_labels",
     "enlarge",

@@ -26,14 +26,17 @@ def image_set(
     version: str,
     description: str,
     class_names: tuple[str, ...],
+    shape: tuple[int, int, int],
     splits: Callable[[], Mapping[str, tuple[np.ndarray, np.ndarray]]],
 ) -> Bundled:
-    """A bundled set of images with class labels: `splits()` gives uint8 [N, H, W, C] and labels [N] of each split."""
+    """A bundled set of images of a `shape` [H, W, C] with class labels.
+
+    `splits()` gives uint8 [N, H, W, C] and labels [N] of each split.
+    """
 
     def features() -> Mapping[str, Any]:
         import tensorflow_datasets as tfds
 
-        shape = next(iter(splits().values()))[0].shape[1:]
         return {
             "image": tfds.features.Image(shape=shape, encoding_format="png"),
             "label": tfds.features.ClassLabel(names=list(class_names)),

@@ -10,7 +10,7 @@ import tempfile
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -40,6 +40,17 @@ class Change(NamedTuple):
     name: str  # what is kept is named after it, so that another change is another name
     features: Callable[[dict[str, Feature]], dict[str, Feature]]  # the columns before -> those afterwards
     example: Callable[[Example], Example]
+
+
+def check_columns(records: Columns, kinds: Mapping[str, str], name: str, expected: str) -> None:
+    """Raises InputError unless columns of the set `name` are [N] and of these kinds, as NumPy names them: S, i or f.
+
+    `expected` ends the message: what was expected, and what to do.
+    """
+    for column, kind in kinds.items():
+        found = records[column]
+        if found.dtype.kind != kind or found.ndim != 1:
+            raise InputError(f"column {column!r} of {name} is {found.dtype} {found.shape}, expected {expected}")
 
 
 def load(

@@ -32,4 +32,6 @@ def _splits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {"train": (images[:-TEST], labels[:-TEST]), "test": (images[-TEST:], labels[-TEST:])}
 
 
-SET = image_set("digits", "1.0.0", "scikit-learn's 8x8 scans of handwritten digits", tuple("0123456789"), _splits)
+SET = image_set(
+    "digits", "1.0.0", "scikit-learn's 8x8 scans of handwritten digits", tuple("0123456789"), (8, 8, 1), _splits
+)

@@ -83,4 +83,6 @@ def _splits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {"train": images(TRAIN, seed=0), "test": images(TEST, seed=1)}
 
 
-SET = image_set("shapes", "1.0.0", "Generated colour images of shapes on textured ground", tuple(KINDS), _splits)
+SET = image_set(
+    "shapes", "1.0.0", "Generated colour images of shapes on textured ground", tuple(KINDS), (SIZE, SIZE, 3), _splits
+)

@@ -129,12 +129,8 @@ def pairs(cfg: Config, split: str) -> dict[str, np.ndarray]:
         names = cfg.first, cfg.second, cfg.label, cfg.degree
         records = data.load(cfg.dataset, split, only=names)
         data.check_labels({"label": records[cfg.label]}, cfg.dataset, cfg.relations)
-        for name, kind in ((cfg.first, "S"), (cfg.second, "S"), (cfg.degree, "f")):
-            if records[name].dtype.kind != kind or records[name].ndim != 1:
-                raise InputError(
-                    f"column {name!r} of {cfg.dataset} is {records[name].dtype} {records[name].shape}, expected two "
-                    "texts and a degree for each pair; name other columns"
-                )
+        expected = "two texts and a degree for each pair; name other columns"
+        data.check_columns(records, {cfg.first: "S", cfg.second: "S", cfg.degree: "f"}, cfg.dataset, expected)
     first, second, label, degree = (records[name] for name in names)
     return {
         "first": first,

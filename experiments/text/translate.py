@@ -187,12 +187,8 @@ def pairs(cfg: Config, split: str) -> Pairs:
     if cfg.dataset == QUESTIONS:
         return questions(split)
     records = data.load(cfg.dataset, split, only=(cfg.source, cfg.target))
-    for name in (cfg.source, cfg.target):
-        if records[name].dtype.kind != "S" or records[name].ndim != 1:
-            raise InputError(
-                f"column {name!r} of {cfg.dataset} is {records[name].dtype} {records[name].shape}, expected a text for "
-                "each example; give the columns as --source and --target"
-            )
+    expected = "a text for each example; give the columns as --source and --target"
+    data.check_columns(records, {cfg.source: "S", cfg.target: "S"}, cfg.dataset, expected)
     texts = [[each.decode("utf-8", "replace").strip().lower() for each in records[name].tolist()]
              for name in (cfg.source, cfg.target)]  # fmt: skip
     filled = [pair for pair in zip(*texts, strict=True) if all(pair)]

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import re
-import types
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +87,7 @@ def test_no_story_is_in_two_splits(translate):
 def test_pairs_of_two_columns(translate, monkeypatch):
     texts = lambda *given: np.array([each.encode() for each in given])
     columns = {"en": texts("A Dog.", " ", "Two"), "de": texts("Ein HÜND.", "b", "Zwei"), "label": np.zeros(3, np.int32)}
-    monkeypatch.setattr(translate, "data", types.SimpleNamespace(load=lambda name, split, only: columns))
+    monkeypatch.setattr(translate.data, "load", lambda name, split, only: columns)
     cfg = translate.Config()
     assert translate.pairs(cfg, "train") == translate.Pairs(("a dog.", "two"), ("ein hünd.", "zwei"))
     with pytest.raises(InputError, match=r"column 'label' of multi30k is int32 \(3,\), expected a text"):
