@@ -167,15 +167,14 @@ def tag_scores(model: Tagger | ChainTagger, variables: Tree, batch: Batch, **set
 
 
 def tagging_loss(model: Tagger | ChainTagger, variables: Tree, batch: Batch, key: Array):
-    """Nats per word."""
+    """Nats per place of a batch. Padding has none, but counts: a number that is known needs no sum over devices."""
     emissions, chain = tag_scores(model, variables, batch, train=True, rngs={"dropout": key})
     if chain is None:
         there = masks.from_lengths(batch["length"], emissions.shape[1])
-        total, count = metrics.cross_entropy(emissions, batch["tag"], there)
+        nats, _ = metrics.cross_entropy(emissions, batch["tag"], there)
     else:
-        nats = crf.negative_log_likelihood(emissions, batch["tag"], chain, batch["length"])
-        total, count = nats.sum(), batch["length"].sum()
-    return total / count, ({}, {})
+        nats = crf.negative_log_likelihood(emissions, batch["tag"], chain, batch["length"]).sum()
+    return nats / batch["tag"].size, ({}, {})
 
 
 def best_tags(model: Tagger | ChainTagger, variables: Tree, batch: Batch) -> Array:  # -> int [B, T]

@@ -267,9 +267,10 @@ def nats_of_pieces(model: Seq2Seq, variables: Tree, batch: Batch, **settings: An
 
 
 def piece_loss(model: Seq2Seq, variables: Tree, batch: Batch, key: Array):
-    """The mean cross-entropy of the pieces of a batch, in nats; padding does not count."""
-    total, count = metrics.masked(*nats_of_pieces(model, variables, batch, train=True, rngs={"dropout": key}))
-    return total / count, ({}, {"nats": (total, count)})
+    """Nats per place of a batch. Padding has none, but counts: a number that is known needs no sum over devices."""
+    values, there = nats_of_pieces(model, variables, batch, train=True, rngs={"dropout": key})
+    total, count = metrics.masked(values, there)
+    return total / there.size, ({}, {"nats": (total, count)})
 
 
 def nats(model: Seq2Seq, variables: Tree, batch: Batch, key: Array):
