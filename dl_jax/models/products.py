@@ -16,12 +16,21 @@ COPY = 150  # time to copy a number into a tile, in multiply-adds; the speed cha
 
 
 def matrix_product(x: jax.Array, kernel: jax.Array, precision: Any = None) -> jax.Array:
-    """The product [..., D] of x [..., C] and a kernel [C, D], as one of two matrices.
+    """The product [..., D] of x [..., C] and a kernel [C, D].
 
-    For x of more axes, XLA's CPU would write a transposed copy of the result's gradient.
+    On a CPU it is one of two matrices: XLA would write a transposed copy of the gradient of a result of more axes.
+    Elsewhere x keeps its axes, because rows of matrices that are split over devices along any axis but the first would
+    be gathered on all of them.
     """
-    rows = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel, precision=precision)
-    return rows.reshape(*x.shape[:-1], kernel.shape[-1])
+    product = functools.partial(jnp.matmul, precision=precision)
+    if x.ndim <= 2:
+        return product(x, kernel)
+
+    def of_rows(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        rows = product(x.reshape(-1, x.shape[-1]), kernel)
+        return rows.reshape(*x.shape[:-1], kernel.shape[-1])
+
+    return lax.platform_dependent(x, kernel, cpu=of_rows, default=product)
 
 
 Padding = Sequence[tuple[int, int]]  # before and after, for each spatial axis

@@ -156,8 +156,9 @@ def _recur_backward(cell: Cell, residuals, grads):
     steps = jnp.arange(len(h))
     (dfirst, dgates), own = lax.scan(body, (dlast, slopes), (steps, dh, kept, valid), reverse=True)
     before = jnp.concatenate([first[None], h[:-1]])
-    rows = lambda x: x.reshape(-1, x.shape[-1]).astype(kernel.dtype)  # XLA's CPU would transpose arrays of three axes
-    dkernel = lax.dot_general(rows(before), rows(dgates), (((0,), (0,)), ((), ())))
+    dkernel = lax.platform_dependent(
+        before.astype(kernel.dtype), dgates.astype(kernel.dtype), cpu=_sum_of_rows, default=_sum_of_steps
+    )
     dbias = None if bias is None else dgates.sum((0, 1)).astype(bias.dtype)
     dx = dgates
     if own is not None:
@@ -173,6 +174,17 @@ def _whole(kernel: Array) -> Array:
     """`kernel`, gathered on every device that computes with it: split, it would be gathered in every step of a scan."""
     mesh = jax.sharding.get_abstract_mesh()
     return kernel if mesh.empty else lax.with_sharding_constraint(kernel, PartitionSpec())
+
+
+def _sum_of_rows(x: Array, y: Array) -> Array:  # [T, B, M], [T, B, N] -> [M, N]
+    """The product of two matrices, because XLA's CPU would transpose arrays of three axes."""
+    x, y = (each.reshape(-1, each.shape[-1]) for each in (x, y))
+    return lax.dot_general(x, y, (((0,), (0,)), ((), ())))
+
+
+def _sum_of_steps(x: Array, y: Array) -> Array:
+    """The same without rows that devices would have to gather, where B is split over them."""
+    return lax.dot_general(x, y, (((0, 1), (0, 1)), ((), ())))
 
 
 def _at(x: Array, t: Array) -> Array:

@@ -10,12 +10,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from dl_jax.core.flops import flops
 from dl_jax.harness.plan import hlo
 from dl_jax.harness.plan.chips import slice_of
 from dl_jax.harness.plan.make import devices_of
+from dl_jax.models.sequence.rnn import SequenceTagger
 
 ROOT = Path(__file__).parents[2]
 LIBTPU = importlib.util.find_spec("libtpu") is not None
@@ -23,6 +24,9 @@ EVERY = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "experiments").rg
 FEW = ("experiments/compression/prune_lenet.py", "experiments/generative/vae_mnist.py", "experiments/vision/lenet.py")
 # Batch normalisation sums statistics over the rows in every layer, forward and backward.
 NORMALISED = ("degradation", "cifar_resnet", "imagenet_resnet", "separable", "depth")
+# A chain asks all rows whether its sums are exact, and sums its gradient in a branch and a loop; a table that is used
+# at both ends of a network is summed for each.
+SUMS = {"tag": 4, "char_transformer": 2}
 pytestmark = [pytest.mark.plan, pytest.mark.skipif(not LIBTPU, reason="libtpu is not installed")]
 
 
@@ -50,7 +54,7 @@ def test_an_experiment_as_it_is_compiles_to_one_all_reduce_in_place(script, tmp_
         assert each["loop"]["in_place"] > 0.999
         many = each["mesh"][1] > 1
         assert {kind for kind, _ in sent(each)} == {"all-reduce"} if many else sent(each) == [], each["name"]
-        assert all(times <= 1 for _, times in sent(each))
+        assert all(times <= SUMS.get(Path(script).stem, 1) for _, times in sent(each))
         assert len(sent(each)) <= 1 or Path(script).stem in NORMALISED, (each["name"], sent(each))
 
 
@@ -97,6 +101,28 @@ def counted(function, *shapes: tuple[int, ...]) -> tuple[float, float]:
     traced = jax.jit(function).trace(*given)
     text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
     return flops(traced.jaxpr), hlo.read(text, 1).bytes
+
+
+def test_layers_of_rows_behind_other_axes_gather_nothing():
+    seeds, batch, steps, width = 2, 8, 5, 16
+    chips = devices_of(slice_of("v5e:2x2"))
+    mesh = Mesh(chips, ("data",))
+    like = lambda tree, *spec: jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec))),
+        tree,
+    )
+    model = SequenceTagger(3, hidden=8, bidirectional=True)
+
+    def loss(variables, x):
+        return model.apply(variables, x, train=True)[0].sum()
+
+    x = jax.ShapeDtypeStruct((seeds, batch, steps, width), jnp.float32)
+    keys = jax.random.split(jax.random.key(0), seeds)
+    variables = jax.eval_shape(jax.vmap(lambda key, x: model.init(key, x, train=False)), keys, x)
+    gradient = jax.jit(jax.vmap(jax.grad(loss)), out_shardings=NamedSharding(mesh, PartitionSpec()))
+    traced = gradient.trace(like(variables), like(x, None, "data"))
+    found = hlo.read(traced.lower(lowering_platforms=("tpu",)).compile().as_text(), 4).collectives
+    assert [(each.kind, each.times) for each in found] == [("all-reduce", 1)]
 
 
 def size(*shapes: tuple[int, ...]) -> int:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from dl_jax import masks
 from dl_jax.core.errors import InputError, require_positive, require_probability
 from dl_jax.models.layers import dense, valid_steps
 from dl_jax.models.recur import LSTM, VANILLA, Array, Cell
@@ -49,20 +50,26 @@ class SiameseClassifier(nn.Module):
         train: bool,
     ) -> Array:
         _require(self, ("vocabulary", "classes", "embedding", "units"), first, second)
-        valid = valid_steps(first_lengths, first), valid_steps(second_lengths, second)
+        lengths = [valid_steps(*text).sum(1) for text in ((first_lengths, first), (second_lengths, second))]
         drop = nn.Dropout(self.dropout, deterministic=not train)
-        longest = max(first.shape[1], second.shape[1])
-        # Both texts in one batch, padded to one length, take half of the steps.
-        stack = lambda pair: jnp.concatenate([jnp.pad(x, ((0, 0), (0, longest - x.shape[1]))) for x in pair])
-        tokens, valid = stack((first, second)), stack(valid)  # [2 B, longest]
-        x = drop(nn.Embed(self.vocabulary, self.embedding, dtype=self.dtype)(tokens))
+        x = drop(nn.Embed(self.vocabulary, self.embedding, dtype=self.dtype)(_beside(first, second)))  # [B, 2, T, E]
         recurrent = Recurrent(self.cell, self.hidden, bidirectional=True, dtype=self.dtype)
-        outputs, _ = recurrent(x, valid.sum(1), train=train)
-        vectors = jnp.where(valid[..., None], outputs, -jnp.inf).max(1)
-        u, v = vectors.reshape(2, first.shape[0], -1)  # [B, 2 hidden] each
+        # Both texts in one batch take half of the steps. Those of a pair are next to each other, so that pairs which
+        # are split over devices stay where they are.
+        x, lengths = x.reshape(-1, *x.shape[2:]), jnp.stack(lengths, 1).reshape(-1)
+        outputs, _ = recurrent(x, lengths, train=train)
+        valid = masks.from_lengths(lengths, x.shape[1])[..., None]
+        vectors = jnp.where(valid, outputs, -jnp.inf).max(1)
+        u, v = vectors.reshape(-1, 2, vectors.shape[-1]).swapaxes(0, 1)  # [B, 2 hidden] each
         x = jnp.concatenate([u, v, abs(u - v), u * v], -1)
         x = drop(jnp.tanh(nn.Dense(self.units, dtype=self.dtype)(x)))
         return nn.Dense(self.classes, dtype=self.dtype)(x).astype(jnp.float32)
+
+
+def _beside(first: Array, second: Array) -> Array:  # [B, T], [B, U] -> [B, 2, max(T, U)]
+    """Both texts of each pair, padded to one length."""
+    longest = max(first.shape[1], second.shape[1])
+    return jnp.stack([jnp.pad(x, ((0, 0), (0, longest - x.shape[1]))) for x in (first, second)], 1)
 
 
 def _require(module: Any, sizes: Sequence[str], first: Array, second: Array) -> None:
@@ -130,7 +137,8 @@ class DecomposableAttention(nn.Module):
         attend, compare, aggregate = (
             FeedForward(self.hidden, self.dropout, self.dtype, name=name) for name in ("attend", "compare", "aggregate")
         )
-        a, b = (project(embed(tokens)) for tokens in (first, second))  # [B, T, D], [B, U, D]
+        x = project(embed(_beside(first, second)))
+        a, b = x[:, 0, : first.shape[1]], x[:, 1, : second.shape[1]]  # [B, T, D], [B, U, D]
         keys = (attend(x, train=train) for x in (a, b))
         scores = jnp.einsum("btd,bud->btu", *keys, preferred_element_type=jnp.float32)  # equation 1
         summaries = []
