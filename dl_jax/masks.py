@@ -12,7 +12,9 @@ def from_lengths(lengths: Array | np.ndarray, steps: int, batch: int | None = No
     """Whether each of T = `steps` steps is valid, for sequences of these lengths; the padding after them is False.
 
     Raises InputError where the lengths are not whole numbers with one axis, not `batch` many (where it is given), or
-    outside [1, T]. Lengths that are traced cannot be checked; those above T count as T, and those below 1 as 0.
+    outside [1, T]. Lengths that are traced cannot be checked; those above T count as T, and those below 1 as 0. Of a
+    sequence without a valid step, a recurrent layer keeps the first state, and what attends to it or takes the maximum
+    of its steps is NaN.
     """
     shape, kind = np.shape(lengths), jnp.result_type(lengths)
     if len(shape) != 1 or batch not in (None, shape[0]) or not jnp.issubdtype(kind, jnp.integer):

@@ -7,7 +7,7 @@ import numpy as np
 
 from dl_jax.core.errors import InputError
 from dl_jax.core.ragged import Ragged, ragged
-from dl_jax.data.text.words import UNKNOWN
+from dl_jax.data.text.words import UNKNOWN, require_many
 
 _SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]  # ids 0 to 3
 BEGIN, END = 2, 3  # ids of the beginning and of the end of a text
@@ -20,8 +20,10 @@ def byte_pairs(texts: Iterable[str], size: int) -> Any:
     the beginning and the end of a text; a text that spells "<s>" has other ids. `to_str()` is what `run.keep` takes,
     and `Tokenizer.from_str` reads.
 
-    Raises InputError for no text, for a size that has no room for all bytes, and where `tokenizers` is missing.
+    Raises InputError for no text or a single one, for a size that has no room for all bytes, and where `tokenizers` is
+    missing.
     """
+    require_many(texts)
     library = _library()
     least = len(_SPECIAL) + 256
     if size < least:
@@ -44,8 +46,9 @@ def byte_pairs(texts: Iterable[str], size: int) -> Any:
 def pieces(tokenizer: Any, texts: Iterable[str], *, begin: bool = False, end: bool = False) -> Ragged:
     """The ids of texts, a ragged column int32 [N, L], with the ids `BEGIN` and `END` around each where asked for.
 
-    Raises InputError for no texts, and for a text without pieces.
+    Raises InputError for no texts or a single one, and for a text without pieces.
     """
+    require_many(texts)
     tokenizer.encode_special_tokens = True  # as text; a file does not keep this setting
     rows = [each.ids for each in tokenizer.encode_batch(list(texts))]
     if not rows or not all(rows):

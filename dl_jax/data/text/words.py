@@ -67,8 +67,9 @@ def vocabulary(words: np.ndarray | Iterable[str], at_least: int = 1, most: int |
     """The vocabulary of the words that occur `at_least` times, `most` of them at most, the most frequent first.
 
     Words of equal frequency are in the order of their bytes. Raises InputError where no word is left, for words that
-    are neither bytes nor str, and where `at_least` or `most` is below 1.
+    are neither bytes nor str or are a single one, and where `at_least` or `most` is below 1.
     """
+    require_many(words)
     if at_least < 1 or (most is not None and most < 1):
         raise InputError(f"at_least is {at_least} and most is {most}, expected 1 or more of each")
     asked = _bytes(words if isinstance(words, np.ndarray) else list(words))
@@ -98,21 +99,35 @@ def split(texts: np.ndarray | Iterable[str], words: Callable[[str], list[str]] =
     """The words of texts [N], bytes or str: a ragged column of bytes [N, L], from the function text -> words.
 
     Bytes that are no UTF-8 are kept. A text without words, such as "...", is the one word `empty` where this is given.
-    Raises InputError for no texts, for a text without words where `empty` is not given, and for a word that ends in
-    NUL, which a column of texts would lose.
+    Raises InputError for no texts or a single one, for a text without words where `empty` is not given, where more than
+    half of them have none, as of another script than `words` is for, and for a word that ends in NUL, which a column of
+    texts would lose.
     """
+    require_many(texts)
     if isinstance(texts, Ragged | np.ndarray) and len(texts.shape) != 1:
         raise InputError(f"texts of shape {texts.shape}, expected [N], one text each; these are split already")
     encoded = _bytes(texts if isinstance(texts, np.ndarray) else list(texts))
-    rows = [words(_shown(each)) or [empty] * bool(empty) for each in encoded.tolist()]
-    if not rows or not all(rows):
+    rows = [words(_shown(each)) for each in encoded.tolist()]
+    if not rows or not (all(rows) or empty):
         first = rows.index([]) if rows else 0
         which = f"text {first}, {_shown(encoded[first])!r}, has no word" if rows else "there are no texts"
         raise InputError(f"{which}, expected one word or more in each text; leave empty texts out")
+    if 2 * (without := rows.count([])) > len(rows):
+        raise InputError(
+            f"{without} of {len(rows)} texts have no word, such as {_shown(encoded[rows.index([])])!r}, expected words "
+            "in most; give texts in the script that these words are for, or another function to split them"
+        )
+    rows = [row or [empty] for row in rows]
     flat = [word.encode("utf-8", "surrogateescape") for row in rows for word in row]
     if bad := [word for word in flat if word.endswith(b"\0") or not word]:
         raise InputError(f"the word {bad[0]!r} is empty or ends in a NUL, expected text; remove what is no text")
     return joined(np.array(flat, np.bytes_), [len(row) for row in rows])
+
+
+def require_many(texts: Any) -> None:
+    """Raises InputError for a single text, whose characters would be taken for texts."""
+    if isinstance(texts, str | bytes):
+        raise InputError(f"texts are the one text {texts[:40]!r}, expected a list of texts; put it into a list")
 
 
 def kim_words(text: str) -> list[str]:
