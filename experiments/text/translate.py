@@ -9,7 +9,7 @@ The number for translation is that of Caglayan et al. 2017, "LIUM-CVC submission
     python experiments/text/translate.py --dataset questions --preset questions --seeds 5 --workdir runs/questions
 
 Expected: at least 26 BLEU in 5 minutes a seed on a CPU core; at most 5.0 nats per piece of a summary, in 3 minutes; and
-at least 95 % of the questions, in 4 minutes. The three tasks differ in their texts alone:
+at least 95 % of the questions, in 5 minutes. The three tasks differ in their texts alone:
 
 - multi30k: captions of photos. The preset short is sized for a CPU core and has a bar of our own. The preset paper has
   the paper's sizes as we remember them, and other settings that have not been tried. A step took 0.3 s on a CPU core,
@@ -87,7 +87,7 @@ SUMMARY = Config(dataset="docstrings", source="text", target="summary", shuffled
                  lengths=(32, 64), embedding=48, hidden=64, units=48, maxout=48, dropout=0.3, steps=600,
                  batch_size=32, learning_rate=4e-3, beams=4, watch_every=100)  # fmt: skip
 ASK = Config(dataset=QUESTIONS, pieces=400, lengths=(50,), embedding=32, hidden=64, units=32, maxout=32, dropout=0.0,
-             steps=2400, batch_size=32, learning_rate=4e-3, beams=1, test_batch=200, watch_every=400)  # fmt: skip
+             steps=4000, batch_size=32, learning_rate=4e-3, beams=1, test_batch=200, watch_every=400)  # fmt: skip
 PRESETS = {
     "paper": Config(),
     "short": Config(pieces=4000, lengths=(14, 18, 24, 32, 60), embedding=64, hidden=128, units=64, maxout=64,
@@ -122,7 +122,7 @@ CLAIMS = (
             note="A pilot of one seed: 4.882 against 4.894 on the validation split."),
     answers(at_least=95.0, preset="questions",
             note="The last one of the kind that is asked for: 70.7 %. A pilot of one seed: 100 % on the validation "
-            "split."),
+            "split after 2,400 steps, in which one seed of five had then not learned to tell the first from the last."),
     answers(at_least=30.0, preset="quick", note="The most frequent answer: 6.6 %."),
 )  # fmt: skip
 KEEPS = ("pieces.json", "translations.txt", "attention.png")  # files in the run's folder
