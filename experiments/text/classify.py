@@ -5,14 +5,15 @@ Kim 2014, "Convolutional Neural Networks for Sentence Classification" (arXiv:140
     python experiments/text/classify.py --preset paper --seeds 5 --workdir runs/classify
     python experiments/text/classify.py --preset reviews --seeds 5 --workdir runs/reviews
 
-Expected: 91.2 ± 2.5 % of TREC's questions; a logistic regression on TF-IDF is shown beside it. Of sentences from movie
-reviews (MR) nothing is claimed: the set `rotten_tomatoes_mr` has one split, and the paper's 76.1 % are of ten-fold
-cross-validation.
+Expected: 91.2 ± 2.5 % of TREC's questions, and at least 74 % of sentences from movie reviews (MR) by a bar of our own,
+because the set `rotten_tomatoes_mr` has one split and the paper's 76.1 % are of ten-fold cross-validation. A logistic
+regression on TF-IDF, shown beside them, has more of both, 78.5 % of the reviews for validation.
 
-Words, sizes, dropout, Adadelta, the limit on the norms of the last layer, batches of 50 and 25 passes are those of the
-paper and of its author's code, and the test accuracy is that of the pass with the best accuracy on a tenth of the
-training split. Ours batches sentences of similar lengths, and has one vector for all words that the training split has
-not. Two more networks, an LSTM in both directions and one with attention, learn the same batches with Adam.
+Words, sizes, dropout, Adadelta, the limit on the norms of the last layer, batches of 50 and, of TREC, 25 passes are
+those of the paper and of its author's code, and the test accuracy is that of the pass with the best accuracy on a tenth
+of the training split, or of MR on the split for validation. Ours batches sentences of similar lengths, and has one
+vector for all words that the training split has not. Two more networks, an LSTM in both directions and one with
+attention, learn the same batches with Adam.
 """
 
 import dataclasses
@@ -61,7 +62,7 @@ class Config:
 PRESETS = {
     "paper": Config(),
     "reviews": Config(dataset="rotten_tomatoes_mr", label="label", train_split="train", dev_split="validation",
-                      steps=4250, watch_every=170),
+                      steps=1700, watch_every=170),
     "quick": Config(dataset="docstrings", text="summary", label="label", train_split="train", dev_split="validation",
                     steps=300, embedding=64, maps=32, hidden=32, watch_every=100),
     "smoke": Config(dataset="docstrings", text="summary", label="label", train_split="train[:64]",
@@ -73,6 +74,10 @@ CLAIMS = (
     Claim("accuracy/cnn", paper="Kim 2014", locator="Table 2, CNN-rand, TREC", claimed=91.2, tolerance=2.5, unit="%",
           better="higher", given={"dataset": "trec", "label": "label-coarse"},
           note="No win over the logistic regression is claimed."),
+    Claim("accuracy/cnn", paper="our bar", locator="movie reviews, one split", at_least=74.0, unit="%",
+          preset="reviews", given={"dataset": "rotten_tomatoes_mr", "label": "label"},
+          note="A pilot of one seed on the split for validation: 76.3 %, and the regression 78.5 %; 25 passes were no "
+          "better than the first 10."),
 )  # fmt: skip
 KEEPS = ("vocabulary.json",)  # files in the run's folder
 
