@@ -77,38 +77,42 @@ def evaluator(
     return evaluate
 
 
-@events.phase("evaluation")
-def collect(predict: Callable[[Tree, Batch], Tree], variables: Tree, records: Records, batch_size: int) -> Tree:
-    """The predictions for all of `records`: a tree of NumPy arrays [S, N, ...], on every process.
+def collector(predict: Callable[[Tree, Batch], Tree], batch_size: int) -> Callable[[Tree, Records], Tree]:
+    """Returns a function `(variables, records) -> predictions for all records`, which is compiled once for each shape.
+
+    The predictions are a tree of NumPy arrays [S, N, ...], on every process, for variables [S, ...] and the columns
+    [N, ...] of a data set. Use it for a teacher's logits, and for metrics that are not sums over examples, such as F1,
+    BLEU or a rank correlation. With `data.buckets` call it for each bucket; keep it for what is evaluated again.
 
     Args:
       predict: for one seed, a function `(variables, batch) -> tree of arrays [B, ...]`, on a batch of `stream.epoch`.
         Predictions for padding are removed.
-      variables: [S, ...].
-      records: the columns of the data set, [N, ...].
       batch_size: the number of rows on all devices.
 
-    Use it for a teacher's logits, and for metrics that are not sums over examples, such as F1, BLEU or a rank
-    correlation. With `data.buckets` call it for each bucket. Raises InputError as `stream.epoch` does.
+    The function that is returned raises InputError as `stream.epoch` does.
     """
-    mesh = mesh_of(batch_size, len(jax.tree.leaves(variables)[0]))
 
-    @jax.jit
-    def answer(variables: Tree, batch: Batch) -> Tree:
+    @functools.partial(jax.jit, static_argnums=0)
+    def answer(mesh: Mesh, variables: Tree, batch: Batch) -> Tree:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             by_seed = lambda variables, batch: jax.lax.map(lambda one: predict(one, batch), variables)
             return over_seeds(by_seed)(variables, batch)
 
-    target = planned()
-    if target:
-        traced = answer.trace(*_shapes(variables, records, batch_size, mesh))
-        target.take(Program("predictions", traced, mesh, None))
-        rows = lambda s: jax.ShapeDtypeStruct((s.shape[0], count(records), *s.shape[2:]), s.dtype)
-        return unknown(jax.tree.map(rows, traced.out_info))
-    variables = _on(mesh, variables)
-    calls = (answer(variables, batch) for batch in _placed([records], batch_size, mesh))
-    found = list(_results(calls, calls_in_flight(mesh)))
-    return jax.tree.map(lambda *parts: np.concatenate(parts, 1)[:, : count(records)], *found)
+    @events.phase("evaluation")
+    def collect(variables: Tree, records: Records) -> Tree:
+        mesh = mesh_of(batch_size, len(jax.tree.leaves(variables)[0]))
+        target = planned()
+        if target:
+            traced = answer.trace(mesh, *_shapes(variables, records, batch_size, mesh))
+            target.take(Program("predictions", traced, mesh, None))
+            rows = lambda s: jax.ShapeDtypeStruct((s.shape[0], count(records), *s.shape[2:]), s.dtype)
+            return unknown(jax.tree.map(rows, traced.out_info))
+        variables = _on(mesh, variables)
+        calls = (answer(mesh, variables, batch) for batch in _placed([records], batch_size, mesh))
+        found = list(_results(calls, calls_in_flight(mesh)))
+        return jax.tree.map(lambda *parts: np.concatenate(parts, 1)[:, : count(records)], *found)
+
+    return collect
 
 
 def _shapes(variables: Tree, records: Records, batch_size: int, mesh: Mesh) -> tuple[Tree, Tree]:

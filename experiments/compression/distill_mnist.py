@@ -29,7 +29,7 @@ import optax
 from dl_jax import augment, classify, data, losses, optim
 from dl_jax.compress import distill
 from dl_jax.core.errors import InputError
-from dl_jax.core.evaluate import collect
+from dl_jax.core.evaluate import collector
 from dl_jax.core.fit import fit
 from dl_jax.core.step import Loss, Tree, make_step, per_seed, start
 from dl_jax.harness import Claim, NonNegative, Positive, Probability, Run, Some, launch, on_digits
@@ -128,7 +128,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
 
     def logits(model: MLP, variables: Tree, records: Columns) -> np.ndarray:  # [S, N, 10]
         predict = lambda variables, batch: model.apply(variables, classify.to_unit(batch["image"]), train=False)
-        return collect(predict, variables, {"image": records["image"]}, EVALUATION_BATCH)
+        return collector(predict, EVALUATION_BATCH)(variables, {"image": records["image"]})
 
     same = [train for _ in run.seeds]
     teacher = trained("teacher", big, teach, same, cfg.teacher_epochs, optim.max_norm(cfg.max_norm))

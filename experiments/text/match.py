@@ -29,7 +29,7 @@ import optax
 
 from dl_jax import data, losses, metrics, optim
 from dl_jax.core.errors import InputError
-from dl_jax.core.evaluate import collect
+from dl_jax.core.evaluate import collector
 from dl_jax.core.fit import fit
 from dl_jax.core.step import Array, Batch, Tree, make_step, per_seed, start
 from dl_jax.data import text
@@ -105,8 +105,8 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
                 steps=cfg.steps,
                 run=run / f"{task}_{name}",
             )
-            predict = functools.partial(probabilities, model)
-            answers = [collect(predict, states.variables, part, 256) for part in parts]  # [S, N, K] each
+            answer = collector(functools.partial(probabilities, model), 256)
+            answers = [answer(states.variables, part) for part in parts]  # [S, N, K] each
             truth = np.concatenate([part[task] for part in parts])
             found |= {f"{metric}/{name}": v for metric, v in scores(task, np.concatenate(answers, 1), truth).items()}
     return found

@@ -21,7 +21,7 @@ Python's own standard library.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ import optax
 
 from dl_jax import data, masks, metrics, optim
 from dl_jax.core.errors import InputError
-from dl_jax.core.evaluate import collect
+from dl_jax.core.evaluate import collector
 from dl_jax.core.fit import Watch, fit
 from dl_jax.core.step import Array, Batch, Tree, make_step, per_seed, start
 from dl_jax.data import text
@@ -112,15 +112,16 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     for name in cfg.cells:
         network, characters = ChainTagger if "crf" in name else Tagger, 256 if "chars" in name else 0
         model = network(len(words), len(names), cfg.embedding, cfg.hidden, characters, dropout=cfg.dropout)
+        answer = collector(functools.partial(best_tags, model), 64)
         states = fit(
             per_seed(make_step(functools.partial(tagging_loss, model), tx)),
             start(model, tx, key_init, key, *INPUTS[: 2 + bool(characters)]),
             stream,
             steps=cfg.steps,
             run=run / name,
-            watch=Watch(cfg.watch_every, functools.partial(tested, model, names, held_out["dev"])),
+            watch=Watch(cfg.watch_every, functools.partial(tested, names, answer, held_out["dev"])),
         )
-        last = tested(model, names, held_out["test"], states.variables)
+        last = tested(names, answer, held_out["test"], states.variables)
         found |= {f"{metric}/{name}": value for metric, value in last.items()}
     return found
 
@@ -186,11 +187,10 @@ def best_tags(model: Tagger | ChainTagger, variables: Tree, batch: Batch) -> Arr
 
 
 def tested(
-    model: Tagger | ChainTagger, names: Sequence[str], parts: Sequence[Batch], variables: Tree
+    names: Sequence[str], answer: Callable[[Tree, Batch], Any], parts: Sequence[Batch], variables: Tree
 ) -> dict[str, np.ndarray]:  # [S]
     """The score of all seeds on the buckets of a split, by its name."""
-    predict = functools.partial(best_tags, model)
-    found = [collect(predict, variables, part, 64) for part in parts]  # [S, N, T] each
+    found = [answer(variables, part) for part in parts]  # [S, N, T] each
     width = max(part.shape[-1] for part in found)
     return score(
         np.concatenate([np.pad(part, ((0, 0), (0, 0), (0, width - part.shape[-1]))) for part in found], 1),

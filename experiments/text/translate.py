@@ -32,7 +32,7 @@ import dataclasses
 import functools
 import random
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -43,7 +43,7 @@ import optax
 from dl_jax import data, decode, losses, masks, metrics, optim
 from dl_jax.core import seeds
 from dl_jax.core.errors import InputError, nearest
-from dl_jax.core.evaluate import collect, evaluator
+from dl_jax.core.evaluate import collector, evaluator
 from dl_jax.core.fit import Watch, fit
 from dl_jax.core.step import Array, Batch, Tree, make_step, per_seed, start
 from dl_jax.data import text
@@ -146,7 +146,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     step = per_seed(make_step(functools.partial(piece_loss, model), tx), one_by_one=True)
     key_init, key, key_test = run.keys(3)  # [S] each
     states = start(model, tx, key_init, key, *jnp.zeros((2, 1, 1), jnp.int32))
-    write = functools.partial(outputs, cfg, model, tokenizer)
+    write = functools.partial(outputs, cfg, tokenizer, collector(functools.partial(search, cfg, model), cfg.test_batch))
     run.keep("pieces.json", tokenizer.to_str())
 
     def trained(name: str, train: Pairs, valid: Pairs, test: Pairs) -> tuple[dict[str, np.ndarray], Tree]:
@@ -282,19 +282,21 @@ def nats(model: Seq2Seq, variables: Tree, batch: Batch, key: Array):
     return {"nats": metrics.masked(values, there * batch["mask"][:, None])}
 
 
-def outputs(cfg: Config, model: Seq2Seq, tokenizer: Any, variables: Tree, sources: Sequence[str]) -> list[list[str]]:
-    """What the networks of S seeds write for N texts, [S][N]; at most as many pieces as they read."""
-    most = cfg.lengths[-1]
-    column = cut(text.pieces(tokenizer, sources), most).padded(most)
+def search(cfg: Config, model: Seq2Seq, variables: Tree, batch: Batch) -> Array:  # -> int32 [B, pieces]
+    """The best outputs for sources; at most as many pieces as are read."""
+    carry = model.apply(variables, batch["source"], batch["length"], method="start")
+    begin = jnp.full((len(batch["source"]), 1), text.BEGIN)
+    step: Any = functools.partial(model.apply, variables, method="step")
+    found = decode.beam_search(step, carry, begin, cfg.lengths[-1], cfg.beams, text.END, cfg.length_penalty)
+    return found.tokens[:, 0]
 
-    def best(variables: Tree, batch: Batch) -> Array:  # -> int32 [B, pieces]
-        carry = model.apply(variables, batch["source"], batch["length"], method="start")
-        begin = jnp.full((len(batch["source"]), 1), text.BEGIN)
-        step: Any = functools.partial(model.apply, variables, method="step")
-        found = decode.beam_search(step, carry, begin, most, cfg.beams, text.END, cfg.length_penalty)
-        return found.tokens[:, 0]
 
-    ids = collect(best, variables, {"source": column, "length": column.lengths}, cfg.test_batch)  # [S, N, pieces]
+def outputs(
+    cfg: Config, tokenizer: Any, best: Callable[[Tree, Batch], np.ndarray], variables: Tree, sources: Sequence[str]
+) -> list[list[str]]:
+    """What the networks of S seeds write for N texts, [S][N]."""
+    column = cut(text.pieces(tokenizer, sources), cfg.lengths[-1]).padded(cfg.lengths[-1])
+    ids = best(variables, {"source": column, "length": column.lengths})  # [S, N, pieces]
     return [tokenizer.decode_batch(rows) for rows in ids.tolist()]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dl_jax.core.errors import InputError
+from dl_jax.core.evaluate import collector
 from dl_jax.data import text
 from dl_jax.models.sequence.seq2seq import Seq2Seq
 
@@ -134,7 +135,8 @@ def test_the_cross_entropy_is_that_of_a_text_alone(translate, model, variables, 
 def test_an_output_does_not_depend_on_the_texts_beside_it(translate, model, variables, tokenizer):
     cfg = dataclasses.replace(translate.Config(), lengths=(20,), beams=2, test_batch=3)
     seeds = jax.tree.map(lambda leaf: leaf[None], variables)
-    write = lambda sources: translate.outputs(cfg, model, tokenizer, seeds, sources)[0]
+    best = collector(functools.partial(translate.search, cfg, model), cfg.test_batch)
+    write = lambda sources: translate.outputs(cfg, tokenizer, best, seeds, sources)[0]
     together = write(SOURCES)
     assert len(set(together)) == 3
     assert write([SOURCES[2], "a", SOURCES[0], SOURCES[1]])[0::2] == [together[2], together[0]]

@@ -14,7 +14,7 @@ from dl_jax import data, losses, metrics
 from dl_jax.core import devices
 from dl_jax.core import fit as fit_module
 from dl_jax.core.errors import InputError
-from dl_jax.core.evaluate import collect, evaluator
+from dl_jax.core.evaluate import collector, evaluator
 from dl_jax.core.fit import fit
 from dl_jax.core.pmap import pmapped
 from dl_jax.core.recorder import Recorder
@@ -132,9 +132,9 @@ def test_seeds_over_devices_equal_one_device_and_do_not_communicate(one_by_one, 
     found = [evaluator(measure, RECORDS, 12, keys)(state.variables)["loss"] for state in (one, eight)]
     np.testing.assert_allclose(*found, rtol=1e-5)
     predict = lambda variables, batch: Net().apply(variables, batch["image"], train=False)
-    found = [collect(predict, state.variables, RECORDS, 12) for state in (one, eight)]
+    found = [collector(predict, 12)(state.variables, RECORDS) for state in (one, eight)]
     assert found[0].shape == (16, 64, 10)
-    constant = collect(lambda variables, batch: jnp.ones((12, 200)), eight.variables, RECORDS, 12)
+    constant = collector(lambda variables, batch: jnp.ones((12, 200)), 12)(eight.variables, RECORDS)
     assert constant.shape == (16, 64, 200)
     np.testing.assert_allclose(*found, rtol=1e-4, atol=1e-5)
 

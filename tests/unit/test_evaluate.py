@@ -7,7 +7,7 @@ import pytest
 
 from dl_jax import metrics
 from dl_jax.core.errors import InputError
-from dl_jax.core.evaluate import collect, evaluator
+from dl_jax.core.evaluate import collector, evaluator
 
 RECORDS = {
     "x": np.random.default_rng(0).normal(size=(61, 3)).astype(np.float32),
@@ -51,12 +51,21 @@ def test_variables_that_lie_on_other_devices_are_fetched(batch_size):
 
 
 @pytest.mark.parametrize("batch_size", [1, 16, 64])
-def test_collect_gives_each_seeds_answers_in_order_without_padding(batch_size):
+def test_a_collector_gives_each_seeds_answers_in_order_without_padding(batch_size):
     predict = lambda variables, batch: {"y": batch["x"] @ variables["params"]["w"], "x": batch["x"]}
-    found = collect(predict, VARIABLES, RECORDS, batch_size)
+    found = collector(predict, batch_size)(VARIABLES, RECORDS)
     np.testing.assert_allclose(found["y"], VARIABLES["params"]["w"] @ RECORDS["x"].T, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(found["x"], [RECORDS["x"], RECORDS["x"]])
     assert isinstance(found["x"], np.ndarray)
+
+
+def test_a_collector_is_traced_once_for_each_shape():
+    traced = []
+    answers = collector(lambda variables, batch: (traced.append(batch["x"].shape), batch["x"] + 0)[1], 4)
+    for n in (4, 9, 9):
+        assert answers(VARIABLES, {"x": np.zeros((n, 3))}).shape == (2, n, 3)
+    answers(VARIABLES, {"x": np.zeros((4, 5))})
+    assert traced == [(4, 3), (4, 5)]
 
 
 @pytest.mark.parametrize("records", [{"mask": np.zeros(3)}, {"x": np.zeros(0)}, {"x": np.zeros(2), "y": np.zeros(3)}])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dl_jax import data, metrics
 from dl_jax.core.errors import InputError
-from dl_jax.core.evaluate import collect, evaluator
+from dl_jax.core.evaluate import collector, evaluator
 from dl_jax.core.fit import fit
 from dl_jax.core.recorder import Recorder
 from dl_jax.core.step import init_states, make_step, per_seed
@@ -261,9 +261,8 @@ def test_an_evaluation_by_buckets_is_that_of_the_whole():
     np.testing.assert_allclose(by_parts, whole, 1e-6)
     tokens = np.concatenate(rows_of([1 + i % 8 for i in range(21)]))
     np.testing.assert_allclose(whole, [((w - tokens) ** 2).mean() for w in (0.3, 1)], 1e-6)
-    found = [
-        collect(lambda variables, batch: batch["token"] * variables["params"]["w"], variables, p, 4) for p in parts
-    ]
+    products = collector(lambda variables, batch: batch["token"] * variables["params"]["w"], 4)
+    found = [products(variables, p) for p in parts]
     assert [each.shape for each in found] == [(2, len(p["row"]), p["token"].width) for p in parts]
     with pytest.raises(InputError, match="no records, expected at least one part"):
         evaluator(measured, [], 4, keys)
