@@ -9,6 +9,7 @@ densities, and `crf` linear chains of tags.
 from dl_jax.core.step import Loss
 from dl_jax.losses.classification import (
     cross_entropy,
+    focal,
     negative_sampling,
     require_labels,
     smooth_labels,
@@ -31,6 +32,7 @@ __all__ = [
     "Loss",
     "cross_entropy",
     "elastic_net",
+    "focal",
     "huber",
     "l1",
     "l2",

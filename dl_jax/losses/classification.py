@@ -29,6 +29,25 @@ def soft_cross_entropy(logits: Array, targets: Array) -> Array:  # [B, ..., C], 
     return optax.safe_softmax_cross_entropy(at_least_float32(logits), at_least_float32(targets))
 
 
+def focal(logits: Array, labels: Array, gamma: float) -> Array:  # [B, ..., C], int [B, ...] -> [B, ...]
+    """−(1 − p)^gamma log p, where p = softmax(logits)[label]: cross-entropy in which easy labels count less; in nats.
+
+    The focal loss of Lin et al. 2017 (arXiv:1708.02002, equation 4), for C classes in place of two. With gamma 0 it is
+    the cross-entropy. A label outside [0, C) gives NaN. Raises InputError where shapes or dtypes do not fit, for fewer
+    than two classes, and where gamma is negative or not finite.
+    """
+    if not 0 <= gamma < float("inf"):
+        raise InputError(f"focal: gamma is {gamma}, expected 0 or more; 0 is cross-entropy")
+    nats, classes = cross_entropy(logits, labels), logits.shape[-1]
+    if classes < 2:
+        raise InputError(f"focal: logits {logits.shape} have {classes} classes, expected two or more")
+    logits = at_least_float32(logits)
+    others = jnp.where(jnp.arange(classes) == labels[..., None], -jnp.inf, logits)
+    # log(1 - p) by itself: it is finite where 1 - p is rounded to 0, and so is its derivative.
+    rest = jax.nn.logsumexp(others, -1) - jax.nn.logsumexp(logits, -1)
+    return jnp.exp(gamma * rest) * nats
+
+
 def squared_hinge(logits: Array, labels: Array) -> Array:  # [B, ..., C], int [B, ...] -> [B, ...]
     """Σ max(0, 1 − t · logit)² over the classes, where t is 1 for the label and −1 for the others.
 

@@ -53,3 +53,45 @@ def test_multiply_adds_by_hand(load_experiment):
     assert counts[0] == ends + sum(t**2 * c * d for t, _, c, d in blocks)
     assert counts[1] == ends + sum(t**2 * c + n**2 * c * d for t, n, c, d in blocks)
     assert counts[0] / counts[1] == pytest.approx(6.99, abs=0.005)
+
+
+@pytest.fixture(scope="module")
+def long_tail(load_experiment):
+    return load_experiment("vision/long_tail")
+
+
+def test_a_tail_of_classes(long_tail):
+    labels = np.tile(np.arange(10), 100)
+    rows = long_tail.tail(labels, 100.0)
+    assert np.bincount(labels[rows]).tolist() == [100, 59, 35, 21, 12, 7, 4, 2, 1, 1]
+    assert sorted(set(rows)) == rows.tolist()
+    assert long_tail.tail(labels, 1.0).tolist() == list(range(1000))
+    learnt = labels[rows][long_tail.balanced(labels[rows])]
+    assert np.bincount(learnt).tolist() == [100] * 10
+    for imbalance in (100.1, 1e9):
+        with pytest.raises(InputError, match="the rarest class has 100 images, of which none would be left"):
+            long_tail.tail(labels, imbalance)
+
+
+def test_the_losses_of_the_methods_by_hand(long_tail):
+    counts, logits, labels = np.array([6, 3, 1]), jnp.array([[1.0, 0.0, 0.0], [0.0, 2.0, 1.0]]), jnp.array([0, 2])
+    found = {name: np.asarray(of(logits, labels)) for name, of in long_tail.per_label(counts, gamma=0.0).items()}
+    shares, e = counts / 10, np.exp(np.asarray(logits, np.float64))
+    p, q = (x[[0, 1], [0, 2]] / x.sum(1) for x in (e, e * shares))
+    for name, expected in {
+        "cross_entropy": -np.log(p),
+        "class_weights": -np.log(p) / (3 * shares[[0, 2]]),
+        "focal": -np.log(p),
+        "adjusted": -np.log(q),
+        "sampling": -np.log(p),
+    }.items():
+        np.testing.assert_allclose(found[name], expected, rtol=1e-6)
+    weight = [long_tail.per_label(counts, 0.0)["class_weights"](jnp.zeros((3, 3)), jnp.arange(3)) @ shares]
+    np.testing.assert_allclose(weight, np.log(3), rtol=1e-6)  # the weights are 1 on average
+
+
+def test_errors_of_classes_by_hand(long_tail):
+    confusion = np.array([[[0.2, 0.2], [0.0, 0.6]], [[0.4, 0.0], [0.45, 0.15]]])
+    np.testing.assert_allclose(long_tail.class_errors(confusion), [[50, 0], [0, 75]], atol=1e-12)
+    with pytest.raises(InputError, match="no image of class 1, expected all classes"):
+        long_tail.class_errors(np.array([[[0.5, 0.5], [0, 0]]]))

@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import jax
@@ -105,6 +106,26 @@ def test_squared_hinge_by_hand_and_in_float64(rng):
     np.testing.assert_allclose(found, expected.sum(-1), rtol=1e-5)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_the_focal_loss_is_its_equation(rng, gamma):
+    """−(1 − p)^gamma log p (Lin et al. 2017, equation 4), with its gradient in float64."""
+    logits, labels = rng.normal(size=(3, 4, 6)) * 3, rng.integers(0, 6, (3, 4))
+    with jax.enable_x64(True):
+        of = lambda logits: losses.focal(logits, jnp.asarray(labels), gamma)
+        p = np.take_along_axis(np.exp(logits) / np.exp(logits).sum(-1, keepdims=True), labels[..., None], -1)[..., 0]
+        np.testing.assert_allclose(of(jnp.asarray(logits)), -((1 - p) ** gamma) * np.log(p), rtol=1e-10)
+        gradient = jax.grad(lambda x: of(x).sum())(jnp.asarray(logits))
+        np.testing.assert_allclose(gradient, numeric_gradient(lambda x: of(x).sum(), logits), atol=1e-6)
+
+
+def test_the_focal_loss_of_a_sure_network_has_a_gradient():
+    logits = jnp.array([[90.0, 0.0], [0.0, 90.0]])
+    for gamma in (0.0, 0.3, 1.0, 2.0):
+        value, gradient = jax.value_and_grad(lambda x, g=gamma: losses.focal(x, jnp.array([0, 0]), g).sum())(logits)
+        np.testing.assert_allclose(value, 90, rtol=1e-6)
+        np.testing.assert_allclose(gradient, [[0, 0], [-1, 1]], atol=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (3, 4)])
 @pytest.mark.parametrize("noise", [0, 1, 5])
 def test_negative_sampling_is_its_equation(rng, shape, noise):
@@ -182,7 +203,9 @@ def test_integer_targets_do_not_wrap():  # uint8 arithmetic would
 @pytest.mark.parametrize("label", [-1, -3, 3, 100])
 def test_a_label_outside_the_classes_gives_nan(label):
     labels = jnp.array([0, label])
-    for value in (losses.cross_entropy(jnp.zeros((2, 3)), labels), losses.squared_hinge(jnp.zeros((2, 3)), labels)):
+    logits = jnp.zeros((2, 3))
+    for loss in (losses.cross_entropy, losses.squared_hinge, functools.partial(losses.focal, gamma=2.0)):
+        value = loss(logits, labels)
         assert np.isfinite(value[0])
         assert np.isnan(value[1])
     assert np.isnan(losses.smooth_labels(labels, 3, 0.1)[1]).all()
@@ -240,6 +263,9 @@ def test_smooth_labels():
         (lambda: losses.cross_entropy(jnp.zeros((3, 2)), jnp.zeros((3, 1), int)), "expected (3,)"),
         (lambda: losses.cross_entropy(jnp.zeros((3, 2)), jnp.zeros(3)), "float32"),
         (lambda: losses.squared_hinge(jnp.zeros((3, 2)), jnp.zeros((3, 1), int)), "expected (3,)"),
+        (lambda: losses.focal(jnp.zeros((3, 2)), jnp.zeros((3, 1), int), 2.0), "expected (3,)"),
+        (lambda: losses.focal(jnp.zeros((3, 1)), jnp.zeros(3, int), 2.0), "have 1 classes, expected two or more"),
+        (lambda: losses.focal(jnp.zeros((3, 2)), jnp.zeros(3, int), -1.0), "gamma is -1.0, expected 0 or more"),
         (lambda: losses.soft_cross_entropy(jnp.zeros((3, 2)), jnp.zeros(3)), "(3, 2)"),
         (lambda: losses.smooth_labels(jnp.zeros(3, int), 2, 1.0), "smoothing is 1.0"),
         (lambda: losses.smooth_labels(jnp.zeros(3), 2, 0.1), "float32"),
