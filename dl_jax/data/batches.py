@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -40,6 +41,11 @@ def check_seed(seed: int) -> None:
 def generator(seed: int, position: int) -> np.random.Generator:
     """The random generator for the example at `position` of the order, whatever the number of processes."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_TRANSFORM, position)))
+
+
+def rows(records: Mapping[str, Any], kept: np.ndarray | slice) -> dict[str, np.ndarray]:
+    """The rows `kept` of all columns [N, ...]: indices, bools [N] or a slice. Ragged columns are padded."""
+    return {name: column[kept] for name, column in records.items()}
 
 
 def shuffled(records: Mapping[str, np.ndarray], batch_size: int, seeds: int | Sequence[int]) -> Stream:

@@ -171,7 +171,7 @@ def keys_of(model: MLP, seeds: Sequence[int]) -> tuple[jax.Array, jax.Array]:
 def only(records: Columns, classes: np.ndarray) -> dict[str, np.ndarray]:
     """The rows of `records` whose label is one of `classes`, bool [10]."""
     kept = classes[records["label"]]
-    return {name: column[kept] for name, column in records.items()}
+    return data.rows(records, kept)
 
 
 def wrong(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:  # [S, N, 10], [N] -> int [S]

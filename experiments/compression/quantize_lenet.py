@@ -86,7 +86,7 @@ CLAIMS = (
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     train, test = (data.grey_images(cfg.dataset, split) for split in (cfg.train_split, cfg.test_split))
     stream = data.shuffled(train, cfg.batch_size, run.seeds)
-    some = {name: column[: cfg.calibration] for name, column in train.items()}
+    some = data.rows(train, slice(cfg.calibration))
     apply: Callable[..., Any] = LeNet300().apply
     rounded = quantize.with_activations(apply, cfg.activation_bits)
     loss, rounded_loss = classify.loss(apply), classify.loss(rounded)

@@ -106,7 +106,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
         run=run,
         watch=Watch(cfg.watch_every, lambda variables: {"test_error": 100 * test_of(variables)["error"]}),
     )
-    run.images(cfg.steps, lambda: {"seen": see(key[0], {name: column[:64] for name, column in train.items()})["image"]})
+    run.images(cfg.steps, lambda: {"seen": see(key[0], data.rows(train, slice(64)))["image"]})
     return {"test_error": 100 * test_of(tested(cfg, states))["error"]}
 
 

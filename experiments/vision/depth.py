@@ -89,7 +89,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     deep = functools.partial(MLP, (cfg.units,) * cfg.layers)
     nets = {"glorot": deep(kernel_init=GLOROT), "he": deep(kernel_init=HE),
             "residual": deep(kernel_init=HE, residual=True)}  # fmt: skip
-    sample = {name: column[:SAMPLE] for name, column in train.items()}
+    sample = data.rows(train, slice(SAMPLE))
     norms, found = {}, {}
     key_init, key, key_test = run.keys(3)  # [S] each
     for name, model in nets.items():

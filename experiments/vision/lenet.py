@@ -112,7 +112,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
         states = fit(step, states, stream, steps=steps, run=run / cell, watch=watch)
         measured = test_of(states.variables)
         found[f"test_error/{cell}"] = 100 * measured["error"]
-        first = {name: column[:64] for name, column in train.items()}
+        first = data.rows(train, slice(64))
         (run / cell).images(steps, lambda see=see, first=first: {"seen": see(key[0], first)["image"]})
         counts = np.rint(measured["confusion"][0] * len(test["label"]))  # of the first seed
         (run / cell).figure("confusion", steps, lambda counts=counts: confusion_figure(counts, "0123456789"))

@@ -75,14 +75,14 @@ PerLabel = Callable[[Array, Array], Array]  # (logits [B, C], labels int [B]) ->
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     train, test = (data.grey_images(cfg.dataset, split) for split in (cfg.train_split, cfg.test_split))
-    train = taken(train, tail(train["label"], cfg.imbalance))
+    train = data.rows(train, tail(train["label"], cfg.imbalance))
     counts = np.bincount(train["label"], minlength=CLASSES)
     model, tx = LeNetCaffe(CLASSES), optax.adam(optim.warmup_cosine(cfg.learning_rate, cfg.steps))
     key_init, key, key_test = run.keys(3)  # [S] each
     test_of = evaluator(functools.partial(confusion, model), test, 8 * cfg.batch_size, key_test)
     of, errors = per_label(counts, cfg.gamma), {}
     for name in cfg.methods:
-        learnt = taken(train, balanced(train["label"])) if name == "sampling" else train
+        learnt = data.rows(train, balanced(train["label"])) if name == "sampling" else train
         states = fit(
             per_seed(make_step(functools.partial(mean_loss, model, of[name]), tx), one_by_one=True),
             start(model, tx, key_init, key, jnp.zeros((1, 28, 28, 1))),
@@ -131,10 +131,6 @@ def balanced(labels: np.ndarray) -> np.ndarray:  # int [N] -> int [C · n]
     """Rows in which each class is as frequent as the most frequent one; those of rarer classes are repeated."""
     most = np.bincount(labels).max()
     return np.concatenate([np.resize(np.flatnonzero(labels == c), most) for c in np.unique(labels)])
-
-
-def taken(records: data.Columns, rows: np.ndarray) -> data.Columns:
-    return {name: column[rows] for name, column in records.items()}
 
 
 def mean_loss(model: LeNetCaffe, of: PerLabel, variables: Tree, batch: Batch, key: Array):

@@ -95,3 +95,45 @@ def test_errors_of_classes_by_hand(long_tail):
     np.testing.assert_allclose(long_tail.class_errors(confusion), [[50, 0], [0, 75]], atol=1e-12)
     with pytest.raises(InputError, match="no image of class 1, expected all classes"):
         long_tail.class_errors(np.array([[[0.5, 0.5], [0, 0]]]))
+
+
+@pytest.fixture(scope="module")
+def transfer(load_experiment):
+    return load_experiment("vision/transfer")
+
+
+def test_the_halves_of_the_digits(transfer):
+    records = {"image": np.arange(20), "label": np.tile(np.arange(10), 2)}
+    for first in (0, 5):
+        found = transfer.half(records, first)
+        assert found["label"].tolist() == [0, 1, 2, 3, 4] * 2
+        assert (found["image"] % 10).tolist() == [*range(first, first + 5)] * 2
+    with pytest.raises(InputError, match="no image of the classes 5 to 9, expected some of each"):
+        transfer.half({"image": np.arange(3), "label": np.arange(3)}, 5)
+
+
+def test_few_labels_are_those_of_a_seed(transfer):
+    labels = np.repeat(np.arange(5), [40, 30, 20, 30, 40])
+    drawn = [transfer.few(labels, 20, seed) for seed in (0, 0, 1)]
+    for rows in drawn:
+        assert len(set(rows)) == 100
+        assert np.bincount(labels[rows]).tolist() == [20] * 5
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert {*drawn[0]} != {*drawn[2]}
+    with pytest.raises(InputError, match="21 labels of each digit, expected at most 20"):
+        transfer.few(labels, 21, 0)
+
+
+def test_all_but_the_last_layer_is_kept_and_frozen(transfer):
+    model = transfer.LeNetCaffe(5)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)), train=False))
+    old, fresh = (jax.tree.map(lambda leaf, i=i: np.full(leaf.shape, i), shapes) for i in (0, 1))
+    params = transfer.with_head(old, fresh)["params"]
+    layers = {"Conv_0": 0, "Conv_1": 0, "Dense_0": 0, "Dense_1": 1}
+    assert {name: {*np.unique(leaf["kernel"]), *np.unique(leaf["bias"])} for name, leaf in params.items()} == {
+        name: {i} for name, i in layers.items()
+    }
+    frozen = jax.tree_util.tree_map_with_path(transfer.below_head, params)
+    assert {name: (each["kernel"], each["bias"]) for name, each in frozen.items()} == {
+        name: (not i, not i) for name, i in layers.items()
+    }

@@ -159,3 +159,12 @@ def test_a_later_stream_goes_on_where_another_ended():
     later = stream.later(3)
     for step in range(4):
         np.testing.assert_array_equal(later(step)["index"], stream(3 + step)["index"])
+
+
+@pytest.mark.parametrize("kept", [np.array([2, 0, 2]), np.array([True, False, True, False]), slice(1, 3)])
+def test_rows_of_all_columns(kept):
+    columns = {"x": np.arange(8).reshape(4, 2), "words": data.ragged([np.arange(i) for i in (1, 2, 0, 3)])}
+    found = data.rows(columns, kept)
+    assert list(found) == ["x", "words"]
+    np.testing.assert_array_equal(found["x"], columns["x"][kept])
+    np.testing.assert_array_equal(found["words"], columns["words"][:][kept])
