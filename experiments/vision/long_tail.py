@@ -35,7 +35,7 @@ from dl_jax.core.errors import InputError
 from dl_jax.core.evaluate import evaluator
 from dl_jax.core.fit import fit
 from dl_jax.core.step import Array, Batch, Tree, make_step, per_seed, start
-from dl_jax.harness import Between, Claim, NonNegative, Positive, Run, Some, curves_figure, launch
+from dl_jax.harness import Between, Claim, NonNegative, Positive, Run, Some, curves_figure, launch, on_digits
 from dl_jax.models.vision.lenet import LeNetCaffe
 
 Method = Literal["cross_entropy", "class_weights", "focal", "adjusted", "sampling"]
@@ -65,7 +65,9 @@ PRESETS = {
 CLAIMS = (
     Claim("balanced_error/adjusted", versus="balanced_error/cross_entropy", paper="Menon et al. 2021",
           locator="Table 3, the order of logit-adjusted loss and ERM", unit="%", better="lower",
-          given={"dataset": "mnist", "imbalance": 100.0}),
+          given={"dataset": "mnist", "imbalance": 100.0},
+          note="A pilot of one seed, on the last 10,000 training images: 4.1 against 6.1 %."),
+    on_digits("balanced_error/adjusted", at_most=8.5, unit="%", note="cross-entropy: 11.4 %"),
 )  # fmt: skip
 KEEPS = ("errors.png",)  # files in the run's folder
 

@@ -137,3 +137,54 @@ def test_all_but_the_last_layer_is_kept_and_frozen(transfer):
     assert {name: (each["kernel"], each["bias"]) for name, each in frozen.items()} == {
         name: (not i, not i) for name, i in layers.items()
     }
+
+
+@pytest.fixture(scope="module")
+def features(load_experiment):
+    return load_experiment("vision/features")
+
+
+@pytest.fixture(scope="module")
+def convnets(features):
+    """Two sets of random variables of a small network, and the network."""
+    model, rng = features.ConvNet((2, 2, 2, 2, 2), (3, 3)), np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), features.IMAGE, train=False))
+    draw = lambda leaf: rng.normal(size=leaf.shape).astype(np.float32)
+    return model, *(jax.tree.map(draw, shapes) for _ in range(2))
+
+
+def test_layers_are_randomised_from_the_last_one_on(features, convnets):
+    _, mine, other = convnets
+    assert {*features.LAYERS} == {*mine["params"]}
+    for n in range(9):
+        found = features.randomised(mine, other, n)["params"]
+        for i, name in enumerate(features.LAYERS):
+            assert found[name] is (other if i < n else mine)["params"][name]
+
+
+def test_the_path_error_is_that_of_the_sum(features, convnets):
+    model, variables, _ = convnets
+    images = np.random.default_rng(1).integers(0, 256, (3, 28, 28, 1), np.uint8)
+    errors = {n: features.path_error(model, n, variables, {"image": images}) for n in (1, 40)}
+    assert (errors[40] < 0.2).all()
+    assert errors[40].max() < errors[1].max()
+
+
+def test_ranks_of_the_same_network_agree(features, convnets, monkeypatch):
+    model, variables, other = convnets
+    seeds = lambda tree: jax.tree.map(lambda leaf: leaf[None], tree)
+    images = np.random.default_rng(2).integers(0, 256, (2, 28, 28, 1), np.uint8)
+    monkeypatch.setattr(features, "LAYERS", features.LAYERS[:2])
+    monkeypatch.setattr(features, "randomised", lambda mine, new, n: mine if n == 1 else new)
+    found = features.rank_correlations(model, seeds(variables), seeds(other), images)
+    for ranks in found.values():
+        assert ranks.shape == (2, 1)
+        assert ranks[0, 0] == pytest.approx(1)
+        assert abs(ranks[1, 0]) < 0.9
+
+
+def test_a_sheet_has_a_row_of_images_for_each_kind(features):
+    figure = features.sheet({"a": np.eye(3)[None].repeat(4, 0), "b": -np.ones((4, 2, 2))})
+    assert len(figure.axes) == 8
+    assert [axes.get_ylabel() for axes in figure.axes[::4]] == ["a", "b"]
+    assert [axes.images[0].get_clim() for axes in figure.axes[::4]] == [(0, 1), (-1, 1)]

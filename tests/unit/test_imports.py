@@ -19,6 +19,7 @@ SHELVES = {
     "classify",
     "decode",
     "inspect",
+    "attribution",
     "data",
     "compress",
     "export",

@@ -1,0 +1,210 @@
+"""What a network of digits looked at: six kinds of attribution, of which some do not depend on what it has learned.
+
+Adebayo et al. 2018, "Sanity checks for saliency maps" (arXiv:1810.03292), section 3, on digits; Sundararajan et al.
+2017, "Axiomatic attribution for deep networks" (arXiv:1703.01365), sections 3 and 5.
+
+    python experiments/vision/features.py --dataset mnist --preset paper --seeds 5 --workdir runs/features
+
+Expected: integrated gradients of at least 99 % of the test digits add up to the score minus that of a black image,
+within 5 %. If the layers above the first convolution are given random weights, the ranks of the pixels by guided
+backpropagation stay closer to those of the trained network than the ranks by the gradient.
+
+The score is the logit of the class that the trained network predicts. A rank correlation is Spearman's, between the
+absolute maps of the trained network and those of the same network in which the layers from the last one down to the
+named one have new random weights, on average over test digits. The figure `attributions` shows the maps of ten test
+digits, and beside them images that climb the logit of each class; `filters` shows the first convolution, and `ranks`
+the correlations. A path within 5 % is the paper's advice for the number of steps; the share of the digits is our bar.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dl_jax import attribution, classify, data, metrics, optim
+from dl_jax.core import seeds
+from dl_jax.core.evaluate import collector, evaluator
+from dl_jax.core.fit import fit
+from dl_jax.core.step import Array, Batch, Tree, init_variables, make_step, per_seed, start
+from dl_jax.harness import Claim, Positive, Run, curves_figure, launch
+from dl_jax.models.vision.convnet import ConvNet
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    dataset: str = "mnist"  # TFDS name of a set of ten classes of 28x28 or 8x8 grey images
+    train_split: str = "train"  # TFDS split to learn from
+    test_split: str = "test"  # TFDS split whose images are explained
+    steps: Positive[int] = 1000  # train steps
+    batch_size: Positive[int] = 128  # images per step, over all devices
+    learning_rate: Positive[float] = 1e-3  # peak learning rate of Adam
+    path: Positive[int] = 50  # steps of integrated gradients
+    ranked: Positive[int] = 100  # test images whose pixels are ranked
+    climb: Positive[int] = 200  # steps that climb the logit of a class
+
+
+PRESETS = {
+    "paper": Config(),
+    "quick": Config(dataset="digits", steps=150, batch_size=64, ranked=40),
+    "smoke": Config(dataset="digits", train_split="train[:64]", test_split="test[:32]", steps=2, batch_size=16, path=2,
+                    ranked=4, climb=2),
+}  # fmt: skip
+
+CLAIMS = (
+    Claim("complete", paper="our bar", locator="integrated gradients within 5 % of the difference of the scores",
+          at_least=99.0, unit="%", given={"dataset": "mnist"}),
+    Claim("rank/guided_conv_1", versus="rank/gradient_conv_1", paper="Adebayo et al. 2018", better="higher",
+          locator="Figure 3, cascading randomisation, the order of guided backpropagation and the gradient",
+          given={"dataset": "mnist"}),
+)  # fmt: skip
+KEEPS = ("attributions.png", "filters.png", "ranks.png")  # files in the run's folder
+
+LAYERS = ("Dense_2", "Dense_1", "Dense_0", "conv_4", "conv_3", "conv_2", "conv_1", "stem_conv")  # from the last one on
+MAPS, HIDDEN = (8, 8, 16, 16, 16), (64, 64)  # maps of its convolutions, units of its hidden dense layers
+IMAGE = jnp.zeros((1, 28, 28, 1))
+
+
+def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
+    train, test = (data.grey_images(cfg.dataset, split) for split in (cfg.train_split, cfg.test_split))
+    model, tx = ConvNet(MAPS, HIDDEN), optax.adam(optim.warmup_cosine(cfg.learning_rate, cfg.steps))
+    key_init, key, key_other, key_test = run.keys(4)  # [S] each
+    states = fit(
+        per_seed(make_step(classify.loss(model.apply), tx), one_by_one=True),
+        start(model, tx, key_init, key, IMAGE),
+        data.shuffled(train, cfg.batch_size, run.seeds),
+        steps=cfg.steps,
+        run=run,
+    )
+    learnt, other = states.variables, init_variables(model, key_other, IMAGE)
+    test_of = evaluator(classify.evaluation(model.apply), test, 256, key_test)
+    errors = collector(functools.partial(path_error, model, cfg.path), 256)(learnt, {"image": test["image"]})  # [S, N]
+    ranks = rank_correlations(model, learnt, other, data.rows(test, slice(cfg.ranked))["image"])  # name -> [layers, S]
+
+    first = seeds.split(learnt)[0]
+    shown = np.stack([test["image"][np.argmax(test["label"] == digit)] for digit in range(10)])
+    run.figure("attributions", cfg.steps, lambda: sheet(maps(model, first, shown, cfg.climb, key[0])))
+    run.figure("filters", cfg.steps, lambda: filters_figure(first["params"]["stem_conv"]["kernel"]))
+    curves = {name: (np.arange(1 + len(LAYERS)), np.concatenate([np.ones((1, len(run.seeds))), each]))
+              for name, each in ranks.items()}  # fmt: skip
+    run.figure("ranks", cfg.steps, lambda: curves_figure(
+        curves, xlabel="layers with random weights, from the last one", ylabel="rank correlation"))  # fmt: skip
+    by_layer = {
+        f"rank/{name}_{layer}": each for name, rows in ranks.items() for layer, each in zip(LAYERS, rows, strict=True)
+    }
+    return {
+        "test_error": 100 * test_of(learnt)["error"],
+        "complete": 100 * (errors <= 0.05).mean(1),
+        "worst_path_error": errors.max(1),
+        **by_layer,
+    }
+
+
+def score(model: ConvNet, labels: Array, variables: Tree, images: Array) -> Array:  # int [B], [B, H, W, 1] -> [B]
+    """The logits of these classes."""
+    logits: Any = model.apply(variables, images, train=False)
+    return jnp.take_along_axis(logits, labels[:, None], 1)[:, 0]
+
+
+def predicted(model: ConvNet, variables: Tree, images: Array) -> Array:  # -> int [B]
+    logits: Any = model.apply(variables, images, train=False)
+    return logits.argmax(-1)
+
+
+def path_error(model: ConvNet, steps: int, variables: Tree, batch: Batch) -> Array:  # -> [B]
+    """How far integrated gradients are from adding up, as a fraction of the difference of the scores."""
+    images = classify.to_unit(batch["image"])
+    of = functools.partial(score, model, predicted(model, variables, images), variables)
+    difference = of(images) - of(jnp.zeros_like(images))
+    found = attribution.integrated_gradients(of, images, steps).sum((1, 2, 3))
+    return abs(found - difference) / abs(difference)
+
+
+def rank_correlations(model: ConvNet, learnt: Tree, other: Tree, images: np.ndarray) -> dict[str, np.ndarray]:
+    """Of the gradient and of guided backpropagation, [layers, S]: the last layer random, the last two, ... all."""
+    unit = classify.to_unit(images)
+
+    def absolute(wrap: Callable[..., Any], variables: Tree, labels: Array) -> Array:
+        of = wrap(functools.partial(score, model, labels))
+        return abs(attribution.gradient(functools.partial(of, variables), unit)).reshape(len(images), -1)
+
+    kinds: dict[str, Callable[..., Any]] = {"gradient": lambda function: function, "guided": attribution.guided}
+    found: dict[str, list[Any]] = {name: [] for name in kinds}
+    members, others = seeds.split(learnt), seeds.split(other)
+    for name, wrap in kinds.items():
+        maps_of = jax.jit(functools.partial(absolute, wrap))
+        for n in range(1, 1 + len(LAYERS)):
+            row = []
+            for mine, new in zip(members, others, strict=True):
+                labels = predicted(model, mine, unit)
+                pairs = zip(*(np.asarray(maps_of(v, labels)) for v in (mine, randomised(mine, new, n))), strict=True)
+                row.append(np.mean([metrics.spearman(b, a) for a, b in pairs if np.ptp(a) > 0]))
+            found[name].append(row)
+    return {name: np.array(rows) for name, rows in found.items()}
+
+
+def randomised(variables: Tree, other: Tree, n: int) -> Tree:
+    """`variables` with the last n layers of `other`."""
+    return {"params": {name: (other if name in LAYERS[:n] else variables)["params"][name] for name in LAYERS}}
+
+
+def maps(model: ConvNet, variables: Tree, images: np.ndarray, climb: int, key: Array) -> dict[str, np.ndarray]:
+    """The maps [B, H, W] of each kind, by its name; the last are images that climb the logits of the classes 0 to 9."""
+    unit = classify.to_unit(images)
+    labels = predicted(model, variables, unit)
+    of = functools.partial(score, model, labels)
+    at = functools.partial(of, variables)
+    signed = {
+        "gradient": attribution.gradient(at, unit),
+        "SmoothGrad": attribution.smooth_gradient(at, unit, key, 0.2, 50),
+        "integrated gradients": attribution.integrated_gradients(at, unit, 50),
+        "guided backpropagation": attribution.gradient(functools.partial(attribution.guided(of), variables), unit),
+    }
+    covered = jax.image.resize(attribution.occlusion(at, unit, 5), unit.shape[:3], "linear")
+    classes = functools.partial(score, model, jnp.arange(10), variables)
+    return {name: np.asarray(each) for name, each in {
+        "image": unit[..., 0],
+        **{name: each[..., 0] for name, each in signed.items()},
+        "Grad-CAM": attribution.grad_cam(of, variables, unit, "Dense_0", (7, 7, MAPS[-1])),
+        "occlusion": covered,
+        "climbs its logit": attribution.maximised(classes, jnp.zeros((10, 28, 28, 1)), climb, 0.1, blurred)[..., 0],
+    }.items()}  # fmt: skip
+
+
+def blurred(images: Array) -> Array:  # [B, H, W, 1]
+    """Darker images in which each pixel is a mean with those beside it, of the weights 1/4, 1/2 and 1/4."""
+    for axis in (1, 2):
+        images = (jnp.roll(images, 1, axis) + 2 * images + jnp.roll(images, -1, axis)) / 4
+    return 0.97 * images
+
+
+def sheet(rows: Mapping[str, np.ndarray]) -> "Figure":
+    """Images [B, H, W] of each kind as a row; those with negative numbers in two colours around 0."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 1.1 * len(rows)), layout="constrained")
+    grid: Any = figure.subplots(len(rows), len(next(iter(rows.values()))), squeeze=False)
+    for axes, (name, images) in zip(grid, rows.items(), strict=True):
+        axes[0].set_ylabel(name, rotation=0, ha="right", va="center")
+        for axis, image in zip(axes, images, strict=True):
+            most = abs(image).max() or 1.0
+            two = image.min() < 0
+            axis.imshow(image, cmap="RdBu_r" if two else "Greys", vmin=-most if two else 0, vmax=most)
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+    return figure
+
+
+def filters_figure(kernel: Array) -> "Figure":  # [h, w, 1, D]
+    return sheet({"filters": np.asarray(kernel)[:, :, 0].transpose(2, 0, 1)})
+
+
+if __name__ == "__main__":
+    launch(main, PRESETS, CLAIMS)
