@@ -67,17 +67,17 @@ def integrated_gradients(score: Score, images: Array, steps: int, baseline: Arra
     return way * total / steps
 
 
-def occlusion(score: Score, images: Array, size: int, fill: float = 0.0) -> Array:  # -> [B, H - size + 1, W - size + 1]
+def occlusion(score: Score, images: Array, size: int, stride: int = 1, fill: float = 0.0) -> Array:  # -> [B, h, w]
     """By how much the score falls where a square window is `fill`, for each place of the window.
 
-    The sensitivity of Zeiler & Fergus 2014 (arXiv:1311.2901, section 4.2). `size` is the side of the window in pixels.
-    Raises InputError where it is not within the images.
+    The sensitivity of Zeiler & Fergus 2014 (arXiv:1311.2901, section 4.2). `size` is the side of the window in pixels,
+    and its places are `stride` pixels apart: h = 1 + (H - size) // stride. Raises InputError for a window that is not
+    within the images, and for no stride.
     """
+    require_positive({"stride": stride})
     height, width = images.shape[1:3]
     if not 1 <= size <= min(height, width):
-        raise InputError(
-            f"occlusion: a window of {size} pixels in images {images.shape}, expected 1 to the image's side"
-        )
+        raise InputError(f"occlusion: a window of {size} pixels in images {images.shape}, expected 1 to their side")
     inside = lambda first, n: (jnp.arange(n) >= first) & (jnp.arange(n) < first + size)
     before = score(images)
 
@@ -85,9 +85,9 @@ def occlusion(score: Score, images: Array, size: int, fill: float = 0.0) -> Arra
         covered = inside(place[0], height)[:, None] & inside(place[1], width)
         return before - score(jnp.where(covered[..., None], fill, images))
 
-    rows, columns = height - size + 1, width - size + 1
-    places = jnp.stack(jnp.meshgrid(jnp.arange(rows), jnp.arange(columns), indexing="ij"), -1).reshape(-1, 2)
-    return jax.lax.map(fall, places).reshape(rows, columns, -1).transpose(2, 0, 1)
+    rows, columns = (jnp.arange(0, n - size + 1, stride) for n in (height, width))
+    places = jnp.stack(jnp.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2)
+    return jax.lax.map(fall, places).reshape(len(rows), len(columns), -1).transpose(2, 0, 1)
 
 
 def grad_cam(

@@ -46,7 +46,7 @@ class Config:
     steps: Positive[int] = 1000  # train steps
     batch_size: Positive[int] = 128  # images per step, over all devices
     learning_rate: Positive[float] = 1e-3  # peak learning rate of Adam
-    path: Positive[int] = 50  # steps of integrated gradients
+    path: Positive[int] = 50  # steps of integrated gradients, and samples of SmoothGrad
     ranked: Positive[int] = 100  # test images whose pixels are ranked
     climb: Positive[int] = 200  # steps that climb the logit of a class
 
@@ -90,7 +90,8 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
 
     first = seeds.split(learnt)[0]
     shown = np.stack([test["image"][np.argmax(test["label"] == digit)] for digit in range(10)])
-    run.figure("attributions", cfg.steps, lambda: sheet(maps(model, first, shown, cfg.climb, key[0])))
+    draw = jax.jit(functools.partial(maps, model, cfg.path, cfg.climb))
+    run.figure("attributions", cfg.steps, lambda: sheet(draw(first, classify.to_unit(shown), key[0])))
     run.figure("filters", cfg.steps, lambda: filters_figure(first["params"]["stem_conv"]["kernel"]))
     curves = {name: (np.arange(1 + len(LAYERS)), np.concatenate([np.ones((1, len(run.seeds))), each]))
               for name, each in ranks.items()}  # fmt: skip
@@ -131,23 +132,25 @@ def rank_correlations(model: ConvNet, learnt: Tree, other: Tree, images: np.ndar
     """Of the gradient and of guided backpropagation, [layers, S]: the last layer random, the last two, ... all."""
     unit = classify.to_unit(images)
 
-    def absolute(wrap: Callable[..., Any], variables: Tree, labels: Array) -> Array:
-        of = wrap(functools.partial(score, model, labels))
+    def absolute(wrap: Callable[..., Any], mine: Tree, variables: Tree) -> Array:  # -> [B, pixels]
+        of = wrap(functools.partial(score, model, predicted(model, mine, unit)))
         return abs(attribution.gradient(functools.partial(of, variables), unit)).reshape(len(images), -1)
 
     kinds: dict[str, Callable[..., Any]] = {"gradient": lambda function: function, "guided": attribution.guided}
-    found: dict[str, list[Any]] = {name: [] for name in kinds}
-    members, others = seeds.split(learnt), seeds.split(other)
+    found: dict[str, Any] = {name: [] for name in kinds}
+    pairs = list(zip(seeds.split(learnt), seeds.split(other), strict=True))
     for name, wrap in kinds.items():
         maps_of = jax.jit(functools.partial(absolute, wrap))
+        before = [np.asarray(maps_of(mine, mine)) for mine, _ in pairs]
         for n in range(1, 1 + len(LAYERS)):
-            row = []
-            for mine, new in zip(members, others, strict=True):
-                labels = predicted(model, mine, unit)
-                pairs = zip(*(np.asarray(maps_of(v, labels)) for v in (mine, randomised(mine, new, n))), strict=True)
-                row.append(np.mean([metrics.spearman(b, a) for a, b in pairs if np.ptp(a) > 0]))
-            found[name].append(row)
+            after = [np.asarray(maps_of(mine, randomised(mine, new, n))) for mine, new in pairs]
+            found[name].append([rank_correlation(*each) for each in zip(after, before, strict=True)])
     return {name: np.array(rows) for name, rows in found.items()}
+
+
+def rank_correlation(after: np.ndarray, before: np.ndarray) -> float:  # [N, pixels] each
+    """The mean over images, without those whose pixels were all equal before."""
+    return float(np.mean([metrics.spearman(a, b) for a, b in zip(after, before, strict=True) if np.ptp(b) > 0]))
 
 
 def randomised(variables: Tree, other: Tree, n: int) -> Tree:
@@ -155,27 +158,24 @@ def randomised(variables: Tree, other: Tree, n: int) -> Tree:
     return {"params": {name: (other if name in LAYERS[:n] else variables)["params"][name] for name in LAYERS}}
 
 
-def maps(model: ConvNet, variables: Tree, images: np.ndarray, climb: int, key: Array) -> dict[str, np.ndarray]:
+def maps(model: ConvNet, path: int, climb: int, variables: Tree, images: Array, key: Array) -> dict[str, Array]:
     """The maps [B, H, W] of each kind, by its name; the last are images that climb the logits of the classes 0 to 9."""
-    unit = classify.to_unit(images)
-    labels = predicted(model, variables, unit)
-    of = functools.partial(score, model, labels)
-    at = functools.partial(of, variables)
+    of = functools.partial(score, model, predicted(model, variables, images))
+    at, guided = (functools.partial(each, variables) for each in (of, attribution.guided(of)))
     signed = {
-        "gradient": attribution.gradient(at, unit),
-        "SmoothGrad": attribution.smooth_gradient(at, unit, key, 0.2, 50),
-        "integrated gradients": attribution.integrated_gradients(at, unit, 50),
-        "guided backpropagation": attribution.gradient(functools.partial(attribution.guided(of), variables), unit),
+        "gradient": attribution.gradient(at, images),
+        "SmoothGrad": attribution.smooth_gradient(at, images, key, 0.2, path),
+        "integrated gradients": attribution.integrated_gradients(at, images, path),
+        "guided backpropagation": attribution.gradient(guided, images),
     }
-    covered = jax.image.resize(attribution.occlusion(at, unit, 5), unit.shape[:3], "linear")
     classes = functools.partial(score, model, jnp.arange(10), variables)
-    return {name: np.asarray(each) for name, each in {
-        "image": unit[..., 0],
+    return {
+        "image": images[..., 0],
         **{name: each[..., 0] for name, each in signed.items()},
-        "Grad-CAM": attribution.grad_cam(of, variables, unit, "Dense_0", (7, 7, MAPS[-1])),
-        "occlusion": covered,
+        "Grad-CAM": attribution.grad_cam(of, variables, images, "Dense_0", (7, 7, MAPS[-1])),
+        "occlusion": jax.image.resize(attribution.occlusion(at, images, 5, 2), images.shape[:3], "linear"),
         "climbs its logit": attribution.maximised(classes, jnp.zeros((10, 28, 28, 1)), climb, 0.1, blurred)[..., 0],
-    }.items()}  # fmt: skip
+    }
 
 
 def blurred(images: Array) -> Array:  # [B, H, W, 1]
@@ -185,20 +185,24 @@ def blurred(images: Array) -> Array:  # [B, H, W, 1]
     return 0.97 * images
 
 
-def sheet(rows: Mapping[str, np.ndarray]) -> "Figure":
-    """Images [B, H, W] of each kind as a row; those with negative numbers in two colours around 0."""
+def sheet(rows: Mapping[str, Any]) -> "Figure":
+    """Images [B, H, W] of each kind side by side; negative numbers are blue, 0 is white, and positive ones are red.
+
+    Each image is scaled by its largest absolute value. Kinds without negative numbers are grey.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 1.1 * len(rows)), layout="constrained")
-    grid: Any = figure.subplots(len(rows), len(next(iter(rows.values()))), squeeze=False)
-    for axes, (name, images) in zip(grid, rows.items(), strict=True):
-        axes[0].set_ylabel(name, rotation=0, ha="right", va="center")
-        for axis, image in zip(axes, images, strict=True):
-            most = abs(image).max() or 1.0
-            two = image.min() < 0
-            axis.imshow(image, cmap="RdBu_r" if two else "Greys", vmin=-most if two else 0, vmax=most)
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
+    grid: Any = figure.subplots(len(rows), 1, squeeze=False)
+    for axes, (name, given) in zip(grid[:, 0], rows.items(), strict=True):
+        images = np.asarray(given)
+        scaled = images / np.maximum(abs(images).max((1, 2), keepdims=True), 1e-30)
+        beside = np.concatenate(np.pad(scaled, ((0, 0), (1, 1), (2, 2))), 1)  # [H + 2, B (W + 4)]
+        signed = beside.min() < 0
+        axes.imshow(beside, cmap="RdBu_r" if signed else "Greys", vmin=-1 if signed else 0, vmax=1)
+        axes.set_ylabel(name, rotation=0, ha="right", va="center")
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
     return figure
 
 

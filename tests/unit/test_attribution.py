@@ -58,6 +58,8 @@ def test_occlusion_is_the_score_without_a_window():
         covered = IMAGES.copy()
         covered[:, i : i + 2, j : j + 2] = 0.25
         np.testing.assert_allclose(found[:, i, j], cubic(IMAGES) - cubic(covered), atol=1e-5)
+    apart = attribution.occlusion(cubic, IMAGES, 2, stride=3, fill=0.25)
+    np.testing.assert_allclose(apart, found[:, ::3, ::3], atol=1e-6)
     whole = attribution.occlusion(lambda x: x.sum((1, 2, 3)), IMAGES[:, :5], 5)
     np.testing.assert_allclose(whole[:, 0, 0], IMAGES[:, :5].sum((1, 2, 3)), rtol=1e-5)
 
@@ -140,6 +142,7 @@ def dense(variables, images):
         (lambda: attribution.smooth_gradient(linear, IMAGES, jax.random.key(0), -1, 2), "sigma is -1, expected 0 or"),
         (lambda: attribution.smooth_gradient(linear, IMAGES, jax.random.key(0), 1, 0), "samples"),
         (lambda: attribution.integrated_gradients(linear, IMAGES, 0), "steps"),
+        (lambda: attribution.occlusion(linear, IMAGES, 2, 0), "stride"),
         (lambda: attribution.occlusion(linear, IMAGES, 6), "a window of 6 pixels in images"),
         (lambda: attribution.maximised(linear, IMAGES, 1, 0.0), "rate"),
         (
