@@ -86,7 +86,8 @@ def generate(
     """Generates `steps` tokens after `prompt`, each from the model's logits given all tokens before it.
 
     Returns the tokens int32 [B, steps], and the carry after all of them but the last. To continue, pass this carry,
-    and the last token as the prompt. Raises InputError where the prompt is empty or not [B, P], or `steps` is below 1.
+    and the last token as the prompt. A token is -1 where a logit is NaN, as beyond the end of a cache. Raises
+    InputError where the prompt is empty or not [B, P], or `steps` is below 1.
 
     Args:
       step: the model, (tokens int [B], carry) -> (logits [B, V] of the next tokens, carry).
@@ -101,6 +102,7 @@ def generate(
         token, carry = state
         logits, carry = step(token, carry)
         token = choose(jax.random.fold_in(key, i), logits).astype(jnp.int32)
+        token = jnp.where(jnp.isnan(logits).any(-1), -1, token)
         return (token, carry), token
 
     (_, carry), tokens = jax.lax.scan(advance, (last, carry), jnp.arange(steps))
@@ -132,8 +134,9 @@ def beam_search(step: Step, carry: Tree, prompt: Array, steps: int, beams: int, 
     At each step the best `beams` of all continuations are kept, by log P(Y) / ((5 + |Y|) / 6)^alpha, where |Y| is the
     number of tokens with the end token (Wu et al. 2016, arXiv:1609.08144, equation 14, without the coverage penalty). A
     sequence that has ended stays among them as long as no others are better. With one beam this is greedy decoding.
-    Where there are fewer sequences than beams, the rest have the score -inf and length 0. A sequence with a logit that
-    is NaN has the score NaN and stands first.
+    Where there are fewer sequences than beams, the rest have the score -inf and length 0. A logit of -inf excludes a
+    token, and a sequence after which all are excluded is none. A sequence with a logit that is NaN has the score NaN
+    and stands first.
 
     Raises InputError where the prompt is empty or not [B, P], `steps` or `beams` is below 1, `alpha` is negative, `end`
     is not in [0, V), or a leaf of the carry has not B rows.
@@ -169,7 +172,10 @@ def beam_search(step: Step, carry: Tree, prompt: Array, steps: int, beams: int, 
         size = logits.shape[-1]
         if not 0 <= end < size:
             raise InputError(f"beam_search: end is {end}, expected a token in [0, {size}), the vocabulary")
-        new = jax.nn.log_softmax(at_least_float32(logits)).reshape(batch, beams, size)
+        logits = at_least_float32(logits).reshape(batch, beams, size)
+        # Where all tokens are excluded there is no way on, and no softmax. Of a beam that is none there is no token.
+        none = (logits == -jnp.inf) | (log_p == -jnp.inf)[..., None]
+        new = jnp.where(none, -jnp.inf, jax.nn.log_softmax(logits))
         ended = (token == end) & (i > 0)  # [B, K]; an end token in the prompt does not count
         stay = jnp.where(jnp.arange(size) == end, 0.0, -jnp.inf)
         total = log_p[..., None] + jnp.where(ended[..., None], stay, new)  # [B, K, V]
@@ -213,7 +219,8 @@ def repetition_penalty(logits: Array, seen: Array, theta: float) -> Array:  # [.
 def with_repetition_penalty(step: Step, theta: float) -> Step:
     """The step of a model whose logits have the `repetition_penalty` for all tokens that it has read, with the prompt.
 
-    The carry of the result is a pair of the model's carry and the tokens that were read, bool [B, V]:
+    The carry of the result is a pair of the model's carry and the tokens that were read, bool [B, V]. The step raises
+    InputError where these are not of the logits' shape.
 
         penalised = decode.with_repetition_penalty(step, 1.2)
         decode.generate(penalised, (carry, jnp.zeros((batch, vocabulary), bool)), prompt, steps, key, choose)
@@ -222,6 +229,8 @@ def with_repetition_penalty(step: Step, theta: float) -> Step:
     def penalised(token: Array, carry: tuple[Tree, Array]) -> tuple[Array, tuple[Tree, Array]]:
         inner, seen = carry
         logits, inner = step(token, inner)
+        if seen.shape != logits.shape:
+            raise InputError(f"with_repetition_penalty: seen is {seen.shape}, expected {logits.shape}, as the logits")
         seen = seen | (jnp.arange(seen.shape[-1]) == token[:, None])
         return repetition_penalty(logits, seen, theta), (inner, seen)
 

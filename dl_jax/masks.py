@@ -1,5 +1,7 @@
 """Masks of padded sequences: which steps of a batch are valid."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -8,14 +10,15 @@ from dl_jax.core.errors import InputError
 from dl_jax.core.step import Array
 
 
-def from_lengths(lengths: Array | np.ndarray, steps: int, batch: int | None = None) -> Array:  # int [B] -> bool [B, T]
+def from_lengths(lengths: Any, steps: int, batch: int | None = None) -> Array:  # int [B] -> bool [B, T]
     """Whether each of T = `steps` steps is valid, for sequences of these lengths; the padding after them is False.
 
     Raises InputError where the lengths are not whole numbers with one axis, not `batch` many (where it is given), or
     outside [1, T]. Lengths that are traced cannot be checked; those above T count as T, and those below 1 as 0. Of a
-    sequence without a valid step, a recurrent layer keeps the first state, and what attends to it or takes the maximum
-    of its steps is NaN.
+    sequence without a valid step, a recurrent layer keeps the first state; what attends to it or takes the maximum of
+    its steps is NaN, or has gradients that are.
     """
+    lengths = lengths if hasattr(lengths, "dtype") else np.asarray(lengths)
     shape, kind = np.shape(lengths), jnp.result_type(lengths)
     if len(shape) != 1 or batch not in (None, shape[0]) or not jnp.issubdtype(kind, jnp.integer):
         expected = "with one axis" if batch is None else f"({batch},)"

@@ -118,6 +118,11 @@ def fit(
     i, stride, window = _count(state), 0, Window(saved.window)
     if scan is None:
         scan = 1 if i >= steps else _steps_in_a_call(step, state, layout, due, run)
+    if isinstance(stream, Stream) and stream.together > 1 and i < steps and i % scan:
+        raise InputError(
+            f"the fit goes on at step {i} with {scan} steps in a call, which have to be of one bucket, expected a "
+            f"multiple of them; give a scan that divides {i}"
+        )
     batches, compiled = batches_of(layout, scan), layout.copied(program(step, stream, scan))
     pending: collections.deque[tuple[int, Row, np.ndarray]] = collections.deque()
 

@@ -57,7 +57,7 @@ def shuffled(records: Mapping[str, np.ndarray], batch_size: int, seeds: int | Se
     """
     n = count(records)
     check_batch(batch_size)
-    if isinstance(seeds, int):
+    if isinstance(seeds, int | np.integer):
         indices = order(n, seeds)
         read = lambda step, rows: {INDEX: indices(step * batch_size, (step + 1) * batch_size)[rows]}
         return Stream(batch_size, read, records=records)

@@ -109,7 +109,7 @@ def bucketed(
         widest = lambda rows: gather(parts[-1], {INDEX: orders[-1](0, batch_size)[rows]})
         return Stream(batch_size, read, together=together, widest=widest)
 
-    return stream(seeds) if isinstance(seeds, int) else per_seed([stream(seed) for seed in seeds])
+    return stream(seeds) if isinstance(seeds, int | np.integer) else per_seed([stream(seed) for seed in seeds])
 
 
 def turns(sizes: Sequence[int], rows: int) -> Callable[[int], tuple[int, int]]:

@@ -45,7 +45,7 @@ def streamed(
     Raises InputError as `load` and `shuffled` do.
     """
     check_batch(batch_size)
-    if not isinstance(seeds, int):
+    if not isinstance(seeds, int | np.integer):
         options: Any = {"only": only, "transform": transform, "threads": threads}
         one = lambda seed: streamed(name, split, batch_size, seed, data_dir=data_dir, cache_dir=cache_dir, **options)
         return per_seed([one(seed) for seed in seeds])

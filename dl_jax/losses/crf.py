@@ -8,7 +8,8 @@ and the probability exp(score(y)) / Z, where Z is the sum of exp(score) over all
 of a network for each step and tag, and a `Chain` has the others. `lengths`, int [B], are the numbers of valid steps;
 what stands in the padding after them has no effect, whatever it is. All is computed in float32 or wider.
 
-A score of −inf forbids a tag or a transition. Gradients stay finite as long as a path is left.
+A score of −inf forbids a tag or a transition. Gradients stay finite as long as a path is left. Second derivatives
+overflow in float32 where the scores of two tags are some 44 nats or more apart.
 
 All functions raise InputError where shapes or types do not fit. Those that go over all paths raise it too where every
 path of a sequence is forbidden. This cannot be seen of what is traced: log Z and the best score are then −inf, the tags
@@ -114,11 +115,15 @@ def forbidding(chain: Chain, allowed: Chain) -> Chain:
     The scores may have leading axes, such as that of seeds. Raises InputError where shapes or types do not fit, and
     where nothing is left that leads from a start to an end; of bools that are traced this cannot be seen.
     """
-    for name, axes, score, yes in zip(Chain._fields, (1, 2, 1), chain, allowed, strict=True):
-        if yes.dtype != bool or yes.ndim != axes or yes.shape != score.shape[-axes:]:
+    bools: Any = (yes if hasattr(yes, "dtype") else np.asarray(yes) for yes in allowed)
+    allowed = Chain(*bools)
+    k = allowed.start.shape[-1:]
+    for name, shape, score, yes in zip(Chain._fields, (k, k * 2, k), chain, allowed, strict=True):
+        scored = np.shape(score)
+        if not k or yes.dtype != bool or not yes.shape == shape == scored[-len(shape) :]:
             raise InputError(
-                f"forbidding: {name} is allowed by {yes.dtype} {yes.shape}, scored by {score.shape}, expected bools of "
-                "the same shape; give a Chain of bools for the same tags"
+                f"forbidding: {name} is allowed by {yes.dtype} {yes.shape}, scored by {scored}, expected bools "
+                f"{shape or '[K]'} and scores of this shape; give a Chain of bools for the same tags"
             )
     if not any(isinstance(yes, Tracer) for yes in allowed) and not _leads_to_an_end(*map(np.asarray, allowed)):
         raise InputError("forbidding: no tag that may be the last is reached from one that may be first; allow more")

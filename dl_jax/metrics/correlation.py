@@ -45,8 +45,8 @@ def _correlation(
     right, rows = of(targets), predictions.reshape(-1, len(targets))
     if _constant(right):
         raise InputError(
-            f"{name}: all {len(targets)} targets are {targets[0]:g}, expected different ones; a constant has no "
-            "correlation"
+            f"{name}: all {len(targets)} targets are {targets[0]:g} up to rounding, expected different ones; a "
+            "constant has no correlation"
         )
     compared = lambda row: np.nan if not np.isfinite(row).all() or _constant(of(row)) else pearsonr(of(row), right)[0]
     return np.array([compared(row) for row in rows], np.float64).reshape(predictions.shape[:-1])

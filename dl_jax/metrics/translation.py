@@ -28,7 +28,7 @@ def bleu(hypotheses: Sequence[str], references: Sequence[str | Sequence[str]]) -
     if isinstance(hypotheses, str) or isinstance(references, str) or len(hypotheses) != len(references):
         counts = ["a text" if isinstance(x, str) else f"{len(x)} texts" for x in (hypotheses, references)]
         raise InputError(f"bleu: hypotheses are {counts[0]}, references {counts[1]}, expected two lists of one length")
-    given = [[each] if isinstance(each, str) else list(each) for each in references]
+    given = [[*each] if isinstance(each, Sequence) and not isinstance(each, str) else [each] for each in references]
     for texts in ([*hypotheses], *given):
         if not texts or not all(isinstance(text, str) for text in texts):
             wrong = next((text for text in texts if not isinstance(text, str)), "nothing")

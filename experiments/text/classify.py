@@ -11,9 +11,9 @@ regression on TF-IDF, shown beside them, has more of both, 78.5 % of the reviews
 
 Words, sizes, dropout, Adadelta, the limit on the norms of the last layer, batches of 50 and, of TREC, 25 passes are
 those of the paper and of its author's code, and the test accuracy is that of the pass with the best accuracy on a tenth
-of the training split, or of MR on the split for validation. Ours batches sentences of similar lengths, and has one
-vector for all words that the training split has not. Two more networks, an LSTM in both directions and one with
-attention, learn the same batches with Adam.
+of the training split, or of MR on the split for validation. Ours batches sentences of similar lengths, has one vector
+for all words that the training split has not, and reads TREC in lower case, where the author's code keeps it. Two more
+networks, an LSTM in both directions and one with attention, learn the same batches with Adam.
 """
 
 import dataclasses

@@ -128,10 +128,10 @@ def pairs(cfg: Config, split: str) -> dict[str, np.ndarray]:
     else:
         names = cfg.first, cfg.second, cfg.label, cfg.degree
         records = data.load(cfg.dataset, split, only=names)
-        data.check_labels({"label": records[cfg.label]}, cfg.dataset, cfg.relations)
         expected = "two texts and a degree for each pair; name other columns"
         data.check_columns(records, {cfg.first: "S", cfg.second: "S", cfg.degree: "f"}, cfg.dataset, expected)
     first, second, label, degree = (records[name] for name in names)
+    data.check_labels({"label": label}, cfg.dataset, cfg.relations)
     return {
         "first": first,
         "second": second,

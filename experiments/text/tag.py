@@ -203,12 +203,14 @@ def tested(
 def score(found: np.ndarray, tags: np.ndarray, lengths: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
     """F1 of entities for tags in BIO, and otherwise the accuracy of all words but those whose tag is "_", in per cent.
 
-    The shapes are those of `metrics.entity_scores`.
+    The shapes are those of `metrics.entity_scores`. Raises InputError where no word counts.
     """
     if "O" in names:
         return {"f1": 100 * metrics.entity_scores(found, tags, lengths, names)[0].f1}
     counts = np.arange(tags.shape[1]) < lengths[:, None]
     counts &= tags != (list(names).index("_") if "_" in names else -1)
+    if not counts.any():
+        raise InputError("all words of a split have the tag '_', expected others to evaluate; choose another split")
     return {"accuracy": 100 * (found == tags)[..., counts].mean(-1)}
 
 

@@ -172,7 +172,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     shown = Pairs(*(texts[:SHOWN] for texts in given[1]))
     written, *_ = write(variables, shown.sources)
     run.keep("translations.txt", listing(shown, written))
-    ids = ids_of(tokenizer, shown.sources[0], written[0])
+    ids = ids_of(tokenizer, shown.sources[0], written[0], cfg.lengths[-1])
     weights = attention(model, seeds.split(variables)[0], *ids)
     run.figure("attention", cfg.steps, lambda: attention_figure(tokenizer, *ids, weights))
     return found
@@ -314,9 +314,9 @@ def listing(given: Pairs, written: Sequence[str]) -> str:
     )
 
 
-def ids_of(tokenizer: Any, source: str, written: str) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of a source, int [S], and of what was written for it, from its beginning to its end, int [T + 1]."""
-    read = tokenizer.encode(source).ids
+def ids_of(tokenizer: Any, source: str, written: str, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first `most` ids of a source, int [S], and those of what was written for it, with both ends, int [T + 1]."""
+    read = tokenizer.encode(source).ids[:most]
     return np.array(read), np.array([text.BEGIN, *tokenizer.encode(written).ids, text.END])
 
 

@@ -143,9 +143,10 @@ def test_an_output_does_not_depend_on_the_texts_beside_it(translate, model, vari
 
 
 def test_the_attention_over_a_source_sums_to_1_for_each_piece(translate, model, variables, tokenizer):
-    source, written = translate.ids_of(tokenizer, SOURCES[1], TARGETS[1])
+    source, written = translate.ids_of(tokenizer, SOURCES[1], TARGETS[1], 99)
     assert tokenizer.decode(source.tolist()) == SOURCES[1]
     assert tokenizer.decode(written.tolist()) == TARGETS[1]
+    assert translate.ids_of(tokenizer, SOURCES[1], TARGETS[1], 3)[0].tolist() == source[:3].tolist()
     assert (written[0], written[-1]) == (text.BEGIN, text.END)
     weights = translate.attention(model, variables, source, written)
     assert weights.shape == (len(written) - 1, len(source))
@@ -154,7 +155,7 @@ def test_the_attention_over_a_source_sums_to_1_for_each_piece(translate, model, 
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert len(labels) == len(written) - 1
     assert labels[-1] == "</s>"
-    assert translate.ids_of(tokenizer, "dogs", "")[1].tolist() == [text.BEGIN, text.END]  # nothing was written
+    assert translate.ids_of(tokenizer, "dogs", "", 99)[1].tolist() == [text.BEGIN, text.END]  # nothing was written
 
 
 def test_outputs_are_compared_with_whole_targets(translate):

@@ -359,6 +359,11 @@ def never(**parts):
         (lambda s, y, c: crf.forbidding(c, never(end=np.ones(3))), "end is allowed by float64 (3,)"),
         (lambda s, y, c: crf.forbidding(c, never(start=np.zeros(3, bool))), "allow more"),
         (
+            lambda s, y, c: crf.forbidding(c._replace(step=np.zeros((3, 2))), never(step=np.ones((3, 2), bool))),
+            "step is allowed by bool (3, 2), scored by (3, 2), expected bools (3, 3)",
+        ),
+        (lambda s, y, c: crf.forbidding(c, never(start=[True] * 4)), "start is allowed by bool (4,), scored by (3,)"),
+        (
             lambda s, y, c: crf.forbidding(
                 c, Chain(np.array([True, False, False]), np.eye(3, dtype=bool), np.array([False, True, True]))
             ),

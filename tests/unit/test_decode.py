@@ -357,6 +357,30 @@ def test_an_end_token_in_the_prompt_does_not_end_a_sequence():
     assert (found.lengths > 0).all()
 
 
+def test_dead_ends_are_no_sequences():
+    """After 1 comes 2 only, after 2 the end or 2 again, and after 3, which is excluded, nothing."""
+    none = -np.inf
+    table = jnp.array([[0, 0, 0, 0], [none, none, 0, none], [0, none, 0.3, none], [none] * 4])
+    found = sample.beam_search(lambda token, carry: (table[token], carry), jnp.zeros(1), jnp.array([[1]]), 3, 4, 0)
+    assert found.tokens[0].tolist() == [[2, 0, 0], [2, 2, 2], [2, 2, 0], [0, 0, 0]]
+    assert found.lengths[0].tolist() == [2, 3, 3, 0]
+    end, on = np.log(1 / (1 + np.exp(0.3))), np.log(np.exp(0.3) / (1 + np.exp(0.3)))
+    np.testing.assert_allclose(found.scores[0], [end, 2 * on, on + end, -np.inf], rtol=1e-6)
+    lost = sample.beam_search(
+        lambda token, carry: (table[3 + 0 * token], carry), jnp.zeros(1), jnp.array([[1]]), 2, 2, 0
+    )
+    assert (np.asarray(lost.scores) == -np.inf).all()
+    assert not np.asarray(lost.lengths).any()
+
+
+def test_a_token_of_logits_that_are_nan_is_no_token():
+    step = lambda token, read: (jnp.where(read[:, None] < 3, jnp.zeros((len(token), 3)), jnp.nan), read + 1)
+    for choose in (sample.draw, lambda key, logits: sample.greedy(logits)):
+        tokens, _ = sample.generate(step, jnp.zeros(2, int), jnp.ones((2, 1), int), 5, jax.random.key(0), choose)
+        assert (np.asarray(tokens[:, :3]) >= 0).all()
+        assert (np.asarray(tokens[:, 3:]) == -1).all()
+
+
 def test_a_model_that_gives_nan_is_seen():
     """Such as one that runs past its block, beside a sequence that has ended before."""
     step = lambda token, read: (jnp.where(read[:, None] < 2, jnp.zeros((len(token), 3)), jnp.nan), read + 1)
@@ -447,3 +471,10 @@ def test_generation_with_a_penalty_is_a_loop_over_all_tokens_so_far():
 def test_a_penalty_that_is_none_is_refused(theta):
     with pytest.raises(InputError, match=f"theta is {theta}, expected 1 or more"):
         sample.repetition_penalty(jnp.array(LOGITS), np.ones(7, bool), theta)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (2, 4)])
+def test_seen_tokens_of_another_vocabulary_are_refused(shape):
+    step = sample.with_repetition_penalty(lambda token, carry: (jnp.zeros((2, 3)), carry), 1.2)
+    with pytest.raises(InputError, match=r"expected \(2, 3\), as the logits"):
+        step(jnp.zeros(2, int), (None, jnp.zeros(shape, bool)))

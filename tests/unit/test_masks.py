@@ -28,6 +28,10 @@ def test_seeds_and_unknown_lengths():
     np.testing.assert_array_equal(found.sum(-1), [[3, 1], [4, 0]])
 
 
+def test_lengths_may_be_a_list():
+    np.testing.assert_array_equal(masks.from_lengths([2, 1], 3), [[True, True, False], [True, False, False]])
+
+
 def test_constants_within_a_compiled_function_are_checked():
     constant = jnp.array([3, 5])
     np.testing.assert_array_equal(jax.jit(lambda: masks.from_lengths(constant, 5).sum(-1))(), [3, 5])

@@ -237,6 +237,8 @@ def test_a_fit_on_buckets_and_one_that_goes_on_in_the_middle():
     np.testing.assert_allclose(expected.params["w"], w, 1e-5)
     with pytest.raises(InputError, match="scan is 8, expected a divisor of 4, the steps with batches of one shape"):
         fitted(states(), steps=24, every=8, scan=8)
+    with pytest.raises(InputError, match="goes on at step 8 with 3 steps in a call"):
+        fit(STEP, half, data.bucketed(records, "length", (2, 4, 8), 8, (0, 1), together=3), steps=24, every=3, scan=3)
     with pytest.raises(InputError, match="begins at step 6 of the stream, expected a multiple of 4"):
         stream.later(6)
 

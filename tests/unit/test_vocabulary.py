@@ -55,6 +55,15 @@ def test_a_text_that_spells_a_special_piece_has_no_special_piece():
         assert each.decode(ids) == written
 
 
+def test_pieces_of_a_column_of_texts_are_those_of_its_texts():
+    texts = ["añ b", "c"]
+    for column in (np.char.encode(texts, "utf-8"), np.array(texts), [b"a\xc3\xb1 b", "c"]):
+        tokenizer = text.byte_pairs(column, 300)
+        assert tokenizer.decode_batch([row.tolist() for row in text.pieces(tokenizer, column)]) == texts
+    odd = text.byte_pairs([b"\xff a", "\udcff"], 300)
+    assert odd.decode(text.pieces(odd, [b"\xff a"])[0].tolist()) == "\ufffd a"
+
+
 def test_a_text_without_words_may_be_a_word():
     found = text.split(["...", "a b"], text.kim_words, empty="<none>")
     assert found[:].tolist() == [[b"<none>", b""], [b"a", b"b"]]
@@ -75,6 +84,11 @@ def test_a_text_without_words_may_be_a_word():
         (lambda: text.vocabulary(["a"]).text([3]), "ids from 3 to 3, expected 0 to 2; take"),
         (lambda: text.read_vocabulary("{"), "a JSON list of words, not '{'"),
         (lambda: text.read_vocabulary("[1]"), "a JSON list of words"),
+        (lambda: text.read_vocabulary('{"a": 1}'), "a JSON list of words"),
+        (lambda: text.vocabulary(["a"]).text([2.5]), "ids are float64, expected whole numbers"),
+        (lambda: text.decode(np.array([65.5])), "ids are float64, expected whole numbers"),
+        (lambda: text.byte_pairs(["a", 1], 300), "a text is 1, expected str or bytes"),  # type: ignore[list-item]
+        (lambda: text.skip_grams(np.arange(3), 2, 0, np.ones(2)), "keep has 2 probabilities for ids from 0 to 2"),
         (lambda: text.read_vocabulary('["a", "a"]'), "an empty word or one word twice"),
         (lambda: text.read_vocabulary('[""]'), "an empty word or one word twice"),
         (lambda: text.split([]), "there are no texts, expected one word or more"),

@@ -127,10 +127,11 @@ def test_the_encoder_is_its_equations_without_the_padding():
 def test_padding_of_the_encoder_has_no_gradient_and_adds_none():
     variables = variables_of(ENCODER)
     changed = np.where(VALID, TOKENS, 6 - TOKENS)
+    outside = np.where(VALID, TOKENS, 99)  # of the vocabulary, whose vector is NaN
     longer = np.pad(TOKENS, ((0, 0), (0, 1)))
     loss = lambda v, tokens: jnp.sin(ENCODER.apply(v, tokens, LENGTHS, train=False)).sum()
     value = jit(jax.value_and_grad(loss))
-    one, *others = (value(variables, tokens) for tokens in (TOKENS, changed, longer))
+    one, *others = (value(variables, tokens) for tokens in (TOKENS, changed, outside, longer))
     for other in others:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), one, other)
 

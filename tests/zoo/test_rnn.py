@@ -222,6 +222,22 @@ def test_a_network_that_cannot_be_is_refused(model, x, message):
         shapes(model, x, train=False)
 
 
+@pytest.mark.parametrize(
+    "carry",
+    [
+        ((np.zeros((3, 5)),),),  # of one state
+        ((np.zeros((3, 5)),) * 2,) * 2,  # of two layers
+        ((np.zeros((2, 5)),) * 2,),
+        ((np.zeros((3, 4)),) * 2,),
+        (),
+    ],
+)
+def test_the_carry_of_another_network_or_batch_is_refused(carry):
+    model = Recurrent(LSTM, 5)
+    with pytest.raises(InputError, match=r"the carry has the states .* expected \(\(\(3, 5\), \(3, 5\)\),\)"):
+        model.apply(weights(model), X, None, carry, train=False)
+
+
 @pytest.mark.parametrize(("lengths", "wrong"), [([6, 7, 2], 7), ([6, 0, 2], 0), ([-3, 1, 1], -3)])
 def test_lengths_outside_the_padding_are_refused(lengths, wrong):
     model = Recurrent(GRU, 5)

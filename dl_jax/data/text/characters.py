@@ -31,6 +31,9 @@ def encode(text: str) -> np.ndarray:
 
 def decode(ids: np.ndarray) -> str:
     """The text of ids [N]; bytes that are no UTF-8 become U+FFFD. Raises InputError for ids outside 0 .. 255."""
+    ids = np.asarray(ids)
+    if ids.size and ids.dtype.kind not in "iu":
+        raise InputError(f"ids are {ids.dtype}, expected whole numbers; decode what `encode` gave")
     if ids.size and not 0 <= ids.min() <= ids.max() < VOCABULARY:
         raise InputError(f"ids from {ids.min()} to {ids.max()}, expected bytes, 0 to 255; decode what `encode` gave")
     return bytes(ids.astype(np.uint8)).decode(errors="replace")
@@ -92,7 +95,7 @@ def windows(ids: np.ndarray, batch_size: int, length: int, seeds: int | Sequence
     """
     check_batch(batch_size)
     _check_length(length)
-    if not isinstance(seeds, int):
+    if not isinstance(seeds, int | np.integer):
         return per_seed([windows(ids, batch_size, length, seed) for seed in seeds])
     segment = (len(ids) - 1) // batch_size
     count = segment // length  # windows in a segment
@@ -123,7 +126,7 @@ def random_windows(ids: np.ndarray, batch_size: int, length: int, seeds: int | S
     """
     check_batch(batch_size)
     _check_length(length)
-    if not isinstance(seeds, int):
+    if not isinstance(seeds, int | np.integer):
         return per_seed([random_windows(ids, batch_size, length, seed) for seed in seeds])
     check_seed(seeds)
     if len(ids) <= length:

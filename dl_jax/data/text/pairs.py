@@ -15,12 +15,17 @@ def skip_grams(ids: np.ndarray, window: int, seed: int, keep: np.ndarray | None 
     the probability with which an occurrence of it stays in the text; the others are removed first, so that windows
     reach farther (`kept_share`).
 
-    Raises InputError where the text has fewer than two words, or has lost them, for a window below 1, and for a
-    negative seed.
+    Raises InputError where the text has fewer than two words, or has lost them, for an id without a probability, for a
+    window below 1, and for a negative seed.
     """
     if window < 1:
         raise InputError(f"a window of {window} words, expected 1 or more on each side")
     check_seed(seed)
+    if keep is not None and len(ids) and not 0 <= ids.min() <= ids.max() < len(keep):
+        raise InputError(
+            f"keep has {len(keep)} probabilities for ids from {ids.min()} to {ids.max()}, expected one for each; count "
+            "the words of this vocabulary"
+        )
     rng = np.random.default_rng(seed)
     left = ids if keep is None else ids[rng.random(len(ids)) < keep[ids]]
     if len(left) < 2:

@@ -50,8 +50,10 @@ class Vocabulary:
         return np.where(asked == b"", PAD, np.where(found, ids, UNKNOWN)).astype(np.int32)
 
     def text(self, ids: np.ndarray | Sequence[int]) -> list[str]:
-        """The words of ids [L], without padding; unknown ones are "<unk>". Raises InputError for an id that is none."""
-        ids = np.asarray(ids, np.int64)
+        """The words of ids [L], without padding; unknown ones are "<unk>". Raises InputError for other ids."""
+        ids = np.asarray(ids)
+        if ids.size and ids.dtype.kind not in "iu":
+            raise InputError(f"ids are {ids.dtype}, expected whole numbers; give the ids of words")
         if ids.size and not 0 <= ids.min() <= ids.max() < len(self):
             raise InputError(
                 f"ids from {ids.min()} to {ids.max()}, expected 0 to {len(self) - 1}; take the vocabulary of this run"
@@ -84,13 +86,15 @@ def vocabulary(words: np.ndarray | Iterable[str], at_least: int = 1, most: int |
 
 
 def read_vocabulary(content: str | bytes) -> Vocabulary:
-    """The vocabulary that a run has kept, from the content of its file. Raises InputError for what is none."""
+    """The vocabulary that a run has kept, from the content of its file. Raises InputError for another content."""
     try:
         words = json.loads(content)
+        if not isinstance(words, list):
+            raise TypeError
         encoded = [word.encode("utf-8", "surrogateescape") for word in words]
     except (ValueError, AttributeError, TypeError) as e:
         raise InputError(f"a vocabulary is a JSON list of words, not {content[:40]!r}...; give the run's file") from e
-    if not isinstance(words, list) or len(set(encoded)) != len(encoded) or b"" in encoded:
+    if len(set(encoded)) != len(encoded) or b"" in encoded:
         raise InputError("the vocabulary has an empty word or one word twice, expected each once; give the run's file")
     return Vocabulary(tuple(encoded))
 
@@ -133,8 +137,9 @@ def require_many(texts: Any) -> None:
 def kim_words(text: str) -> list[str]:
     """The words of an English text as Kim 2014 ("Convolutional Neural Networks for Sentence Classification") has them.
 
-    All letters are small. Endings such as 's and n't are words, as are commas, brackets, ! and ?; other signs separate
-    words. These are the rules of the author's code for all sets but the Stanford sentiment treebank.
+    They are in lower case. Endings such as 's and n't are words, as are commas, brackets, ! and ?; other signs separate
+    words. These are the rules of the author's code for all sets but the Stanford sentiment treebank and TREC, whose
+    case it keeps.
     """
     for pattern, with_spaces in _KIM:
         text = re.sub(pattern, with_spaces, text)

@@ -240,6 +240,7 @@ class TransformerEncoder(_Transformer):
 
     def __call__(self, tokens: Array, lengths: Array | None = None, *, train: bool) -> Array:
         valid = valid_steps(lengths, tokens)
+        tokens = jnp.where(valid, tokens, 0)  # the vector of an id outside of the vocabulary is NaN
         x, _ = self._states(tokens, self._first_places(tokens), valid[:, None, None, :], None, train)
         return jnp.where(valid[..., None], x, 0).astype(jnp.float32)
 
@@ -247,9 +248,9 @@ class TransformerEncoder(_Transformer):
 class TransformerLM(_Transformer):
     """A language model: tokens int [B, T] -> logits float32 [B, T, V] of the tokens after each.
 
-    A token sees itself and those before it, so that padding at the end of a text has no effect on the rest. The vectors
-    of the tokens are the weights of the last layer too, as in GPT-2. Dropout acts on the vectors, the attention and the
-    outputs of sublayers, and uses the random stream "dropout".
+    A token sees itself and those before it, so that padding at the end of a text, of ids of the vocabulary, has no
+    effect on the rest. The vectors of the tokens are the weights of the last layer too, as in GPT-2. Dropout acts on
+    the vectors, the attention and the outputs of sublayers, and uses the random stream "dropout".
 
     `step` reads one token after the other, with the keys and values of those before in a cache:
 

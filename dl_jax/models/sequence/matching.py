@@ -137,7 +137,10 @@ class DecomposableAttention(nn.Module):
         attend, compare, aggregate = (
             FeedForward(self.hidden, self.dropout, self.dtype, name=name) for name in ("attend", "compare", "aggregate")
         )
-        x = project(embed(_beside(first, second)))
+        # The vector of an id outside of the vocabulary is NaN, and padding may be one.
+        x = project(
+            embed(_beside(*(jnp.where(there, text, 0) for there, text in zip(valid, (first, second), strict=True))))
+        )
         a, b = x[:, 0, : first.shape[1]], x[:, 1, : second.shape[1]]  # [B, T, D], [B, U, D]
         keys = (attend(x, train=train) for x in (a, b))
         scores = jnp.einsum("btd,bud->btu", *keys, preferred_element_type=jnp.float32)  # equation 1

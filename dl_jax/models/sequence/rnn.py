@@ -58,8 +58,9 @@ class Recurrent(nn.Module):
     outputs are 0, the returned state is that after the last valid step, and the backward direction starts at the last
     valid step. `carry` is the state before the first step, zeros if None (`initial_carry`).
 
-    Raises InputError where `hidden`, `layers` or T is below 1, for a dropout outside [0, 1), and for lengths that are
-    not int [B] or not in [1, T]. Lengths that are traced cannot be checked; those above T count as T.
+    Raises InputError where `hidden`, `layers` or T is below 1, for a dropout outside [0, 1), for a carry of other
+    shapes than `initial_carry` has, and for lengths that are not int [B] or not in [1, T]. Lengths that are traced
+    cannot be checked; those above T count as T.
     """
 
     cell: Cell
@@ -77,7 +78,13 @@ class Recurrent(nn.Module):
         require_positive({"hidden": self.hidden, "layers": self.layers, "the length of a sequence": steps})
         require_probability({"dropout": self.dropout})
         valid = None if lengths is None else masks.from_lengths(lengths, steps, batch).T[..., None]  # [T, B, 1]
-        carry = self.initial_carry(batch) if carry is None else carry
+        start = self.initial_carry(batch)
+        carry = start if carry is None else tuple(map(tuple, carry))
+        if (shapes := jax.tree.map(jnp.shape, carry)) != (expected := jax.tree.map(jnp.shape, start)):
+            raise InputError(
+                f"the carry has the states {shapes}, expected {expected}; give the carry of this network for {batch} "
+                "sequences"
+            )
         directions = 1 + self.bidirectional
         x = where_valid(valid, x.swapaxes(0, 1), 0.0)  # [T, B, D]; a NaN in the padding would make gradients NaN
         last = []

@@ -37,9 +37,10 @@ class Seq2Seq(nn.Module):
 
     The encoder is a bidirectional GRU. Before it reads token y, the decoder, a GRU with state s, attends to the outputs
     of the encoder by `additive`, and reads their weighted mean c with y. The logits are a linear layer of a maxout
-    layer of s, y and c (appendix A.2.2). The GRUs apply the reset gate after the product, as in `recur.GRU`. All
-    weights are drawn uniformly in ±1/√n for n inputs. Dropout acts on the vectors of tokens and the maxout layer, and
-    uses the random stream "dropout".
+    layer of s, y and c (appendix A.2.2). The GRUs apply the reset gate after the product, as in `recur.GRU`. The
+    encoder's weights are drawn as those of `Recurrent`, vectors of tokens as in `nn.Embed`, and all others uniformly in
+    ±1/√n for n inputs. Dropout acts on the vectors of tokens and the maxout layer, and uses the random stream
+    "dropout".
 
     `start` reads a source, and `step` decodes from there, one token after the other:
 
