@@ -118,7 +118,7 @@ def fit(
     i, stride, window = _count(state), 0, Window(saved.window)
     if scan is None:
         scan = 1 if i >= steps else _steps_in_a_call(step, state, layout, due, run)
-    if isinstance(stream, Stream) and stream.together > 1 and i < steps and i % scan:
+    if isinstance(stream, Stream) and stream.together and i < steps and i % scan:
         raise InputError(
             f"the fit goes on at step {i} with {scan} steps in a call, which have to be of one bucket, expected a "
             f"multiple of them; give a scan that divides {i}"
