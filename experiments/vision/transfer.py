@@ -7,7 +7,7 @@ halves of ImageNet's classes. Ours are ten digits and few labels, so that the cl
 
 Expected: with five labels for each digit, both a network whose last layer alone is learned anew ("frozen") and one of
 which all layers go on learning ("fine_tuned") have more of the test digits right than one that starts from random
-weights ("scratch"). With 50 labels the gain is smaller.
+weights ("scratch"). With 50 labels, in a pilot, the last layer alone was not enough.
 
 Each seed learns its own network of the digits 0 to 4 from all their images, and draws its own labelled images of the
 others, which the three networks share. The last layer is drawn anew. The numbers are those after the last step.
@@ -38,7 +38,7 @@ class Config:
     train_split: str = "train"  # TFDS split to learn from
     test_split: str = "test"  # TFDS split to test on
     labels: Some[Positive[int]] = (5, 10, 50)  # labelled images of each of the digits 5 to 9
-    source_steps: Positive[int] = 500  # train steps with the digits 0 to 4
+    source_steps: Positive[int] = 2000  # train steps with the digits 0 to 4
     source_batch: Positive[int] = 64  # images per step, over all devices
     steps: Positive[int] = 200  # train steps with the digits 5 to 9
     batch_size: Positive[int] = 25  # images per step, over all devices
@@ -52,9 +52,12 @@ PRESETS = {
 }  # fmt: skip
 
 gain = functools.partial(Claim, paper="our bar", unit="%", better="higher", given={"dataset": "mnist"}, seeds=10)
+PILOT = "A pilot of three seeds, on the last 10,000 training images: "
 CLAIMS = (
-    gain("accuracy/frozen_5", versus="accuracy/scratch_5", locator="five labels a digit, only the last layer learned"),
-    gain("accuracy/fine_tuned_5", versus="accuracy/scratch_5", locator="five labels a digit, all layers learned"),
+    gain("accuracy/frozen_5", versus="accuracy/scratch_5", locator="five labels a digit, only the last layer learned",
+         note=PILOT + "79.5 against 75.7 %."),
+    gain("accuracy/fine_tuned_5", versus="accuracy/scratch_5", locator="five labels a digit, all layers learned",
+         note=PILOT + "79.8 against 75.7 %."),
 )  # fmt: skip
 KEEPS = ("accuracy.png",)  # files in the run's folder
 
