@@ -104,6 +104,16 @@ def require_values(module: nn.Module, x: jax.Array, first: tuple[str, ...]) -> N
         )
 
 
+def require_features(module: nn.Module, x: jax.Array, first: tuple[str, ...]) -> None:
+    """Raises InputError unless the last axis of `x` has as many features as the layer at `first` takes."""
+    expected = _inputs_of(module, first)
+    if expected not in (None, x.shape[-1]):
+        raise InputError(
+            f"{x.shape[-1]} features in {x.shape}, expected {expected} as in the parameters of "
+            f"{type(module).__name__}; convert them, or initialise the model for them"
+        )
+
+
 def _inputs_of(module: nn.Module, layer: tuple[str, ...]) -> int | None:
     """The channels or features that a layer takes, None before it has parameters."""
     if not module.has_variable("params", layer[0]):

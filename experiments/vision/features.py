@@ -19,7 +19,7 @@ the correlations. A path within 5 % is the paper's advice for the number of step
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -31,11 +31,14 @@ from dl_jax.core import seeds
 from dl_jax.core.evaluate import collector, evaluator
 from dl_jax.core.fit import fit
 from dl_jax.core.step import Array, Batch, Tree, init_variables, make_step, per_seed, start
-from dl_jax.harness import Claim, Positive, Run, curves_figure, launch
+from dl_jax.harness import Claim, Positive, Run, Some, curves_figure, launch
 from dl_jax.models.vision.convnet import ConvNet
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+Kind = Literal["gradient", "SmoothGrad", "integrated gradients", "guided", "Grad-CAM", "occlusion", "climb"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +52,14 @@ class Config:
     path: Positive[int] = 50  # steps of integrated gradients, and samples of SmoothGrad
     ranked: Positive[int] = 100  # test images whose pixels are ranked
     climb: Positive[int] = 200  # steps that climb the logit of a class
+    kinds: Some[Kind] = KINDS  # what the figure `attributions` shows
 
 
 PRESETS = {
     "paper": Config(),
     "quick": Config(dataset="digits", steps=150, batch_size=64, ranked=40),
     "smoke": Config(dataset="digits", train_split="train[:64]", test_split="test[:32]", steps=2, batch_size=16, path=2,
-                    ranked=4, climb=2),
+                    ranked=4, climb=2, kinds=("integrated gradients",)),
 }  # fmt: skip
 
 CLAIMS = (
@@ -90,7 +94,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
 
     first = seeds.split(learnt)[0]
     shown = np.stack([test["image"][np.argmax(test["label"] == digit)] for digit in range(10)])
-    draw = jax.jit(functools.partial(maps, model, cfg.path, cfg.climb))
+    draw = jax.jit(functools.partial(maps, model, cfg))
     run.figure("attributions", cfg.steps, lambda: sheet(draw(first, classify.to_unit(shown), key[0])))
     run.figure("filters", cfg.steps, lambda: filters_figure(first["params"]["stem_conv"]["kernel"]))
     curves = {name: (np.arange(1 + len(LAYERS)), np.concatenate([np.ones((1, len(run.seeds))), each]))
@@ -158,24 +162,23 @@ def randomised(variables: Tree, other: Tree, n: int) -> Tree:
     return {"params": {name: (other if name in LAYERS[:n] else variables)["params"][name] for name in LAYERS}}
 
 
-def maps(model: ConvNet, path: int, climb: int, variables: Tree, images: Array, key: Array) -> dict[str, Array]:
-    """The maps [B, H, W] of each kind, by its name; the last are images that climb the logits of the classes 0 to 9."""
+def maps(model: ConvNet, cfg: Config, variables: Tree, images: Array, key: Array) -> dict[str, Array]:
+    """The images, and the maps [B, H, W] of each kind, by its name; of "climb", images that climb a class's logit."""
     of = functools.partial(score, model, predicted(model, variables, images))
-    at, guided = (functools.partial(each, variables) for each in (of, attribution.guided(of)))
-    signed = {
-        "gradient": attribution.gradient(at, images),
-        "SmoothGrad": attribution.smooth_gradient(at, images, key, 0.2, path),
-        "integrated gradients": attribution.integrated_gradients(at, images, path),
-        "guided backpropagation": attribution.gradient(guided, images),
-    }
+    at = functools.partial(of, variables)
     classes = functools.partial(score, model, jnp.arange(10), variables)
-    return {
-        "image": images[..., 0],
-        **{name: each[..., 0] for name, each in signed.items()},
-        "Grad-CAM": attribution.grad_cam(of, variables, images, "Dense_0", (7, 7, MAPS[-1])),
-        "occlusion": jax.image.resize(attribution.occlusion(at, images, 5, 2), images.shape[:3], "linear"),
-        "climbs its logit": attribution.maximised(classes, jnp.zeros((10, 28, 28, 1)), climb, 0.1, blurred)[..., 0],
-    }
+    found: dict[Kind, Callable[[], Array]] = {
+        "gradient": lambda: attribution.gradient(at, images)[..., 0],
+        "SmoothGrad": lambda: attribution.smooth_gradient(at, images, key, 0.2, cfg.path)[..., 0],
+        "integrated gradients": lambda: attribution.integrated_gradients(at, images, cfg.path)[..., 0],
+        "guided": lambda: attribution.gradient(functools.partial(attribution.guided(of), variables), images)[..., 0],
+        "Grad-CAM": lambda: attribution.grad_cam(of, variables, images, "Dense_0", (7, 7, MAPS[-1])),
+        "occlusion": lambda: jax.image.resize(attribution.occlusion(at, images, 5, 2), images.shape[:3], "linear"),
+        "climb": lambda: attribution.maximised(
+            classes, jnp.zeros((10, 28, 28, 1)), cfg.climb, 0.1, blurred
+        )[..., 0],
+    }  # fmt: skip
+    return {"image": images[..., 0], **{kind: found[kind]() for kind in cfg.kinds}}
 
 
 def blurred(images: Array) -> Array:  # [B, H, W, 1]

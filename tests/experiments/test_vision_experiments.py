@@ -190,3 +190,88 @@ def test_a_sheet_has_a_row_of_images_for_each_kind(features):
     assert [each.get_clim() for each in drawn] == [(0, 1), (-1, 1)]
     np.testing.assert_array_equal(drawn[0].get_array(), np.tile(np.pad(np.eye(3), ((1, 1), (2, 2))), (1, 4)))
     np.testing.assert_array_equal(drawn[1].get_array(), np.tile(np.pad(-np.ones((2, 2)), ((1, 1), (2, 2))), (1, 4)))
+
+
+@pytest.fixture(scope="module")
+def points(load_experiment):
+    return load_experiment("vision/points")
+
+
+def test_solids_are_as_described(points):
+    given = points.solids(80, 50, 0.0, 3)
+    assert np.bincount(given["label"]).tolist() == [10] * 8
+    np.testing.assert_allclose(given["points"].mean(1), 0, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(given["points"], axis=-1).max(1), 1, rtol=1e-6)
+    np.testing.assert_array_equal(points.solids(80, 50, 0.0, 3)["points"], given["points"])
+    assert not np.array_equal(points.solids(80, 50, 0.0, 4)["points"], given["points"])
+
+
+def test_the_points_of_solids_lie_on_their_surfaces(points):
+    u, v = np.random.default_rng(0).random((2, 500))
+    found = {name: np.stack(surface(u, v), -1) for name, surface in points.SOLIDS.items()}
+    radius = {name: np.hypot(x[:, 0], x[:, 1]) for name, x in found.items()}
+    height = {name: x[:, 2] for name, x in found.items()}
+    np.testing.assert_allclose(np.linalg.norm(found["ball"], axis=1), 1)
+    np.testing.assert_allclose(abs(found["cube"]).max(1), 0.8)
+    lid = abs(abs(height["cylinder"]) - 1) < 1e-9
+    assert 0.4 < lid.mean() < 0.6
+    np.testing.assert_allclose(radius["cylinder"][~lid], 1)
+    side = height["cone"] > -1
+    np.testing.assert_allclose((1 - height["cone"][side]) / 2, radius["cone"][side])
+    np.testing.assert_allclose((radius["torus"] - 0.7) ** 2 + height["torus"] ** 2, 0.09)
+    # A face of the tetrahedron is opposite a corner c, on the plane x · c = -1 · 0.81.
+    np.testing.assert_allclose((found["tetrahedron"] @ points.TETRAHEDRON.T).min(1), -0.81)
+    np.testing.assert_allclose(abs(height["lens"]), 0.4 * (1 - radius["lens"] ** 2), atol=1e-12)
+    np.testing.assert_allclose(radius["bowl"] ** 2 + (0.5 - height["bowl"]) ** 2, 1)
+
+
+def test_turns_keep_distances_and_are_even(points):
+    batch = {"points": jnp.asarray(np.random.default_rng(1).normal(size=(2000, 4, 3)), jnp.float32)}
+    found = points.turned(jax.random.key(0), batch)["points"]
+    norms = lambda x: np.einsum("npi,nqi->npq", x, x)
+    np.testing.assert_allclose(norms(found), norms(batch["points"]), atol=2e-4)
+    turns = points.rotations(np.random.default_rng(2).normal(size=(4000, 4)))
+    np.testing.assert_allclose(np.linalg.det(turns), 1)
+    assert abs(turns.mean(0)).max() < 0.05
+
+
+def test_points_are_sorted_by_their_first_coordinate(points):
+    given = np.random.default_rng(0).normal(size=(2, 5, 3))
+    expected = np.stack([row[np.argsort(row[:, 0])] for row in given])
+    np.testing.assert_allclose(points.ordered(jnp.asarray(given)), expected, rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def segment(load_experiment):
+    return load_experiment("vision/segment")
+
+
+def test_images_of_digits_on_a_texture(segment):
+    digits = np.zeros((2, 28, 28, 1), np.uint8)
+    digits[0, 4:9, 6:8], digits[1, 4:9, 6:8] = 255, 60  # of which the second is too dark to count
+    bright, dark = (segment.images(digits[i : i + 1], 6, 0) for i in (0, 1))
+    assert (bright["image"].shape, bright["image"].dtype) == ((6, 48, 48, 1), np.uint8)
+    assert not dark["inside"].any()
+    pixels = bright["inside"].sum((1, 2))
+    assert ((pixels <= 3 * 10) & (pixels >= 10)).all()  # digits may cover each other
+    same = bright["inside"] == 0
+    np.testing.assert_array_equal(
+        bright["image"][..., 0][same], segment.images(0 * digits, 6, 0)["image"][..., 0][same]
+    )
+    assert bright["image"][..., 0][~same].min() >= 127
+    np.testing.assert_array_equal(segment.images(digits, 6, 0)["image"], segment.images(digits, 6, 0)["image"])
+
+
+def test_the_overlap_by_hand(segment, monkeypatch):
+    assert segment.iou(np.array([1, 1, 0, 0]), np.array([0, 1, 1, 0])) == pytest.approx(1 / 3)
+    assert segment.iou(np.zeros(3), np.zeros(3)) == 1
+    found, inside = np.random.default_rng(0).integers(0, 2, (2, 3, 4, 4))
+    monkeypatch.setattr(segment, "predicted", lambda model, variables, image: image[..., 0] == 1)
+    batch = {"image": jnp.asarray(found)[..., None], "inside": jnp.asarray(inside), "mask": jnp.array([1.0, 0.0, 1.0])}
+    both, either = segment.overlap(None, None, batch, None)["iou"]
+    assert both / either == pytest.approx(segment.iou(found[::2], inside[::2]))
+    records = {
+        "image": np.array([10, 100, 104, 200], np.uint8).reshape(1, 2, 2, 1),
+        "inside": np.array([[[0, 0], [1, 1]]]),
+    }
+    assert segment.best_threshold(records) == 100

@@ -519,9 +519,9 @@ def test_of_a_recurrent_layer_both_kernels_are_rounded_and_both_inputs_are_met(c
     variables, apply = classifier(cell)
     found = jax.eval_shape(inputs(apply), variables, TOKENS)
     assert {path: [x.shape for x in xs] for path, xs in found.items()} == {
-        "Recurrent_0/forward_0/input": [(18, 4)],
+        "Recurrent_0/forward_0/input": [(6, 3, 4)],
         "Recurrent_0/forward_0": [(6, 3, 5)],
-        "Recurrent_0/forward_1/input": [(18, 5)],
+        "Recurrent_0/forward_1/input": [(6, 3, 5)],
         "Recurrent_0/forward_1": [(6, 3, 5)],
         "Dense_0": [(3, 5)],
     }
@@ -540,4 +540,4 @@ def test_a_recurrent_layers_input_is_rounded_to_its_range():
     seen = jax.jit(with_activations(inputs(apply), 2))({**variables, "ranges": ranges}, TOKENS)
     embedded = variables["params"]["Embed_0"]["embedding"][TOKENS.T]  # [T, B, D]
     path = "Recurrent_0/forward_0/input"
-    np.testing.assert_array_equal(seen[path][0], rounded(embedded.reshape(18, 4), ranges[path], 2))
+    np.testing.assert_array_equal(seen[path][0], rounded(embedded, ranges[path], 2))
