@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dl_jax.core.errors import InputError
-from dl_jax.core.stream import INDEX, Stream, check_batch, count, stacked
+from dl_jax.core.stream import INDEX, Stream, check_batch, count, gather, stacked
 
 _ORDER, _TRANSFORM = 0, 1  # spawn keys, so that the two uses of a seed are independent
 
@@ -45,7 +45,7 @@ def generator(seed: int, position: int) -> np.random.Generator:
 
 def rows(records: Mapping[str, Any], kept: np.ndarray | slice) -> dict[str, np.ndarray]:
     """The rows `kept` of all columns [N, ...]: indices, bools [N] or a slice. Ragged columns are padded."""
-    return {name: column[kept] for name, column in records.items()}
+    return gather(records, {INDEX: kept})
 
 
 def shuffled(records: Mapping[str, np.ndarray], batch_size: int, seeds: int | Sequence[int]) -> Stream:

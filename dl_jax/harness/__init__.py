@@ -2,7 +2,7 @@
 
 from dl_jax.harness.fields import Between, Distinct, Fraction, NonNegative, Positive, Probability, Some
 from dl_jax.harness.launch import launch
-from dl_jax.harness.report.figures import Point, confusion_figure, curves_figure, trade_figure
+from dl_jax.harness.report.figures import Point, confusion_figure, curves_figure, rows_figure, trade_figure
 from dl_jax.harness.report.tables import markdown_rows, print_rows
 from dl_jax.harness.results.claims import Claim, on_digits, on_shapes
 from dl_jax.harness.run import Run
@@ -25,5 +25,6 @@ __all__ = [
     "on_digits",
     "on_shapes",
     "print_rows",
+    "rows_figure",
     "trade_figure",
 ]

@@ -13,13 +13,14 @@ The score is the logit of the class that the trained network predicts. A rank co
 absolute maps of the trained network and those of the same network in which the layers from the last one down to the
 named one have new random weights, on average over test digits. The figure `attributions` shows the maps of ten test
 digits, and beside them images that climb the logit of each class; `filters` shows the first convolution, and `ranks`
-the correlations. A path within 5 % is the paper's advice for the number of steps; the share of the digits is our bar.
+the correlations. To add up within 5 % is the advice of Sundararajan et al. for the number of steps; the share of the
+digits is our bar.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -31,11 +32,8 @@ from dl_jax.core import seeds
 from dl_jax.core.evaluate import collector, evaluator
 from dl_jax.core.fit import fit
 from dl_jax.core.step import Array, Batch, Tree, init_variables, make_step, per_seed, start
-from dl_jax.harness import Claim, Positive, Run, Some, curves_figure, launch
+from dl_jax.harness import Claim, Positive, Run, Some, curves_figure, launch, rows_figure
 from dl_jax.models.vision.convnet import ConvNet
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Kind = Literal["gradient", "SmoothGrad", "integrated gradients", "guided", "Grad-CAM", "occlusion", "climb"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -95,8 +93,12 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     first = seeds.split(learnt)[0]
     shown = np.stack([test["image"][np.argmax(test["label"] == digit)] for digit in range(10)])
     draw = jax.jit(functools.partial(maps, model, cfg))
-    run.figure("attributions", cfg.steps, lambda: sheet(draw(first, classify.to_unit(shown), key[0])))
-    run.figure("filters", cfg.steps, lambda: filters_figure(first["params"]["stem_conv"]["kernel"]))
+    run.figure("attributions", cfg.steps, lambda: rows_figure(draw(first, classify.to_unit(shown), key[0])))
+    run.figure(
+        "filters",
+        cfg.steps,
+        lambda: rows_figure({"filters": first["params"]["stem_conv"]["kernel"][:, :, 0].transpose(2, 0, 1)}),
+    )
     curves = {name: (np.arange(1 + len(LAYERS)), np.concatenate([np.ones((1, len(run.seeds))), each]))
               for name, each in ranks.items()}  # fmt: skip
     run.figure("ranks", cfg.steps, lambda: curves_figure(
@@ -186,31 +188,6 @@ def blurred(images: Array) -> Array:  # [B, H, W, 1]
     for axis in (1, 2):
         images = (jnp.roll(images, 1, axis) + 2 * images + jnp.roll(images, -1, axis)) / 4
     return 0.97 * images
-
-
-def sheet(rows: Mapping[str, Any]) -> "Figure":
-    """Images [B, H, W] of each kind side by side; negative numbers are blue, 0 is white, and positive ones are red.
-
-    Each image is scaled by its largest absolute value. Kinds without negative numbers are grey.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 1.1 * len(rows)), layout="constrained")
-    grid: Any = figure.subplots(len(rows), 1, squeeze=False)
-    for axes, (name, given) in zip(grid[:, 0], rows.items(), strict=True):
-        images = np.asarray(given)
-        scaled = images / np.maximum(abs(images).max((1, 2), keepdims=True), 1e-30)
-        beside = np.concatenate(np.pad(scaled, ((0, 0), (1, 1), (2, 2))), 1)  # [H + 2, B (W + 4)]
-        signed = beside.min() < 0
-        axes.imshow(beside, cmap="RdBu_r" if signed else "Greys", vmin=-1 if signed else 0, vmax=1)
-        axes.set_ylabel(name, rotation=0, ha="right", va="center")
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set_visible(False)
-    return figure
-
-
-def filters_figure(kernel: Array) -> "Figure":  # [h, w, 1, D]
-    return sheet({"filters": np.asarray(kernel)[:, :, 0].transpose(2, 0, 1)})
 
 
 if __name__ == "__main__":

@@ -202,9 +202,10 @@ def ordered(points: Array) -> Array:  # [B, N, 3] -> [B, N, 3]
 
 
 def solid_loss(model: Any, see: Callable[[Array], Array], variables: Tree, batch: Batch, key: Array):
-    settings = {"mutable": ["batch_stats"]} if "batch_stats" in variables else {}
-    found: Any = model.apply(variables, see(batch["points"]), train=True, rngs={"dropout": key}, **settings)
-    logits, new = found if settings else (found, {})
+    found: Any = model.apply(
+        variables, see(batch["points"]), train=True, rngs={"dropout": key}, mutable=["batch_stats"]
+    )
+    logits, new = found
     return losses.cross_entropy(logits, batch["label"]).mean(), (new, {})
 
 

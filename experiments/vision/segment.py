@@ -18,7 +18,7 @@ masks.
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +30,8 @@ from dl_jax.core import seeds
 from dl_jax.core.evaluate import evaluator
 from dl_jax.core.fit import fit
 from dl_jax.core.step import Array, Batch, Tree, make_step, per_seed, start
-from dl_jax.harness import Claim, Positive, Run, launch
+from dl_jax.harness import Claim, Positive, Run, launch, rows_figure
 from dl_jax.models.vision.unet import UNet
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +82,8 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     test_of = evaluator(functools.partial(overlap, model), test, 4 * cfg.batch_size, key_test)
     first, shown = seeds.split(states.variables)[0], data.rows(test, slice(8))
     found = jax.jit(functools.partial(predicted, model))(first, shown["image"])
-    run.figure("segmentation", cfg.steps, lambda: segmentation_figure(shown, np.asarray(found)))
+    rows = {"image": shown["image"][..., 0], "digits": shown["inside"], "predicted": found}
+    run.figure("segmentation", cfg.steps, lambda: rows_figure(rows))
     by_threshold = iou(test["image"][..., 0] > best_threshold(train), test["inside"])
     return {
         "iou/network": 100 * test_of(states.variables)["iou"],
@@ -142,20 +140,6 @@ def overlap(model: UNet, variables: Tree, batch: Batch, key: Array):
     found, inside = predicted(model, variables, batch["image"]), batch["inside"] == 1
     counts = lambda pixels: (pixels * batch["mask"][:, None, None]).sum()
     return {"iou": (counts(found & inside), counts(found | inside))}
-
-
-def segmentation_figure(records: Mapping[str, np.ndarray], found: np.ndarray) -> "Figure":
-    """Images, true masks and predicted masks, a row each."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    rows = {"image": records["image"][..., 0] / 255, "digits": records["inside"], "predicted": found}
-    grid: Any = figure.subplots(len(rows), 1)
-    for axes, (name, each) in zip(grid, rows.items(), strict=True):
-        axes.imshow(np.concatenate(np.pad(each, ((0, 0), (0, 0), (1, 1))), 1), cmap="gray", vmin=0, vmax=1)
-        axes.set(xticks=[], yticks=[])
-        axes.set_ylabel(name, rotation=0, ha="right", va="center")
-    return figure
 
 
 if __name__ == "__main__":

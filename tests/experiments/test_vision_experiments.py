@@ -183,15 +183,6 @@ def test_ranks_of_the_same_network_agree(features, convnets, monkeypatch):
         assert abs(ranks[1, 0]) < 0.9
 
 
-def test_a_sheet_has_a_row_of_images_for_each_kind(features):
-    figure = features.sheet({"a": 4 * np.eye(3)[None].repeat(4, 0), "b": np.full((4, 2, 2), -3.0)})
-    assert [axes.get_ylabel() for axes in figure.axes] == ["a", "b"]
-    drawn = [axes.images[0] for axes in figure.axes]
-    assert [each.get_clim() for each in drawn] == [(0, 1), (-1, 1)]
-    np.testing.assert_array_equal(drawn[0].get_array(), np.tile(np.pad(np.eye(3), ((1, 1), (2, 2))), (1, 4)))
-    np.testing.assert_array_equal(drawn[1].get_array(), np.tile(np.pad(-np.ones((2, 2)), ((1, 1), (2, 2))), (1, 4)))
-
-
 @pytest.fixture(scope="module")
 def points(load_experiment):
     return load_experiment("vision/points")

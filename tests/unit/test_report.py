@@ -18,7 +18,7 @@ from etils import epath
 from dl_jax.core.errors import InputError
 from dl_jax.harness.report import terminal
 from dl_jax.harness.report import writers as report
-from dl_jax.harness.report.figures import Point, confusion_figure, curves_figure, image_sheet, trade_figure
+from dl_jax.harness.report.figures import Point, confusion_figure, curves_figure, image_sheet, rows_figure, trade_figure
 from dl_jax.harness.report.tables import markdown_rows
 from dl_jax.harness.report.terminal import Progress, print_table
 from dl_jax.harness.report.writers import JsonLines, TensorBoard
@@ -579,3 +579,12 @@ def test_a_figure_of_trades_draws_each_point_where_it_has_a_cost():
     np.testing.assert_array_equal(places(left), [(10, 2), (np.nan, 4)])
     edges = [each.lines[0].get_markeredgecolor() for each in right.containers]
     assert edges[0] == "black" != edges[1]
+
+
+def test_a_figure_of_images_has_a_row_for_each_kind():
+    figure = rows_figure({"a": 4 * np.eye(3)[None].repeat(4, 0), "b": np.full((4, 2, 2), -3.0)})
+    assert [axes.get_ylabel() for axes in figure.axes] == ["a", "b"]
+    drawn = [axes.images[0] for axes in figure.axes]
+    assert [each.get_clim() for each in drawn] == [(0, 1), (-1, 1)]
+    np.testing.assert_array_equal(drawn[0].get_array(), np.tile(np.pad(np.eye(3), ((1, 1), (2, 2))), (1, 4)))
+    np.testing.assert_array_equal(drawn[1].get_array(), np.tile(np.pad(-np.ones((2, 2)), ((1, 1), (2, 2))), (1, 4)))

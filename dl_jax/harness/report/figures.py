@@ -112,6 +112,27 @@ def trade_figure(points: Sequence[Point], best: Point | None, *, xlabels: Sequen
     return figure
 
 
+def rows_figure(rows: Mapping[str, Any]) -> "Figure":
+    """Images [B, H, W] of each kind side by side; negative numbers are blue, 0 is white, and positive ones are red.
+
+    Each image is scaled by its largest absolute value. Kinds without negative numbers are grey.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 1.1 * len(rows)), layout="constrained")
+    grid: Any = figure.subplots(len(rows), 1, squeeze=False)
+    for axes, (name, given) in zip(grid[:, 0], rows.items(), strict=True):
+        images = np.asarray(given)
+        scaled = images / np.maximum(abs(images).max((1, 2), keepdims=True), 1e-30)
+        beside = np.concatenate(np.pad(scaled, ((0, 0), (1, 1), (2, 2))), 1)  # [H + 2, B (W + 4)]
+        signed = beside.min() < 0
+        axes.imshow(beside, cmap="RdBu_r" if signed else "Greys", vmin=-1 if signed else 0, vmax=1)
+        axes.set_ylabel(name, rotation=0, ha="right", va="center")
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    return figure
+
+
 def image_sheet(images: Any) -> np.ndarray:
     """`images` [N, H, W, C] tiled into one image, uint8 [rows * (H + 1) - 1, columns * (W + 1) - 1, 3].
 
