@@ -14,7 +14,7 @@ A hyper-parameter that is drawn is an interval `(low, high)`, and the draw is un
 Invalid hyper-parameters raise InputError, those that depend on the image's shape when the function is first traced.
 """
 
-from dl_jax.augment.base import Augmentation, Colour, Interval, compose
+from dl_jax.augment.base import Augmentation, Colour, Interval, compose, up_to
 from dl_jax.augment.colour import REC601, brightness, colour_jitter, contrast, hue, saturation
 from dl_jax.augment.geometry import (
     affine,
@@ -61,4 +61,5 @@ __all__ = [
     "scale",
     "shear",
     "translate",
+    "up_to",
 ]

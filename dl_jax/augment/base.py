@@ -17,6 +17,11 @@ Interval = tuple[float, float]
 Colour = float | Sequence[float]  # one value for all channels, or one for each
 
 
+def up_to(most: float, rest: float = 0.0) -> Interval:
+    """The interval of `most` on both sides of `rest`."""
+    return rest - most, rest + most
+
+
 def compose(*augmentations: Augmentation) -> Augmentation:
     """Applies the augmentations in order with independent keys."""
 

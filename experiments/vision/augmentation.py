@@ -95,13 +95,12 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
 
 def distortions(cfg: Config) -> dict[str, augment.Augmentation]:
     """What the network sees of its images in each cell."""
-    up_to = lambda most, rest=0.0: (rest - most, rest + most)
     affine = augment.affine(
-        degrees=up_to(cfg.degrees),
-        scale=up_to(cfg.scale, 1),
-        squeeze=up_to(cfg.scale, 1),
-        shear=up_to(cfg.shear),
-        translate=up_to(cfg.translate),
+        degrees=augment.up_to(cfg.degrees),
+        scale=augment.up_to(cfg.scale, 1),
+        squeeze=augment.up_to(cfg.scale, 1),
+        shear=augment.up_to(cfg.shear),
+        translate=augment.up_to(cfg.translate),
     )
     return {
         "plain": classify.unit,

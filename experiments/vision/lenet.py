@@ -90,13 +90,12 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
         given = logits, batch["label"], batch["mask"]
         return {"error": metrics.error_rate(*given), "confusion": metrics.confusion_matrix(*given)}
 
-    up_to = lambda most, rest=0.0: (rest - most, rest + most)
     distort = augment.affine(
-        degrees=up_to(cfg.degrees),
-        scale=up_to(cfg.scale, 1),
-        squeeze=up_to(cfg.squeeze, 1),
-        shear=up_to(cfg.shear),
-        translate=up_to(cfg.translate),
+        degrees=augment.up_to(cfg.degrees),
+        scale=augment.up_to(cfg.scale, 1),
+        squeeze=augment.up_to(cfg.squeeze, 1),
+        shear=augment.up_to(cfg.shear),
+        translate=augment.up_to(cfg.translate),
     )
     cells = {
         "plain": (cfg.steps, classify.unit),

@@ -809,7 +809,7 @@ def test_a_label_outside_gives_rows_of_nan(mix):
 
 
 def test_the_figure_shows_every_augmentation():
-    public = {name for name in augment.__all__ if inspect.isfunction(getattr(augment, name))} - {"resample"}
+    public = {name for name in augment.__all__ if inspect.isfunction(getattr(augment, name))} - {"resample", "up_to"}
     script = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "augmentations.py"))
     shown = {label.split("(")[0] for rows in (script["DIGITS"], script["COLOURS"]) for label in rows}
     assert shown == public
@@ -908,3 +908,8 @@ def test_every_augmentation_that_moves_pixels_is_known_to_move_them():
     image[:, 3, 2] = 1
     moves = lambda name: JITTED[name](KEY, {"image": image})["image"][:, [2, 3, 4], 3:].max() > 0.6
     assert {name for name in ALL if moves(name)} <= set(GEOMETRY)
+
+
+def test_an_interval_on_both_sides():
+    assert augment.up_to(0.25) == (-0.25, 0.25)
+    assert augment.up_to(0.25, 1) == (0.75, 1.25)
