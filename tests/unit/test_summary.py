@@ -38,6 +38,7 @@ def test_every_model_file_has_published_instances_and_no_two_have_a_name():
     assert len(files) > 8
     assert all(file.published() for file in files)
     assert sorted(names) == sorted(PUBLISHED)
+    assert all(name.isidentifier() for name in names)  # typed on the command line as one word
 
 
 class Twice(nn.Module):

@@ -106,5 +106,5 @@ def published() -> dict[str, tuple[nn.Module, dict[str, jax.ShapeDtypeStruct], i
     transform = lambda n: layers(n, 64, 128, 1024) + layers(1024, 512, 256) + 257 * n**2
     return {
         "PointNet": (PointNet(), points, plain + transform(3) + transform(64)),
-        "PointNet, vanilla": (PointNet(transforms=False), points, plain),
+        "PointNetVanilla": (PointNet(transforms=False), points, plain),
     }
