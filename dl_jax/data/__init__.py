@@ -14,7 +14,7 @@ from dl_jax.data.batches import per_seed, rows, shuffled
 from dl_jax.data.buckets import bucketed, buckets, widths
 from dl_jax.data.columns import check_columns, load
 from dl_jax.data.describe import Feature, Info, info
-from dl_jax.data.image import check_images, check_labels, enlarge, grey_images, images, resized_crop
+from dl_jax.data.image import check_images, check_labels, check_two_classes, enlarge, grey_images, images, resized_crop
 from dl_jax.data.streaming import streamed
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "check_columns",
     "check_images",
     "check_labels",
+    "check_two_classes",
     "enlarge",
     "epoch",
     "grey_images",

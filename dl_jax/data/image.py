@@ -212,3 +212,12 @@ def check_labels(records: Mapping[str, np.ndarray], name: str, classes: int) -> 
             f"label {label[wrong[0]]} of example {wrong[0]} of data set {name} ({wrong.size} invalid labels): expected "
             f"0 to {classes - 1}; leave out the examples without a label, or set the number of classes"
         )
+
+
+def check_two_classes(labels: np.ndarray, name: str) -> None:  # int [N]
+    """Raises InputError where all labels to learn from are the same; `name` is the set's."""
+    if labels.size and (labels == labels[0]).all():
+        raise InputError(
+            f"all {len(labels)} examples of {name} to learn from have the label {labels[0]}, expected two classes or "
+            "more; give a larger --train-split"
+        )

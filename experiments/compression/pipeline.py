@@ -140,8 +140,8 @@ CLAIMS = (
     caffe("error/small", versus="error/teacher", locator="cut LeNet-5, accuracy", claimed=0, tolerance=0.2,
           unit="points"),
     bar("times_faster/int8/batch128", locator="ResNet-20, int8 against folded float", preset="resnet20", at_least=2,
-        unit="x", seeds=3, note="It depends on the processor: the last one has no VNNI, and files by ONNX Runtime's own "
-        "static quantisation were 1.6 times faster there."),
+        unit="x", seeds=3, note="It depends on the processor: the last one has no VNNI, and files by ONNX Runtime's "
+        "own static quantisation were 1.6 times faster there."),
     bar("error/int8", versus="error/teacher", locator="residual network, accuracy", preset="residual", claimed=0,
         tolerance=0.5, unit="points", given={"dataset": "digits"}, seeds=5),
     *(

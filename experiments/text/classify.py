@@ -91,6 +91,7 @@ class Network(NamedTuple):
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     splits = [labelled(cfg, split) for split in (cfg.train_split, cfg.dev_split, cfg.test_split)]
+    data.check_two_classes(splits[0]["label"], cfg.dataset)
     words = [text.split(each["text"], text.kim_words, empty="<none>") for each in splits]
     known = text.vocabulary(words[0].values)
     run.keep("vocabulary.json", known.kept())

@@ -85,6 +85,7 @@ NETWORKS = {"siamese": SiameseClassifier, "attention": DecomposableAttention}
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     train, test = (pairs(cfg, split) for split in (cfg.train_split, cfg.test_split))
+    data.check_two_classes(train["relation"].argmax(-1), cfg.dataset)
     found = {name: np.full(len(run.seeds), value) for name, value in tfidf_scores(train, test).items()}
     words = text.vocabulary(np.concatenate([read(train[side], cfg.longest).values for side in ("first", "second")]))
     run.keep("vocabulary.json", words.kept())

@@ -1,10 +1,13 @@
 """Classifiers of texts and of pairs: their targets, their controls, and what is refused."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from dl_jax import data
 from dl_jax.core.errors import InputError
+from dl_jax.harness import Run
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +25,15 @@ def test_a_split_without_labels_is_refused(classify, monkeypatch):
     monkeypatch.setattr(classify.data, "load", lambda *args, **rest: unlabelled)
     with pytest.raises(InputError, match="trec's split test has the label -1, expected 0 or more"):
         classify.labelled(classify.Config(), "test")
+
+
+@pytest.mark.parametrize("name", ["classify", "match"])
+def test_one_class_is_refused_before_any_training(name, request, monkeypatch):
+    module = request.getfixturevalue(name)
+    cfg = dataclasses.replace(module.PRESETS["smoke"], train_split="train[:1]")
+    monkeypatch.setattr(module, "fit", None)  # a step would fail
+    with pytest.raises(InputError, match=r"all 1 examples of docstrings to learn from have the label \d+, expected two"):
+        module.main(cfg, Run())
 
 
 @pytest.mark.parametrize("column", ["text", "label-coarse"])
