@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py            some twenty minutes on 2 cores; with PyTorch if torch is installed
     python benchmarks/train_step.py --quick    a minute, to see that it runs; its ratios mean little
+    python benchmarks/train_step.py Tagger     this network against PyTorch, and nothing else; several may be named
 
 It times, on the networks of problems.py:
 
@@ -29,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -208,25 +209,31 @@ def longer() -> float:
     return float(np.median([seconds(xla) / seconds(ours) for _ in range(12)]))
 
 
-def contestants(torch: bool) -> dict[str, Contestant]:
-    """The contestants by name, with those of PyTorch if `torch`."""
-    mine = {
+def fits(networks: Iterable[str]) -> dict[str, Contestant]:
+    """`fit` on each of these networks, by name."""
+    return {f"{name} fit": functools.partial(with_fit, name) for name in networks}
+
+
+def mine() -> dict[str, Contestant]:
+    """Our own contestants by name."""
+    return {
         **{f"{name} bare": functools.partial(bare, name) for name in ("MLP", "LeNet-5")},
-        **{f"{name} fit": functools.partial(with_fit, name) for name in PROBLEMS},
+        **fits(PROBLEMS),
         "LeNet-5 fit from disk": from_disk,
         "pipeline alone": pipeline_alone,
         "LeNet-5 five seeds": five_seeds,
     }
-    if not torch:
-        return mine
+
+
+def of_torch(networks: Iterable[str]) -> dict[str, Contestant]:
+    """The contestants of PyTorch for these networks, by name."""
     from benchmarks import torch_nets
 
-    theirs = {
+    return {
         f"{name} torch {kind}": functools.partial(torch_nets.train_block, name, kind == "compiled")
-        for name in PROBLEMS
+        for name in networks
         for kind in ("eager", "compiled")
     }
-    return {**mine, **theirs}
 
 
 class Row(NamedTuple):
@@ -238,8 +245,8 @@ class Row(NamedTuple):
     memory: str = ""  # peak memory in MiB, of PyTorch and of ours
 
 
-def rows(times: dict[str, Times], torch: bool) -> list[Row]:
-    """The rows of the table that compare contestants, with those against PyTorch if `torch`."""
+def rows(times: dict[str, Times]) -> list[Row]:
+    """The rows of the table that compare our own contestants."""
     table = [
         Row(f"fit / bare step, {name}", f"{ratio(times[f'{name} fit'], times[f'{name} bare']):.3f}", "<= 1.03")
         for name in ("MLP", "LeNet-5")
@@ -250,33 +257,49 @@ def rows(times: dict[str, Times], torch: bool) -> list[Row]:
     table.append(Row("examples/s of the pipeline / of the LeNet-5 step", f"{supply:.1f}", "> 1"))
     seeds = ratio(times["LeNet-5 five seeds"], times["LeNet-5 fit"]) / SEEDS
     table.append(Row(f"{SEEDS} seeds of LeNet-5 at once / {SEEDS} runs", f"{seeds:.3f}", "<= 1.05"))
-    for name, problem in PROBLEMS.items() if torch else ():
+    return table
+
+
+def rows_against_torch(times: dict[str, Times], networks: Iterable[str]) -> list[Row]:
+    """The rows of the table for these networks and their twins."""
+    table = []
+    for name in networks:
         ours, rivals = times[f"{name} fit"], [times[f"{name} torch {kind}"] for kind in ("eager", "compiled")]
         best = min(rivals, key=lambda t: np.median(t.seconds))
         memory = f"{best.peak_mib:.0f} / {ours.peak_mib:.0f}"
-        table.append(Row(f"{name}: faster PyTorch / fit", f"{ratio(best, ours):.2f}", problem.goal, memory))
+        table.append(Row(f"{name}: faster PyTorch / fit", f"{ratio(best, ours):.2f}", PROBLEMS[name].goal, memory))
     return table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="run few and short rounds, without PyTorch")
-    quick = parser.parse_args().quick
+    parser.add_argument("networks", nargs="*", metavar="NETWORK", help="compare only these with PyTorch")
+    args = parser.parse_args()
+    quick, networks = args.quick, args.networks or [*PROBLEMS]
+    if unknown := {*networks} - PROBLEMS.keys():
+        parser.error(f"there is no network {', '.join(sorted(unknown))}, expected some of {', '.join(PROBLEMS)}")
     torch = importlib.util.find_spec("torch") is not None and not quick
+    if args.networks and not torch:
+        parser.error("there is no PyTorch to compare them with; install torch, and leave --quick out")
     print(f"{os.cpu_count()} cores of {processor()}, load average {os.getloadavg()[0]:.1f} before the start")
     print(f"steps on {device()}")
     code, used = git_state(Path(__file__).parent), versions()
     used |= {"torch": importlib.metadata.version("torch")} if torch else {}
     print(f"commit {code['commit']}{'' if code['clean'] else ' with uncommitted changes'}")
     print(", ".join(f"{name} {version}" for name, version in used.items()) + "\n")
-    times = compete(contestants(torch), *((5, 2) if quick else (50, 9)), most_seconds=MOST_SECONDS)
+    ours = fits(networks) if args.networks else mine()
+    entrants = {**ours, **(of_torch(networks) if torch else {})}
+    times = compete(entrants, *((5, 2) if quick else (50, 9)), most_seconds=MOST_SECONDS)
     for name, (seconds, peak) in times.items():
         print(f"{name:<24} {1e3 * np.median(seconds):8.2f} ms/step {peak:6.0f} MiB at most")
-    table = rows(times, torch)
-    table.append(Row("host's ms per step, 10 in a call", f"{host_milliseconds():.3f}", "<= 0.1"))
-    table.append(Row("seconds from start to first step", f"{first_step_seconds():.2f}", "<= 2.5"))
-    table.append(Row("seconds to initialise ResNet-50", f"{initialising_seconds():.2f}", "<= 5"))
-    table.append(Row("XLA's convolution / ours with a row more", f"{longer():.2f}", ">= 1.1"))
+    table = [] if args.networks else rows(times)
+    table += rows_against_torch(times, networks) if torch else []
+    if not args.networks:
+        table.append(Row("host's ms per step, 10 in a call", f"{host_milliseconds():.3f}", "<= 0.1"))
+        table.append(Row("seconds from start to first step", f"{first_step_seconds():.2f}", "<= 2.5"))
+        table.append(Row("seconds to initialise ResNet-50", f"{initialising_seconds():.2f}", "<= 5"))
+        table.append(Row("XLA's convolution / ours with a row more", f"{longer():.2f}", ">= 1.1"))
     print(f"\n{'':<48} {'measured':>8}   {'goal':<8} {'peak MiB, PyTorch / ours' if torch else ''}".rstrip())
     for what, measured, goal, memory in table:
         print(f"{what:<48} {measured:>8}   {goal:<8} {memory}".rstrip())
