@@ -14,8 +14,8 @@ Two networks learn each task by itself. A siamese BiLSTM compares the vectors of
 attention aligns their words (Parikh et al. 2016, arXiv:1606.01933). As in Tai et al., section 4.2, relatedness is the
 mean of a distribution over the whole degrees. The control sees the cosine, the product and the absolute difference of
 the two TF-IDF vectors, and is a logistic or a ridge regression. The numbers are those after the last step, and the
-hyper-parameters of networks and control were chosen on the validation split. In the quick preset a text is related to
-every other word of its own, and not to those of another.
+hyper-parameters of networks and control were chosen on the validation split and on training pairs that were held out.
+In the quick preset a text is related to every other word of its own, and not to those of another.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ class Config:
     longest: Positive[int] = 64  # words of a text that are read
     embedding: Positive[int] = 100  # width of a word's vector
     hidden: Positive[int] = 100  # units of a recurrent layer in one direction, and of the attention's layers
-    dropout: Probability = 0.1  # dropout probability
+    dropout: Probability = 0.0  # dropout probability
     learning_rate: Positive[float] = 2e-3  # peak learning rate of Adam
     cells: Some[Cell] = ("siamese", "attention")  # the networks
 
@@ -66,16 +66,17 @@ PRESETS = {
     "quick": Config(dataset="docstrings", steps=400, embedding=32, hidden=32),
     "smoke": Config(dataset="docstrings", train_split="train[:64]",
                     test_split="test[:32]", steps=2, batch_size=8, boundaries=(), embedding=8, hidden=8,
-                    dropout=0.0, cells=("attention",)),
+                    cells=("attention",)),
 }  # fmt: skip
 
 ours = functools.partial(Claim, paper="our bar", better="higher", given={"dataset": "sick2014"})
-PILOT = "A pilot of one seed, on the validation split: "
 CLAIMS = (
     ours("pearson/siamese", versus="pearson/tfidf", locator="relatedness, siamese network against TF-IDF",
-         note=PILOT + "0.806 against 0.751."),
+         note="A pilot of one seed, on the validation split: 0.806 against 0.751."),
     ours("accuracy/siamese", versus="accuracy/tfidf", unit="%", locator="relation, siamese network against TF-IDF",
-         note=PILOT + "83.0 against 82.4 %."),
+         note="A first run of five seeds had a dropout of 0.1 and missed: 81.8 against 82.4 %. Dropout was then left "
+         "out, because of pilots on the last 1,000 training pairs: 84.1 % without it, 81.1 with 0.1, 82.2 with 0.1 and "
+         "three times as many steps, 76.2 with 0.3, and 82.2 of TF-IDF."),
 )  # fmt: skip
 KEEPS = ("vocabulary.json",)  # files in the run's folder
 
