@@ -41,7 +41,11 @@ def clip(image: np.ndarray, motion: str, place: tuple[int, int], speed: int = 1,
             grows or shrinks.
         speed: Pixels a frame, of a motion in one of four directions.
         phase: How many frames of its period a blink has behind it at the start.
+
+    Raises InputError for another motion.
     """
+    if motion not in MOTIONS:
+        raise InputError(f"motion {motion!r}, expected one of {', '.join(MOTIONS)}; choose one")
     t, (down, right) = np.arange(FRAMES), DIRECTIONS.get(motion, (0, 0))
     sides = {"grow": GROWING, "shrink": GROWING[::-1]}.get(motion, np.full(FRAMES, USUAL))
     margins = (LARGEST - sides) // 2 if motion in ("grow", "shrink") else 0  # the centre stays where it is

@@ -8,7 +8,7 @@ digit in one of eight motions (`dl_jax/data/moving_digits.py`) in place of two m
 Expected: a GRU over the features of the frames knows at least 90 % of the motions. The mean of the same features knows
 at most 67.3 %: a motion and its opposite have the same frames, so that a bag of frames is right about 62.5 % at best,
 but for chance. A ConvLSTM that has seen 8 frames predicts the next 8 with a lower cross-entropy than an FC-LSTM. About
-8 minutes a seed on one core of an AMD EPYC.
+7 minutes a seed on one core of an AMD EPYC.
 
 Training videos are moved around their torus at random. The paper's networks have 7.6 and 143 million parameters and are
 too large for a CPU; these have 65 thousand and 2.9 million, and the paper's numbers are not claimed. Both learn with
@@ -46,7 +46,7 @@ class Config:
     steps: Positive[int] = 700  # train steps of a classifier
     forecast_steps: Positive[int] = 500  # train steps of a network that continues videos
     batch_size: Positive[int] = 32  # videos per step, over all devices
-    learning_rate: Positive[float] = 2e-3  # peak learning rate of Adam, of a classifier
+    learning_rate: Positive[float] = 3e-3  # peak learning rate of Adam, of a classifier
     forecast_rate: Positive[float] = 3e-3  # that of a network that continues videos
     clip: Positive[float] = 1.0  # largest norm of the gradient
     maps: tuple[Positive[int], ...] = (8, 16, 32)  # of the convolutions for features of frames
@@ -66,7 +66,7 @@ PRESETS = {
     "quick": Config(dataset="moving_scans", steps=300, maps=(4, 8, 16), cells=("bag", "gru")),
     "smoke": Config(dataset="moving_scans", train_split="train[:16]", test_split="test[:8]", steps=2, forecast_steps=2,
                     batch_size=8, maps=(2,), features=4, hidden=4, conv_hidden=(2,), patch=8, given=2, horizon=2,
-                    cells=("bag", "conv_lstm")),
+                    cells=("conv_lstm",)),
 }  # fmt: skip
 
 ours = functools.partial(Claim, paper="our bar", unit="%")
@@ -74,17 +74,18 @@ motions = functools.partial(ours, given={"dataset": "moving_digits"})
 PILOT = "A pilot of one seed, with the last 300 training videos: "
 CLAIMS = (
     motions("accuracy/bag", at_most=67.3, locator="eight motions, the mean of the features of frames",
-            note="The limit of a bag of frames, 62.5 %, and two standard errors of 400 videos. " + PILOT + "BAG %."),
+            note="The limit of a bag of frames, 62.5 %, and two standard errors of 400 videos. " + PILOT + "50.0 % after "
+            "500 steps."),
     motions("accuracy/gru", at_least=90.0, locator="eight motions, a GRU over the features of frames",
-            note=PILOT + "GRU %."),
+            note=PILOT + "98.7 %."),
     motions("accuracy/gru", versus="accuracy/bag", better="higher", locator="eight motions, a GRU against a mean",
-            note=PILOT + "GRU against BAG %."),
+            note=PILOT + "98.7 against 50.0 %, the latter after 500 steps."),
     Claim("cross_entropy/conv_lstm", paper="Shi et al. 2015", versus="cross_entropy/fc_lstm", unit="nats/frame",
           locator="Table 1, the order of ConvLSTM and FC-LSTM", given={"dataset": "moving_digits"},
           note="Smaller networks, other videos and 8 frames for 10: only the order is claimed. " + PILOT
-          + "120.7 against FC."),
+          + "120.7 against 192.1; 188.4 with a third of the rate."),
     ours("accuracy/gru", at_least=62.5, preset="quick", given={"dataset": "moving_scans"},
-         locator="eight motions of 8x8 scans", note="No bag of frames is right about more."),
+         locator="eight motions of 8x8 scans", note="No bag of frames is right about more. A pilot of one seed, on the last 200 training videos: 94.5 %."),
 )  # fmt: skip
 KEEPS = ("predicted.png",)  # files in the run's folder
 

@@ -82,6 +82,22 @@ def test_the_accuracy_counts_every_test_video_once(video):
     np.testing.assert_allclose(loss, scores.mean(), rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["bag", "gru", "conv_lstm", "fc_lstm"])
+def test_every_network_gives_a_loss_for_each_video(video, name):
+    cfg = video.PRESETS["smoke"]
+    model, values, *_ = video.task(cfg, name, 8)
+    batch = {"video": np.zeros((3, 16, 32, 32, 1), np.uint8), "label": np.zeros(3, np.int32)}
+
+    def of_start():
+        variables = model.init(jax.random.key(0), jnp.zeros((1, cfg.given, 32, 32, 1)), train=False)
+        return values(cfg, model, variables, batch, train=True)
+
+    each, measured = jax.eval_shape(of_start)
+    assert each.shape == (3,)
+    metric = "accuracy" if name in ("bag", "gru") else "cross_entropy"
+    assert {name: value.shape for name, value in measured.items()} == {metric: (3,)}
+
+
 def test_rows_of_frames(video):
     cfg = dataclasses.replace(video.Config(), given=2, horizon=1)
     frames = np.arange(2 * 4 * 2 * 2, dtype=np.uint8).reshape(2, 4, 2, 2, 1)

@@ -102,6 +102,11 @@ def test_what_is_refused(shape, dtype, labels, n, message):
         clips(np.zeros(shape, dtype), np.zeros(labels, int), n, 0)
 
 
+def test_another_motion_is_refused():
+    with pytest.raises(InputError, match="motion 'turn', expected one of still, left, right"):
+        clip(DIGIT, "turn", (0, 0))
+
+
 def test_one_clip_of_one_digit():
     found = clips(np.full((1, 1, 1, 1), 255, np.uint8), np.array([7]), 1, 0)
     assert (found["video"].shape, found["label"].tolist(), found["digit"].tolist()) == ((1, 16, 32, 32, 1), [0], [7])
