@@ -12,7 +12,8 @@ but for chance. A ConvLSTM that has seen 8 frames predicts the next 8 with a low
 
 Training videos are moved around their torus at random. The paper's networks have 7.6 and 143 million parameters and are
 too large for a CPU; these have 65 thousand and 2.9 million, and the paper's numbers are not claimed. Both learn with
-the same steps and rate, in which the FC-LSTM hardly gets beyond the mean of all frames. The figure `predicted` shows given, true and predicted frames of the first seed.
+the same steps and rate, in which the FC-LSTM hardly gets beyond the mean of all frames. The figure `predicted` shows
+given, true and predicted frames of the first seed.
 """
 
 import dataclasses
