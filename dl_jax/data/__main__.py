@@ -6,7 +6,7 @@ import tyro
 
 from dl_jax.core.errors import BAD_INPUT, UNAVAILABLE, InputError, Unavailable, lasting_output
 from dl_jax.data.prepare import prepare
-from dl_jax.data.source import BUNDLED, DOWNLOADED, Prepared, data_folder, prepared, split_sizes
+from dl_jax.data.source import BUNDLED, DERIVED, DOWNLOADED, Prepared, data_folder, prepared, split_sizes
 
 
 def prepare_set(name: tyro.conf.Positional[str], data_dir: str | None = None) -> None:
@@ -28,7 +28,7 @@ def list_sets(data_dir: str | None = None) -> None:
     found = prepared(data_dir)
     print(
         f"{len(found)} prepared in {data_folder(data_dir)}; always available: {', '.join(BUNDLED)}; "
-        f"beside TFDS's sets, `prepare` knows {', '.join(DOWNLOADED)}"
+        f"beside TFDS's sets, `prepare` knows {', '.join([*DOWNLOADED, *DERIVED])}"
     )
     for each in found:
         print(_summary(each))

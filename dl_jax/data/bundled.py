@@ -1,4 +1,4 @@
-"""Sets that are always there: prepared offline as TFDS sets when they are first used."""
+"""Sets that are computed, not downloaded. Bundled ones are prepared offline as TFDS sets when they are first used."""
 
 import io
 from collections.abc import Callable, Iterable, Mapping
@@ -18,6 +18,19 @@ class Bundled(NamedTuple):
     description: str
     features: Callable[[], Mapping[str, Any]]  # TFDS's, by name
     splits: Callable[[], Mapping[str, Iterable[Mapping[str, Any]]]]  # the examples of each split
+    target: tuple[str, str] | None = None  # the input and the class label, where the set has one of each
+
+
+class Derived(NamedTuple):
+    """A set that is made of another set of images with labels, when `python -m dl_jax.data prepare` is called."""
+
+    name: str
+    version: str  # increase it when an example changes
+    description: str
+    features: Callable[[], Mapping[str, Any]]  # TFDS's, by name
+    source: str  # the name of the other set
+    splits: Callable[[Callable[[str], tuple[np.ndarray, np.ndarray]]], Mapping[str, Iterable[Mapping[str, Any]]]]
+    """The examples of each split, from a function that gives the source's images and labels of a split."""
     target: tuple[str, str] | None = None  # the input and the class label, where the set has one of each
 
 
@@ -77,10 +90,15 @@ def _read(folder: Path) -> Path | None:
 
 def _make(each: Bundled, folder: Path) -> None:
     cached.remove(folder)
-    splits = {split: enumerate(examples) for split, examples in each.splits().items()}
-    described = {"description": each.description, "supervised_keys": each.target}
-    builder.write(folder.parents[1], each.name, each.version, each.features(), splits, **described)
+    write(each, each.splits(), folder.parents[1])
     cached.write_sealed(_listing(folder), {"files": cached.digests(folder)})
+
+
+def write(each: Bundled | Derived, splits: Mapping[str, Iterable[Mapping[str, Any]]], root: Path) -> None:
+    """Prepares the set of these examples in the data folder `root`."""
+    keyed = {split: enumerate(examples) for split, examples in splits.items()}
+    described = {"description": each.description, "supervised_keys": each.target}
+    builder.write(root, each.name, each.version, each.features(), keyed, **described)
 
 
 def _listing(folder: Path) -> Path:

@@ -27,11 +27,12 @@ def scans() -> tuple[np.ndarray, np.ndarray]:
     return ((ink * 255 + 8) // 16).astype(np.uint8).reshape(-1, 8, 8, 1), label
 
 
-def _splits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def splits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Images and labels of each split."""
     images, labels = scans()
     return {"train": (images[:-TEST], labels[:-TEST]), "test": (images[-TEST:], labels[-TEST:])}
 
 
 SET = image_set(
-    "digits", "1.0.0", "scikit-learn's 8x8 scans of handwritten digits", tuple("0123456789"), (8, 8, 1), _splits
+    "digits", "1.0.0", "scikit-learn's 8x8 scans of handwritten digits", tuple("0123456789"), (8, 8, 1), splits
 )

@@ -1,16 +1,22 @@
 """Prepares data sets with TFDS's builders or our own, in array_record format, which is read without TensorFlow."""
 
+import functools
 import importlib.util
 import os
 import re
 from pathlib import Path
 
+import numpy as np
+
 from dl_jax.core.errors import InputError, nearest
 from dl_jax.core.files import locked
-from dl_jax.data import downloads
+from dl_jax.data import bundled, downloads
+from dl_jax.data.bundled import Derived
+from dl_jax.data.columns import load
 from dl_jax.data.downloads import Downloaded
 from dl_jax.data.source import (
     BUNDLED,
+    DERIVED,
     DOWNLOADED,
     FORM,
     Prepared,
@@ -28,9 +34,10 @@ from dl_jax.data.source import (
 def prepare(name: str, data_dir: str | None = None) -> Prepared:
     """Downloads and prepares the set `name` in `data_dir`, unless it is already prepared, and returns where it is.
 
-    It is one of TFDS's sets or of `text_sets`. Several processes may call it at once: one prepares the set while the
-    others wait. Raises InputError where the set cannot be prepared: for a malformed or unknown name, for a set that
-    needs TensorFlow where this is not installed, and where the network, a download or the disk fails.
+    It is one of TFDS's sets, of `text_sets`, or one that is made of a prepared set (`source.DERIVED`). Several
+    processes may call it at once: one prepares the set while the others wait. Raises InputError where the set cannot be
+    prepared: for a malformed or unknown name, for a set that needs TensorFlow where this is not installed, for one made
+    of a set that is not prepared, and where the network, a download or the disk fails.
     """
     require_name(name)
     if name in BUNDLED:
@@ -62,9 +69,11 @@ def prepare(name: str, data_dir: str | None = None) -> Prepared:
 def _download_and_prepare(name: str, root: Path) -> None:
     import tensorflow_datasets as tfds
 
-    ours = _downloaded(name)
+    ours = _ours(name)
     try:
-        if ours:
+        if isinstance(ours, Derived):
+            bundled.write(ours, ours.splits(functools.partial(_source, ours, root)), root)
+        elif ours:
             downloads.prepare(ours, root)
         else:
             tfds.builder(name, data_dir=root, file_format="array_record").download_and_prepare()
@@ -74,10 +83,16 @@ def _download_and_prepare(name: str, root: Path) -> None:
         raise InputError(_reason(name, root, e)) from e
 
 
-def _downloaded(name: str) -> Downloaded | None:
+def _source(each: Derived, root: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of the set that another is made of."""
+    records = load(each.source, split, str(root), only=("image", "label"))
+    return records["image"], records["label"]
+
+
+def _ours(name: str) -> Downloaded | Derived | None:
     """The set of our own that has this name, or None. Raises InputError for a config or version that it lacks."""
     set_name, config, version = FORM.fullmatch(name).groups()  # pyright: ignore
-    found = DOWNLOADED.get(set_name)
+    found = {**DOWNLOADED, **DERIVED}.get(set_name)
     if found and (config or version not in (None, found.version)):
         raise InputError(
             f"data set {name} is unknown, expected {set_name} or {set_name}:{found.version}; use one of them"

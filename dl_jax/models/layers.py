@@ -94,6 +94,15 @@ def require_image(module: nn.Module, image: jax.Array, smallest: int, first: tup
         )
 
 
+def require_video(module: nn.Module, video: jax.Array) -> None:
+    """Raises InputError unless `video` is [B, T, H, W, C] with one frame or more."""
+    name = type(module).__name__
+    if video.ndim != 5:
+        raise InputError(f"{name} takes videos [B, T, H, W, C], not an array of shape {video.shape}; reshape it")
+    if video.shape[1] < 1:
+        raise InputError(f"videos of {video.shape[1]} frames, expected 1 or more for {name}; give longer ones")
+
+
 def require_values(module: nn.Module, x: jax.Array, first: tuple[str, ...]) -> None:
     """Raises InputError unless the examples of `x` [B, ...] have as many values as the dense layer at `first` takes."""
     values, expected = math.prod(x.shape[1:]), _inputs_of(module, first)
