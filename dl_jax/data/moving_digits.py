@@ -10,8 +10,8 @@ A motion and its opposite (left and right, up and down, grow and shrink) consist
 that a bag of frames cannot tell them apart: whoever knows everything about a bag of frames is right about the other two
 motions and about half of these six, 62.5 % of all.
 
-The records are the same in kind, but not in bits, as those of a set that has been prepared under this name before,
-whose random numbers are not known: its clips are those of `clip` for some digit, place, speed and phase.
+Another set that is known under this name has clips of the same kind, which are those of `clip` for some digit, place,
+speed and phase, but in another order of random numbers.
 """
 
 from collections.abc import Callable, Iterable, Mapping
