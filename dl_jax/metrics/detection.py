@@ -93,7 +93,7 @@ def _hits(overlaps: np.ndarray) -> np.ndarray:  # [D, G], the surest first -> bo
 
 def pairwise_iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:  # [N, 4], [M, 4] -> float64 [N, M]
     """The intersection over the union, in float64, where `detect.iou` is for devices."""
-    a, b = np.float64(boxes)[:, None], np.float64(others)[None]
+    a, b = np.asarray(boxes, np.float64)[:, None], np.asarray(others, np.float64)[None]
     area = lambda sides: np.maximum(sides, 0).prod(-1)
     both = area(np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]))
     union = area(a[..., 2:] - a[..., :2]) + area(b[..., 2:] - b[..., :2]) - both

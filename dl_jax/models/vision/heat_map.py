@@ -90,7 +90,7 @@ class HeatMapDetector(nn.Module):
 def examples() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
     """A tiny instance with a batch of images, for the tests of the whole zoo. Its levels have 1x3 and 1x2 cells."""
     image = np.random.default_rng(0).random((3, 4, 12, 1), np.float32)
-    return {"HeatMapDetector": (HeatMapDetector(3, (4, 6), head=4), {"image": image})}
+    return {"HeatMapDetector": (HeatMapDetector(3, (8, 6), head=4), {"image": image})}
 
 
 def published() -> dict[str, tuple[nn.Module, dict[str, jax.ShapeDtypeStruct], int]]:
