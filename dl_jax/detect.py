@@ -64,6 +64,8 @@ def nms(boxes: Array, scores: Array, labels: Array, present: Array, threshold: f
     if not 0 <= threshold <= 1:
         raise InputError(f"nms: threshold is {threshold}, expected an IoU in [0, 1]")
     n = _count("nms", boxes, scores=scores, labels=labels, present=present)
+    if not n:
+        return present
     order = jnp.argsort(scores, descending=True, stable=True)
     overlap = (iou(boxes, boxes) > threshold) & (labels[:, None] == labels)  # [N, N]
 

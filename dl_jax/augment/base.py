@@ -133,9 +133,10 @@ def require_unplaced(batch: Batch) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path({**batch, "image": None}):
         name, shape = leaf_name(path), jnp.shape(leaf)
         if lies_in_the_image(name, len(shape)):
+            others = f"; flips, crops and affine maps move it with {PRESENT!r} beside it" if name == BOXES else ""
             raise InputError(
                 f"column {name!r} of shape {shape} has image coordinates, which this augmentation does not transform; "
-                "remove the column, transform both, or rename it if it holds something else"
+                f"remove the column, transform both, or rename it if it holds something else{others}"
             )
 
 

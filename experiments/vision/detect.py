@@ -1,11 +1,21 @@
 """A small network finds and counts the cells in images of blood.
 
-Zhou, Wang & Krähenbühl 2019, "Objects as points" (arXiv:1904.07850): an object is a peak in the heat map of its class,
-and its size is read at the peak. The data are BCCD's (github.com/Shenggan/BCCD_Dataset), in which red and white cells
-and platelets have boxes; no paper has a number for this network, so the bars are our own.
+Zhou, Wang & Krähenbühl 2019, "Objects as points" (arXiv:1904.07850), section 3: an object is a peak in the heat map of
+its class, and its size is read at the peak. No paper has a number for a network like this one on these data, so the
+bars are our own.
 
     python experiments/vision/detect.py --preset paper --seeds 3 --workdir runs/detect
 
+Expected: an average precision of at least 80 % at an IoU of 0.5 (AP50), and more with augmentation than without. Of
+platelets the number in an image is nearer than the median of the training images. For comparison, without a verdict: a
+YOLOv8n is reported with 90.4 % on a version of the same images.
+
+The data are BCCD's (github.com/Shenggan/BCCD_Dataset): 364 images with boxes around red and white blood cells and
+platelets, here reduced to 120x160 pixels. Many of the red cells have no box, which limits their AP and how well they
+can be counted. Boxes without area, of which there are two, are left out. The same images are learnt as they are, and
+with flips, changes of size, place and brightness. Any other set of images with objects will do: `--dataset`. Of a
+set of digits, images of three digits on a texture are made, which have boxes too. The figures `objects` show test
+images with the true boxes and those that are counted.
 """
 
 import dataclasses
@@ -50,14 +60,22 @@ class Config:
 
 PRESETS = {
     "paper": Config(),
-    "quick": Config(dataset="digits", height=64, width=96, maps=(16, 32, 64), head=32, steps=500, cells=("plain",)),
+    "quick": Config(dataset="digits", height=64, width=96, train_images=3000, maps=(16, 32, 64), head=32, steps=1500,
+                    cells=("plain",)),
     "smoke": Config(dataset="digits", height=32, width=32, train_images=16, test_images=8, boxes=4, maps=(4,), head=4,
                     steps=2, batch_size=8, cells=("plain",)),
 }  # fmt: skip
 
 ours = functools.partial(Claim, paper="our bar", unit="%", seeds=3, given={"dataset": "bccd"})
+PILOT = "A pilot of one seed, on the validation split: "
 CLAIMS = (
-    ours("ap50/augmented", at_least=70.0, locator="AP at an IoU of 0.5"),
+    ours("ap50/augmented", at_least=80.0, locator="AP at an IoU of 0.5", note=PILOT + "85.0 %."),
+    ours("ap50/augmented", versus="ap50/plain", better="higher", locator="AP at an IoU of 0.5, with augmentation",
+         note=PILOT + "PLAIN."),
+    ours("count_error_Platelets/augmented", versus="count_error_Platelets/median", better="lower", unit="platelets",
+         locator="number of platelets, against the median of the training images", note=PILOT + "0.30 against 0.92."),
+    ours("ap50/plain", at_least=25.0, preset="quick", given={"dataset": "digits"}, locator="digits on a texture",
+         note="A pilot of one seed, on the last fifth of the training digits: 44.8 %."),
 )  # fmt: skip
 KEEPS = ("*/objects.png",)  # files in the run's folder
 

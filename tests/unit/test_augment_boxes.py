@@ -1,11 +1,13 @@
 """Boxes and label maps move with the images: against masks of the boxes that are moved, and invariants."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dl_jax import augment
 from dl_jax.augment.base import LOST
@@ -172,6 +174,25 @@ def test_seeds_as_an_axis_draw_for_themselves():
     assert (np.array(both["objects/bbox"][0]) != np.array(both["objects/bbox"][1])).any()
 
 
+@pytest.mark.parametrize("name", ["compose", "resized_crop"])
+def test_devices_share_a_batch_without_exchange(name):
+    batch = {column: np.concatenate([values, values])[:16] for column, values in batch_of().items()}
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    step = jax.jit(MOVES[name], in_shardings=(NamedSharding(mesh, PartitionSpec()), rows), out_shardings=rows)
+    compiled = step.lower(KEY, batch).compile()
+    assert not re.findall(r"all-gather|all-reduce|collective-permute|all-to-all", compiled.as_text())
+    alone = jax.jit(MOVES[name])(KEY, batch)
+    for column, found in compiled(KEY, jax.device_put(batch, rows)).items():
+        np.testing.assert_allclose(found, alone[column], atol=1e-6)
+
+
+def test_no_boxes_at_all():
+    batch = {**batch_of(), "objects/bbox": np.zeros((B, 0, 4), np.float32), "objects/mask": np.zeros((B, 0), bool)}
+    found = jax.eval_shape(MOVES["compose"], KEY, batch)
+    assert found["objects/bbox"].shape == (B, 0, 4)
+
+
 @pytest.mark.parametrize("shape", [(H, W, 1), (H, W), (H, W, 2, 3)])
 def test_label_maps_keep_their_axes(shape):
     batch = batch_of()
@@ -188,7 +209,7 @@ def test_label_maps_keep_their_axes(shape):
         ({"objects/mask": np.ones((B, N), np.float32)}, "'objects/mask' float32"),
         ({"objects/bbox": np.ones((B, N, 4), np.int32)}, r"columns 'objects/bbox' int32 \(12, 5, 4\)"),
         ({"objects/bbox": np.ones((B, 4), np.float32)}, "pad all images to N boxes"),
-        ({"objects/mask": None}, r"column 'objects/bbox' .* has image coordinates"),
+        ({"objects/mask": None}, r"column 'objects/bbox' .* has image .* move it with 'objects/mask' beside it"),
         (
             {"segmentation_mask": np.ones((B, H, W + 1), np.uint8)},
             "column 'segmentation_mask' .* has image coordinates",

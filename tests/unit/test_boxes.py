@@ -108,6 +108,12 @@ def test_shapes_that_do_not_fit_are_refused():
             detect.peaks(jnp.ones((H, W, 3)), jnp.ones((H, W, 2)), jnp.ones((H, W, 2)), most)
 
 
+def test_no_boxes_at_all():
+    none, labels, there = jnp.zeros((0, 4)), jnp.zeros(0, int), jnp.zeros(0, bool)
+    assert detect.nms(none, jnp.zeros(0), labels, there, 0.5).shape == (0,)
+    assert not detect.targets(none, labels, there, CLASSES, H, W).heat.any()
+
+
 # Heat maps
 
 

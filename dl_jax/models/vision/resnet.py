@@ -34,8 +34,8 @@ class Block(nn.Module):
     """A residual block, f(x + F(x)): [B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), maps].
 
     F is a sequence of convolutions, each with batch normalisation, and f the activation. Where F changes the number of
-    maps or has a stride, x is replaced by a projection, a strided 1 x 1 convolution with batch normalisation (the paper's option B), or
-    else by its strided pixels with maps of zeros on both sides (option A).
+    maps or has a stride, x is replaced by a projection, a strided 1 x 1 convolution with batch normalisation (the
+    paper's option B), or else by its strided pixels with maps of zeros on both sides (option A).
     """
 
     convolutions: tuple[Convolution, ...]
