@@ -3,9 +3,17 @@
 Each function here takes hyper-parameters and returns an augmentation of `batch["image"]`, float32 [B, H, W, C] with
 values in [0, 1]. All but `noise` keep the values in [0, 1], to the rounding of float32.
 
-Geometric augmentations change only batch["image"]. They raise InputError if the batch has a column in image coordinates
-(boxes, masks, keypoints). Pixels from outside the image are 0, or the colour `fill`, a value in [0, 1] or one for each
-channel. `mixup` and `cutmix` also change batch["label"], to probabilities.
+Geometric augmentations move boxes and label maps by the same draw as their image, under the names of TFDS:
+
+- "objects/bbox", floats [B, N, 4], is ymin, xmin, ymax and xmax as fractions of the image, where "objects/mask", bool
+  [B, N], is True. A box becomes the one around its moved corners, clipped to the image. One of which no more than a
+  tenth of the area is left, or that has none, gets the mask False, and where the mask is False the numbers are 0. A
+  box with a NaN stays, as NaN.
+- "segmentation_mask", [B, H, W, ...] of any type and of the image's size, is read at the nearest pixel, 0 outside.
+
+`elastic` and `barrel` move label maps only, `rand_augment` neither. A column in image coordinates that does not move,
+such as keypoints, raises InputError. Pixels from outside the image are 0, or the colour `fill`, a value in [0, 1] or
+one for each channel. `mixup` and `cutmix` also change batch["label"], to probabilities.
 
 Each example has its own random draws, which depend only on the key and its position in the global batch. So the result
 is the same on any number of devices, and no device needs the rows of another; to mix, it needs one.

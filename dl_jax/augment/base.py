@@ -2,19 +2,26 @@
 
 from collections.abc import Callable, Sequence
 from numbers import Integral
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dl_jax.core.errors import InputError, one_line
-from dl_jax.core.leaves import leaf_name
+from dl_jax.core.leaves import at_least_float32, leaf_name
 from dl_jax.core.step import Array, Batch
 from dl_jax.data.places import lies_in_the_image
 
 Augmentation = Callable[[Array, Batch], Batch]
 Interval = tuple[float, float]
 Colour = float | Sequence[float]  # one value for all channels, or one for each
+
+# Columns that move with the images, under the names of TFDS; PRESENT is our own.
+BOXES = "objects/bbox"  # ymin, xmin, ymax, xmax as fractions of the image, [B, N, 4]
+PRESENT = "objects/mask"  # which of the N are boxes, bool [B, N]
+MAP = "segmentation_mask"  # a label of each pixel, [B, H, W] or [B, H, W, 1]
+LOST = 0.1  # a box of which no more than this part of its area is in the image has left it
 
 
 def up_to(most: float, rest: float = 0.0) -> Interval:
@@ -50,17 +57,75 @@ def images_of(batch: Batch) -> Array:
     return jnp.asarray(images)
 
 
-def geometric(transform: Callable[[Array, Array], Array]) -> Augmentation:
-    """The augmentation for a geometric transform (key, images) -> images, which changes no other column.
+class Move(NamedTuple):
+    """One draw of a geometric transform for a batch: functions that move images, maps of labels, and points alike.
 
-    Raises InputError as `require_unplaced` does.
+    Where a function is None, the transform does not move what it is for.
+    """
+
+    images: Callable[[Array], Array]  # float32 [B, H, W, C] -> [B, H', W', C]
+    maps: Callable[[Array], Array] | None = (
+        None  # of any type, by the nearest neighbour, [B, H, W, C] -> [B, H', W', C]
+    )
+    points: Callable[[Array], Array] | None = None  # y, x as fractions of the image [B, N, 2] -> those of the new one
+
+
+def geometric(draw: Callable[[Array, Array], Move]) -> Augmentation:
+    """The augmentation for a function (key, images) -> `Move`, which draws a geometric transform.
+
+    It moves `batch["image"]`, and by the same draw the columns BOXES with PRESENT, and MAP, as the package says.
+    Raises InputError where shapes or types of these do not fit, and, as `require_unplaced` does, for any other column
+    with image coordinates, and for one of these that the transform cannot move.
     """
 
     def augment(key: Array, batch: Batch) -> Batch:
-        require_unplaced(batch)
-        return on_images(transform)(key, batch)
+        images = images_of(batch)
+        move = draw(key, images)
+        moved = {"image": move.images(images)}
+        if move.points is not None and {BOXES, PRESENT} <= batch.keys():
+            moved[BOXES], moved[PRESENT] = moved_boxes(move.points, *_boxes_of(batch))
+        if move.maps is not None and MAP in batch and jnp.shape(batch[MAP])[1:3] == images.shape[1:3]:
+            labels = jnp.asarray(batch[MAP])  # [B, H, W, ...]
+            flat = move.maps(labels.reshape(*images.shape[:3], -1))
+            moved[MAP] = flat.reshape(*flat.shape[:3], *labels.shape[3:])
+        require_unplaced({name: column for name, column in batch.items() if name not in moved})
+        return {**batch, **moved}
 
     return augment
+
+
+def moved_boxes(points: Callable[[Array], Array], boxes: Array, present: Array) -> tuple[Array, Array]:
+    """The boxes [B, N, 4] around the moved corners of `boxes`, clipped to the image, and which are left, bool [B, N].
+
+    A box of which no more than the part LOST lies in the image is not left, and neither is one without area. Where
+    there is no box, the numbers are 0.
+    """
+    b, n, _ = boxes.shape
+    given = at_least_float32(boxes)
+    corners = points(given[..., jnp.array([[0, 1], [0, 3], [2, 1], [2, 3]])].reshape(b, 4 * n, 2)).reshape(b, n, 4, 2)
+    whole = jnp.concatenate([corners.min(2), corners.max(2)], -1)
+    clipped = jnp.clip(whole, 0, 1)
+    # Written so that a box with a NaN is left, and seen.
+    gone = (_area(clipped) <= LOST * _area(whole)) | (given[..., 2:] <= given[..., :2]).any(-1)
+    left = present & ~gone
+    return jnp.where(left[..., None], clipped, 0).astype(boxes.dtype), left
+
+
+def _area(boxes: Array) -> Array:  # [..., 4] -> [...]
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def _boxes_of(batch: Batch) -> tuple[Array, Array]:
+    boxes, present = jnp.asarray(batch[BOXES]), jnp.asarray(batch[PRESENT])
+    b = len(batch["image"])
+    fits = boxes.ndim == 3 and boxes.shape[::2] == (b, 4) and present.shape == boxes.shape[:2]
+    if not (fits and jnp.issubdtype(boxes.dtype, jnp.floating) and present.dtype == bool):
+        raise InputError(
+            f"columns {BOXES!r} {boxes.dtype} {boxes.shape} and {PRESENT!r} {present.dtype} {present.shape}: expected "
+            f"floats ({b}, N, 4), fractions of the image, and bools ({b}, N), which of them are boxes; pad all images "
+            "to N boxes"
+        )
+    return boxes, present
 
 
 def require_unplaced(batch: Batch) -> None:
@@ -68,9 +133,10 @@ def require_unplaced(batch: Batch) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path({**batch, "image": None}):
         name, shape = leaf_name(path), jnp.shape(leaf)
         if lies_in_the_image(name, len(shape)):
+            others = f"; flips, crops and affine maps move it with {PRESENT!r} beside it" if name == BOXES else ""
             raise InputError(
                 f"column {name!r} of shape {shape} has image coordinates, which this augmentation does not transform; "
-                "remove the column, transform both, or rename it if it holds something else"
+                f"remove the column, transform both, or rename it if it holds something else{others}"
             )
 
 

@@ -1,6 +1,7 @@
 """Flips, crops, and affine maps."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,25 +10,29 @@ from dl_jax.augment.base import (
     Augmentation,
     Colour,
     Interval,
+    Move,
     checked,
     checked_fill,
     checked_integer,
     colour_for,
     geometric,
 )
-from dl_jax.augment.sampling import resample, resize_windows
+from dl_jax.augment.sampling import affine_places, nearest_at, nearest_windows, resample, resize_windows
 from dl_jax.core.errors import InputError
 from dl_jax.core.step import Array
 
 
-def flip() -> Augmentation:
-    """Flips each image horizontally with probability 1/2."""
+def flip(*, vertical: bool = False) -> Augmentation:
+    """Flips each image with probability 1/2: left and right, or with `vertical` top and bottom."""
+    axis = 1 if vertical else 2
 
-    def transform(key: Array, images: Array) -> Array:
+    def draw(key: Array, images: Array) -> Move:
         flipped = jax.random.bernoulli(key, 0.5, (len(images), 1, 1, 1))
-        return jnp.where(flipped, images[:, :, ::-1], images)
+        pixels = lambda each: jnp.where(flipped, jnp.flip(each, axis), each)
+        chosen = flipped[..., 0] & (jnp.arange(2) == axis - 1)  # of y and x, [B, 1, 2]
+        return Move(pixels, pixels, lambda points: jnp.where(chosen, 1 - points, points))
 
-    return geometric(transform)
+    return geometric(draw)
 
 
 def pad_and_crop(padding: int, fill: Colour = 0.0) -> Augmentation:
@@ -40,31 +45,41 @@ def pad_and_crop(padding: int, fill: Colour = 0.0) -> Augmentation:
     checked_integer("padding", padding, "a number of pixels", least=0)
     checked_fill(fill)
 
-    def transform(key: Array, images: Array) -> Array:
-        b, h, w, c = images.shape
+    def draw(key: Array, images: Array) -> Move:
+        b, h, w, _ = images.shape
         if padding >= min(h, w):
             raise InputError(f"padding={padding}: expected less than the {h}x{w} image, or a window may miss it")
-        around = jnp.full((b, h + 2 * padding, w + 2 * padding, c), colour_for(images, fill))
-        padded = around.at[:, padding : padding + h, padding : padding + w].set(images)
         corners = jax.random.randint(key, (b, 2), 0, 2 * padding + 1)
-        # A slice per example: on a CPU faster than a gather with index arithmetic.
-        return jax.vmap(lambda image, at: jax.lax.dynamic_slice(image, (at[0], at[1], 0), (h, w, c)))(padded, corners)
 
-    return geometric(transform)
+        def pixels(each: Array, colour: Array) -> Array:
+            around = jnp.full((b, h + 2 * padding, w + 2 * padding, each.shape[-1]), colour)
+            padded = around.at[:, padding : padding + h, padding : padding + w].set(each)
+            # A slice per example: on a CPU faster than a gather with index arithmetic.
+            cut = lambda image, at: jax.lax.dynamic_slice(image, (at[0], at[1], 0), (h, w, image.shape[-1]))
+            return jax.vmap(cut)(padded, corners)
+
+        return Move(
+            lambda images: pixels(images, colour_for(images, fill)),
+            lambda maps: pixels(maps, jnp.zeros((), maps.dtype)),
+            lambda points: points + (padding - corners)[:, None] / jnp.array([h, w]),
+        )
+
+    return geometric(draw)
 
 
 def centre_crop(size: int) -> Augmentation:
     """The `size` x `size` pixels in the middle; of an odd rest one pixel more is cut off below and to the right."""
     checked_integer("size", size, "a number of pixels")
 
-    def transform(key: Array, images: Array) -> Array:
+    def draw(key: Array, images: Array) -> Move:
         _, h, w, _ = images.shape
         if size > min(h, w):
             raise InputError(f"size={size}: expected a window no larger than the {h}x{w} image")
         top, left = (h - size) // 2, (w - size) // 2
-        return images[:, top : top + size, left : left + size]
+        pixels = lambda each: each[:, top : top + size, left : left + size]
+        return Move(pixels, pixels, _within(jnp.array([[top, left]]), jnp.full((1, 2), size), h, w))
 
-    return geometric(transform)
+    return geometric(draw)
 
 
 def resized_crop(size: int, scale: Interval = (0.08, 1.0), ratio: Interval = (3 / 4, 4 / 3)) -> Augmentation:
@@ -80,11 +95,16 @@ def resized_crop(size: int, scale: Interval = (0.08, 1.0), ratio: Interval = (3 
     checked("scale", scale, lambda low, high: low > 0 and high <= 1, "in (0, 1]")
     checked("ratio", ratio, _positive, "above 0")
 
-    def transform(key: Array, images: Array) -> Array:
+    def draw(key: Array, images: Array) -> Move:
         _, h, w, _ = images.shape
-        return resize_windows(images, *random_windows(key, len(images), h, w, scale, ratio), size)
+        top, left, height, width = window = random_windows(key, len(images), h, w, scale, ratio)
+        return Move(
+            lambda images: resize_windows(images, *window, size),
+            lambda maps: nearest_windows(maps, *window, size),
+            _within(jnp.stack([top, left], -1), jnp.stack([height, width], -1), h, w),
+        )
 
-    return geometric(transform)
+    return geometric(draw)
 
 
 def random_windows(
@@ -135,12 +155,18 @@ def affine(
         translate,
     )
 
-    def transform(key: Array, images: Array) -> Array:
+    def draw(key: Array, images: Array) -> Move:
         low, high = jnp.array(intervals, jnp.float32).T
         draws = jax.random.uniform(key, (len(images), len(intervals)), minval=low, maxval=high)
-        return resample(images, _source_of(*draws.T))
+        source = _source_of(*draws.T)
+        places = affine_places(source, *images.shape[1:3])
+        return Move(
+            lambda images: resample(images, source),
+            lambda maps: nearest_at(maps, *places),
+            lambda points: _mapped(points, source, *images.shape[1:3]),
+        )
 
-    return geometric(transform)
+    return geometric(draw)
 
 
 def rotate(degrees: Interval) -> Augmentation:
@@ -161,6 +187,20 @@ def translate(pixels: Interval) -> Augmentation:
 def shear(slope: Interval) -> Augmentation:
     """A horizontal slant about the centre, bilinear: each row moves right by `slope` pixels per pixel upwards."""
     return affine(shear=slope)
+
+
+def _within(corner: Array, sides: Array, height: int, width: int) -> Callable[[Array], Array]:
+    """Points of an image as fractions of windows, whose corners and sides are in pixels, [B, 2] or [1, 2]."""
+    return lambda points: (points * jnp.array([height, width]) - corner[:, None]) / sides[:, None]
+
+
+def _mapped(points: Array, source: Array, height: int, width: int) -> Array:  # y, x [B, N, 2], [B, 2, 3] -> [B, N, 2]
+    """Where the points of the image come to lie: `source`, which leads from there to the image, is inverted."""
+    (a, b, right), (c, d, down) = (tuple(row[..., None] for row in jnp.moveaxis(source[:, i], -1, 0)) for i in (0, 1))
+    y, x = (points[..., 0] - 0.5) * height - down, (points[..., 1] - 0.5) * width - right
+    determinant = a * d - b * c
+    new_y, new_x = (a * y - c * x) / determinant, (d * x - b * y) / determinant
+    return jnp.stack([new_y / height, new_x / width], -1) + 0.5
 
 
 def _positive(low: float, high: float) -> bool:

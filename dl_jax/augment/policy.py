@@ -6,10 +6,12 @@ it is mapped, over the examples or over seeds, and without sharing. In a loop ov
 which is less work for a CPU, but an accelerator would work on one image at a time.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from dl_jax.augment.base import Augmentation, Colour, checked_fill, checked_integer, finite, geometric
+from dl_jax.augment.base import Augmentation, Colour, Move, checked_fill, checked_integer, finite, geometric
 from dl_jax.augment.colour import blend, luminance
 from dl_jax.augment.sampling import resample
 from dl_jax.core.errors import InputError
@@ -57,7 +59,7 @@ def rand_augment(operations: int = 2, magnitude: float = 9, fill: Colour = 0.5) 
             images = operated(images, drawn[:, i], sign[:, i] * (magnitude / STRONGEST), fill)
         return images
 
-    return geometric(transform)
+    return geometric(lambda key, images: Move(functools.partial(transform, key)))
 
 
 def operated(images: Array, operation: Array, strength: Array, fill: Colour = 0.5) -> Array:

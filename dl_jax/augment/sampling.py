@@ -1,4 +1,4 @@
-"""Bilinear resampling: at any points, at affinely mapped points, and of windows to another size."""
+"""Resampling, bilinear or by the nearest pixel: at any points, at affinely mapped ones, of windows to another size."""
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,17 @@ def resample(images: Array, source: Array, fill: Colour = 0.0) -> Array:
     `source @ (x, y, 1)` is the point (x, y) from which the result's pixel (x, y) is read; both in pixels from the
     image's centre, x to the right and y downwards.
     """
-    _, h, w, _ = images.shape
+    return resample_at(images, *affine_places(source, *images.shape[1:3]), fill)
+
+
+def affine_places(source: Array, h: int, w: int) -> tuple[Array, Array]:  # [B, 2, 3] -> [B, H, W] each
+    """The rows and columns that the pixels of an image of h x w are read from, in pixels from the first."""
     centre_x, centre_y = (w - 1) / 2, (h - 1) / 2
     x, y = jnp.arange(w) - centre_x, (jnp.arange(h) - centre_y)[:, None]
     m = source[..., None, None]  # no matrix product: accelerators round its operands to bfloat16
     columns = m[:, 0, 0] * x + m[:, 0, 1] * y + m[:, 0, 2] + centre_x
     rows = m[:, 1, 0] * x + m[:, 1, 1] * y + m[:, 1, 2] + centre_y
-    return resample_at(images, rows, columns, fill)
+    return rows, columns
 
 
 def resample_at(images: Array, rows: Array, columns: Array, fill: Colour = 0.0) -> Array:
@@ -39,6 +43,21 @@ def resample_at(images: Array, rows: Array, columns: Array, fill: Colour = 0.0) 
         for column, column_weight in across:
             result += (row_weight * column_weight)[..., None] * take(pixels, row * w + column)
     return result
+
+
+def nearest_at(maps: Array, rows: Array, columns: Array) -> Array:
+    """The values of the nearest pixels, 0 outside: [B, H, W, C] at `rows`, `columns` [B, H', W'] -> [B, H', W', C].
+
+    Points are given as to `resample_at`. Halfway between two pixels the later one counts.
+    """
+    b, h, w, c = maps.shape
+    row, column = (jnp.floor(places + 0.5).astype(jnp.int32) for places in (rows, columns))
+    inside = (row >= 0) & (row < h) & (column >= 0) & (column < w)
+    index = jnp.where(inside, row * w + column, 0)
+    found = jax.vmap(lambda pixels, index: pixels.at[index].get(mode="promise_in_bounds"))(
+        maps.reshape(b, h * w, c), index
+    )
+    return jnp.where(inside[..., None], found, jnp.zeros((), maps.dtype))
 
 
 def _neighbours(position: Array, size: int) -> list[tuple[Array, Array]]:
@@ -63,6 +82,15 @@ def resize_windows(images: Array, top: Array, left: Array, height: Array, width:
     # As products with dense matrices, which accelerators like. The default would round the operands to bfloat16.
     rows = jnp.einsum("bih,bhwc->biwc", down, images, precision="highest")
     return jnp.einsum("bjw,biwc->bijc", across, rows, precision="highest")
+
+
+def nearest_windows(maps: Array, top: Array, left: Array, height: Array, width: Array, size: int) -> Array:
+    """As `resize_windows`, but each pixel of the result has the value of one: of that which its centre lies in."""
+    rows, columns = (
+        first[:, None] + (2 * jnp.arange(size) + 1) * length[:, None] // (2 * size)
+        for first, length in ((top, height), (left, width))
+    )  # whole numbers, [B, size]
+    return jax.vmap(lambda each, row, column: each[row[:, None], column])(maps, rows, columns)
 
 
 def _triangles(first: Array, length: Array, n: int, size: int) -> Array:

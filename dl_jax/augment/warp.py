@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dl_jax.augment.base import Augmentation, Colour, Interval, checked, checked_fill, finite, geometric
-from dl_jax.augment.sampling import resample_at
+from dl_jax.augment.base import Augmentation, Colour, Interval, Move, checked, checked_fill, finite, geometric
+from dl_jax.augment.sampling import nearest_at, resample_at
 from dl_jax.core.errors import InputError
 from dl_jax.core.step import Array
 
@@ -22,15 +22,23 @@ def elastic(alpha: float, sigma: float, fill: Colour = 0.0) -> Augmentation:
         raise InputError(f"alpha={alpha}, sigma={sigma}: expected finite numbers of pixels, 0 or more and above 0")
     checked_fill(fill)
 
-    def transform(key: Array, images: Array) -> Array:
+    def draw(key: Array, images: Array) -> Move:
         b, h, w, _ = images.shape
         field = jax.random.uniform(key, (b, 2, h, w), minval=-1, maxval=1)
         # The default precision would round the displacements to bfloat16 on accelerators.
         field = jnp.einsum("ih,bdhw,jw->bdij", _gaussian(h, sigma), field, _gaussian(w, sigma), precision="highest")
         rows, columns = jnp.arange(h)[:, None] + alpha * field[:, 0], jnp.arange(w) + alpha * field[:, 1]
-        return resample_at(images, rows, columns, fill)
+        return _read_at(rows, columns, fill)
 
-    return geometric(transform)
+    return geometric(draw)
+
+
+def _read_at(rows: Array, columns: Array, fill: Colour) -> Move:  # [B, H, W] each
+    """Images and maps that are read at these places. Boxes stay out: where lines bend, corners are not enough."""
+    return Move(
+        lambda images: resample_at(images, rows, columns, fill),
+        lambda maps: nearest_at(maps, rows, columns),
+    )
 
 
 def _gaussian(n: int, sigma: float) -> np.ndarray:
@@ -50,12 +58,12 @@ def barrel(strength: Interval, fill: Colour = 0.0) -> Augmentation:
     interval = checked("strength", strength, lambda low, high: low > -1 / 3, "above -1/3")
     checked_fill(fill)
 
-    def transform(key: Array, images: Array) -> Array:
+    def draw(key: Array, images: Array) -> Move:
         b, h, w, _ = images.shape
         draws = jax.random.uniform(key, (b, 1, 1), minval=interval[0], maxval=interval[1])
         y, x = (jnp.arange(h) - (h - 1) / 2)[:, None], jnp.arange(w) - (w - 1) / 2
         farther = draws * (x**2 + y**2) * (4 / (h**2 + w**2))
         # Written as a change of the pixel's own place, which is exact where the strength is 0.
-        return resample_at(images, jnp.arange(h)[:, None] + farther * y, jnp.arange(w) + farther * x, fill)
+        return _read_at(jnp.arange(h)[:, None] + farther * y, jnp.arange(w) + farther * x, fill)
 
-    return geometric(transform)
+    return geometric(draw)

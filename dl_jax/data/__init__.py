@@ -15,6 +15,7 @@ from dl_jax.data.buckets import bucketed, buckets, widths
 from dl_jax.data.columns import check_columns, load
 from dl_jax.data.describe import Feature, Info, info
 from dl_jax.data.image import check_images, check_labels, check_two_classes, enlarge, grey_images, images, resized_crop
+from dl_jax.data.objects import objects, padded_objects, scenes, with_area
 from dl_jax.data.streaming import streamed
 
 __all__ = [
@@ -36,12 +37,16 @@ __all__ = [
     "info",
     "joined",
     "load",
+    "objects",
+    "padded_objects",
     "per_seed",
     "ragged",
     "resized_crop",
     "rows",
+    "scenes",
     "shuffled",
     "streamed",
     "text",
     "widths",
+    "with_area",
 ]

@@ -2,7 +2,14 @@
 
 from dl_jax.harness.fields import Between, Distinct, Fraction, NonNegative, Positive, Probability, Some
 from dl_jax.harness.launch import launch
-from dl_jax.harness.report.figures import Point, confusion_figure, curves_figure, rows_figure, trade_figure
+from dl_jax.harness.report.figures import (
+    Point,
+    boxes_figure,
+    confusion_figure,
+    curves_figure,
+    rows_figure,
+    trade_figure,
+)
 from dl_jax.harness.report.tables import markdown_rows, print_rows
 from dl_jax.harness.results.claims import Claim, on_digits, on_shapes
 from dl_jax.harness.run import Run
@@ -18,6 +25,7 @@ __all__ = [
     "Probability",
     "Run",
     "Some",
+    "boxes_figure",
     "confusion_figure",
     "curves_figure",
     "launch",

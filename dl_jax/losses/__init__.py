@@ -26,6 +26,7 @@ from dl_jax.losses.combine import (
     with_batch,
     with_params,
 )
+from dl_jax.losses.detection import peak_focal
 from dl_jax.losses.regression import huber, squared_error
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "l2",
     "label_smoothing",
     "negative_sampling",
+    "peak_focal",
     "require_labels",
     "require_penalties",
     "smooth_labels",

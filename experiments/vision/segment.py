@@ -62,12 +62,12 @@ CLAIMS = (
 )  # fmt: skip
 KEEPS = ("segmentation.png",)  # files in the run's folder
 
-SIZE, DIGIT, DIGITS = 48, 28, 3  # pixels of an image's side and of a digit's, digits of an image
+SIZE = 48  # pixels of an image's side
 
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     train, test = (
-        images(data.grey_images(cfg.dataset, split)["image"], n, seed)
+        scenes(data.grey_images(cfg.dataset, split), n, seed)
         for split, n, seed in ((cfg.train_split, cfg.train_images, 0), (cfg.test_split, cfg.test_images, 1))
     )
     model, tx = UNet(cfg.maps), optax.adam(optim.warmup_cosine(cfg.learning_rate, cfg.steps))
@@ -91,26 +91,10 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     }
 
 
-def images(digits: np.ndarray, n: int, seed: int) -> dict[str, np.ndarray]:
-    """n images with digits of [N, 28, 28, 1]: {"image": uint8 [n, 48, 48, 1], "inside": uint8 [n, 48, 48], 0 or 1}."""
-    rng = np.random.default_rng(seed)
-    image, inside = textures(n, rng), np.zeros((n, SIZE, SIZE), np.uint8)
-    for i in range(n):
-        for digit in digits[rng.integers(len(digits), size=DIGITS), ..., 0] / 255:
-            top, left = rng.integers(SIZE - DIGIT + 1, size=2)
-            window = slice(top, top + DIGIT), slice(left, left + DIGIT)
-            image[i][window] += digit * (rng.uniform(0.5, 1) - image[i][window])
-            inside[i][window] |= digit > 0.25
-    return {"image": np.rint(255 * image).astype(np.uint8)[..., None], "inside": inside}
-
-
-def textures(n: int, rng: np.random.Generator) -> np.ndarray:  # -> [n, 48, 48], in [0, 1]
-    """Four waves of random directions, frequencies and phases, and noise."""
-    angle, phase = rng.uniform(0, 2 * np.pi, (2, n, 4, 1, 1))
-    frequency = rng.uniform(0.2, 1.2, (n, 4, 1, 1))  # radians per pixel
-    rows, columns = np.mgrid[:SIZE, :SIZE]
-    waves = np.sin(frequency * (np.cos(angle) * rows + np.sin(angle) * columns) + phase).mean(1)
-    return np.clip(0.5 + 0.5 * waves + 0.05 * rng.normal(size=waves.shape), 0, 1)
+def scenes(digits: Mapping[str, np.ndarray], n: int, seed: int) -> dict[str, np.ndarray]:
+    """n images of three digits: {"image": uint8 [n, 48, 48, 1], "inside": uint8 [n, 48, 48], 0 or 1}."""
+    made = data.scenes(digits, n, seed, height=SIZE, width=SIZE)
+    return {"image": made["image"], "inside": made["segmentation_mask"]}
 
 
 def iou(found: np.ndarray, inside: np.ndarray) -> float:

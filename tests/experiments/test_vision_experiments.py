@@ -237,22 +237,6 @@ def segment(load_experiment):
     return load_experiment("vision/segment")
 
 
-def test_images_of_digits_on_a_texture(segment):
-    digits = np.zeros((2, 28, 28, 1), np.uint8)
-    digits[0, 4:9, 6:8], digits[1, 4:9, 6:8] = 255, 60  # of which the second is too dark to count
-    bright, dark = (segment.images(digits[i : i + 1], 6, 0) for i in (0, 1))
-    assert (bright["image"].shape, bright["image"].dtype) == ((6, 48, 48, 1), np.uint8)
-    assert not dark["inside"].any()
-    pixels = bright["inside"].sum((1, 2))
-    assert ((pixels <= 3 * 10) & (pixels >= 10)).all()  # digits may cover each other
-    same = bright["inside"] == 0
-    np.testing.assert_array_equal(
-        bright["image"][..., 0][same], segment.images(0 * digits, 6, 0)["image"][..., 0][same]
-    )
-    assert bright["image"][..., 0][~same].min() >= 127
-    np.testing.assert_array_equal(segment.images(digits, 6, 0)["image"], segment.images(digits, 6, 0)["image"])
-
-
 def test_the_overlap_by_hand(segment, monkeypatch):
     assert segment.iou(np.array([1, 1, 0, 0]), np.array([0, 1, 1, 0])) == pytest.approx(1 / 3)
     assert segment.iou(np.zeros(3), np.zeros(3)) == 1

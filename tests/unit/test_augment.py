@@ -831,7 +831,7 @@ GEOMETRY += ("resized_crop", "elastic", "barrel", "rand_augment")
         ("landmarks/lefteye_x", (16,)),
         ("Polygon", (16, 7, 2)),
         ("mask", (16, 6, 5)),  # of another size than the image's
-        ("segmentation_mask", (16, 12, 10, 1)),
+        ("segmentation_mask", (16, 6, 5, 1)),
         ("depth", (16, 12, 10)),
         ("image_right", (16, 12, 10, 3)),
         ("boundingBox", (16, 4)),

@@ -18,6 +18,7 @@ SHELVES = {
     "augment",
     "classify",
     "decode",
+    "detect",
     "inspect",
     "attribution",
     "data",

@@ -19,6 +19,15 @@ def conv(x: np.ndarray, layer: Mapping[str, Any], stride: int = 1, groups: int =
     return np.concatenate(parts, -1) + layer.get("bias", 0.0)
 
 
+def up_conv(x: np.ndarray, layer: Mapping[str, Any]) -> np.ndarray:
+    """A transposed convolution of stride 2: each pixel times the kernel is a window of 2 x 2 pixels of the output."""
+    kernel, (batch, height, width, _) = np.asarray(layer["kernel"], np.float64), x.shape
+    out = np.zeros((batch, 2 * height, 2 * width, kernel.shape[3]))
+    for i, j in np.ndindex(2, 2):
+        out[:, i::2, j::2] = x @ kernel[i, j]
+    return out + layer["bias"]
+
+
 def dense(x: np.ndarray, layer: Mapping[str, Any]) -> np.ndarray:
     return x @ np.asarray(layer["kernel"], np.float64) + layer["bias"]
 

@@ -168,11 +168,12 @@ def test_channels_whose_parameters_are_zero_can_be_cut(name):
 
 @zoo
 def test_classifiers_give_one_logit_per_class(name):
-    """Of an example or, if it is labelled point by point, of each of its points."""
+    """Of an example or, if it is labelled point by point, of each of its points; a detector's are its heat."""
     model, inputs, *_, output = example(name)
     if not hasattr(model, "classes"):
         pytest.skip("not a classifier")
-    assert (len(output), output.shape[-1]) == (len(jax.tree.leaves(inputs)[0]), model.classes)
+    logits = output["heat"] if isinstance(output, dict) else output
+    assert (len(logits), logits.shape[-1]) == (len(jax.tree.leaves(inputs)[0]), model.classes)
 
 
 def test_input_dropout_hides_pixels_and_only_in_training():

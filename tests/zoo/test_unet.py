@@ -5,21 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from numpy_layers import conv, dense, max_pool, relu
+from numpy_layers import conv, dense, max_pool, relu, up_conv
 from quick import drawn, jit, shapes
 
 from dl_jax.core.errors import InputError
 from dl_jax.models import summary
 from dl_jax.models.vision.unet import UNet, UpConv
-
-
-def up_conv(x, layer):
-    """Each pixel times the kernel is a window of 2 x 2 pixels of the output."""
-    kernel, (batch, height, width, _) = np.asarray(layer["kernel"], np.float64), x.shape
-    out = np.zeros((batch, 2 * height, 2 * width, kernel.shape[3]))
-    for i, j in np.ndindex(2, 2):
-        out[:, i::2, j::2] = x @ kernel[i, j]
-    return out + layer["bias"]
 
 
 def test_a_transposed_convolution_against_its_definition_and_xlas_with_gradients_and_seeds():

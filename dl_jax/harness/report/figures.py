@@ -133,6 +133,38 @@ def rows_figure(rows: Mapping[str, Any]) -> "Figure":
     return figure
 
 
+def boxes_figure(
+    images: Any, boxes: Mapping[str, Sequence[Any]], labels: Mapping[str, Sequence[Any]], names: Sequence[str]
+) -> "Figure":
+    """Images [N, H, W, C] with boxes on them: a row for each kind of boxes, such as true ones and those found.
+
+    Args:
+      images: uint8, or floats in [0, 1]; C is 1 or 3.
+      boxes: by kind, [M, 4] for each image, ymin, xmin, ymax and xmax as fractions of it; M may differ.
+      labels: by kind, int [M] for each image.
+      names: of the classes, each of which has a colour.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    n, height, width, _ = np.shape(images)
+    side = 12 / n
+    figure = Figure(figsize=(12.5, (side * height / width + 0.1) * len(boxes) + 0.3), layout="constrained")
+    grid: Any = figure.subplots(len(boxes), n, squeeze=False)
+    for row, kind in zip(grid, boxes, strict=True):
+        row[0].set_ylabel(kind)
+        for axes, image, places, classes in zip(row, images, boxes[kind], labels[kind], strict=True):
+            axes.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray")
+            axes.set(xticks=[], yticks=[])
+            for (top, left, bottom, right), label in zip(np.asarray(places), classes, strict=True):
+                corner = left * width - 0.5, top * height - 0.5
+                sides = (right - left) * width, (bottom - top) * height
+                axes.add_patch(Rectangle(corner, *sides, fill=False, linewidth=1, edgecolor=f"C{label % 10}"))
+    patches = [Rectangle((0, 0), 1, 1, fill=False, edgecolor=f"C{i % 10}") for i in range(len(names))]
+    figure.legend(patches, names, loc="outside lower center", ncols=min(len(names), 10), frameon=False)
+    return figure
+
+
 def image_sheet(images: Any) -> np.ndarray:
     """`images` [N, H, W, C] tiled into one image, uint8 [rows * (H + 1) - 1, columns * (W + 1) - 1, 3].
 

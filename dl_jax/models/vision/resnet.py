@@ -34,8 +34,8 @@ class Block(nn.Module):
     """A residual block, f(x + F(x)): [B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), maps].
 
     F is a sequence of convolutions, each with batch normalisation, and f the activation. Where F changes the number of
-    maps, x is replaced by a projection, a strided 1 x 1 convolution with batch normalisation (the paper's option B), or
-    else by its strided pixels with maps of zeros on both sides (option A).
+    maps or has a stride, x is replaced by a projection, a strided 1 x 1 convolution with batch normalisation (the
+    paper's option B), or else by its strided pixels with maps of zeros on both sides (option A).
     """
 
     convolutions: tuple[Convolution, ...]
@@ -60,9 +60,9 @@ class Block(nn.Module):
 
     def shortcut(self, x: jax.Array, maps: int, train: bool) -> jax.Array:
         """x [B, H, W, C], in the shape of F(x)."""
-        if x.shape[-1] == maps:
-            return x
         stride = max(stride for *_, stride in self.convolutions)
+        if x.shape[-1] == maps and stride == 1:
+            return x
         if self.projection:
             x = layers.conv(maps, 1, stride, dtype=self.dtype, name="conv_shortcut")(x)
             return layers.batch_norm(train, dtype=self.dtype, name="norm_shortcut")(x)
