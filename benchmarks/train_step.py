@@ -292,7 +292,7 @@ def main() -> None:
     entrants = {**ours, **(of_torch(networks) if torch else {})}
     times = compete(entrants, *((5, 2) if quick else (50, 9)), most_seconds=MOST_SECONDS)
     for name, (seconds, peak) in times.items():
-        print(f"{name:<24} {1e3 * np.median(seconds):8.2f} ms/step {peak:6.0f} MiB at most")
+        print(f"{name:<26} {1e3 * np.median(seconds):8.2f} ms/step {peak:6.0f} MiB at most")
     table = [] if args.networks else rows(times)
     table += rows_against_torch(times, networks) if torch else []
     if not args.networks:

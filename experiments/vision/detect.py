@@ -8,8 +8,8 @@ bars are our own.
 
 Expected: an average precision of at least 80 % at an IoU of 0.5 (AP50), and more with augmentation than without. Of
 platelets the number in an image is nearer than the median of the training images. A seed takes about a quarter of an
-hour of one core of an AMD EPYC. For comparison, without a verdict: a
-YOLOv8n is reported with 90.4 % on a version of the same images.
+hour of one core of an AMD EPYC. For comparison, without a verdict: a YOLOv8n is reported with 90.4 % on a version of
+the same images.
 
 The data are BCCD's (github.com/Shenggan/BCCD_Dataset): 364 images with boxes around red and white blood cells and
 platelets, here reduced to 120x160 pixels. Many of the red cells have no box, which limits their AP and how well they

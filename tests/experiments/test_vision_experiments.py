@@ -5,9 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from dl_jax import optim
 from dl_jax.core.errors import InputError
+from dl_jax.core.step import init_state, make_step
 from dl_jax.harness import Run
 from dl_jax.models.vision.mlp import MLP
 
@@ -250,3 +253,42 @@ def test_the_overlap_by_hand(segment, monkeypatch):
         "inside": np.array([[[0, 0], [1, 1]]]),
     }
     assert segment.best_threshold(records) == 100
+
+
+@pytest.fixture(scope="module")
+def regularisation(load_experiment):
+    return load_experiment("vision/regularisation")
+
+
+def test_the_images_held_out_are_the_last_ones(regularisation):
+    images = {"image": np.arange(6), "label": np.arange(6)}
+    first, last = regularisation.divided(images, 1 / 3)
+    assert (first["image"].tolist(), last["label"].tolist()) == ([0, 1, 2, 3], [4, 5])
+    for share in (0, 0.99):
+        with pytest.raises(InputError, match=rf"{share} of 6 images are [06], expected 1 to 5 to hold out"):
+            regularisation.divided(images, share)
+
+
+def test_weights_that_are_zero_by_hand(regularisation):
+    kernels = np.array([[[0.0, 1.0], [2.0, 0.0]], [[1e-30, 1.0], [2.0, 0.0]]])  # of two seeds
+    params = {"a": {"kernel": kernels, "bias": np.zeros((2, 9))}, "b": {"kernel": np.ones((2, 4, 1))}}
+    np.testing.assert_allclose(regularisation.zeros(params), [25, 12.5])
+
+
+def test_the_penalty_of_the_proximal_operator_is_that_of_the_gradient(regularisation):
+    """In a direction that is always the same: SGD with momentum ends where the penalised slope is 0."""
+    cfg = dataclasses.replace(regularisation.PRESETS["smoke"], l1=0.3, l2=0.5, momentum=0.5, steps=400)
+    slope = lambda variables, batch, key: ((variables["params"]["kernel"] * batch).sum(), ({}, {}))
+    found = {}
+    for name in ("l2_l1", "proximal"):
+        method = regularisation.methods(cfg)[name]
+        tx = optax.chain(optim.clipped_sgd(cfg.learning_rate, cfg.steps, cfg.momentum, 100.0), *method.last)
+        step = jax.jit(make_step(method.penalised(slope), tx))
+        state = init_state(jax.random.key(0), {"params": {"kernel": jnp.full((3, 1), 0.1)}}, tx)
+        for _ in range(cfg.steps):
+            state, _ = step(state, jnp.array([[-1.0], [0.1], [0.5]]))
+        found[name] = np.asarray(state.params["kernel"])[:, 0]
+    expected = np.array([(1.0 - 0.3) / 0.5, 0.0, -(0.5 - 0.3) / 0.5])
+    np.testing.assert_allclose(found["proximal"], expected, rtol=1e-3)
+    assert found["proximal"][1] == 0
+    np.testing.assert_allclose(found["l2_l1"], expected, atol=0.03)
