@@ -278,7 +278,8 @@ def main() -> None:
     args = parser.parse_args()
     quick, networks = args.quick, args.networks or [*PROBLEMS]
     if unknown := {*networks} - PROBLEMS.keys():
-        parser.error(f"there is no network {', '.join(sorted(unknown))}, expected some of {', '.join(PROBLEMS)}")
+        quoted = lambda names: ", ".join(map(repr, names))
+        parser.error(f"there is no network {quoted(sorted(unknown))}, expected some of {quoted(PROBLEMS)}")
     torch = importlib.util.find_spec("torch") is not None and not quick
     if args.networks and not torch:
         parser.error("there is no PyTorch to compare them with; install torch, and leave --quick out")

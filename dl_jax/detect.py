@@ -66,7 +66,7 @@ def nms(boxes: Array, scores: Array, labels: Array, present: Array, threshold: f
     n = _count("nms", boxes, scores=scores, labels=labels, present=present)
     if not n:
         return present
-    order = jnp.argsort(scores, descending=True, stable=True)
+    order = jnp.argsort(-at_least_float32(scores), stable=True)  # `descending` would put NaN first
     overlap = (iou(boxes, boxes) > threshold) & (labels[:, None] == labels)  # [N, N]
 
     def visit(i: Array, kept: Array) -> Array:
@@ -122,8 +122,9 @@ def targets(boxes: Array, labels: Array, present: Array, classes: int, height: i
 def peaks(heat: Array, size: Array, offset: Array, most: int) -> Objects:
     """The objects at the `most` highest peaks: cells with no higher neighbour of the eight in the map of a class.
 
-    The direction back from `targets`. Where there are fewer peaks the rest is not present. Raises InputError where the
-    shapes do not fit, or `most` is not between 1 and the number of all cells.
+    The direction back from `targets`. Where there are fewer peaks the rest is not present. A heat that is NaN is the
+    highest peak, so that it is seen. Raises InputError where the shapes do not fit, or `most` is not between 1 and the
+    number of all cells.
 
     Args:
       heat: [H, W, classes], of which a peak's value is the score.
@@ -146,7 +147,7 @@ def peaks(heat: Array, size: Array, offset: Array, most: int) -> Objects:
     centre = jnp.stack([row, column], -1) + offset[row, column]
     half = size[row, column] / 2
     boxes = jnp.concatenate([centre - half, centre + half], -1) / jnp.array([height, width, height, width])
-    return Objects(boxes, label.astype(jnp.int32), scores, scores > -jnp.inf)
+    return Objects(boxes, label.astype(jnp.int32), scores, scores != -jnp.inf)
 
 
 def at_cells(maps: Array, cell: Array) -> Array:  # [H, W, C], int [N, 2] -> [N, C]

@@ -7,8 +7,8 @@ Geometric augmentations move boxes and label maps by the same draw as their imag
 
 - "objects/bbox", floats [B, N, 4], is ymin, xmin, ymax and xmax as fractions of the image, where "objects/mask", bool
   [B, N], is True. A box becomes the one around its moved corners, clipped to the image. One of which no more than a
-  tenth of the area is left, or that has none, gets the mask False, and where the mask is False the numbers are 0. A
-  box with a NaN stays, as NaN.
+  tenth of the area is left by one augmentation, or that has none, gets the mask False, and where the mask is False
+  the numbers are 0. A box with a NaN stays, as NaN.
 - "segmentation_mask", [B, H, W, ...] of any type and of the image's size, is read at the nearest pixel, 0 outside.
 
 `elastic` and `barrel` move label maps only, `rand_augment` neither. A column in image coordinates that does not move,

@@ -11,16 +11,12 @@ import numpy as np
 from dl_jax.core.errors import InputError, one_line
 from dl_jax.core.leaves import at_least_float32, leaf_name
 from dl_jax.core.step import Array, Batch
-from dl_jax.data.places import lies_in_the_image
+from dl_jax.data.places import BOXES, MAP, PRESENT, lies_in_the_image
 
 Augmentation = Callable[[Array, Batch], Batch]
 Interval = tuple[float, float]
 Colour = float | Sequence[float]  # one value for all channels, or one for each
 
-# Columns that move with the images, under the names of TFDS; PRESENT is our own.
-BOXES = "objects/bbox"  # ymin, xmin, ymax, xmax as fractions of the image, [B, N, 4]
-PRESENT = "objects/mask"  # which of the N are boxes, bool [B, N]
-MAP = "segmentation_mask"  # a label of each pixel, [B, H, W] or [B, H, W, 1]
 LOST = 0.1  # a box of which no more than this part of its area is in the image has left it
 
 
@@ -105,10 +101,11 @@ def moved_boxes(points: Callable[[Array], Array], boxes: Array, present: Array) 
     corners = points(given[..., jnp.array([[0, 1], [0, 3], [2, 1], [2, 3]])].reshape(b, 4 * n, 2)).reshape(b, n, 4, 2)
     whole = jnp.concatenate([corners.min(2), corners.max(2)], -1)
     clipped = jnp.clip(whole, 0, 1)
+    rounded = clipped.astype(boxes.dtype)
+    flat = (given[..., 2:] <= given[..., :2]) | (rounded[..., 2:] <= rounded[..., :2])  # before or now
     # Written so that a box with a NaN is left, and seen.
-    gone = (_area(clipped) <= LOST * _area(whole)) | (given[..., 2:] <= given[..., :2]).any(-1)
-    left = present & ~gone
-    return jnp.where(left[..., None], clipped, 0).astype(boxes.dtype), left
+    left = present & ~((_area(clipped) <= LOST * _area(whole)) | flat.any(-1))
+    return jnp.where(left[..., None], rounded, 0), left
 
 
 def _area(boxes: Array) -> Array:  # [..., 4] -> [...]

@@ -10,8 +10,8 @@ A motion and its opposite (left and right, up and down, grow and shrink) consist
 that a bag of frames cannot tell them apart: whoever knows everything about a bag of frames is right about the other two
 motions and about half of these six, 62.5 % of all.
 
-Another set that is known under this name has clips of the same kind, which are those of `clip` for some digit, place,
-speed and phase, but in another order of random numbers.
+Random numbers decide digit, place, speed and phase. Copies of the set that were made elsewhere have the same kinds of
+clips, each of which `clip` gives for some choice of these, but other choices.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -5,14 +5,15 @@ from typing import Any
 
 import numpy as np
 
-from dl_jax.core.errors import InputError
+from dl_jax.core.errors import InputError, require_positive
 from dl_jax.core.ragged import Ragged, joined
 from dl_jax.data.columns import BUDGET, Change, Columns, load_changed
 from dl_jax.data.describe import Feature, info
 from dl_jax.data.image import resized
+from dl_jax.data.places import BOXES, LABELS, MAP, PRESENT
 from dl_jax.data.records import Example
 
-IMAGE, BOXES, LABELS, PRESENT = "image", "objects/bbox", "objects/label", "objects/mask"
+IMAGE = "image"
 ROUNDING = 1e-5  # by which a box may lie outside of its image
 
 
@@ -82,13 +83,14 @@ def padded_objects(records: Mapping[str, Any], most: int, classes: int) -> dict[
         raise InputError(f"row {row} has {counts[row]} boxes and {labels.lengths[row]} labels, expected one for each")
     inside = ((values >= -ROUNDING) & (values <= 1 + ROUNDING)).all(1)  # of a NaN, False
     _require("box", inside, boxes, "expected ymin, xmin, ymax, xmax as fractions of the image; divide by its sides")
-    area = (values[:, :2] < values[:, 2:]).all(1)
+    clipped = np.clip(values, 0, 1)
+    area = (clipped[:, :2] < clipped[:, 2:]).all(1)
     _require("box", area, boxes, "expected ymin < ymax and xmin < xmax; leave it out")
     known = (labels.values >= 0) & (labels.values < classes)
     _require("label", known, labels, f"expected 0 to {classes - 1}; leave the box out, or raise the number of classes")
     return {
         **records,
-        BOXES: np.clip(boxes.padded(most)[:], 0, 1),
+        BOXES: boxes.of(clipped).padded(most)[:],
         LABELS: labels.padded(most)[:],
         PRESENT: np.arange(most) < counts[:, None],
     }
@@ -109,9 +111,14 @@ def scenes(
     `digits` are {"image": uint8 [N, S, S, 1], "label": int [N]}. A pixel belongs to a digit where the digit is brighter
     than a quarter. Returns {"image": uint8 [n, height, width, 1], "segmentation_mask": uint8 [n, height, width], 1 at
     digits}, and as `padded_objects` does the box around each digit and its label. Digits may cover others. Raises
-    InputError where a digit is larger than the image.
+    InputError where there is no digit, where digits are no square grey images or larger than the image, and for `n` or
+    `pasted` below 1.
     """
-    side = digits["image"].shape[1]
+    require_positive({"the number of images": n, "the number of digits in an image": pasted})
+    shape = digits["image"].shape
+    if len(shape) != 4 or shape[1] != shape[2] or shape[3] != 1 or not shape[0]:
+        raise InputError(f"digits {shape}, expected [N, S, S, 1] with N of 1 or more: square grey images; convert them")
+    side = shape[1]
     if side > min(height, width):
         raise InputError(
             f"images of {height}x{width}, expected {side}x{side}, the size of a digit, or more; enlarge them"
@@ -131,7 +138,7 @@ def scenes(
     present = boxes[..., 2] > boxes[..., 0]
     return {
         IMAGE: np.rint(255 * image).astype(np.uint8)[..., None],
-        "segmentation_mask": inside,
+        MAP: inside,
         BOXES: boxes,
         LABELS: labels * present,
         PRESENT: present,

@@ -2,6 +2,11 @@
 
 import re
 
+# Columns of images with objects, under the names of TFDS; PRESENT is our own.
+BOXES = "objects/bbox"  # ymin, xmin, ymax, xmax as fractions of the image, [N, 4] of each image
+LABELS = "objects/label"  # the classes of the boxes
+PRESENT = "objects/mask"  # which of N are boxes, where images are padded to N
+MAP = "segmentation_mask"  # a label of each pixel
 # Words in the names of columns with image coordinates, as in TFDS: "objects/bbox", "keypoints_2d".
 PLACES = re.compile(r"[a-z]*box(es)?|(coord(inate)?|corner|keypoint|landmark|point|polygon)s?|joints|xywh|xyxy|cxcywh")
 # Words in the names of columns with a value for each pixel, where they have two axes or more beside the batch's.

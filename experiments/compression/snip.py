@@ -32,7 +32,7 @@ from dl_jax.compress import prune
 from dl_jax.core.evaluate import evaluator
 from dl_jax.core.fit import fit
 from dl_jax.core.step import Tree, init_states, init_variables, make_step, per_seed
-from dl_jax.harness import Claim, Fraction, NonNegative, Positive, Probability, Run, Some, launch, on_digits
+from dl_jax.harness import Claim, Distinct, Fraction, NonNegative, Positive, Probability, Run, launch, on_digits
 from dl_jax.models.layers import Normalise
 from dl_jax.models.vision.lenet import LeNet300
 
@@ -42,7 +42,7 @@ class Config:
     dataset: str = "mnist"  # TFDS name of a set of ten classes of 28x28 or 8x8 grey images
     train_split: str = "train"  # TFDS split to learn from
     test_split: str = "test"  # TFDS split to test on
-    sparsities: Some[Fraction] = (0.95, 0.98)  # fractions of the weights that are pruned, over all layers together
+    sparsities: Distinct[Fraction] = (0.95, 0.98)  # fractions of the weights that are pruned, over all layers together
     scored: Positive[int] = 100  # training examples whose loss scores the weights
     steps: Positive[int] = 10_000  # train steps of each network
     batch_size: Positive[int] = 100  # examples per step, over all devices

@@ -30,7 +30,7 @@ from dl_jax.core.evaluate import evaluator
 from dl_jax.core.fit import Watch, fit
 from dl_jax.core.step import Array, Batch, Tree, make_step, per_seed, start
 from dl_jax.data import text
-from dl_jax.harness import Claim, Positive, Probability, Run, Some, launch
+from dl_jax.harness import Claim, Distinct, Positive, Probability, Run, launch
 from dl_jax.models.sequence.attention import AttentionClassifier
 from dl_jax.models.sequence.rnn import SequenceClassifier
 from dl_jax.models.sequence.text_cnn import TextCNN, is_output_kernel
@@ -56,7 +56,7 @@ class Config:
     hidden: Positive[int] = 100  # units of the recurrent layers in one direction, and width of their words' vectors
     learning_rate: Positive[float] = 2e-3  # peak learning rate of Adam, for the recurrent networks
     watch_every: Positive[int] = 98  # steps between measurements
-    cells: Some[Cell] = ("cnn", "lstm", "attention")  # the networks
+    cells: Distinct[Cell] = ("cnn", "lstm", "attention")  # the networks
 
 
 PRESETS = {

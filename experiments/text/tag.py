@@ -34,7 +34,7 @@ from dl_jax.core.evaluate import collector
 from dl_jax.core.fit import Watch, fit
 from dl_jax.core.step import Array, Batch, Tree, make_step, per_seed, start
 from dl_jax.data import text
-from dl_jax.harness import Claim, Positive, Probability, Run, Some, launch
+from dl_jax.harness import Claim, Distinct, Positive, Probability, Run, launch
 from dl_jax.losses import crf
 from dl_jax.models.sequence.tagger import ChainTagger, Tagger
 
@@ -59,7 +59,7 @@ class Config:
     learning_rate: Positive[float] = 4e-3  # peak learning rate of Adam
     clip: Positive[float] = 5.0  # largest norm of the gradient
     watch_every: Positive[int] = 490  # steps between measurements on the split for development
-    cells: Some[Cell] = ("softmax", "crf", "softmax_chars", "crf_chars")  # the networks
+    cells: Distinct[Cell] = ("softmax", "crf", "softmax_chars", "crf_chars")  # the networks
 
 
 PRESETS = {

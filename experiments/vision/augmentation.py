@@ -27,7 +27,7 @@ from dl_jax import augment, classify, data, losses, optim
 from dl_jax.core.evaluate import evaluator
 from dl_jax.core.fit import Watch, fit
 from dl_jax.core.step import make_step, per_seed, start
-from dl_jax.harness import Claim, NonNegative, Positive, Probability, Run, Some, launch
+from dl_jax.harness import Claim, Distinct, NonNegative, Positive, Probability, Run, launch
 from dl_jax.models.vision.mlp import MLP
 
 Cell = Literal["plain", "affine", "elastic"]
@@ -50,7 +50,7 @@ class Config:
     alpha: NonNegative[float] = 34.0  # factor of the elastic displacements; pixels
     sigma: Positive[float] = 4.0  # standard deviation of their smoothing; pixels
     watch_every: Positive[int] = 9375  # steps between measurements of the test error (for the curve only)
-    cells: Some[Cell] = ("plain", "affine", "elastic")  # the distortions
+    cells: Distinct[Cell] = ("plain", "affine", "elastic")  # the distortions
 
 
 PRESETS = {

@@ -31,10 +31,11 @@ import optax
 
 from dl_jax import augment, classify, data, detect, losses, metrics, optim
 from dl_jax.core import seeds
+from dl_jax.core.errors import InputError
 from dl_jax.core.evaluate import collector
 from dl_jax.core.fit import fit
 from dl_jax.core.step import Array, Batch, Tree, make_step, per_seed, start
-from dl_jax.harness import Claim, Positive, Probability, Run, Some, boxes_figure, launch
+from dl_jax.harness import Claim, Distinct, Positive, Probability, Run, boxes_figure, launch
 from dl_jax.models.vision.heat_map import HeatMapDetector
 
 Cell = Literal["augmented", "plain"]
@@ -49,14 +50,14 @@ class Config:
     width: Positive[int] = 160  # pixels to which images are resized
     train_images: Positive[int] = 500  # images to learn from, where they are made of digits
     test_images: Positive[int] = 200  # images to test on, where they are made of digits
-    boxes: Positive[int] = 60  # largest number of boxes of an image
+    boxes: Positive[int] = 60  # largest number of boxes of an image, where it is not made of digits
     maps: tuple[Positive[int], ...] = (32, 64, 128)  # maps of each level of the network
     head: Positive[int] = 64  # maps of the hidden layer of each output
     steps: Positive[int] = 1400  # train steps of each network
     batch_size: Positive[int] = 8  # images per step, over all devices
     learning_rate: Positive[float] = 2e-3  # peak learning rate of Adam
-    sure: Probability = 0.45  # score from which an object is counted
-    cells: Some[Cell] = ("augmented", "plain")  # the ways to train
+    sure: Probability = 0.45  # score from which an object is counted, chosen on the validation split
+    cells: Distinct[Cell] = ("augmented", "plain")  # the ways to train
 
 
 PRESETS = {
@@ -95,7 +96,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     find = collector(functools.partial(found_objects, model), 4 * cfg.batch_size)
     measured: dict[str, np.ndarray] = {}
     for cell in cfg.cells:
-        loss = losses.with_batch(functools.partial(detection_loss, model), SEE[cell])
+        loss = losses.with_batch(functools.partial(detection_loss, model), seen(cfg, cell))
         states = fit(
             per_seed(make_step(loss, tx), one_by_one=True),
             start(model, tx, key_init, key, jnp.zeros((1, *train["image"].shape[1:]))),
@@ -118,27 +119,34 @@ def records(cfg: Config, split: str, n: int, seed: int, classes: int) -> dict[st
     """Images with padded boxes: those of a set that has boxes, without the few of no area, or n scenes of digits."""
     if "objects/bbox" in data.info(cfg.dataset).features:
         given = data.with_area(data.objects(cfg.dataset, split, height=cfg.height, width=cfg.width))
+        if not given["objects/label"].lengths.any():
+            raise InputError(f"split {split} of {cfg.dataset} has no box, expected some; choose another split")
         return data.padded_objects(given, cfg.boxes, classes)
     made = data.scenes(data.grey_images(cfg.dataset, split), n, seed, height=cfg.height, width=cfg.width)
     return {name: column for name, column in made.items() if name != "segmentation_mask"}
 
 
 def class_names(dataset: str) -> tuple[str, ...]:
+    """The names of the classes of objects, or of digits. Raises InputError for objects without them."""
     described = data.info(dataset)
-    return described.labels.get("objects/label") or tuple(map(str, range(10)))
+    named = described.labels.get("objects/label")
+    if not named and "objects/bbox" in described.features:
+        raise InputError(f"data set {dataset} has no names of the classes in 'objects/label'; choose a set with them")
+    return named or tuple(map(str, range(10)))
 
 
-SEE = {
-    "plain": classify.unit,
-    "augmented": augment.compose(
+def seen(cfg: Config, cell: Cell) -> augment.Augmentation:
+    """How a batch is changed before the network learns from it."""
+    if cell == "plain":
+        return classify.unit
+    return augment.compose(
         classify.unit,
         augment.flip(),
         augment.flip(vertical=True),
-        augment.affine(scale=(0.8, 1.25), squeeze=(0.9, 1.1), translate=(-16, 16)),
+        augment.affine(scale=(0.8, 1.25), squeeze=(0.9, 1.1), translate=augment.up_to(cfg.width / 10)),
         augment.brightness((0.8, 1.2)),
         augment.contrast((0.8, 1.2)),
-    ),
-}
+    )
 
 
 def detection_loss(model: HeatMapDetector, variables: Tree, batch: Batch, key: Array):

@@ -32,7 +32,7 @@ from dl_jax.core import seeds
 from dl_jax.core.evaluate import collector, evaluator
 from dl_jax.core.fit import fit
 from dl_jax.core.step import Array, Batch, Tree, init_variables, make_step, per_seed, start
-from dl_jax.harness import Claim, Positive, Run, Some, curves_figure, launch, rows_figure
+from dl_jax.harness import Claim, Distinct, Positive, Run, curves_figure, launch, rows_figure
 from dl_jax.models.vision.convnet import ConvNet
 
 Kind = Literal["gradient", "SmoothGrad", "integrated gradients", "guided", "Grad-CAM", "occlusion", "climb"]
@@ -50,7 +50,7 @@ class Config:
     path: Positive[int] = 50  # steps of integrated gradients, and samples of SmoothGrad
     ranked: Positive[int] = 100  # test images whose pixels are ranked
     climb: Positive[int] = 200  # steps that climb the logit of a class
-    kinds: Some[Kind] = KINDS  # what the figure `attributions` shows
+    kinds: Distinct[Kind] = KINDS  # what the figure `attributions` shows
 
 
 PRESETS = {

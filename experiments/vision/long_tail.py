@@ -35,7 +35,7 @@ from dl_jax.core.errors import InputError
 from dl_jax.core.evaluate import evaluator
 from dl_jax.core.fit import fit
 from dl_jax.core.step import Array, Batch, Tree, make_step, per_seed, start
-from dl_jax.harness import Between, Claim, NonNegative, Positive, Run, Some, curves_figure, launch, on_digits
+from dl_jax.harness import Between, Claim, Distinct, NonNegative, Positive, Run, curves_figure, launch, on_digits
 from dl_jax.models.vision.lenet import LeNetCaffe
 
 Method = Literal["cross_entropy", "class_weights", "focal", "adjusted", "sampling"]
@@ -52,7 +52,7 @@ class Config:
     learning_rate: Positive[float] = 1e-3  # peak learning rate of Adam
     gamma: NonNegative[float] = 2.0  # exponent of the focal loss
     rare: Annotated[int, Between(1, 10)] = 3  # classes whose mean error is the error of the tail
-    methods: Some[Method] = ("cross_entropy", "class_weights", "focal", "adjusted", "sampling")  # the methods
+    methods: Distinct[Method] = ("cross_entropy", "class_weights", "focal", "adjusted", "sampling")  # the methods
 
 
 PRESETS = {

@@ -29,7 +29,7 @@ from dl_jax.core import seeds
 from dl_jax.core.evaluate import evaluator
 from dl_jax.core.fit import fit
 from dl_jax.core.step import Array, Batch, Tree, make_step, per_seed, start
-from dl_jax.harness import Claim, NonNegative, Positive, Run, Some, launch
+from dl_jax.harness import Claim, Distinct, NonNegative, Positive, Run, launch
 from dl_jax.models.vision.mlp import MLP
 from dl_jax.models.vision.pointnet import PointNet
 
@@ -49,7 +49,7 @@ class Config:
     widths: tuple[Positive[int], ...] = (64, 128, 256)  # of PointNet's layers before the maximum, after two of 64
     head: tuple[Positive[int], ...] = (128, 64)  # of those after it
     hidden: tuple[Positive[int], ...] = (512, 256, 128)  # units of the hidden layers of the dense network
-    cells: Some[Cell] = ("pointnet", "sorted")  # the networks
+    cells: Distinct[Cell] = ("pointnet", "sorted")  # the networks
 
 
 PRESETS = {

@@ -20,7 +20,9 @@ the gradient; the paper lowers a rate that it does not give:
   lowest error on these, and training stops where that has not fallen for some time.
 
 The other numbers are those after the last step. The short schedule has narrower layers and learns from 10,000 images.
-Its rate and bound were chosen on the last 10,000 training images.
+The
+rate (0.01, 0.03 or 0.1), the bound (2 or 3) and the weight of L2 (1e-4 or 5e-4) were chosen on the last 10,000 training
+images, with one seed each.
 """
 
 import dataclasses
@@ -40,7 +42,7 @@ from dl_jax.core.fit import fit
 from dl_jax.core.leaves import chosen, is_kernel
 from dl_jax.core.recorder import Watch
 from dl_jax.core.step import Loss, Tree, make_step, per_seed, start
-from dl_jax.harness import Claim, NonNegative, Positive, Probability, Run, Some, launch, on_digits
+from dl_jax.harness import Claim, Distinct, NonNegative, Positive, Probability, Run, Some, launch, on_digits
 from dl_jax.models.vision.mlp import MLP
 
 Name = Literal[
@@ -68,7 +70,7 @@ class Config:
     held_out: Probability = 1 / 6  # share of the training images that early stopping measures its error on
     watch_every: Positive[int] = 1000  # steps between these measurements
     patience: Positive[int] = 20  # measurements without a lower error after which it stops
-    methods: Some[Name] = NAMES  # the methods
+    methods: Distinct[Name] = NAMES  # the methods
 
 
 PRESETS = {
@@ -82,11 +84,13 @@ PRESETS = {
 
 claim = functools.partial(Claim, paper="Srivastava et al. 2014", unit="%")
 TABLE = {"l2": 1.62, "l2_l1": 1.60, "max_norm": 1.35, "dropout_l2": 1.25, "dropout_max_norm": 1.05}
+LATER = "In the paper L1 is added towards the end of training, here from the start."
+PILOT = "A pilot of one seed and 12,000 steps, on the last 10,000 training images: 3.43, 3.28 and 2.80 %."
 CLAIMS = (
     *(claim(f"test_error/{name}", locator=f"Table 9, {name}", claimed=value, tolerance=0.15,
-            given={"dataset": "mnist"}) for name, value in TABLE.items()),
+            given={"dataset": "mnist"}, note=LATER if name == "l2_l1" else "") for name, value in TABLE.items()),
     *(claim(f"test_error/{better}", versus=f"test_error/{worse}", locator=f"Table 9, the order of {better} and {worse}",
-            better="lower", preset="short", given={"dataset": "mnist"})
+            better="lower", preset="short", given={"dataset": "mnist"}, note=PILOT)
       for worse, better in (("l2", "max_norm"), ("max_norm", "dropout_max_norm"))),
     on_digits("test_error/dropout_max_norm", at_most=6.0, unit="%", note="logistic regression: 10.0 %"),
 )  # fmt: skip

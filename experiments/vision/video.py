@@ -10,10 +10,11 @@ at most 67.3 %: a motion and its opposite have the same frames, so that a bag of
 but for chance. A ConvLSTM that has seen 8 frames predicts the next 8 with a lower cross-entropy than an FC-LSTM. About
 7 minutes a seed on one core of an AMD EPYC.
 
-Training videos are moved around their torus at random. The paper's networks have 7.6 and 143 million parameters and are
-too large for a CPU; these have 65 thousand and 2.9 million, and the paper's numbers are not claimed. Both learn with
-the same steps and rate, in which the FC-LSTM hardly gets beyond the mean of all frames. The figure `predicted` shows
-given, true and predicted frames of the first seed.
+Training videos are moved by random numbers of pixels, and what leaves a frame on one side enters it on the other, as
+the digits of these sets do. The paper's networks have 7.6 and 143 million parameters and are too large for a CPU; these
+have 65 thousand and 2.9 million, and the paper's numbers are not claimed. Both learn with the same steps and rate, in
+which the FC-LSTM hardly gets beyond the mean of all frames. The figure `predicted` shows given, true and predicted
+frames of the first seed.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ from dl_jax.core.errors import InputError
 from dl_jax.core.evaluate import evaluator
 from dl_jax.core.fit import fit
 from dl_jax.core.step import Array, Batch, Tree, make_step, per_seed, start
-from dl_jax.harness import Claim, Positive, Run, Some, launch, rows_figure
+from dl_jax.harness import Claim, Distinct, Positive, Run, launch, rows_figure
 from dl_jax.models.vision.conv_lstm import FCLSTM, ConvLSTM
 from dl_jax.models.vision.video import FrameBag, FrameGRU
 
@@ -59,7 +60,7 @@ class Config:
     fc_hidden: tuple[Positive[int], ...] = (256, 256)  # units of the layers of the FC-LSTM
     given: Positive[int] = 8  # frames that are given to be continued
     horizon: Positive[int] = 8  # frames that are predicted
-    cells: Some[Cell] = ("bag", "gru", "conv_lstm", "fc_lstm")  # the networks
+    cells: Distinct[Cell] = ("bag", "gru", "conv_lstm", "fc_lstm")  # the networks
 
 
 PRESETS = {
@@ -131,7 +132,8 @@ def videos(cfg: Config, split: str) -> dict[str, Any]:
     Raises InputError where the set has none, and for videos that are no uint8 [T, H, W, C] of one length or have fewer
     frames than are given and predicted.
     """
-    described, frames = data.info(cfg.dataset), cfg.given + cfg.horizon
+    described = data.info(cfg.dataset)
+    frames = cfg.given + cfg.horizon if {"conv_lstm", "fc_lstm"} & {*cfg.cells} else 1
     if "video" not in described.features or "label" not in described.labels:
         raise InputError(
             f"data set {cfg.dataset} has the columns {', '.join(described.features)}, expected videos in column "

@@ -99,7 +99,7 @@ def test_the_less_sure_of_two_boxes_that_overlap_is_left_out(detect):
 
 def test_augmentation_takes_the_batches_and_keeps_their_shapes(detect):
     given = {**batch(), "mask": np.ones(2)}
-    for see in detect.SEE.values():
+    for see in (detect.seen(detect.PRESETS["smoke"], cell) for cell in ("plain", "augmented")):
         found = jax.eval_shape(see, jax.random.key(0), given)
         assert {name: leaf.shape for name, leaf in found.items()} == {name: leaf.shape for name, leaf in given.items()}
 

@@ -7,7 +7,7 @@ import math
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import jax
 import numpy as np
@@ -90,6 +90,21 @@ def test_fields_say_what_they_may_hold_and_are_checked(experiment):
         for wrong in outside(ranges, getattr(good, name)):
             with pytest.raises(InputError, match=f"^--{name.replace('_', '-')} is "):
                 check(dataclasses.replace(good, **{name: wrong}))
+
+
+def test_parts_of_an_experiment_are_named_once(experiment):
+    """Each is a fit in a folder of its own: a second one of a name would end the run after the first."""
+    for name, hint in get_type_hints(experiment.Config, include_extras=True).items():
+        several = get_origin(strip(hint)) is tuple and get_origin(strip(get_args(strip(hint))[0])) is Literal
+        if several:
+            default = getattr(experiment.PRESETS["paper"], name)
+            with pytest.raises(InputError, match=f"^--{name.replace('_', '-')} is .*each value once"):
+                check(dataclasses.replace(experiment.PRESETS["paper"], **{name: (*default, default[0])}))
+
+
+def strip(hint):
+    """The type without what it is annotated with."""
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
 
 
 def notes_of(hint) -> list:

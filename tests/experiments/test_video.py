@@ -124,7 +124,7 @@ def test_rows_of_frames(video):
 )
 def test_what_cannot_work_is_refused_before_any_training(video, change, message, monkeypatch):
     monkeypatch.setattr(video, "fit", None)  # a step would fail
-    cells = ("conv_lstm",) if "patch" in change else ("gru",)
+    cells = ("gru",) if "maps" in change else ("conv_lstm",)
     with pytest.raises(InputError, match=message):
         video.main(dataclasses.replace(video.PRESETS["smoke"], cells=cells, **change), Run())
 

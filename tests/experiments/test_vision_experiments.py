@@ -277,7 +277,9 @@ def test_weights_that_are_zero_by_hand(regularisation):
 
 def test_the_penalty_of_the_proximal_operator_is_that_of_the_gradient(regularisation):
     """In a direction that is always the same: SGD with momentum ends where the penalised slope is 0."""
-    cfg = dataclasses.replace(regularisation.PRESETS["smoke"], l1=0.3, l2=0.5, momentum=0.5, steps=400)
+    cfg = dataclasses.replace(
+        regularisation.PRESETS["smoke"], learning_rate=0.1, l1=0.3, l2=0.5, momentum=0.5, steps=400
+    )
     slope = lambda variables, batch, key: ((variables["params"]["kernel"] * batch).sum(), ({}, {}))
     found = {}
     for name in ("l2_l1", "proximal"):

@@ -189,8 +189,20 @@ def test_devices_share_a_batch_without_exchange(name):
 
 def test_no_boxes_at_all():
     batch = {**batch_of(), "objects/bbox": np.zeros((B, 0, 4), np.float32), "objects/mask": np.zeros((B, 0), bool)}
-    found = jax.eval_shape(MOVES["compose"], KEY, batch)
+    found = jax.jit(MOVES["compose"])(KEY, batch)
     assert found["objects/bbox"].shape == (B, 0, 4)
+    np.testing.assert_allclose(found["image"], moved("compose")[1]["image"], atol=1e-5)
+
+
+def test_no_box_loses_its_area_by_rounding():
+    rng = np.random.default_rng(0)
+    corner = rng.uniform(0, 0.9, (B, 50, 2))
+    boxes = np.concatenate([corner, corner + rng.uniform(0.005, 0.02, corner.shape)], -1)
+    batch = {**batch_of(), "objects/mask": np.ones((B, 50), bool), "objects/bbox": jnp.asarray(boxes, jnp.bfloat16)}
+    found = jax.device_get(jax.jit(augment.affine(scale=(0.5, 1)))(KEY, batch))
+    places, present = np.float32(found["objects/bbox"]), found["objects/mask"]
+    assert present.mean() > 0.5
+    assert ((places[..., 2:] > places[..., :2]).all(-1) == present).all()
 
 
 @pytest.mark.parametrize("shape", [(H, W, 1), (H, W), (H, W, 2, 3)])

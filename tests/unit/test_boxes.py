@@ -86,7 +86,7 @@ def test_nms_keeps_what_a_suppressed_box_would_have_suppressed():
     suppress = jax.jit(lambda *scores: detect.nms(boxes, jnp.array(scores), jnp.zeros(3, int), jnp.ones(3, bool), 0.3))
     np.testing.assert_array_equal(suppress(3.0, 2.0, 1.0), [True, False, True])
     np.testing.assert_array_equal(suppress(2.0, 3.0, 1.0), [False, True, False])
-    np.testing.assert_array_equal(suppress(3.0, 2.0, np.nan), [True, False, True])
+    np.testing.assert_array_equal(suppress(3.0, np.nan, 1.0), [True, False, True])  # NaN goes last
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan")])
@@ -208,6 +208,10 @@ def test_peaks_against_a_loop():
     np.testing.assert_allclose(flat, expected, rtol=1e-5, atol=1e-6)
     few = jax.jit(functools.partial(detect.peaks, most=3))(heat, size, offset)
     np.testing.assert_array_equal(few.scores, np.array(found.scores)[:3])
+    heat[2, 3, 1] = np.nan
+    broken = jax.jit(functools.partial(detect.peaks, most=3))(heat, size, offset)
+    assert np.isnan(broken.scores[0])
+    assert broken.present[0]
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,7 @@ GOOD = [0.1, 0.1, 0.5, 0.5]
             records([GOOD], [], [GOOD, [0.4, 0.1, 0.4, 0.2]]),
             "box 1 of row 2 is .* expected ymin < ymax and xmin < xmax",
         ),
+        (records([[1.0, 0.1, 1 + 5e-6, 0.2]]), "box 0 of row 0 is .* expected ymin < ymax and xmin < xmax"),
         (records([[0.4, 0.5, 0.6, 0.2]]), "box 0 of row 0 is .* expected ymin < ymax and xmin < xmax; leave it out"),
         (records([], [GOOD, GOOD], labels=[[], [0, 3]]), "label 1 of row 1 is 3, expected 0 to 2; leave the box out"),
         (records([GOOD], labels=[[-1]]), "label 0 of row 0 is -1, expected 0 to 2"),
@@ -173,6 +174,14 @@ def test_the_boxes_of_scenes_are_around_the_digits():
     assert made["objects/mask"].all()
     dark = data.scenes(digits()[1], 3, 0)
     assert not any(dark[f"objects/{name}"].any() for name in ("bbox", "label", "mask"))
+
+
+def test_scenes_that_cannot_be_made_are_refused():
+    for shape in ((0, 8, 8, 1), (2, 8, 9, 1), (2, 8, 8, 3), (2, 8, 8)):
+        with pytest.raises(InputError, match=r"digits \(.*\), expected \[N, S, S, 1\] with N of 1 or more"):
+            data.scenes({"image": np.zeros(shape, np.uint8), "label": np.zeros(shape[0], np.int32)}, 1, 0)
+    with pytest.raises(InputError, match="the number of images is 0"):
+        data.scenes(digits()[0], 0, 0)
 
 
 def test_a_digit_larger_than_the_scene_is_refused():

@@ -144,9 +144,12 @@ def boxes_figure(
       labels: by kind, int [M] for each image.
       names: of the classes, each of which has a colour.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
+    colours = colormaps["hsv"](np.arange(len(names)) / len(names))
+    white = 255 if np.asarray(images).dtype == np.uint8 else 1
     n, height, width, _ = np.shape(images)
     side = 12 / n
     figure = Figure(figsize=(12.5, (side * height / width + 0.1) * len(boxes) + 0.3), layout="constrained")
@@ -154,13 +157,13 @@ def boxes_figure(
     for row, kind in zip(grid, boxes, strict=True):
         row[0].set_ylabel(kind)
         for axes, image, places, classes in zip(row, images, boxes[kind], labels[kind], strict=True):
-            axes.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray")
+            axes.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=white)
             axes.set(xticks=[], yticks=[])
             for (top, left, bottom, right), label in zip(np.asarray(places), classes, strict=True):
                 corner = left * width - 0.5, top * height - 0.5
                 sides = (right - left) * width, (bottom - top) * height
-                axes.add_patch(Rectangle(corner, *sides, fill=False, linewidth=1, edgecolor=f"C{label % 10}"))
-    patches = [Rectangle((0, 0), 1, 1, fill=False, edgecolor=f"C{i % 10}") for i in range(len(names))]
+                axes.add_patch(Rectangle(corner, *sides, fill=False, linewidth=1, edgecolor=colours[label]))
+    patches = [Rectangle((0, 0), 1, 1, fill=False, edgecolor=colour) for colour in colours]
     figure.legend(patches, names, loc="outside lower center", ncols=min(len(names), 10), frameon=False)
     return figure
 
