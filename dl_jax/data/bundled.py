@@ -102,5 +102,5 @@ def write(each: Bundled | Derived, splits: Mapping[str, Iterable[Mapping[str, An
 
 
 def _listing(folder: Path) -> Path:
-    """The file of the digests, beside the set's folder, as all files within belong to TFDS."""
-    return folder.parent.with_suffix(".json")
+    """The file of a version's digests, beside the set's folder, as all files within belong to TFDS."""
+    return folder.parents[1] / f"{folder.parent.name}-{folder.name}.json"

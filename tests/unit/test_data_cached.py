@@ -113,15 +113,24 @@ def test_damaged_digits_are_prepared_anew(cache):
     whole, info = load(cache), data.info("digits", cache_dir=str(cache))
     files = list((cache / "tfds" / "digits" / "1.0.0").iterdir())
     assert {"dataset_info.json", "features.json"} < {file.name for file in files}
-    for file in (*files, cache / "tfds" / "digits.json"):
+    for file in (*files, cache / "tfds" / "digits-1.0.0.json"):
         content = file.read_bytes()
         middle = len(content) // 2
         damage(file, content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
         with pytest.warns(UserWarning, match="digits in the cache is damaged"):
             assert equal(load(cache), whole)
         assert data.info("digits", cache_dir=str(cache)) == info
-    (cache / "tfds" / "digits.json").unlink()  # a kill before it was written, or an older release
+    (cache / "tfds" / "digits-1.0.0.json").unlink()  # a kill before it was written, or an older release
     assert equal(load(cache), whole)
+
+
+def test_two_versions_lie_side_by_side(cache):
+    """As those of a set that is made of the standard library of two Pythons."""
+    later = digits.SET._replace(version="1.0.1")
+    folders = [bundled.prepared(each, cache) for each in (digits.SET, later, digits.SET, later)]  # without a warning
+    assert [folder.name for folder in folders] == ["1.0.0", "1.0.1"] * 2
+    assert len({(folder / "features.json").stat().st_ino for folder in folders}) == 2
+    assert all((folder / "dataset_info.json").exists() for folder in folders)
 
 
 def failing(function: Callable[..., Any], code: int, times: int) -> Callable[..., Any]:
