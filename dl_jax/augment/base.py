@@ -56,13 +56,12 @@ def images_of(batch: Batch) -> Array:
 class Move(NamedTuple):
     """One draw of a geometric transform for a batch: functions that move images, maps of labels, and points alike.
 
-    Where a function is None, the transform does not move what it is for.
+    Maps are of any type, and are read at the nearest pixel. Where a function is None, the transform does not move what
+    it is for.
     """
 
     images: Callable[[Array], Array]  # float32 [B, H, W, C] -> [B, H', W', C]
-    maps: Callable[[Array], Array] | None = (
-        None  # of any type, by the nearest neighbour, [B, H, W, C] -> [B, H', W', C]
-    )
+    maps: Callable[[Array], Array] | None = None  # [B, H, W, C] -> [B, H', W', C]
     points: Callable[[Array], Array] | None = None  # y, x as fractions of the image [B, N, 2] -> those of the new one
 
 

@@ -20,9 +20,8 @@ the gradient; the paper lowers a rate that it does not give:
   lowest error on these, and training stops where that has not fallen for some time.
 
 The other numbers are those after the last step. The short schedule has narrower layers and learns from 10,000 images.
-The
-rate (0.01, 0.03 or 0.1), the bound (2 or 3) and the weight of L2 (1e-4 or 5e-4) were chosen on the last 10,000 training
-images, with one seed each.
+Its rate (of 0.01, 0.03 and 0.1), its bound (of 2 and 3) and its weight of L2 (of 1e-4 and 5e-4) were chosen on the last
+10,000 training images, in pilots of one seed and of several widths and lengths.
 """
 
 import dataclasses

@@ -246,7 +246,17 @@ def test_every_model_of_the_zoo():
         assert not any("norm" in path.lower() for path in names(small))
         both = soon_compiled(lambda v, w: (apply(w, *inputs), model.apply(v, *inputs, train=False)))  # noqa: B023
         assert_same(*both(variables, small))
-    assert {*found} >= {"DeepMLP", "NormalisedLeNet", "MobileNetV1", "MobileNetV2", "CifarResNet", "ResNet", "Xception"}
+    assert {*found} >= {
+        "PointNet",
+        "HeatMapDetector",
+        "DeepMLP",
+        "NormalisedLeNet",
+        "MobileNetV1",
+        "MobileNetV2",
+        "CifarResNet",
+        "ResNet",
+        "Xception",
+    }
     assert not any(found.values())
 
 
