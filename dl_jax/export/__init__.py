@@ -95,11 +95,12 @@ def signature(inputs: Sequence[Any], batch: int | None = None) -> tuple[jax.Shap
 
 def difference(
     predict: Callable[..., Any],
-    function: Callable[..., Any],
+    apply: Callable[..., Any],
+    variables: Any,
     inputs: Sequence[Any],
     shapes: Sequence[jax.ShapeDtypeStruct],
 ) -> float:
-    """The largest difference between the outputs of an opened file, `predict`, and of the exported `function`.
+    """The largest difference between the outputs of an opened file, `predict`, and of `apply(variables, ...)`.
 
     They are compared on two batches: the first example alone, and all examples twice. A file for one batch size gets
     the examples in order, from the first one and from the last one on. The difference is absolute, or relative to the
@@ -113,7 +114,8 @@ def difference(
         else (np.arange(1), np.arange(2 * count))
     )
     batches = [[each[order % count] for each in examples] for order in orders]
-    return max(_difference(predict(*batch), jax.jit(function)(*batch)) for batch in batches)
+    expected = jax.jit(apply)  # of variables as arguments: what was compiled for others of their shapes serves again
+    return max(_difference(predict(*batch), expected(variables, *batch)) for batch in batches)
 
 
 def _difference(found: Any, expected: Any) -> float:

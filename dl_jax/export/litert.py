@@ -73,7 +73,7 @@ def export(
     flat = jax.jit(plain(function, shapes, Forms(_rounded, _dequantized), unroll=True), keep_unused=True)
     content = _converted(jax.export.export(flat, platforms=("cpu",))(*shapes), path)
     with jax.default_matmul_precision("highest"):
-        error = difference(_predictor(content), function, inputs, shapes)
+        error = difference(_predictor(content), apply, variables, inputs, shapes)
     require_same(error, tolerance, "LiteRT", path)
     write(path, _with_digest(content))
     return error

@@ -89,7 +89,7 @@ def export(
     data = nodes.with_biases(model).SerializeToString()
     predict = _predictor(*_written(data, path))
     with jax.default_matmul_precision("highest"):
-        error = difference(predict, function, inputs, shapes)
+        error = difference(predict, apply, variables, inputs, shapes)
     require_same(error, tolerance, "ONNX Runtime", path)
     write(path, _entry(data) + data)
     return error

@@ -52,7 +52,7 @@ def export(
     """
     function, shapes = baked(apply, variables), signature(inputs)
     data = bytes(jax.export.export(jax.jit(function), platforms=PLATFORMS)(*shapes).serialize())
-    error = difference(jax.jit(jax.export.deserialize(bytearray(data)).call), function, inputs, shapes)
+    error = difference(jax.jit(jax.export.deserialize(bytearray(data)).call), apply, variables, inputs, shapes)
     require_same(error, tolerance, "The StableHLO file", path)
     write(path, HEADER.pack(MAGIC, VERSION, zlib.crc32(data)) + data)
     return error

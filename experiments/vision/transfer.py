@@ -7,7 +7,7 @@ halves of ImageNet's classes. Ours are ten digits and few labels, so that the cl
 
 Expected: with five labels for each digit, both a network whose last layer alone is learned anew ("frozen") and one of
 which all layers go on learning ("fine_tuned") have more of the test digits right than one that starts from random
-weights ("scratch"). With 50 labels, in a pilot, the last layer alone was not enough.
+weights ("scratch"). With 50 labels the last layer alone is not enough.
 
 Each seed learns its own network of the digits 0 to 4 from all their images, and draws its own labelled images of the
 others, which the three networks share. The last layer is drawn anew. The numbers are those after the last step.
