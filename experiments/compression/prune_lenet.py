@@ -67,8 +67,8 @@ PRESETS = {
 
 BY_CONSTRUCTION = "This follows from the shares of the weights that are kept, which are the paper's."
 SLOW = (
-    "The learning rate after a pruning is the reason: on the last 10,000 training digits, with two seeds, retraining at a "
-    "tenth of the rate, as the paper does, costs 0.41 points and at the full rate 0.08. deep_compression.py prunes "
+    "The learning rate after a pruning is the reason: on the last 10,000 training digits, with two seeds, to train at "
+    "a tenth of the rate, as the paper does, costs 0.41 points, and at the full rate 0.08. deep_compression.py prunes "
     "LeNet-5 at the full rate."
 )
 claim = functools.partial(Claim, paper="Han et al. 2015", given={"dataset": "mnist"})
