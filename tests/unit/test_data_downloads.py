@@ -9,6 +9,7 @@ import json
 import sys
 import tarfile
 import threading
+import wave
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ import pytest
 from dl_jax import data
 from dl_jax.core.errors import InputError
 from dl_jax.core.stream import Columns
-from dl_jax.data import downloads, source, text_sets
+from dl_jax.data import audio_sets, downloads, source, text_sets
 from dl_jax.data.builder import Example, Key
 from dl_jax.data.prepare import prepare
 
@@ -142,6 +143,71 @@ def test_translations():
     }
 
 
+def wav(samples: np.ndarray, channels: int = 1, rate: int = 8000) -> bytes:
+    """A WAV file of these samples, int16 or uint8."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as audio:
+        audio.setnchannels(channels)
+        audio.setsampwidth(samples.itemsize)
+        audio.setframerate(rate)
+        audio.writeframes(samples.tobytes())
+    return file.getvalue()
+
+
+def test_spoken_digits():
+    first, second = np.array([-32768, 0, 32767], np.int16), np.array([5], np.int16)
+    splits = audio_sets.digits({"7_theo_4.wav": wav(first), "0_george_5.wav": wav(second)})
+    assert {split: [key for key, _ in examples] for split, examples in splits.items()} == {
+        "train": ["0_george_5.wav"],
+        "test": ["7_theo_4.wav"],
+    }
+    example = dict(splits["test"][0][1])
+    np.testing.assert_array_equal(example.pop("audio"), first)
+    assert example == {"audio/filename": "7_theo_4.wav", "label": "7", "speaker": "theo"}
+    with pytest.raises(InputError, match=r"the file 0_nobody_0.wav is unknown, expected names such as 0_george_0.wav"):
+        audio_sets.digits({"0_nobody_0.wav": wav(first)})
+
+
+SAMPLES = np.arange(6, dtype=np.int16)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"<html>", "is no WAV file"),
+        (wav(SAMPLES)[:30], "is no WAV file"),
+        (wav(SAMPLES, channels=2), "has 2 channels of 16 bits at 8000 Hz and 12 bytes, expected 1 channel of 16 bits"),
+        (wav(SAMPLES, rate=44100), "has 1 channels of 16 bits at 44100 Hz"),
+        (wav(SAMPLES.astype(np.uint8)), "has 1 channels of 8 bits"),
+        (wav(SAMPLES)[:-2], "and 10 bytes, expected .* and 6 samples"),
+    ],
+)
+def test_a_damaged_recording_is_one_line_that_names_the_file(content, message):
+    with pytest.raises(InputError, match=f"the file 0_theo_0.wav {message}") as error:
+        audio_sets.digits({"0_theo_0.wav": content})
+    assert "\n" not in str(error.value)
+
+
+def test_spoken_digits_are_downloaded_from_an_archive_that_is_opened_once(server, monkeypatch, tmp_path):
+    files = {f"{d}_{s}_{i}.wav": wav(SAMPLES[: 1 + d]) for d in range(6) for s in ("theo", "lucas") for i in (0, 5)}
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as zipped:
+        for name, content in files.items():
+            zipped.writestr(f"fsdd/{name}", content)
+    server.files["/fsdd.zip"] = archive.getvalue()
+    each = audio_sets.FSDD._replace(
+        files={name: (f"{server.address}/fsdd.zip#fsdd/{name}",) for name in files},
+        digests={split: downloads.digest(examples) for split, examples in audio_sets.digits(files).items()},
+    )
+    monkeypatch.setitem(source.DOWNLOADED, "fsdd", each)
+    prepare("fsdd", str(tmp_path))
+    assert server.asked == ["/fsdd.zip"]
+    assert data.info("fsdd", str(tmp_path), str(tmp_path / "cache")).rate == 8000
+    test = data.load("fsdd", "test", str(tmp_path), str(tmp_path / "cache"))
+    for row, digit in zip(test["audio"], test["label"], strict=True):
+        assert row.tolist() == [*range(1 + digit), *[0] * (5 - digit)]
+
+
 @pytest.mark.parametrize(
     ("parse", "files", "message"),
     [
@@ -198,6 +264,10 @@ def test_a_digest_is_of_examples_and_keys_in_any_order():
     assert digest == downloads.digest([two, ("1", {"label": "x", "text": "a\n"})])
     lines = ['["1", {"label": "x", "text": "a\\n"}]', '["10", {"label": "y", "text": "\\u00e9\\""}]']
     assert digest == hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    array = np.arange(6, dtype=np.int16).reshape(2, 3)
+    kept = downloads.digest([(1, {"x": array})])
+    assert kept == downloads.digest([(1, {"x": np.asfortranarray(array.astype(">i2"))})])
+    assert kept not in [downloads.digest([(1, {"x": x})]) for x in (array + 1, array.T, array.astype(np.int32))]
     for other in ([one], [one, two, two], [(2, one[1]), two], [one, (10, {"text": 'e"', "label": "y"})]):
         assert downloads.digest(other) != digest
 
@@ -333,9 +403,9 @@ def test_files_of_all_kinds_and_their_encoding(server):
     )
     each = each._replace(files={name: tuple(server.address + end for end in ends) for name, ends in each.files.items()})
     for file in "abcd":
-        assert downloads._text(each, file, downloads._download) == text
+        assert downloads._content(each, file, downloads._opened) == text
     with pytest.raises(InputError, match="UnicodeDecodeError"):
-        downloads._text(each, "e", downloads._download)
+        downloads._content(each, "e", downloads._opened)
 
 
 # The prepared sets
@@ -351,6 +421,7 @@ def keys(name: str, split: str, columns: Columns, size: int) -> list[Key]:
             f"{c}{i}" for c in ("neg", "pos") for i in range(5331) if fate.get(i % 10, "train") == split
         ],
         "sick2014": [int(pair) for pair in columns.get("pair_ID", [])],
+        "fsdd": [file.decode() for file in columns.get("audio/filename", [])],
     }
     return sorted(known.get(name, range(size)), key=hashing.Hasher(split).hash_key)
 
@@ -364,6 +435,9 @@ def plain(value: Any, kind: Any) -> Any:
 
 def values(columns: Columns, name: str, kind: Any) -> list[Any]:
     """A column that was loaded, as the parser gave it."""
+    if isinstance(kind, downloads.Tensor):
+        lengths = columns[f"{name}/length"]
+        return [row[:length] for row, length in zip(columns[name], lengths, strict=True)]
     if isinstance(kind, list):
         flat = (plain(value, kind[0]) for value in columns[name].values.tolist())
         return [list(itertools.islice(flat, length)) for length in columns[f"{name}/length"]]
