@@ -59,6 +59,9 @@ class Downloaded(NamedTuple):
     digests: Mapping[str, str]  # of the examples of each split
     target: tuple[str, str] | None = None  # the input and what is to be predicted, where the set has one of each
     encoding: str | None = "utf-8"  # of the files that `parse` gets as texts; None where it gets bytes
+    in_order: bool = (
+        False  # whether TFDS stores the examples in the order in which they come, not in that of their keys
+    )
 
 
 def prepare(each: Downloaded, root: Path) -> None:
@@ -82,6 +85,7 @@ def prepare(each: Downloaded, root: Path) -> None:
         "license": each.licence,
         "citation": each.citation,
         "supervised_keys": each.target,
+        "disable_shuffling": each.in_order,
     }
     features = {name: _feature(kind) for name, kind in each.features.items()}
     builder.write(root, each.name, each.version, features, splits, **described)

@@ -78,6 +78,7 @@ PRESETS = {
                     layers=1, tcn_hidden=4, tcn_levels=1),
 }  # fmt: skip
 
+KEYS = 88  # of a piano
 JSB = {"LSTM": 8.45, "GRU": 8.43, "RNN": 8.91, "TCN": 8.1}  # Table 1
 NOTTINGHAM = {"LSTM": 3.29, "GRU": 3.46, "RNN": 4.05, "TCN": 3.07}
 QUICK = {"LSTM": 3.05, "GRU": 2.55, "RNN": 2.56, "TCN": 2.68}
@@ -182,11 +183,20 @@ def piano_rolls(name: str, split: str) -> dict[str, np.ndarray]:
     """The columns {"notes": uint8 [N, T, K] of 0 and 1, "length": int32 [N]} of a split.
 
     For a set of images the rows of an image, thresholded at half of the largest intensity, are the frames. Raises
-    InputError for a set that has neither notes nor images of one size.
+    InputError for a set that has neither notes nor images of one size, for notes that are no 0 and 1 of the 88 keys of
+    a piano, and for a sequence without frames.
     """
     records = data.load(name, split)
     if "notes" in records:
-        return {"notes": np.asarray(records["notes"]), "length": records["notes/length"]}
+        notes, length = np.asarray(records["notes"]), records["notes/length"]
+        if notes.shape[2:] != (KEYS,) or notes.max() > 1:
+            raise InputError(
+                f"{name} has notes of shape {notes.shape} up to {notes.max()}, expected 0 and 1 of {KEYS} keys, (N, T, "
+                f"{KEYS}); convert numbers of keys into piano rolls, and leave out those that a piano lacks"
+            )
+        for piece in np.flatnonzero(length < 1)[:1]:
+            raise InputError(f"piece {piece} of {name} {split} has no frames, expected one or more; leave it out")
+        return {"notes": notes, "length": length}
     if "image" in records and records["image"].ndim == 4:
         notes = (records["image"][..., 0] > 127).astype(np.uint8)
         return {"notes": notes, "length": np.full(len(notes), notes.shape[1], np.int32)}

@@ -120,3 +120,22 @@ def test_chorales_are_padded_with_silence(polyphonic, tfds_dir):
     after = np.arange(160) >= rolls["length"][:, None]
     assert not rolls["notes"][after].any()
     assert rolls["notes"][~after].any(-1).mean() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("notes", "length", "message"),
+    [
+        (np.zeros((2, 3, 89), np.uint8), [3, 3], r"has notes of shape \(2, 3, 89\) up to 0, expected .* 88 keys"),
+        (np.full((2, 3, 88), 60, np.uint8), [3, 3], r"has notes of shape \(2, 3, 88\) up to 60, expected 0 and 1"),
+        (np.zeros((2, 3), np.uint8), [3, 3], r"has notes of shape \(2, 3\)"),
+        (np.zeros((2, 3, 88), np.uint8), [3, 0], "piece 1 of music train has no frames, expected one or more"),
+    ],
+)
+def test_notes_outside_the_keyboard_and_pieces_without_frames_are_refused(
+    polyphonic, monkeypatch, notes, length, message
+):
+    records = {"notes": notes, "notes/length": np.array(length)}
+    monkeypatch.setattr(polyphonic.data, "load", lambda *args: records)
+    with pytest.raises(InputError, match=message) as error:
+        polyphonic.piano_rolls("music", "train")
+    assert "\n" not in str(error.value)

@@ -21,7 +21,7 @@ import pytest
 from dl_jax import data
 from dl_jax.core.errors import InputError
 from dl_jax.core.stream import Columns
-from dl_jax.data import audio_sets, downloads, source, text_sets
+from dl_jax.data import audio_sets, downloads, music_sets, source, text_sets
 from dl_jax.data.builder import Example, Key
 from dl_jax.data.prepare import prepare
 
@@ -206,6 +206,70 @@ def test_spoken_digits_are_downloaded_from_an_archive_that_is_opened_once(server
     test = data.load("fsdd", "test", str(tmp_path), str(tmp_path / "cache"))
     for row, digit in zip(test["audio"], test["label"], strict=True):
         assert row.tolist() == [*range(1 + digit), *[0] * (5 - digit)]
+
+
+def mat(**splits: Any) -> bytes:
+    """A file of MATLAB's in which each split is a cell array of pieces."""
+    from scipy.io import savemat
+
+    file, cells = io.BytesIO(), {}
+    for name, pieces in splits.items():
+        cells[name] = np.empty((1, len(pieces)), object)
+        for i, piece in enumerate(pieces):
+            cells[name][0, i] = piece
+    savemat(file, cells)
+    return file.getvalue()
+
+
+rng = np.random.default_rng(0)
+PIECES = [(rng.random((steps, 88)) < 0.1).astype(float) for steps in (3, 1, 4, 3, 3, 2, 2)]
+MUSIC = mat(traindata=PIECES[:4], validdata=PIECES[4:5], testdata=PIECES[5:])
+
+
+def test_piano_rolls_in_the_order_of_the_file():
+    splits = music_sets.piano_rolls({"mat": MUSIC})
+    assert {split: len(examples) for split, examples in splits.items()} == {"train": 4, "validation": 1, "test": 2}
+    assert [key for key, _ in splits["train"]] == [0, 1, 2, 3]
+    for (_, example), piece in zip(itertools.chain(*splits.values()), PIECES, strict=True):
+        assert example["notes"].dtype == np.uint8
+        np.testing.assert_array_equal(example["notes"], piece)
+
+
+def test_piano_rolls_are_downloaded_and_keep_their_order(server, monkeypatch, tmp_path):
+    server.files["/JSB_Chorales.mat"] = MUSIC
+    splits = music_sets.piano_rolls({"mat": MUSIC})
+    each = music_sets.JSB_CHORALES._replace(
+        files={"mat": (f"{server.address}/JSB_Chorales.mat",)},
+        digests={split: downloads.digest(examples) for split, examples in splits.items()},
+    )
+    monkeypatch.setitem(source.DOWNLOADED, "jsb_chorales", each)
+    prepare("jsb_chorales", str(tmp_path))
+    train = data.load("jsb_chorales", "train", str(tmp_path), str(tmp_path / "cache"))
+    assert train["notes/length"].tolist() == [3, 1, 4, 3]
+    for row, length, piece in zip(np.asarray(train["notes"]), train["notes/length"], PIECES[:4], strict=True):
+        np.testing.assert_array_equal(row[:length], piece)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"<html>", "cannot be read, expected a file of MATLAB's"),
+        (MUSIC[:400], "cannot be read|has nothing"),
+        (mat(traindata=PIECES, testdata=PIECES), "has nothing as validdata, expected a cell array of pieces"),
+        (
+            mat(traindata=[PIECES[0], np.zeros((0, 88))]),
+            r"has \(0, 88\) for piece 1 of train, expected one step or more",
+        ),
+        (mat(traindata=[np.zeros((3, 89)), PIECES[0]]), r"has \(3, 89\) for piece 0 of train, .* of 88 keys"),
+        (mat(traindata=[PIECES[0], 2 * PIECES[0]]), "has other values than 0 and 1 in piece 1 of train"),
+        (mat(traindata=[PIECES[0], np.full((2, 88), np.nan)]), "has other values than 0 and 1 in piece 1"),
+        (mat(traindata=[PIECES[0], 21 + PIECES[1]]), "has other values than 0 and 1 in piece 1"),  # numbers of keys
+    ],
+)
+def test_damaged_piano_rolls_are_one_line_that_names_the_piece(content, message):
+    with pytest.raises(InputError, match=f"the file of piano rolls {message}") as error:
+        music_sets.piano_rolls({"mat": content})
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -423,6 +487,8 @@ def keys(name: str, split: str, columns: Columns, size: int) -> list[Key]:
         "sick2014": [int(pair) for pair in columns.get("pair_ID", [])],
         "fsdd": [file.decode() for file in columns.get("audio/filename", [])],
     }
+    if source.DOWNLOADED[name].in_order:
+        return [*range(size)]
     return sorted(known.get(name, range(size)), key=hashing.Hasher(split).hash_key)
 
 
