@@ -140,7 +140,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
             model = SequenceTagger(task.outputs, cfg.hidden, cell=CELLS[net])
             variables = STARTS[net](init_variables(model, key_init, jnp.zeros((1, 2, task.inputs))), task.length)
             gradients_of = jax.jit(jax.vmap(functools.partial(state_gradients, model, task), (0, None)))
-            curves[f"{net}, before"] = gradients_of(variables, sample)
+            curves[f"{net}, before"] = gradients_of(jax.device_get(variables), sample)
             for name, clip in {net: (optax.clip_by_global_norm(cfg.clip),), f"{net}_free": ()}.items():
                 tx = optax.chain(*clip, task.optimiser)
                 states = fit(
@@ -153,7 +153,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
                 test_of = evaluator(functools.partial(task_error, model, task), test, cfg.test_sequences, key_test)
                 found[f"{problem}/{name}"] = test_of(states.variables)["error"]
                 if name == net:
-                    curves[f"{net}, after"] = gradients_of(states.variables, sample)
+                    curves[f"{net}, after"] = gradients_of(jax.device_get(states.variables), sample)
         lines = {name: (np.arange(task.length), np.asarray(norms).T) for name, norms in curves.items()}
         draw = functools.partial(curves_figure, lines, xlabel="t", ylabel="norm of d loss / d h_t", log_y=True)
         run.figure(f"{problem}_gradients", task.steps, draw)
