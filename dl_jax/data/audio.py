@@ -209,8 +209,8 @@ def strings(
     """n strings of 1 to `most` recordings of one speaker, one after the other.
 
     These are for connectionist temporal classification. Returns {"wave": Ragged [n, samples], "transcript": Ragged
-    int32 [n, most], the labels of a string's recordings, "speaker": int32 [n]}. Speakers are equally likely. Raises InputError for n or `most` below 1, and where there are not as many
-    labels and speakers as waves.
+    int32 [n, most], the labels of a string's recordings, "speaker": int32 [n]}. Speakers are equally likely. Raises
+    InputError for n or `most` below 1, and where there are not as many labels and speakers as waves.
     """
     require_positive({"the number of strings": n, "the most recordings of a string": most})
     if not 0 < len(wave) == len(label) == len(speaker):

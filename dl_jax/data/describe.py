@@ -85,9 +85,8 @@ def stated_rate(description: str) -> int | None:
 
     Audio that is read without TensorFlow is stored as a Tensor, which knows no rate.
     """
-    rates = {
-        float(n) * (1000 if k else 1) for n, k in re.findall(r"(?<![\w.,])(\d+(?:\.\d+)?)[ -]?(k?)Hz\b", description)
-    }
+    found = re.findall(r"(?<![\w.,])(\d+(?:\.\d+)?)[ -]?(k?)Hz\b", description)
+    rates = {float(number) * (1000 if kilo else 1) for number, kilo in found}
     return round(rates.pop()) if len(rates) == 1 else None
 
 

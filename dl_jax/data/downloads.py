@@ -123,7 +123,10 @@ def _feature(kind: Any) -> Any:
 
 
 def _content(each: Downloaded, file: str, opened: Callable[[str], Callable[[str], bytes]]) -> str | bytes:
-    """A file, decoded if it is a text, from the first of its addresses that has it. Raises InputError where none has."""
+    """A file, decoded if it is a text, from the first of its addresses that has it.
+
+    Raises InputError where none has.
+    """
     failures = []
     for address in each.files[file]:
         place, _, member = address.partition("#")
