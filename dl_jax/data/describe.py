@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ class Info:
     classes: int | None  # number of classes; None if there is no class label, or several of which none is the target
     class_names: tuple[str, ...]  # names of these classes, () if there are none
     labels: Mapping[str, tuple[str, ...]]  # names of the classes of every column of class labels, by column
+    rate: int | None  # samples a second of audio; None where the set's description states no rate, or several
 
 
 def info(name: str, data_dir: str | None = None, cache_dir: str | None = None) -> Info:
@@ -74,7 +76,18 @@ def _describe(found: Prepared) -> Info:
         label.num_classes if label else None,
         tuple(label.names) if label else (),
         {name: tuple(each.names) for name, each in labels.items()},
+        stated_rate(builder_info.description),
     )
+
+
+def stated_rate(description: str) -> int | None:
+    """The one rate, such as 8 kHz or 44100 Hz, that the description of a set states, in Hz; None for none or several.
+
+    Audio that is read without TensorFlow is stored as a Tensor, which knows no rate.
+    """
+    found = re.findall(r"(?<![\w.,])(\d+(?:\.\d+)?)[ -]?(k?)Hz\b", description)
+    rates = {float(number) * (1000 if kilo else 1) for number, kilo in found}
+    return round(rates.pop()) if len(rates) == 1 else None
 
 
 def columns(features: Any) -> dict[str, Feature]:

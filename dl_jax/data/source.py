@@ -15,7 +15,18 @@ from typing import Any, NamedTuple
 from dl_jax.core import bucket
 from dl_jax.core.errors import InputError, nearest, one_line
 from dl_jax.core.files import absolute, cache_folder, patiently
-from dl_jax.data import bundled, copies, digits, moving_digits, python_code, shapes, text_sets
+from dl_jax.data import (
+    audio_sets,
+    bundled,
+    copies,
+    digits,
+    moving_digits,
+    music_sets,
+    python_code,
+    shapes,
+    text_sets,
+    tones,
+)
 from dl_jax.data.cached import attempted
 
 FORM = re.compile(r"(?P<set>\w+)(?:/(?P<config>[^/:]+))?(?::(?P<version>[\d.]+))?")
@@ -23,13 +34,22 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _RECORDS = re.compile(r"-\d{5,}-of-\d{5,}")  # in the names of record files
 BUNDLED = {
     each.name: each
-    for each in (digits.SET, shapes.SET, python_code.TOKENS, python_code.DOCSTRINGS, moving_digits.SCANS)
+    for each in (digits.SET, shapes.SET, python_code.TOKENS, python_code.DOCSTRINGS, moving_digits.SCANS, tones.SET)
 }
 DOWNLOADED = {
-    each.name: each for each in (text_sets.WNUT17, text_sets.ROTTEN_TOMATOES, text_sets.SICK, text_sets.MULTI30K)
+    each.name: each
+    for each in (
+        text_sets.WNUT17,
+        text_sets.ROTTEN_TOMATOES,
+        text_sets.SICK,
+        text_sets.MULTI30K,
+        audio_sets.FSDD,
+        music_sets.JSB_CHORALES,
+        music_sets.NOTTINGHAM,
+    )
 }
 DERIVED = {moving_digits.OF_MNIST.name: moving_digits.OF_MNIST}
-_LAYOUT = 4  # version of the cache; increase it when decoding or what is kept changes
+_LAYOUT = 5  # version of the cache; increase it when decoding or what is kept changes
 _LONGEST_NAME, _LONGEST_SPLIT, _LONGEST_PATH = 200, 1000, 3000  # bytes; a file system takes 255 and 4096
 
 

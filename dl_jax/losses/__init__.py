@@ -3,7 +3,7 @@
 A per-example loss is computed in float32 or wider, whatever the dtype of the network's output, and is not averaged; the
 caller masks and averages. A `Loss` is `(variables, batch, key) -> (scalar, (collections, metrics))` and every function
 from loss to loss returns one, so they nest in any order. `latent` contains the ELBO, importance-weighted bounds and
-densities, and `crf` linear chains of tags.
+densities, `crf` linear chains of tags, and `ctc` labels without their places.
 """
 
 from dl_jax.core.step import Loss

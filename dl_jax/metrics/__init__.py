@@ -2,13 +2,15 @@
 
 The first return a pair `(sum, weight)`, which `core.evaluate.evaluator` adds up over batches and divides (`sums`). The
 others are computed on the host from all the predictions of a set, as `core.evaluate.collect` gives them: entities in
-tags (`tagging`), boxes (`detection`), BLEU (`translation`) and correlations (`correlation`).
+tags (`tagging`), boxes (`detection`), BLEU (`translation`), word errors (`transcription`) and correlations
+(`correlation`).
 """
 
 from dl_jax.metrics.correlation import pearson, spearman
 from dl_jax.metrics.detection import Boxes, average_precision
 from dl_jax.metrics.sums import accuracy, confusion_matrix, cross_entropy, error_rate, masked, perplexity, top_k
 from dl_jax.metrics.tagging import Entity, EntityScores, entities, entity_scores
+from dl_jax.metrics.transcription import edit_distance, word_error_rate
 from dl_jax.metrics.translation import Bleu, bleu
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "bleu",
     "confusion_matrix",
     "cross_entropy",
+    "edit_distance",
     "entities",
     "entity_scores",
     "error_rate",
@@ -29,4 +32,5 @@ __all__ = [
     "perplexity",
     "spearman",
     "top_k",
+    "word_error_rate",
 ]

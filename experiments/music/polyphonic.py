@@ -7,7 +7,8 @@ Modeling" (arXiv:1803.01271), Table 1, JSB chorales.
 
 Expected: 8.45 (LSTM), 8.43 (GRU), 8.91 (RNN) and 8.10 (TCN) ± 0.15 nats per frame. This is the negative log-likelihood
 of the next frame of 88 keys, each a Bernoulli variable given the earlier frames, summed over the keys and averaged over
-all predicted frames of the test set.
+all predicted frames of the test set. Of the Nottingham tunes (`--preset nottingham --nets tcn`, three seeds) it is 3.07
+± 0.15 for the TCN; the recurrent networks read 177,000 frames one after the other in each epoch.
 
 As in the authors' code (locuslab/TCN, poly_music), a batch is one chorale, its loss is summed over its frames, and the
 test loss is that at the lowest validation loss. Adam, the sizes of TCN and LSTM, the forget bias, dropout and clipping
@@ -15,7 +16,8 @@ are those of the paper's section 5 and Tables 2 and 3. The other settings were c
 learning rates of the recurrent networks, the sizes of GRU and RNN, and stopping after ten epochs without a lower
 validation loss; the authors train for 100 epochs and divide the learning rate by ten. Where the authors' code differs
 from their paper, ours follows the paper: their code clips before there is a gradient, drops single units instead of
-channels, and initialises the convolutions uniformly.
+channels, and initialises the convolutions uniformly. The settings of the TCN for the Nottingham tunes are the defaults
+of that code. These tunes differ in length, so that a batch is padded to one of a few lengths.
 
 Five seeds take an hour and a half on a CPU core. The quick preset has no music; a frame is then a row of a scanned
 digit.
@@ -24,7 +26,7 @@ digit.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,10 +37,12 @@ from dl_jax.core.errors import InputError
 from dl_jax.core.evaluate import evaluator
 from dl_jax.core.fit import Watch, fit
 from dl_jax.core.step import Array, make_step, per_seed, start
-from dl_jax.harness import Claim, Positive, Probability, Run, launch, on_digits
+from dl_jax.harness import Claim, Distinct, Positive, Probability, Run, Some, launch, on_digits
 from dl_jax.losses.latent import bernoulli_log_prob
 from dl_jax.models.sequence.rnn import GRU, LSTM, VANILLA, Cell, SequenceTagger, with_forget_bias
 from dl_jax.models.sequence.tcn import TCN
+
+Net = Literal["lstm", "gru", "rnn", "tcn"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Config:
     steps: Positive[int] = 22900  # largest number of train steps: 100 epochs of 229 chorales
     batch_size: Positive[int] = 1  # sequences per step and seed, over all devices
     test_batch: Positive[int] = 80  # sequences per batch of an evaluation, over all devices
+    boundaries: Some[Positive[int]] = (64, 96, 192, 256, 384, 640)  # lengths to which shorter sequences are padded
+    nets: Distinct[Net] = ("lstm", "gru", "rnn", "tcn")  # the networks to train
     watch_every: Positive[int] = 229  # steps between evaluations
     patience: Positive[int] = 10  # evaluations without a better validation loss before a seed stops
     learning_rate: Positive[float] = 1e-3  # learning rate of LSTM and GRU
@@ -71,6 +77,9 @@ class Config:
 
 PRESETS = {
     "paper": Config(),
+    "nottingham": Config(dataset="nottingham", steps=69_400, watch_every=694, test_batch=16,
+                         tcn_learning_rate=1e-3, tcn_levels=4, tcn_taps=5,
+                         tcn_dropout=0.25, tcn_clip=0.2),
     "quick": Config(dataset="digits", train_split="train[:80%]", valid_split="train[80%:]", steps=600, batch_size=32,
                     test_batch=360, watch_every=100, lstm_hidden=48, gru_hidden=56, rnn_hidden=100, tcn_hidden=32),
     "smoke": Config(dataset="digits", train_split="train[:32]", valid_split="train[32:64]", test_split="test[:40]",
@@ -78,13 +87,15 @@ PRESETS = {
                     layers=1, tcn_hidden=4, tcn_levels=1),
 }  # fmt: skip
 
+KEYS = 88  # of a piano
 JSB = {"LSTM": 8.45, "GRU": 8.43, "RNN": 8.91, "TCN": 8.1}  # Table 1
 NOTTINGHAM = {"LSTM": 3.29, "GRU": 3.46, "RNN": 4.05, "TCN": 3.07}
 QUICK = {"LSTM": 3.05, "GRU": 2.55, "RNN": 2.56, "TCN": 2.68}
 BETTER = (("TCN", "LSTM"), ("TCN", "GRU"), ("LSTM", "RNN"), ("GRU", "RNN"))
 NOTES = {
     "RNN": "We suspect that it is better than claimed because its learning rate was chosen for it alone.",
-    "TCN": "We suspect the learning rate: the authors divide theirs by ten where our training stops.",
+    "TCN": "We do not know why. The authors divide their learning rate by ten where our training stops; in pilots of "
+    "three seeds that lowered the validation loss of one by 0.02, and of two not at all.",
 }
 nats = functools.partial(Claim, paper="Bai et al. 2018", unit="nats/frame")
 jsb = functools.partial(nats, given={"dataset": "jsb_chorales"})
@@ -93,8 +104,8 @@ CLAIMS = (
           note=NOTES.get(net, "")) for net, value in JSB.items()),
     *(jsb(f"test_nll/{net.lower()}", versus=f"test_nll/{other.lower()}",
           locator=f"Table 1, JSB Chorales, {net} beats {other}") for net, other in BETTER),
-    *(nats(f"Nottingham/{net.lower()}", locator=f"Table 1, Nottingham, {net}", claimed=value, tolerance=0.15,
-           note="This is another task than the experiment's.") for net, value in NOTTINGHAM.items()),
+    *(nats(f"test_nll/{net.lower()}", locator=f"Table 1, Nottingham, {net}", claimed=value, tolerance=0.15, seeds=3,
+           preset="nottingham", given={"dataset": "nottingham"}) for net, value in NOTTINGHAM.items()),
     *(on_digits(f"test_nll/{net.lower()}", at_most=value, unit="nats/frame", note="each pixel by itself: 3.20")
       for net, value in QUICK.items()),
 )  # fmt: skip
@@ -106,13 +117,17 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     )
     key, key_init = run.keys(2)  # [S] each
     width = train["notes"].shape[-1]
-    stream, found = data.shuffled(train, cfg.batch_size, run.seeds), {}
-    for name, net in networks(cfg, width).items():
+    boundaries = functools.partial(data.widths, cfg.boundaries)
+    stream = data.bucketed(train, "length", boundaries(train["length"]), cfg.batch_size, run.seeds)
+    held_out = {
+        f"{split}_nll": data.buckets(rolls, "length", boundaries(rolls["length"]))
+        for split, rolls in {"valid": valid, "test": test}.items()
+    }
+    every, found = networks(cfg, width), {}
+    for name in cfg.nets:
+        net = every[name]
         measure = functools.partial(prediction_nll, net.apply)
-        losses_of = {
-            f"{split}_nll": evaluator(measure, rolls, cfg.test_batch, key)
-            for split, rolls in {"valid": valid, "test": test}.items()
-        }
+        losses_of = {loss: evaluator(measure, rolls, cfg.test_batch, key) for loss, rolls in held_out.items()}
         fit(
             per_seed(make_step(functools.partial(prediction_loss, net.apply), net.tx), net.one_by_one),
             start(net, net.tx, key_init, key, jnp.zeros((1, 2, width))),
@@ -178,15 +193,26 @@ def frames_nll(apply: Callable[..., Any], variables, batch, **settings) -> tuple
     return metrics.masked(nats, there * batch["mask"][:, None] if "mask" in batch else there)
 
 
-def piano_rolls(name: str, split: str) -> dict[str, np.ndarray]:
+def piano_rolls(name: str, split: str) -> dict[str, Any]:
     """The columns {"notes": uint8 [N, T, K] of 0 and 1, "length": int32 [N]} of a split.
 
     For a set of images the rows of an image, thresholded at half of the largest intensity, are the frames. Raises
-    InputError for a set that has neither notes nor images of one size.
+    InputError for a set that has neither notes nor images of one size, for notes that are no 0 and 1 of the 88 keys of
+    a piano, and for a sequence without frames.
     """
     records = data.load(name, split)
     if "notes" in records:
-        return {"notes": np.asarray(records["notes"]), "length": records["notes/length"]}
+        notes = records["notes"]  # Ragged, or an array where all pieces are equally long
+        length = records.get("notes/length", np.full(len(notes), notes.shape[1], np.int32))
+        largest = max((part.max() for part in notes), default=0)
+        if notes.shape[2:] != (KEYS,) or largest > 1:
+            raise InputError(
+                f"{name} has notes of shape {notes.shape} up to {largest}, expected 0 and 1 of {KEYS} keys, (N, T, "
+                f"{KEYS}); convert numbers of keys into piano rolls, and leave out those that a piano lacks"
+            )
+        for piece in np.flatnonzero(length < 1)[:1]:
+            raise InputError(f"piece {piece} of {name} {split} has no frames, expected one or more; leave it out")
+        return {"notes": notes, "length": length}
     if "image" in records and records["image"].ndim == 4:
         notes = (records["image"][..., 0] > 127).astype(np.uint8)
         return {"notes": notes, "length": np.full(len(notes), notes.shape[1], np.int32)}

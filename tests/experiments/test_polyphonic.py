@@ -1,6 +1,7 @@
 """experiments/music/polyphonic.py: the likelihood of frames, their masks, and where the test loss is read."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -8,7 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dl_jax import data
 from dl_jax.core.errors import InputError
+from dl_jax.core.evaluate import evaluator
+from dl_jax.core.ragged import ragged
 from dl_jax.harness.run import Run, Settings
 
 NOTES = np.random.default_rng(0).integers(0, 2, (3, 5, 4)).astype(np.uint8)
@@ -26,15 +30,11 @@ def polyphonic(load_experiment):
 def run_seeds(polyphonic):
     """seeds -> (what the experiment measured, its run): a recurrent network and the TCN, watched at every step."""
     smoke = polyphonic.PRESETS["smoke"]
-    config = dataclasses.replace(smoke, steps=6, watch_every=1, patience=6, rnn_learning_rate=0.3)
-    networks = polyphonic.networks
+    config = dataclasses.replace(smoke, steps=6, watch_every=1, patience=6, rnn_learning_rate=0.3, nets=("rnn", "tcn"))
 
     def main(*seeds):
         run = Run(settings=Settings(seeds=seeds))
-        with pytest.MonkeyPatch.context() as patch:
-            two = lambda *given: {name: net for name, net in networks(*given).items() if name in ("rnn", "tcn")}
-            patch.setattr(polyphonic, "networks", two)
-            return polyphonic.main(config, run), run
+        return polyphonic.main(config, run), run
 
     return main
 
@@ -97,6 +97,22 @@ def test_the_test_loss_is_read_where_the_validation_loss_was_lowest(together):
             assert found[f"test_nll/{name}"][i] == test[valid[:, i].argmin(), i]
 
 
+def test_buckets_change_no_loss(polyphonic):
+    """A piece weighs what it weighs in a batch that is padded to the longest."""
+    pieces = {"notes": ragged([NOTES[i, :n] for i, n in enumerate(BATCH["length"])]), "length": BATCH["length"]}
+    measure, keys = functools.partial(polyphonic.prediction_nll, linear), jax.random.split(jax.random.key(0), 1)
+    losses = [
+        evaluator(measure, data.buckets(pieces, "length", widths), 2, keys)(WEIGHTS[None])["nll"]
+        for widths in ((5,), (2, 4, 5))
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-6)
+
+
+def test_networks_are_chosen_by_name(polyphonic):
+    cfg = dataclasses.replace(polyphonic.PRESETS["smoke"], nets=("rnn",), boundaries=(4,))
+    assert polyphonic.main(cfg, Run(settings=Settings(seeds=(0,)))).keys() == {"test_nll/rnn"}
+
+
 def test_images_are_read_row_by_row(polyphonic):
     rolls = polyphonic.piano_rolls("digits", "test[:3]")
     assert rolls["notes"].shape == (3, 8, 8)
@@ -114,9 +130,28 @@ def test_another_kind_of_set_is_refused(polyphonic, monkeypatch):
 def test_chorales_are_padded_with_silence(polyphonic, tfds_dir):
     if not Path(tfds_dir, "jsb_chorales").is_dir():
         pytest.skip("TFDS_DATA_DIR holds no prepared jsb_chorales")
-    rolls = polyphonic.piano_rolls("jsb_chorales", "test")
+    rolls = {name: np.asarray(column) for name, column in polyphonic.piano_rolls("jsb_chorales", "test").items()}
     assert rolls["notes"].shape == (77, 160, 88)
     assert set(np.unique(rolls["notes"])) == {0, 1}
     after = np.arange(160) >= rolls["length"][:, None]
     assert not rolls["notes"][after].any()
     assert rolls["notes"][~after].any(-1).mean() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("notes", "length", "message"),
+    [
+        (np.zeros((2, 3, 89), np.uint8), [3, 3], r"has notes of shape \(2, 3, 89\) up to 0, expected .* 88 keys"),
+        (np.full((2, 3, 88), 60, np.uint8), [3, 3], r"has notes of shape \(2, 3, 88\) up to 60, expected 0 and 1"),
+        (np.zeros((2, 3), np.uint8), [3, 3], r"has notes of shape \(2, 3\)"),
+        (np.zeros((2, 3, 88), np.uint8), [3, 0], "piece 1 of music train has no frames, expected one or more"),
+    ],
+)
+def test_notes_outside_the_keyboard_and_pieces_without_frames_are_refused(
+    polyphonic, monkeypatch, notes, length, message
+):
+    records = {"notes": notes, "notes/length": np.array(length)}
+    monkeypatch.setattr(polyphonic.data, "load", lambda *args: records)
+    with pytest.raises(InputError, match=message) as error:
+        polyphonic.piano_rolls("music", "train")
+    assert "\n" not in str(error.value)

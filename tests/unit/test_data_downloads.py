@@ -9,6 +9,7 @@ import json
 import sys
 import tarfile
 import threading
+import wave
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ import pytest
 from dl_jax import data
 from dl_jax.core.errors import InputError
 from dl_jax.core.stream import Columns
-from dl_jax.data import downloads, source, text_sets
+from dl_jax.data import audio_sets, downloads, music_sets, source, text_sets
 from dl_jax.data.builder import Example, Key
 from dl_jax.data.prepare import prepare
 
@@ -142,6 +143,135 @@ def test_translations():
     }
 
 
+def wav(samples: np.ndarray, channels: int = 1, rate: int = 8000) -> bytes:
+    """A WAV file of these samples, int16 or uint8."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as audio:
+        audio.setnchannels(channels)
+        audio.setsampwidth(samples.itemsize)
+        audio.setframerate(rate)
+        audio.writeframes(samples.tobytes())
+    return file.getvalue()
+
+
+def test_spoken_digits():
+    first, second = np.array([-32768, 0, 32767], np.int16), np.array([5], np.int16)
+    splits = audio_sets.digits({"7_theo_4.wav": wav(first), "0_george_5.wav": wav(second)})
+    assert {split: [key for key, _ in examples] for split, examples in splits.items()} == {
+        "train": ["0_george_5.wav"],
+        "test": ["7_theo_4.wav"],
+    }
+    example = dict(splits["test"][0][1])
+    np.testing.assert_array_equal(example.pop("audio"), first)
+    assert example == {"audio/filename": "7_theo_4.wav", "label": "7", "speaker": "theo"}
+    with pytest.raises(InputError, match=r"the file 0_nobody_0.wav is unknown, expected names such as 0_george_0.wav"):
+        audio_sets.digits({"0_nobody_0.wav": wav(first)})
+
+
+SAMPLES = np.arange(6, dtype=np.int16)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"<html>", "is no WAV file"),
+        (wav(SAMPLES)[:30], "is no WAV file"),
+        (wav(SAMPLES, channels=2), "has 2 channels of 16 bits at 8000 Hz and 12 bytes, expected 1 channel of 16 bits"),
+        (wav(SAMPLES, rate=44100), "has 1 channels of 16 bits at 44100 Hz"),
+        (wav(SAMPLES.astype(np.uint8)), "has 1 channels of 8 bits"),
+        (wav(SAMPLES)[:-2], ".*and 10 bytes, expected .* and 6 samples"),
+    ],
+)
+def test_a_damaged_recording_is_one_line_that_names_the_file(content, message):
+    with pytest.raises(InputError, match=f"the file 0_theo_0.wav {message}") as error:
+        audio_sets.digits({"0_theo_0.wav": content})
+    assert "\n" not in str(error.value)
+
+
+def test_spoken_digits_are_downloaded_from_an_archive_that_is_opened_once(server, monkeypatch, tmp_path):
+    files = {f"{d}_{s}_{i}.wav": wav(SAMPLES[: 1 + d]) for d in range(6) for s in ("theo", "lucas") for i in (0, 5)}
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as zipped:
+        for name, content in files.items():
+            zipped.writestr(f"fsdd/{name}", content)
+    server.files["/fsdd.zip"] = archive.getvalue()
+    each = audio_sets.FSDD._replace(
+        files={name: (f"{server.address}/fsdd.zip#fsdd/{name}",) for name in files},
+        digests={split: downloads.digest(examples) for split, examples in audio_sets.digits(files).items()},
+    )
+    monkeypatch.setitem(source.DOWNLOADED, "fsdd", each)
+    prepare("fsdd", str(tmp_path))
+    assert server.asked == ["/fsdd.zip"]
+    assert data.info("fsdd", str(tmp_path), str(tmp_path / "cache")).rate == 8000
+    test = data.load("fsdd", "test", str(tmp_path), str(tmp_path / "cache"))
+    for row, digit in zip(test["audio"], test["label"], strict=True):
+        assert row.tolist() == [*range(1 + digit), *[0] * (5 - digit)]
+
+
+def mat(**splits: Any) -> bytes:
+    """A file of MATLAB's in which each split is a cell array of pieces."""
+    from scipy.io import savemat
+
+    file, cells = io.BytesIO(), {}
+    for name, pieces in splits.items():
+        cells[name] = np.empty((1, len(pieces)), object)
+        for i, piece in enumerate(pieces):
+            cells[name][0, i] = piece
+    savemat(file, cells)
+    return file.getvalue()
+
+
+rng = np.random.default_rng(0)
+PIECES = [(rng.random((steps, 88)) < 0.1).astype(float) for steps in (3, 1, 4, 3, 3, 2, 2)]
+MUSIC = mat(traindata=PIECES[:4], validdata=PIECES[4:5], testdata=PIECES[5:])
+
+
+def test_piano_rolls_in_the_order_of_the_file():
+    splits = music_sets.piano_rolls({"mat": MUSIC})
+    assert {split: len(examples) for split, examples in splits.items()} == {"train": 4, "validation": 1, "test": 2}
+    assert [key for key, _ in splits["train"]] == [0, 1, 2, 3]
+    for (_, example), piece in zip(itertools.chain(*splits.values()), PIECES, strict=True):
+        assert example["notes"].dtype == np.uint8
+        np.testing.assert_array_equal(example["notes"], piece)
+
+
+def test_piano_rolls_are_downloaded_and_keep_their_order(server, monkeypatch, tmp_path):
+    server.files["/JSB_Chorales.mat"] = MUSIC
+    splits = music_sets.piano_rolls({"mat": MUSIC})
+    each = music_sets.JSB_CHORALES._replace(
+        files={"mat": (f"{server.address}/JSB_Chorales.mat",)},
+        digests={split: downloads.digest(examples) for split, examples in splits.items()},
+    )
+    monkeypatch.setitem(source.DOWNLOADED, "jsb_chorales", each)
+    prepare("jsb_chorales", str(tmp_path))
+    train = data.load("jsb_chorales", "train", str(tmp_path), str(tmp_path / "cache"))
+    assert train["notes/length"].tolist() == [3, 1, 4, 3]
+    for row, length, piece in zip(np.asarray(train["notes"]), train["notes/length"], PIECES[:4], strict=True):
+        np.testing.assert_array_equal(row[:length], piece)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"<html>", "cannot be read, expected a file of MATLAB's"),
+        (MUSIC[:400], "cannot be read|has nothing"),
+        (mat(traindata=PIECES, testdata=PIECES), "has nothing as validdata, expected a cell array of pieces"),
+        (
+            mat(traindata=[PIECES[0], np.zeros((0, 88))]),
+            r"has \(0, 88\) for piece 1 of train, expected one step or more",
+        ),
+        (mat(traindata=[np.zeros((3, 89)), PIECES[0]]), r"has \(3, 89\) for piece 0 of train, .* of 88 keys"),
+        (mat(traindata=[PIECES[0], 2 * PIECES[0]]), "has other values than 0 and 1 in piece 1 of train"),
+        (mat(traindata=[PIECES[0], np.full((2, 88), np.nan)]), "has other values than 0 and 1 in piece 1"),
+        (mat(traindata=[PIECES[0], 21 + PIECES[1]]), "has other values than 0 and 1 in piece 1"),  # numbers of keys
+    ],
+)
+def test_damaged_piano_rolls_are_one_line_that_names_the_piece(content, message):
+    with pytest.raises(InputError, match=f"the file of piano rolls {message}") as error:
+        music_sets.piano_rolls({"mat": content})
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("parse", "files", "message"),
     [
@@ -198,6 +328,10 @@ def test_a_digest_is_of_examples_and_keys_in_any_order():
     assert digest == downloads.digest([two, ("1", {"label": "x", "text": "a\n"})])
     lines = ['["1", {"label": "x", "text": "a\\n"}]', '["10", {"label": "y", "text": "\\u00e9\\""}]']
     assert digest == hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    array = np.arange(6, dtype=np.int16).reshape(2, 3)
+    kept = downloads.digest([(1, {"x": array})])
+    assert kept == downloads.digest([(1, {"x": np.asfortranarray(array.astype(">i2"))})])
+    assert kept not in [downloads.digest([(1, {"x": x})]) for x in (array + 1, array.T, array.astype(np.int32))]
     for other in ([one], [one, two, two], [(2, one[1]), two], [one, (10, {"text": 'e"', "label": "y"})]):
         assert downloads.digest(other) != digest
 
@@ -333,9 +467,9 @@ def test_files_of_all_kinds_and_their_encoding(server):
     )
     each = each._replace(files={name: tuple(server.address + end for end in ends) for name, ends in each.files.items()})
     for file in "abcd":
-        assert downloads._text(each, file, downloads._download) == text
+        assert downloads._content(each, file, downloads._opened) == text
     with pytest.raises(InputError, match="UnicodeDecodeError"):
-        downloads._text(each, "e", downloads._download)
+        downloads._content(each, "e", downloads._opened)
 
 
 # The prepared sets
@@ -351,7 +485,10 @@ def keys(name: str, split: str, columns: Columns, size: int) -> list[Key]:
             f"{c}{i}" for c in ("neg", "pos") for i in range(5331) if fate.get(i % 10, "train") == split
         ],
         "sick2014": [int(pair) for pair in columns.get("pair_ID", [])],
+        "fsdd": [file.decode() for file in columns.get("audio/filename", [])],
     }
+    if source.DOWNLOADED[name].in_order:
+        return [*range(size)]
     return sorted(known.get(name, range(size)), key=hashing.Hasher(split).hash_key)
 
 
@@ -364,6 +501,9 @@ def plain(value: Any, kind: Any) -> Any:
 
 def values(columns: Columns, name: str, kind: Any) -> list[Any]:
     """A column that was loaded, as the parser gave it."""
+    if isinstance(kind, downloads.Tensor):
+        lengths = columns[f"{name}/length"]
+        return [row[:length] for row, length in zip(columns[name], lengths, strict=True)]
     if isinstance(kind, list):
         flat = (plain(value, kind[0]) for value in columns[name].values.tolist())
         return [list(itertools.islice(flat, length)) for length in columns[f"{name}/length"]]

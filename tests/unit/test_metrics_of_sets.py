@@ -221,3 +221,49 @@ def test_equal_predictions_have_no_correlation():
     np.testing.assert_array_equal(metrics.spearman(np.array([[1, 2], [3, 3]]), np.arange(2)), [1, np.nan])
     assert np.isnan(metrics.pearson(np.ones(3), np.arange(3)))
     assert np.isnan(metrics.pearson(1 + 1e-14 * np.arange(3), np.arange(3)))
+
+
+# Word errors
+
+
+def fewest_edits(found, reference):
+    """The reference: all ways of aligning, by recursion."""
+    if not found or not reference:
+        return len(found) + len(reference)
+    return min(
+        fewest_edits(found[1:], reference) + 1,
+        fewest_edits(found, reference[1:]) + 1,
+        fewest_edits(found[1:], reference[1:]) + (found[0] != reference[0]),
+    )
+
+
+def test_edit_distances_are_the_least_of_all_alignments():
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        found, reference = (tuple(rng.integers(0, 3, rng.integers(0, 6)).tolist()) for _ in range(2))
+        assert metrics.edit_distance(found, reference) == fewest_edits(found, reference)
+    assert metrics.edit_distance("kitten", "sitting") == 3
+    assert metrics.edit_distance(np.array([1, 2, 2]), [2, 2]) == 1
+
+
+def test_the_word_error_rate_is_of_all_words():
+    found, references = [["a", "b", "c"], [], ["x", "y"]], [["a", "c"], ["d"], []]
+    assert metrics.word_error_rate(found, references) == (1 + 1 + 2) / 3  # also of words that nobody said
+    assert metrics.word_error_rate(references, references) == 0
+    assert metrics.word_error_rate(np.array([[3, 4]]), [[3, 5]]) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("found", "references", "message"),
+    [
+        ([["a"]], [["a"], ["b"]], "1 sequences for 2 references, expected as many"),
+        (["a b"], [["a", "b"]], "a sequence of words is the text 'a b', expected separate words"),
+        ("ab", "ab", "a sequence of words is the text 'ab'"),
+        ([["a"], []], [[], []], "the references have no words, expected one or more"),
+        ([], [], "the references have no words"),
+    ],
+)
+def test_bad_words_are_one_line(found, references, message):
+    with pytest.raises(InputError, match=message) as error:
+        metrics.word_error_rate(found, references)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,82 @@
+"""experiments/audio/ctc.py: strings of recordings and their letters, the loss, and what is written down."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dl_jax.core.errors import InputError
+from dl_jax.core.ragged import ragged
+from dl_jax.decode.ctc import lexicon
+from dl_jax.losses import ctc as loss
+
+
+@pytest.fixture(scope="module")
+def ctc(load_experiment):
+    return load_experiment("audio/ctc")
+
+
+class Fixed:
+    """A network whose logits are its variables."""
+
+    def apply(self, variables, frames, lengths, train, rngs=None, mutable=()):
+        return (variables, {"batch_stats": {}}) if mutable else variables
+
+
+def test_digits_are_spelt_and_read_again(ctc):
+    letters = ragged([ctc.spelt([7, 0]), ctc.spelt([3])])
+    assert ctc.sentences(np.asarray(letters), letters.lengths) == [["seven", "zero"], ["three"]]
+    assert ctc.LETTERS[0] == ""
+    assert not (letters.values == 0).any()
+
+
+def test_a_string_has_the_frames_of_its_recordings_and_their_letters(ctc):
+    cfg = dataclasses.replace(ctc.PRESETS["smoke"], digits=3)
+    made = ctc.strings(cfg, "test", 5, 0)
+    np.testing.assert_array_equal(made["length"], made["frames"].lengths)
+    assert made["frames"].shape[2] == 40
+    words = ctc.sentences(made["letters"], made["letters/length"])
+    assert all(1 <= len(sentence) <= 3 and {*sentence} <= {*ctc.WORDS} for sentence in words)
+    again = ctc.strings(cfg, "test", 5, 0)
+    np.testing.assert_array_equal(made["frames"].values, again["frames"].values)
+
+
+def test_the_loss_is_the_mean_over_strings(ctc):
+    logits = jax.random.normal(jax.random.key(0), (2, 9, len(ctc.LETTERS)))
+    letters = ragged([ctc.spelt([1]), ctc.spelt([6])])
+    batch = {"frames": None, "length": np.array([9, 5]), "letters": np.asarray(letters),
+             "letters/length": letters.lengths}  # fmt: skip
+    value, (new, metrics) = ctc.writing_loss(Fixed(), logits, batch, jax.random.key(0))
+    each = loss.negative_log_likelihood(logits, batch["length"], batch["letters"], batch["letters/length"])
+    np.testing.assert_allclose(value, np.mean(each), rtol=1e-6)
+    assert (new, metrics) == ({"batch_stats": {}}, {})
+
+
+def test_the_lexicon_mends_a_letter(ctc):
+    """The most probable path has a wrong letter, "fovr "; of the ten words the best is the right one."""
+    path = [*"fovr "]
+    logits = np.full((1, len(path), len(ctc.LETTERS)), -4.0, np.float32)
+    for t, letter in enumerate(path):
+        logits[0, t, ctc.LETTERS.index(letter)] = 4.0
+    logits[0, 2, ctc.LETTERS.index("u")] = 3.0
+    words = lexicon([ctc.spelt([number]).tolist() for number in range(10)], len(ctc.LETTERS))
+    found = ctc.written(Fixed(), words, 8, jnp.asarray(logits), {"frames": None, "length": np.array([len(path)])})
+    read = {way: ctc.sentences(*map(np.asarray, answer)) for way, answer in found.items()}
+    assert read == {"greedy": [["fovr"]], "lexicon": [["four"]]}
+
+
+def test_a_recording_that_is_too_short_for_its_letters_is_refused(ctc, monkeypatch):
+    wave = ragged([np.ones(280, np.float32)])  # 2 frames
+    one = {"audio": wave, "label": np.array([3]), "speaker": np.array([0])}
+    monkeypatch.setattr(ctc.audio, "recordings", lambda *args: one)
+    with pytest.raises(InputError, match=r"^string 0 of tones test has 2 frames, expected 7 or more for its letters; "):
+        ctc.strings(dataclasses.replace(ctc.PRESETS["smoke"], digits=1), "test", 1, 0)
+
+
+def test_another_kind_of_label_is_refused(ctc, monkeypatch):
+    one = {"audio": ragged([np.ones(800, np.float32)]), "label": np.array([10]), "speaker": np.array([0])}
+    monkeypatch.setattr(ctc.audio, "recordings", lambda *args: one)
+    with pytest.raises(InputError, match=r"^tones has labels from 10 to 10, expected the digits 0 to 9; "):
+        ctc.strings(ctc.PRESETS["smoke"], "test", 1, 0)
