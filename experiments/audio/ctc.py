@@ -50,9 +50,9 @@ class Config:
     test_strings: Positive[int] = 300  # strings to test on
     digits: Positive[int] = 5  # recordings in a string, at most
     boundaries: tuple[Positive[int], ...] = (96, 160, 240)  # frames to which shorter strings are padded
-    hidden: Positive[int] = 64  # channels of each convolution
+    hidden: Positive[int] = 96  # channels of each convolution
     dropout: Probability = 0.1  # dropout probability after each convolution
-    steps: Positive[int] = 1500  # train steps
+    steps: Positive[int] = 2500  # train steps
     batch_size: Positive[int] = 16  # strings per step, over all devices
     learning_rate: Positive[float] = 4e-3  # peak learning rate of Adam
     clip: Positive[float] = 5.0  # largest norm of the gradient

@@ -1,16 +1,26 @@
 """experiments/audio/ctc.py: strings of recordings and their letters, the loss, and what is written down."""
 
+import contextlib
 import dataclasses
+import re
+import runpy
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
+from scipy.io import wavfile
 
+from dl_jax import data
 from dl_jax.core.errors import InputError
 from dl_jax.core.ragged import ragged
 from dl_jax.decode.ctc import lexicon
+from dl_jax.harness.run import Run, Settings
 from dl_jax.losses import ctc as loss
+
+GUIDE = Path(__file__).parents[2] / "docs" / "guide.md"
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +75,20 @@ def test_the_lexicon_mends_a_letter(ctc):
     found = ctc.written(Fixed(), words, 8, jnp.asarray(logits), {"frames": None, "length": np.array([len(path)])})
     read = {way: ctc.sentences(*map(np.asarray, answer)) for way, answer in found.items()}
     assert read == {"greedy": [["fovr"]], "lexicon": [["four"]]}
+
+
+def test_the_guides_program_transcribes_a_wav_file(ctc, tmp_path, monkeypatch):
+    """It writes down what the experiment does, here of a tone."""
+    cfg = dataclasses.replace(ctc.PRESETS["smoke"], hidden=ctc.Config().hidden)
+    with contextlib.closing(Run(epath.Path(tmp_path / "runs/ctc"), Settings(seeds=(0,)))) as run:
+        ctc.main(cfg, run)
+    wavfile.write(tmp_path / "digits.wav", 8000, data.load("tones", "test[:1]")["audio"][0])
+    (program,) = [each for each in re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.S) if "digits.wav" in each]
+    (tmp_path / "program.py").write_text(program)
+    monkeypatch.chdir(tmp_path)
+    found = runpy.run_path("program.py")
+    assert found["logits"].shape == (1, *found["frames"].shape[1:2], len(ctc.LETTERS))
+    assert found["lengths"] <= found["frames"].lengths
 
 
 def test_a_recording_that_is_too_short_for_its_letters_is_refused(ctc, monkeypatch):
