@@ -1,7 +1,8 @@
 """Augmentations: (key, batch) -> batch, on the device, inside the jitted step.
 
 Each function here takes hyper-parameters and returns an augmentation of `batch["image"]`, float32 [B, H, W, C] with
-values in [0, 1]. All but `noise` keep the values in [0, 1], to the rounding of float32.
+values in [0, 1]. All but `noise` keep the values in [0, 1], to the rounding of float32. Two are for recordings:
+`spec_augment` changes `batch["frames"]` and `white_noise` `batch["wave"]`, as far as `batch["length"]` says.
 
 Geometric augmentations move boxes and label maps by the same draw as their image, under the names of TFDS:
 
@@ -39,6 +40,7 @@ from dl_jax.augment.mixing import cutmix, mixup
 from dl_jax.augment.noise import cutout, noise
 from dl_jax.augment.policy import rand_augment
 from dl_jax.augment.sampling import resample
+from dl_jax.augment.sound import spec_augment, white_noise
 from dl_jax.augment.warp import barrel, elastic
 
 __all__ = [
@@ -68,6 +70,8 @@ __all__ = [
     "saturation",
     "scale",
     "shear",
+    "spec_augment",
     "translate",
     "up_to",
+    "white_noise",
 ]

@@ -68,7 +68,7 @@ def white_noise(decibels: Interval) -> Augmentation:
         peak = jnp.where(valid, abs(wave), 0).max(1, keepdims=True)  # [B, 1]
         unit = jnp.where(valid, wave, 0) / jnp.where(peak == 0, 1, peak)
         power = (unit**2).sum(1, keepdims=True) / jnp.maximum(1, valid.sum(1, keepdims=True))
-        sigma = peak * jnp.sqrt(power) * 10 ** (-ratio / 20)
+        sigma = peak * jnp.sqrt(jnp.where(peak == 0, 1, power)) * 10 ** (-ratio / 20)  # the root of 0 has no gradient
         return {**batch, "wave": jnp.where(valid, wave + sigma * jax.random.normal(key_noise, wave.shape), wave)}
 
     return augment
