@@ -6,9 +6,9 @@ know of no paper with strings of these recordings, so the bars are our own.
 
     python experiments/audio/ctc.py --dataset fsdd --preset paper --seeds 5 --workdir runs/ctc
 
-Expected: at most 3 % of the words are wrong, as the word error rate counts them, both with the most probable path
-("greedy") and with a beam search among sequences of the ten words ("lexicon"). Five seeds take some 15 minutes on a CPU
-core.
+Expected: a word error rate of at most 3 % if a beam search among sequences of the ten words ("lexicon") reads the
+network, and of at most 7 % if the most probable path is read as it is ("greedy"). Five seeds take some 15 minutes on a
+CPU core.
 
 A string is 1 to --digits recordings of one speaker, one after the other; the strings that are tested are made of
 recordings that were not learned, of the same speakers. The network reads 40 log-mel energies every 10 ms, standardised
@@ -68,8 +68,11 @@ PRESETS = {
 
 ours = functools.partial(Claim, paper="our bar", unit="%", given={"dataset": "fsdd"})
 CLAIMS = (
-    ours("word_error/greedy", at_most=3.0, locator="strings of 1 to 5 digits, the most probable path"),
-    ours("word_error/lexicon", at_most=3.0, locator="strings of 1 to 5 digits, beam search with ten words"),
+    ours("word_error/lexicon", at_most=3.0, locator="strings of 1 to 5 digits, beam search with ten words",
+         note="Pilots of two seeds, on the last tenth of the training recordings: 1.1 ± 0.5 %."),
+    ours("word_error/greedy", at_most=7.0, locator="strings of 1 to 5 digits, the most probable path",
+         note="Pilots of two seeds, on the last tenth of the training recordings: 3.9 ± 1.5 %."),
+    ours("word_error/lexicon", versus="word_error/greedy", locator="strings of 1 to 5 digits, lexicon or none"),
 )  # fmt: skip
 KEEPS = ("letters.json", "moments.npy")  # files in the run's folder
 
