@@ -23,6 +23,7 @@ A hyper-parameter that is drawn is an interval `(low, high)`, and the draw is un
 Invalid hyper-parameters raise InputError, those that depend on the image's shape when the function is first traced.
 """
 
+from dl_jax.augment.audio import spec_augment, white_noise
 from dl_jax.augment.base import Augmentation, Colour, Interval, compose, up_to
 from dl_jax.augment.colour import REC601, brightness, colour_jitter, contrast, hue, saturation
 from dl_jax.augment.geometry import (
@@ -40,7 +41,6 @@ from dl_jax.augment.mixing import cutmix, mixup
 from dl_jax.augment.noise import cutout, noise
 from dl_jax.augment.policy import rand_augment
 from dl_jax.augment.sampling import resample
-from dl_jax.augment.sound import spec_augment, white_noise
 from dl_jax.augment.warp import barrel, elastic
 
 __all__ = [

@@ -810,7 +810,7 @@ def test_a_label_outside_gives_rows_of_nan(mix):
 
 def test_the_figure_shows_every_augmentation():
     public = {name for name in augment.__all__ if inspect.isfunction(getattr(augment, name))} - {"resample", "up_to"}
-    public -= {"spec_augment", "white_noise"}  # of recordings: tests/unit/test_augment_sound.py
+    public -= {"spec_augment", "white_noise"}  # of recordings: tests/unit/test_augment_audio.py
     script = runpy.run_path(str(Path(__file__).parents[2] / "docs" / "augmentations.py"))
     shown = {label.split("(")[0] for rows in (script["DIGITS"], script["COLOURS"]) for label in rows}
     assert shown == public

@@ -17,7 +17,7 @@ class TDNN(nn.Module):
     """Dilated convolutions over time and a linear layer: frames [B, T, D] -> logits float32 [B, T, classes].
 
     The logits of each frame are for connectionist temporal classification, where one class is the blank. Each
-    convolution is followed by ReLU, batch normalisation if wanted, and dropout, which uses the random stream "dropout".
+    convolution is followed by batch normalisation if wanted, ReLU, and dropout, which uses the random stream "dropout".
     `lengths`, int [B], are the numbers of frames; those after them have no effect on the logits of the others, and
     their own logits mean nothing. What lies outside of a recording counts as 0.
 
@@ -49,14 +49,14 @@ class TDNN(nn.Module):
                 (taps,),
                 padding=((reach // 2, reach - reach // 2),),
                 kernel_dilation=dilation,
+                use_bias=not self.normalise,
                 dtype=self.dtype,
                 conv_general_dilated=ops.conv_general_dilated,
                 name=f"conv_{i}",
             )(x)
-            x = nn.relu(x)
             if self.normalise:
                 x = batch_norm(train, dtype=self.dtype, name=f"norm_{i}")(x, mask=valid)
-            x = jnp.where(valid, nn.Dropout(self.dropout, deterministic=not train)(x), 0)
+            x = jnp.where(valid, nn.Dropout(self.dropout, deterministic=not train)(nn.relu(x)), 0)
         return dense(self.classes, dtype=self.dtype, name="output")(x).astype(jnp.float32)
 
     @property
@@ -75,5 +75,5 @@ def examples() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
 def published() -> dict[str, tuple[nn.Module, dict[str, jax.ShapeDtypeStruct], int]]:
     """The default sizes, for 30 classes and 23 mel bins, with the number that these give."""
     frames = {"frames": jax.ShapeDtypeStruct((1, 100, 23), jnp.float32)}
-    convolutions = (3 * 23 + 1 + 2 * (5 * 32 + 1)) * 32
+    convolutions = (3 * 23 + 2 * 5 * 32) * 32
     return {"TDNN": (TDNN(30), frames, convolutions + 3 * 2 * 32 + 33 * 30)}
