@@ -59,9 +59,7 @@ class Downloaded(NamedTuple):
     digests: Mapping[str, str]  # of the examples of each split
     target: tuple[str, str] | None = None  # the input and what is to be predicted, where the set has one of each
     encoding: str | None = "utf-8"  # of the files that `parse` gets as texts; None where it gets bytes
-    in_order: bool = (
-        False  # whether TFDS stores the examples in the order in which they come, not in that of their keys
-    )
+    in_order: bool = False  # whether TFDS stores the examples as they come, not in the order of their keys
 
 
 def prepare(each: Downloaded, root: Path) -> None:

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dl_jax import masks
 from dl_jax.core.errors import InputError
 from dl_jax.core.leaves import at_least_float32
 from dl_jax.core.step import Array
 from dl_jax.decode.autoregressive import Beams
+from dl_jax.losses.ctc import valid_frames
 
 
 def best_path(logits: Array, lengths: Array, blank: int = 0) -> tuple[Array, Array]:  # -> int32 [B, T], int32 [B]
@@ -28,7 +28,7 @@ def best_path(logits: Array, lengths: Array, blank: int = 0) -> tuple[Array, Arr
     It need not be the most probable labelling, as many paths may share a less probable one (Graves et al. 2006, section
     3.2).
     """
-    valid = _checked("best_path", logits, lengths, blank)
+    valid = valid_frames("best_path", logits, lengths, blank)
     path = jnp.where(valid, logits.argmax(-1), blank).astype(jnp.int32)  # [B, T]
     before = jnp.pad(path[:, :-1], ((0, 0), (1, 0)), constant_values=blank)
     kept = (path != blank) & (path != before)
@@ -105,7 +105,7 @@ def prefix_beam_search(
     and no labels. A sequence with a NaN has the score NaN. Raises InputError where `beams` is below 1, or the lexicon
     was made for another number of classes.
     """
-    valid = _checked("prefix_beam_search", logits, lengths, blank)
+    valid = valid_frames("prefix_beam_search", logits, lengths, blank)
     if beams < 1:
         raise InputError(f"prefix_beam_search: beams is {beams}, expected 1 or more")
     classes = logits.shape[-1]
@@ -176,15 +176,3 @@ def _search(log_p: Array, valid: Array, beams: int, blank: int, words: Lexicon) 
     scores = jnp.where(final[found.state], scores, -jnp.inf)
     order = jnp.argsort(-scores, stable=True)
     return jax.tree.map(lambda leaf: leaf[order], found), scores[order]
-
-
-def _checked(name: str, logits: Array, lengths: Array, blank: int) -> Array:
-    """Which frames are valid, bool [B, T]."""
-    if logits.ndim != 3 or not all(logits.shape[1:]):
-        raise InputError(
-            f"{name}: logits are {logits.shape}, expected (B, T, K) for B sequences of T frames and K classes, with T "
-            "and K at least 1; map other axes with jax.vmap"
-        )
-    if not 0 <= blank < logits.shape[2]:
-        raise InputError(f"{name}: blank is {blank}, expected a class in [0, {logits.shape[2]}), as the logits have")
-    return masks.from_lengths(lengths, logits.shape[1], logits.shape[0])

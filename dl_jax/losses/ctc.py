@@ -40,13 +40,13 @@ def negative_log_likelihood(
     [1, T] and label lengths outside [0, N]; and where labels need more frames than there are. What is traced cannot be
     checked. Traced lengths above T then count as T, and of a sequence of no frames every label is impossible.
     """
-    batch, steps, classes = _shape("ctc", logits, blank)
-    labels, label_lengths = _labels(labels, label_lengths, batch)
-    valid = masks.from_lengths(lengths, steps, batch)  # [B, T]
+    valid = valid_frames("ctc", logits, lengths, blank)  # [B, T]
+    labels, label_lengths = _labels(labels, label_lengths, len(logits))
     needed = frames_needed(labels, label_lengths)
     _require_room(needed, lengths)
 
     there = jnp.arange(labels.shape[1]) < label_lengths[:, None]  # [B, N]
+    classes = logits.shape[2]
     labels = class_numbers(labels, classes)
     wrong = (there & ((labels == blank) | (labels == classes))).any(1)
     wrong = wrong | (label_lengths < 0) | (label_lengths > labels.shape[1])
@@ -76,7 +76,12 @@ def frames_needed(labels: Array, label_lengths: Array) -> Array:  # int [B, N], 
     return there.sum(1, dtype=jnp.int32) + repeats.sum(1, dtype=jnp.int32)
 
 
-def _shape(name: str, logits: Array, blank: int) -> tuple[int, int, int]:
+def valid_frames(name: str, logits: Array, lengths: Array, blank: int) -> Array:  # [B, T, K], int [B] -> bool [B, T]
+    """Which frames are valid.
+
+    Raises InputError, which begins with `name`, for logits of other shapes, no frame or class, and a blank outside
+    [0, K), and as `masks.from_lengths` does.
+    """
     if logits.ndim != 3 or not all(logits.shape[1:]):
         raise InputError(
             f"{name}: logits are {logits.shape}, expected (B, T, K) for B sequences of T frames and K classes, with T "
@@ -84,8 +89,7 @@ def _shape(name: str, logits: Array, blank: int) -> tuple[int, int, int]:
         )
     if not 0 <= blank < logits.shape[2]:
         raise InputError(f"{name}: blank is {blank}, expected a class in [0, {logits.shape[2]}), as the logits have")
-    batch, steps, classes = logits.shape
-    return batch, steps, classes
+    return masks.from_lengths(lengths, logits.shape[1], logits.shape[0])
 
 
 def _labels(labels: Any, label_lengths: Any, batch: int) -> tuple[Array, Array]:

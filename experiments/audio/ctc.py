@@ -148,10 +148,9 @@ def spelt(digits: Sequence[int] | np.ndarray) -> np.ndarray:  # -> int32 [L]
     return np.array([LETTERS.index(letter) for digit in digits for letter in f"{WORDS[digit]} "], np.int32)
 
 
-def sentences(letters: np.ndarray, lengths: np.ndarray) -> list[list[str]]:  # int [N, L], int [N]
+def sentences(letters: np.ndarray, lengths: np.ndarray) -> Sequence[Sequence[str]]:  # int [N, L], int [N]
     """The words that were written down."""
-    texts = ["".join([LETTERS[i] for i in row[:n]]) for row, n in zip(letters, lengths, strict=True)]
-    return [list(text.split()) for text in texts]
+    return ["".join(LETTERS[i] for i in row[:n]).split() for row, n in zip(letters, lengths, strict=True)]
 
 
 def writing_loss(model: TDNN, variables: Tree, batch: Batch, key: Array):

@@ -8,7 +8,7 @@ Pascanu, Mikolov & Bengio 2013, "On the difficulty of training recurrent neural 
 
 Expected: a mean squared error below 0.011 (LSTM) and 0.0024 (GRU) for adding, where the vanilla RNN stays near 0.16; no
 error of LSTM and GRU in temporal order, where the vanilla RNN guesses; and in short sequences no error of a vanilla RNN
-that learns with clipping, and 30 % or more of one without. Five seeds take some six minutes on a CPU core.
+that learns with clipping, and 30 % or more of one without. Five seeds take some ten minutes on a CPU core.
 
 In the adding problem a step is a number in [0, 1) and a mark, which is 1 at one step of each half, and the target is
 the sum of the two marked numbers: always answering 1 has a mean squared error of 1/6. In temporal order a step is one

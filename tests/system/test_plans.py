@@ -23,10 +23,10 @@ LIBTPU = importlib.util.find_spec("libtpu") is not None
 EVERY = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "experiments").rglob("*.py"))
 FEW = ("experiments/compression/prune_lenet.py", "experiments/generative/vae_mnist.py", "experiments/vision/lenet.py")
 # Batch normalisation sums statistics over the rows in every layer, forward and backward.
-NORMALISED = (
-    *("degradation", "cifar_resnet", "imagenet_resnet", "separable", "depth", "points", "detect"),
-    *("distill_features", "ternary"),
-)
+NORMALISED = {
+    *("degradation", "cifar_resnet", "imagenet_resnet", "separable", "depth"),
+    *("points", "detect", "distill_features", "ternary"),
+}
 # A chain asks all rows whether its sums are exact, and sums its gradient in a branch and a loop; a table that is used
 # at both ends of a network is summed for each.
 SUMS = {"tag": 4, "char_transformer": 2}
