@@ -6,7 +6,8 @@ Hinton, Vinyals & Dean 2015, "Distilling the knowledge in a neural network", sec
 
 Expected on 10,000 test digits: 67 errors for the teacher, 146 for the student trained alone and 74 for the distilled
 student, within the tolerances of the claims. If the transfer set has no 3, at least 95 % of the threes are recognised
-once the bias of this class is corrected. A seed takes some 40 minutes on a CPU core.
+once the bias of this class is corrected. A seed takes some 40 minutes on a CPU core. The teacher of `--preset long`
+learns for ten times as long, as the note of its claim explains; that preset is meant for an accelerator.
 
 As in the paper: the networks, dropout, a bound on the weights, jitter of two pixels, and the temperature 20. The paper
 does not give the optimiser, the batch size, the number of epochs, the value of the bound and the weight of the hard
@@ -59,6 +60,7 @@ class Config:
 
 PRESETS = {
     "paper": Config(),
+    "long": Config(teacher_epochs=600),
     "quick": Config(dataset="digits", teacher_hidden=(400, 400), student_hidden=(100, 100), teacher_epochs=60,
                     student_epochs=60, batch_size=50, learning_rate=0.05),
     "smoke": Config(dataset="digits", train_split="train[:120]", test_split="test[:60]", teacher_hidden=(16,),
@@ -66,16 +68,22 @@ PRESETS = {
 }  # fmt: skip
 
 LESS = "Fewer errors than in the paper; we do not know why. Its optimiser and the weight of its labels are unknown."
+PASSES = (
+    "60 epochs are too few, given dropout and jitter. On the last 10,000 training digits, three seeds, the teacher "
+    "makes 112 ± 2 errors after 60 epochs, 83 ± 2 after 240 and 68 ± 4 after 600. After 240 it makes 88 ± 6 at a rate "
+    "of 0.03, 97 ± 4 in batches of 100, and 78 ± 6 with a jitter of one pixel. The paper does not give its epochs."
+)
 TUNED = "The paper's bias was chosen on the test set."
 claim = functools.partial(Claim, paper="Hinton et al. 2015", seeds=3, given={"dataset": "mnist"})
 count = functools.partial(claim, unit="errors")
 CLAIMS = (
     count("errors/teacher", locator="section 3, teacher", claimed=67, tolerance=13,
-          note="We suspect that we make too few passes over the data, given dropout and jitter. The paper does not say "
-          "how many it makes."),
+          note=PASSES),
     count("errors/plain", locator="section 3, student alone", claimed=146, tolerance=29),
     count("errors/distilled", locator="section 3, student at T = 20", claimed=74, tolerance=17,
           note="The teacher, from which it learns, misses its number too."),
+    count("errors/teacher", locator="section 3, teacher", claimed=67, tolerance=13, preset="long"),
+    count("errors/distilled", locator="section 3, student at T = 20", claimed=74, tolerance=17, preset="long"),
     count("errors/distilled", versus="errors/plain", locator="section 3, distilled against alone", claimed=-72,
           tolerance=27),
     count("errors/no_three", locator="section 3, no 3, no bias rule", claimed=206, tolerance=29, note=LESS),

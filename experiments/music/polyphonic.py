@@ -97,13 +97,15 @@ NOTES = {
     "TCN": "We do not know why. The authors divide their learning rate by ten where our training stops; in pilots of "
     "three seeds that lowered the validation loss of one by 0.02, and of two not at all.",
 }
+PLAIN = "In the paper LSTM and GRU are 0.46 and 0.48 nats ahead. Our RNN is better than the paper's."
 nats = functools.partial(Claim, paper="Bai et al. 2018", unit="nats/frame")
 jsb = functools.partial(nats, given={"dataset": "jsb_chorales"})
 CLAIMS = (
     *(jsb(f"test_nll/{net.lower()}", locator=f"Table 1, JSB Chorales, {net}", claimed=value, tolerance=0.15,
           note=NOTES.get(net, "")) for net, value in JSB.items()),
     *(jsb(f"test_nll/{net.lower()}", versus=f"test_nll/{other.lower()}",
-          locator=f"Table 1, JSB Chorales, {net} beats {other}") for net, other in BETTER),
+          locator=f"Table 1, JSB Chorales, {net} beats {other}", note=PLAIN if other == "RNN" else "")
+      for net, other in BETTER),
     *(nats(f"test_nll/{net.lower()}", locator=f"Table 1, Nottingham, {net}", claimed=value, tolerance=0.15, seeds=3,
            preset="nottingham", given={"dataset": "nottingham"}) for net, value in NOTTINGHAM.items()),
     *(on_digits(f"test_nll/{net.lower()}", at_most=value, unit="nats/frame", note="each pixel by itself: 3.20")

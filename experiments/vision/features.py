@@ -37,6 +37,7 @@ from dl_jax.models.vision.convnet import ConvNet
 
 Kind = Literal["gradient", "SmoothGrad", "integrated gradients", "guided", "Grad-CAM", "occlusion", "climb"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+TITLES = {"guided": "guided backpropagation", "climb": "activation maximisation"}  # of rows, where they differ
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,12 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     first = seeds.split(learnt)[0]
     shown = np.stack([test["image"][np.argmax(test["label"] == digit)] for digit in range(10)])
     draw = jax.jit(functools.partial(maps, model, cfg))
-    run.figure("attributions", cfg.steps, lambda: rows_figure(draw(first, classify.to_unit(shown), key[0])))
+
+    def attributions():
+        found = draw(first, classify.to_unit(shown), key[0])
+        return rows_figure({TITLES.get(name, name): found[name] for name in ("image", *cfg.kinds)})
+
+    run.figure("attributions", cfg.steps, attributions)
     run.figure(
         "filters",
         cfg.steps,
