@@ -72,17 +72,6 @@ def to_unit(wave: Ragged) -> np.ndarray:  # -> float32 [M]
     return values.astype(np.float32)
 
 
-def framed(values: np.ndarray, size: int, hop: int) -> np.ndarray:  # [M] -> [T, size]
-    """The frames of `size` values that begin every `hop` values and fit in: T is (M - size) // hop + 1, a view.
-
-    Raises InputError for a size or hop below 1, and for fewer values than a frame has.
-    """
-    require_positive({"the size of a frame": size, "the hop": hop})
-    if len(values) < size:
-        raise InputError(f"a wave of {len(values)} samples, expected {size} or more, those of a frame; leave it out")
-    return np.lib.stride_tricks.sliding_window_view(values, size)[::hop]
-
-
 def mel_filters(bins: int, size: int, rate: int) -> np.ndarray:  # -> float32 [size // 2 + 1, bins]
     """Triangles over the frequencies of a Fourier transform of `size` samples, as columns.
 
@@ -161,14 +150,18 @@ def standardised(features: Ragged, mean: np.ndarray, std: np.ndarray) -> Ragged:
 
 
 def levelled(wave: Ragged) -> Ragged:
-    """Waves, float32, each divided by its root mean square. Silence, which has none, stays zeros.
+    """Waves, float32, each divided by its root mean square.
 
-    Raises InputError for values that `to_unit` refuses.
+    Raises InputError for values that `to_unit` refuses, and for silence, which has no level.
     """
-    values = to_unit(wave)
-    power = _row_sums(values.astype(np.float64) ** 2, wave) / np.maximum(wave.lengths, 1)
-    scale = 1 / np.sqrt(np.where(power > 0, power, 1))
-    return wave.of(values * np.repeat(scale, wave.lengths).astype(np.float32))
+    values, row = to_unit(wave), np.repeat(np.arange(len(wave)), wave.lengths)
+    energy = np.bincount(row, values.astype(np.float64) ** 2, len(wave))
+    for silent in np.flatnonzero(energy == 0)[:1]:
+        raise InputError(
+            f"wave {silent} is silent, {wave.lengths[silent]} samples of 0, expected sound, of which the level can be "
+            "made equal; leave it out"
+        )
+    return wave.of((values * np.sqrt(wave.lengths / energy)[row]).astype(np.float32))
 
 
 def resample(wave: Ragged, rate: int, to: int) -> Ragged:
@@ -230,11 +223,6 @@ def strings(
         "transcript": joined(np.asarray(label)[np.concatenate(which)].astype(np.int32), counts),
         "speaker": who.astype(np.int32),
     }
-
-
-def _row_sums(values: np.ndarray, rows: Ragged) -> np.ndarray:  # [M, ...] -> [N, ...]
-    sums = _cumulated(values)
-    return sums[rows.offsets[1:]] - sums[rows.offsets[:-1]]
 
 
 def _cumulated(values: np.ndarray) -> np.ndarray:  # [M, ...] -> [M + 1, ...]

@@ -8,6 +8,7 @@ from dl_jax.harness.report.figures import (
     confusion_figure,
     curves_figure,
     rows_figure,
+    spectrograms_figure,
     trade_figure,
 )
 from dl_jax.harness.report.tables import markdown_rows, print_rows
@@ -34,5 +35,6 @@ __all__ = [
     "on_shapes",
     "print_rows",
     "rows_figure",
+    "spectrograms_figure",
     "trade_figure",
 ]

@@ -71,16 +71,6 @@ def test_silence_is_finite_and_standardises_to_zeros():
     frames = audio.log_mel(silence, 8000)
     np.testing.assert_allclose(frames.values, np.log(1e-6), rtol=1e-5)
     assert not abs(audio.standardised(frames, *audio.moments(frames)).values).max() > 1e-4
-    levelled = audio.levelled(silence)
-    assert levelled.dtype == np.float32
-    assert not levelled.values.any()
-
-
-def test_frames():
-    np.testing.assert_array_equal(audio.framed(np.arange(7), 3, 2), [[0, 1, 2], [2, 3, 4], [4, 5, 6]])
-    np.testing.assert_array_equal(audio.framed(np.arange(3), 3, 2), [[0, 1, 2]])
-    with pytest.raises(InputError, match="a wave of 2 samples, expected 3 or more"):
-        audio.framed(np.arange(2), 3, 2)
 
 
 def test_moments_are_of_frames_and_not_of_padding():
@@ -97,8 +87,9 @@ def test_moments_are_of_frames_and_not_of_padding():
 
 
 def test_levels():
-    waves = WAVES.of(WAVES.values * 0.001)
+    waves = WAVES.of(WAVES.values * np.repeat([1.0, 1e-12, 1e-3], WAVES.lengths) * 1e-5)
     found = audio.levelled(waves)
+    assert found.dtype == np.float32
     for i, n in enumerate(found.lengths):
         np.testing.assert_allclose((found[i][:n].astype(float) ** 2).mean(), 1, rtol=1e-5)
         np.testing.assert_allclose(found[i], audio.levelled(WAVES)[i], rtol=1e-5)
@@ -153,6 +144,8 @@ def test_strings_are_recordings_of_one_speaker_after_each_other():
         (lambda: audio.to_unit(ragged([np.zeros((3, 2))])), r"waves of float64 \(1, 3, 2\), expected int16 or floats"),
         (lambda: audio.to_unit(ragged([[0.0, 1.0], [0.0], [1.0, np.nan]])), "wave 2 has the value nan at sample 1"),
         (lambda: audio.levelled(ragged([[-np.inf], [1.0]])), "wave 0 has the value -inf at sample 0"),
+        (lambda: audio.levelled(ragged([[1.0], [0.0, 0.0]])), "wave 1 is silent, 2 samples of 0, expected sound"),
+        (lambda: audio.levelled(ragged([[], [1.0]])), "wave 0 is silent, 0 samples of 0, expected sound"),
         (lambda: audio.resample(WAVES, 8000, 0), "the new rate is 0"),
         (lambda: audio.resample(ragged([[np.nan]]), 8000, 4000), "wave 0 has the value nan"),
         (lambda: audio.strings(WAVES, np.zeros(2), np.zeros(3), 1, 1, 0), "2 labels and 3 speakers of 3 waves"),

@@ -19,6 +19,7 @@ SHELVES = {
     "classify",
     "decode",
     "detect",
+    "hear",
     "inspect",
     "attribution",
     "data",

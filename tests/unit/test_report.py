@@ -18,7 +18,15 @@ from etils import epath
 from dl_jax.core.errors import InputError
 from dl_jax.harness.report import terminal
 from dl_jax.harness.report import writers as report
-from dl_jax.harness.report.figures import Point, confusion_figure, curves_figure, image_sheet, rows_figure, trade_figure
+from dl_jax.harness.report.figures import (
+    Point,
+    confusion_figure,
+    curves_figure,
+    image_sheet,
+    rows_figure,
+    spectrograms_figure,
+    trade_figure,
+)
 from dl_jax.harness.report.tables import markdown_rows
 from dl_jax.harness.report.terminal import Progress, print_table
 from dl_jax.harness.report.writers import JsonLines, TensorBoard
@@ -588,3 +596,17 @@ def test_a_figure_of_images_has_a_row_for_each_kind():
     assert [each.get_clim() for each in drawn] == [(0, 1), (-1, 1)]
     np.testing.assert_array_equal(drawn[0].get_array(), np.tile(np.pad(np.eye(3), ((1, 1), (2, 2))), (1, 4)))
     np.testing.assert_array_equal(drawn[1].get_array(), np.tile(np.pad(-np.ones((2, 2)), ((1, 1), (2, 2))), (1, 4)))
+
+
+def test_spectrograms_share_their_colours_and_their_time():
+    given = [np.arange(6.0).reshape(3, 2), np.full((5, 2), -4.0), *np.zeros((3, 1, 2))]
+    figure = spectrograms_figure(given, list("abcde"), seconds=0.5)
+    shown = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title() for axes in shown] == list("abcde")
+    assert {axes.images[0].get_clim() for axes in shown} == {(-4, 5)}
+    assert {axes.get_xlim() for axes in shown} == {(0, 2.5)}
+    np.testing.assert_array_equal(shown[0].images[0].get_array(), given[0].T)
+    assert shown[0].images[0].get_extent() == [0, 1.5, 0, 2]  # the first bin at the bottom
+    for titles, count in (([], 0), (["a"], 2)):
+        with pytest.raises(InputError, match=f"^{len(titles)} titles for {count} spectrograms, expected one or more"):
+            spectrograms_figure(given[:count], titles, seconds=0.5)

@@ -168,6 +168,34 @@ def boxes_figure(
     return figure
 
 
+def spectrograms_figure(energies: Sequence[Any], titles: Sequence[str], seconds: float) -> "Figure":
+    """Logarithms of energies [T, D] of several recordings, each with its title, on one scale of colours and of time.
+
+    `seconds` is the time from one frame to the next. Raises InputError where there are none, or not as many titles.
+    """
+    from matplotlib.figure import Figure
+
+    if not 0 < len(energies) == len(titles):
+        raise InputError(f"{len(titles)} titles for {len(energies)} spectrograms, expected one or more, with one each")
+    low, high = (of(np.concatenate([np.ravel(each) for each in energies])) for of in (np.min, np.max))
+    columns = min(4, len(energies))
+    rows = math.ceil(len(energies) / columns)
+    figure = Figure(figsize=(2.6 * columns, 2.0 * rows + 0.3), layout="constrained")
+    grid: Any = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for axes in grid.flat[len(energies) :]:
+        axes.set_visible(False)
+    for axes, each, title in zip(grid.flat, energies, titles, strict=False):
+        steps, bins = np.shape(each)
+        extent = (0, steps * seconds, 0, bins)
+        axes.imshow(np.transpose(each), origin="lower", aspect="auto", extent=extent, vmin=low, vmax=high)
+        axes.set_title(title, fontsize=8)
+    longest = max(len(each) for each in energies)
+    grid[0, 0].set_xlim(0, longest * seconds)
+    figure.supxlabel("seconds", fontsize=8)
+    figure.supylabel("mel bin", fontsize=8)
+    return figure
+
+
 def image_sheet(images: Any) -> np.ndarray:
     """`images` [N, H, W, C] tiled into one image, uint8 [rows * (H + 1) - 1, columns * (W + 1) - 1, 3].
 
