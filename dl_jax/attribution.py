@@ -27,18 +27,29 @@ Score = Callable[[Array], Array]
 def gradient(score: Score, images: Array) -> Array:  # [B, H, W, C] -> [B, H, W, C]
     """The derivative of the score with respect to each value (Simonyan et al. 2014, arXiv:1312.6034, section 3).
 
-    The paper's saliency map is its largest absolute value over the channels.
+    The paper's saliency map is its largest absolute value over the channels. Raises InputError for images that are no
+    floats.
     """
+    _require_floats(images)
     return jax.grad(lambda images: score(images).sum())(images)
+
+
+def _require_floats(images: Array) -> None:
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise InputError(
+            f"images of {images.dtype} {images.shape}, expected floats, for which a gradient exists; convert them, "
+            "such as by classify.to_unit"
+        )
 
 
 def smooth_gradient(score: Score, images: Array, key: Array, sigma: float, samples: int) -> Array:
     """The mean gradient over `samples` copies of the images with Gaussian noise (SmoothGrad, arXiv:1706.03825).
 
     `sigma` is the standard deviation of the noise, in the units of the images. Raises InputError where it is negative,
-    and for no samples.
+    for no samples, and for images that are no floats.
     """
     require_positive({"samples": samples})
+    _require_floats(images)
     if not 0 <= sigma < float("inf"):
         raise InputError(f"smooth_gradient: sigma is {sigma}, expected 0 or more; 0 is the gradient itself")
 
@@ -55,9 +66,10 @@ def integrated_gradients(score: Score, images: Array, steps: int, baseline: Arra
 
     The mean is over the midpoints of `steps` equal parts of the line. Its sum over an image approaches the score minus
     that of the baseline as the steps grow (completeness). `baseline` broadcasts to the images. Raises InputError for no
-    steps.
+    steps, and for images that are no floats.
     """
     require_positive({"steps": steps})
+    _require_floats(images)
     way = images - baseline
 
     def add(total: Array, part: Array) -> tuple[Array, None]:
@@ -132,8 +144,9 @@ def grad_cam(
 def guided(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` with another derivative of its ReLUs: only positive gradients pass, where the input is positive too.
 
-    `gradient` of it is guided backpropagation (Springenberg et al. 2015, arXiv:1412.6806, section 3.4). ReLUs within
-    loops and branches keep their derivative. Raises InputError, when called, where there is no other one.
+    `gradient` of it is guided backpropagation (Springenberg et al. 2015, arXiv:1412.6806, section 3.4). ReLUs are calls
+    of `jax.nn.relu`; a maximum of something else and 0, such as the variance in a normalisation, keeps its derivative,
+    and so do ReLUs within loops and branches. Raises InputError, when called, where there is no other one.
     """
 
     @functools.wraps(function)
@@ -145,7 +158,7 @@ def guided(function: Callable[..., Any]) -> Callable[..., Any]:
             )
 
         def operation(equation: Any, inputs: list[Any]) -> Sequence[Any]:
-            return [_guided_relu(inputs[_operand(equation)])] if _is_relu(equation) else bound(equation, inputs)
+            return [_guided_relu(*inputs)] if _is_relu(equation) else bound(equation, inputs)
 
         return called.result(evaluate(called.jaxpr, [*jax.tree.leaves(args[0]), *called.others], operation))
 
@@ -153,15 +166,13 @@ def guided(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_relu(equation: Any) -> bool:
-    """Whether it is max(x, 0), also as `jax.nn.relu` with its own derivative."""
-    if (kind := DERIVATIVES.get(equation.primitive.name)) is not None:
-        body = inlined(equation.params[kind]).jaxpr
-        return len(body.eqns) == 1 and len(body.invars) == 1 and _is_relu(body.eqns[0])
-    return equation.primitive.name == "max" and any(_is_zero(atom) for atom in equation.invars)
-
-
-def _operand(equation: Any) -> int:
-    return next(i for i, atom in enumerate(equation.invars) if not _is_zero(atom))
+    """Whether it is max(x, 0) with a derivative of its own, as in `jax.nn.relu`."""
+    if (kind := DERIVATIVES.get(equation.primitive.name)) is None:
+        return False
+    body = inlined(equation.params[kind]).jaxpr
+    if len(body.eqns) != 1 or len(body.invars) != 1:
+        return False
+    return body.eqns[0].primitive.name == "max" and any(_is_zero(atom) for atom in body.eqns[0].invars)
 
 
 def _is_zero(atom: Any) -> bool:

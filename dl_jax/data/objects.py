@@ -60,8 +60,11 @@ def objects(
 
 
 def with_area(records: Mapping[str, Any]) -> Columns:
-    """The records of `objects` without those boxes whose height or width is 0."""
-    boxes, labels = records[BOXES], records[LABELS]
+    """The records of `objects` without those boxes whose height or width is 0.
+
+    Raises InputError where an image has another number of labels than of boxes.
+    """
+    boxes, labels = _paired(records)
     kept = (boxes.values[:, 2:] != boxes.values[:, :2]).all(1)
     rows = np.repeat(np.arange(len(boxes)), boxes.lengths)[kept]
     lengths = np.bincount(rows, minlength=len(boxes))
@@ -75,12 +78,10 @@ def padded_objects(records: Mapping[str, Any], most: int, classes: int) -> dict[
     has more boxes or another number of labels, for a box that is outside of its image or has no area, and for a label
     outside of 0 .. classes - 1; the message names the image's row and the box.
     """
-    boxes, labels = records[BOXES], records[LABELS]
+    boxes, labels = _paired(records)
     counts, values = boxes.lengths, boxes.values
     for row in np.flatnonzero(counts > most)[:1]:
         raise InputError(f"row {row} has {counts[row]} boxes, expected at most {most}; raise the number of boxes")
-    for row in np.flatnonzero(counts != labels.lengths)[:1]:
-        raise InputError(f"row {row} has {counts[row]} boxes and {labels.lengths[row]} labels, expected one for each")
     inside = ((values >= -ROUNDING) & (values <= 1 + ROUNDING)).all(1)  # of a NaN, False
     _require("box", inside, boxes, "expected ymin, xmin, ymax, xmax as fractions of the image; divide by its sides")
     clipped = np.clip(values, 0, 1)
@@ -94,6 +95,15 @@ def padded_objects(records: Mapping[str, Any], most: int, classes: int) -> dict[
         LABELS: labels.padded(most)[:],
         PRESENT: np.arange(most) < counts[:, None],
     }
+
+
+def _paired(records: Mapping[str, Any]) -> tuple[Any, Any]:  # Ragged boxes [N, n, 4], labels [N, n]
+    boxes, labels = records[BOXES], records[LABELS]
+    for row in np.flatnonzero(boxes.lengths != labels.lengths)[:1]:
+        raise InputError(
+            f"row {row} has {boxes.lengths[row]} boxes and {labels.lengths[row]} labels, expected one for each"
+        )
+    return boxes, labels
 
 
 def _require(what: str, right: np.ndarray, column: Ragged, expected: str) -> None:
@@ -111,13 +121,15 @@ def scenes(
     `digits` are {"image": uint8 [N, S, S, 1], "label": int [N]}. A pixel belongs to a digit where the digit is brighter
     than a quarter. Returns {"image": uint8 [n, height, width, 1], "segmentation_mask": uint8 [n, height, width], 1 at
     digits}, and as `padded_objects` does the box around each digit and its label. Digits may cover others. Raises
-    InputError where there is no digit, where digits are no square grey images or larger than the image, and for `n` or
-    `pasted` below 1.
+    InputError where there is no digit, where digits are no square grey images of uint8 or larger than the image, and
+    for `n` or `pasted` below 1.
     """
     require_positive({"the number of images": n, "the number of digits in an image": pasted})
-    shape = digits["image"].shape
-    if len(shape) != 4 or shape[1] != shape[2] or shape[3] != 1 or not shape[0]:
-        raise InputError(f"digits {shape}, expected [N, S, S, 1] with N of 1 or more: square grey images; convert them")
+    shape, dtype = digits["image"].shape, digits["image"].dtype
+    if len(shape) != 4 or shape[1] != shape[2] or shape[3] != 1 or not shape[0] or dtype != np.uint8:
+        raise InputError(
+            f"digits {dtype} {shape}, expected uint8 [N, S, S, 1] with N of 1 or more: square grey images; convert them"
+        )
     side = shape[1]
     if side > min(height, width):
         raise InputError(

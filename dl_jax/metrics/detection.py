@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dl_jax.core.errors import InputError
+from dl_jax.core.errors import InputError, require_positive
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)  # IoU from which a box is found
 RECALLS = np.linspace(0, 1, 101)
@@ -34,9 +34,10 @@ def average_precision(found: Boxes, scores: np.ndarray, true: Boxes, classes: in
       true: the boxes that are there.
       classes: the number of classes.
 
-    Raises InputError where shapes do not fit, for labels outside of 0 .. classes - 1, for true boxes without area, and
-    for boxes or scores that are not finite.
+    Raises InputError for no classes, where shapes do not fit, for labels outside of 0 .. classes - 1, for true boxes
+    without area, and for boxes or scores that are not finite.
     """
+    require_positive({"classes": classes})
     found, true = (Boxes(*map(np.asarray, each)) for each in (found, true))
     scores = np.asarray(scores, np.float64)
     _check("found", found, classes)

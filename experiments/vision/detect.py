@@ -1,4 +1,4 @@
-"""A small network finds and counts the cells in images of blood.
+"""A small network finds the cells in images of blood, and counts those of which there are few.
 
 Zhou, Wang & Krähenbühl 2019, "Objects as points" (arXiv:1904.07850), section 3: an object is a peak in the heat map of
 its class, and its size is read at the peak. No paper has a number for a network like this one on these data, so the
@@ -7,9 +7,9 @@ bars are our own.
     python experiments/vision/detect.py --preset paper --seeds 3 --workdir runs/detect
 
 Expected: an average precision of at least 80 % at an IoU of 0.5 (AP50), and more with augmentation than without. Of
-platelets the number in an image is nearer than the median of the training images. A seed takes about a quarter of an
-hour of one core of an AMD EPYC. For comparison, without a verdict: a YOLOv8n is reported with 90.4 % on a version of
-the same images.
+platelets the number in an image is nearer than the median of the training images; of red cells it is not. A seed takes
+about a quarter of an hour of one core of an AMD EPYC. For comparison, without a verdict: a YOLOv8n is reported with
+90.4 % on a version of the same images.
 
 The data are BCCD's (github.com/Shenggan/BCCD_Dataset): 364 images with boxes around red and white blood cells and
 platelets, here reduced to 120x160 pixels. Many of the red cells have no box, which limits their AP and how well they

@@ -10,9 +10,9 @@ that of the best threshold of the grey values.
 
 An image of 48x48 pixels has three digits at random places, of random brightness, over a texture: waves of random
 directions and frequencies, and noise. A pixel belongs to a digit where the digit is brighter than a quarter. Training
-and test images are made of digits of their own splits, and each split has a seed of its own. The network has a third of
-the paper's levels, and convolutions that keep the size. The figure `segmentation` shows images, true and predicted
-masks.
+and test images are made of digits of their own splits, and each split has a seed of its own. The network has
+three of the paper's five levels, and convolutions that keep the size. The figure `segmentation` shows images, true and
+predicted masks.
 """
 
 import dataclasses

@@ -13,8 +13,9 @@ but for chance. A ConvLSTM that has seen 8 frames predicts the next 8 with a low
 Training videos are moved by random numbers of pixels, and what leaves a frame on one side enters it on the other, as
 the digits of these sets do. The paper's networks have 7.6 and 143 million parameters and are too large for a CPU; these
 have 65 thousand and 2.9 million, and the paper's numbers are not claimed. Both learn with the same steps and rate, in
-which the FC-LSTM hardly gets beyond the mean of all frames. The figure `predicted` shows given, true and predicted
-frames of the first seed.
+which the FC-LSTM does not get beyond the best constant grey value: it is a weak baseline. Test videos are not moved.
+The committed run is of a copy of the set that was made elsewhere, with other clips than `dl_jax.data prepare` makes.
+The figure `predicted` shows given, true and predicted frames of the first seed.
 """
 
 import dataclasses

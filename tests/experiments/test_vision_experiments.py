@@ -21,6 +21,8 @@ from dl_jax.models.vision.mlp import MLP
         ("imagenet_resnet", {"test_size": 10}, "test_size is 10, expected 16 or more"),
         ("cifar_resnet", {"triangle": False, "warmup": 1}, "warmup is 1, expected less than half of the 2 steps"),
         ("cifar_resnet", {"depth": 9}, r"depth is 9, expected 6 n \+ 2"),
+        ("transfer", {"labels": (2, 100_000)}, "100000 labels of each digit, expected at most"),
+        ("regularisation", {"held_out": 0.0}, "0 of 64 images are 0, expected 1 to 63 to hold out"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_training(load_experiment, name, change, message, monkeypatch):
@@ -142,6 +144,27 @@ def test_all_but_the_last_layer_is_kept_and_frozen(transfer):
     }
 
 
+def test_early_stopping_takes_each_seeds_value_at_its_lowest_error(load_experiment):
+    errors = np.array([[3.0, 1.0], [1.0, np.nan], [2.0, 4.0]])
+    values = np.array([[10, 20], [30, 40], [50, 60]])
+    assert load_experiment("vision/regularisation").of_lowest(errors, values).tolist() == [30, 20]
+
+
+def test_the_cells_of_augmentation_see_what_their_names_say(load_experiment):
+    augmentation = load_experiment("vision/augmentation")
+    see = augmentation.distortions(augmentation.PRESETS["paper"])
+    batch = {"image": np.random.default_rng(0).integers(0, 256, (3, 28, 28, 1), np.uint8), "label": np.arange(3)}
+    seen = {name: np.asarray(of(jax.random.key(0), batch)["image"]) for name, of in see.items()}
+    np.testing.assert_allclose(seen["plain"], batch["image"] / 255, rtol=1e-6)
+    # White images turn black only where something comes in from outside, which elastic fields keep within some pixels.
+    white = {**batch, "image": np.full((3, 28, 28, 1), 255, np.uint8)}
+    corners = lambda of: of(jax.random.key(0), white)["image"][:, ::27, ::27].min()
+    assert corners(see["plain"]) == 1
+    assert corners(see["affine"]) < 0.5
+    for a, b in (("plain", "affine"), ("plain", "elastic"), ("affine", "elastic")):
+        assert abs(seen[a] - seen[b]).mean() > 0.05
+
+
 @pytest.fixture(scope="module")
 def features(load_experiment):
     return load_experiment("vision/features")
@@ -169,8 +192,25 @@ def test_the_path_error_is_that_of_the_sum(features, convnets):
     model, variables, _ = convnets
     images = np.random.default_rng(1).integers(0, 256, (3, 28, 28, 1), np.uint8)
     errors = {n: features.path_error(model, n, variables, {"image": images}) for n in (1, 40)}
+    unit = jnp.asarray(images / np.float32(255))
+    logits = lambda image: model.apply(variables, image, train=False)
+    of = lambda image: jnp.take_along_axis(logits(image), logits(unit).argmax(-1)[:, None], 1)[:, 0]
+    rise = of(unit) - of(jnp.zeros_like(unit))
+    one = (unit * jax.grad(lambda image: of(image).sum())(unit / 2)).sum((1, 2, 3))  # the path has one step
+    np.testing.assert_allclose(errors[1], abs(one - rise) / abs(rise), rtol=1e-3)
     assert (errors[40] < 0.2).all()
     assert errors[40].max() < errors[1].max()
+
+
+def test_all_kinds_of_maps_have_a_place_for_each_pixel(features, convnets):
+    model, variables, _ = convnets
+    cfg = dataclasses.replace(features.PRESETS["paper"], path=2, climb=1)
+    of = lambda images, key: features.maps(model, cfg, variables, images, key)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "MAPS", (2,))  # of the last convolution of this small network
+        found = jax.eval_shape(of, jnp.zeros((3, 28, 28, 1)), jax.random.key(0))
+    places = {name: 10 if name == "climb" else 3 for name in ("image", *features.KINDS)}
+    assert {name: each.shape for name, each in found.items()} == {name: (n, 28, 28) for name, n in places.items()}
 
 
 def test_ranks_of_the_same_network_agree(features, convnets, monkeypatch):
@@ -238,6 +278,13 @@ def test_points_are_sorted_by_their_first_coordinate(points):
 @pytest.fixture(scope="module")
 def segment(load_experiment):
     return load_experiment("vision/segment")
+
+
+def test_digits_are_inside(segment):
+    digits = {"image": np.full((1, 8, 8, 1), 255, np.uint8), "label": np.zeros(1, int)}
+    found = segment.scenes(digits, 4, 0)
+    assert found["inside"].max() == 1
+    assert ((found["inside"].sum((1, 2)) >= 64) & (found["inside"].sum((1, 2)) <= 3 * 64)).all()
 
 
 def test_the_overlap_by_hand(segment, monkeypatch):

@@ -105,8 +105,21 @@ def test_guided_backpropagation_lets_positive_gradients_pass():
     np.testing.assert_allclose(plain, (on * [1, -2, 3]) @ relu.T)
     np.testing.assert_allclose(guided, (on * [1, 0, 3]) @ relu.T)
     np.testing.assert_allclose(attribution.guided(score)(variables, x), score(variables, x))
-    by_hand = attribution.guided(lambda variables, x: jnp.maximum(0.0, x @ variables["w"]) @ variables["v"])
-    np.testing.assert_allclose(jax.grad(lambda x: by_hand(variables, x).sum())(x), guided)
+
+
+def test_the_variance_of_a_normalisation_is_no_relu():
+    """Flax's is at least 0, by a maximum that has to keep its derivative."""
+    model = nn.Sequential([nn.LayerNorm(), nn.relu, nn.Dense(1)])
+    variables = {"params": {"layers_0": {"scale": jnp.ones(4), "bias": jnp.ones(4)},
+                            "layers_2": {"kernel": jnp.ones((4, 1)), "bias": jnp.zeros(1)}}}  # fmt: skip
+    x = jnp.array([[1.0, 2.0, 3.0, 4.5]])
+    slope = lambda f: jax.grad(lambda x: f(variables, x).sum())(x)
+    score = lambda variables, x: model.apply(variables, x)[:, 0]
+    # All gradients that reach the ReLU are positive, so that guided ones differ in nothing.
+    np.testing.assert_allclose(slope(attribution.guided(score)), slope(score), rtol=1e-6)
+    norm = lambda variables, x: nn.LayerNorm().apply({"params": variables["params"]["layers_0"]}, x).sum(-1)
+    with pytest.raises(InputError, match="the network has no ReLU"):
+        attribution.guided(norm)(variables, x)
 
 
 def test_all_relus_of_a_network_of_the_zoo_are_guided():
@@ -142,6 +155,14 @@ def dense(variables, images):
         (lambda: attribution.smooth_gradient(linear, IMAGES, jax.random.key(0), -1, 2), "sigma is -1, expected 0 or"),
         (lambda: attribution.smooth_gradient(linear, IMAGES, jax.random.key(0), 1, 0), "samples"),
         (lambda: attribution.integrated_gradients(linear, IMAGES, 0), "steps"),
+        *(
+            (functools.partial(of, linear, np.zeros((1, 6, 5, 2), np.uint8)), "images of uint8 .*, expected floats")
+            for of in (
+                attribution.gradient,
+                functools.partial(attribution.integrated_gradients, steps=2),
+                functools.partial(attribution.smooth_gradient, key=jax.random.key(0), sigma=0.1, samples=2),
+            )
+        ),
         (lambda: attribution.occlusion(linear, IMAGES, 2, 0), "stride"),
         (lambda: attribution.occlusion(linear, IMAGES, 6), "a window of 6 pixels in images"),
         (lambda: attribution.maximised(linear, IMAGES, 1, 0.0), "rate"),

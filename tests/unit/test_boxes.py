@@ -144,7 +144,7 @@ def targets_by_hand(boxes, labels, present):
         if not there:
             continue
         row, column = (np.array([top + bottom, left + right]) / 2 * [H, W]).astype(int)
-        sigma = float(detect.gaussian_radius((bottom - top) * H, (right - left) * W)) / 3
+        sigma = float(detect.gaussian_radius((bottom - top) * H, (right - left) * W, 0.3)) / 3
         for y, x in np.ndindex(H, W):
             value = np.exp(-((y - row) ** 2 + (x - column) ** 2) / (2 * sigma**2))
             heat[y, x, label] = max(heat[y, x, label], value)

@@ -119,6 +119,9 @@ def test_boxes_that_make_no_sense_are_refused(given, message):
     with pytest.raises(InputError, match=message) as error:
         data.padded_objects(given, most=3, classes=3)
     assert "\n" not in str(error.value)
+    if "one for each" in message:
+        with pytest.raises(InputError, match=message):
+            data.with_area(given)
 
 
 def test_boxes_that_end_a_rounding_outside_are_clipped():
@@ -178,8 +181,10 @@ def test_the_boxes_of_scenes_are_around_the_digits():
 
 def test_scenes_that_cannot_be_made_are_refused():
     for shape in ((0, 8, 8, 1), (2, 8, 9, 1), (2, 8, 8, 3), (2, 8, 8)):
-        with pytest.raises(InputError, match=r"digits \(.*\), expected \[N, S, S, 1\] with N of 1 or more"):
+        with pytest.raises(InputError, match=r"digits uint8 \(.*\), expected uint8 \[N, S, S, 1\] with N of 1 or more"):
             data.scenes({"image": np.zeros(shape, np.uint8), "label": np.zeros(shape[0], np.int32)}, 1, 0)
+    with pytest.raises(InputError, match=r"digits float32 \(2, 8, 8, 1\), expected uint8"):
+        data.scenes({"image": np.zeros((2, 8, 8, 1), np.float32), "label": np.zeros(2, np.int32)}, 1, 0)
     with pytest.raises(InputError, match="the number of images is 0"):
         data.scenes(digits()[0], 0, 0)
 

@@ -128,3 +128,8 @@ def test_what_cannot_be_scored_is_refused(found, scores, true, message):
     with pytest.raises(InputError, match=message) as error:
         metrics.average_precision(found, np.array(scores), true, CLASSES)
     assert "\n" not in str(error.value)
+
+
+def test_there_must_be_classes():
+    with pytest.raises(InputError, match="classes is 0"):
+        metrics.average_precision(one(), np.array([[0.5]]), one(), 0)

@@ -78,6 +78,7 @@ def test_the_transforms_are_near_the_identity_at_the_start():
         (MODEL, POINTS[:, :0], r"points are \(3, 0, 3\)"),
         (PointNet(0), POINTS, "classes is 0"),
         (PointNet(4, (3, 0)), POINTS, "widths is 0"),
+        (PointNet(4, (), (), ()), POINTS, "widths is 0"),
         (PointNet(4, dropout=1.0), POINTS, "dropout is 1.0"),
     ],
 )

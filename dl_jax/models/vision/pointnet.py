@@ -73,7 +73,7 @@ class PointNet(nn.Module):
 
     @nn.compact
     def __call__(self, points: jax.Array, *, train: bool) -> jax.Array:
-        require_positive({"classes": self.classes, "widths": min(*self.local, *self.widths, *self.head)})
+        require_positive({"classes": self.classes, "widths": min((*self.local, *self.widths, *self.head), default=0)})
         require_probability({"dropout": self.dropout})
         if points.ndim != 3 or not points.shape[1] * points.shape[2]:
             raise InputError(f"points are {points.shape}, expected [B, N, 3] with N of 1 or more; reshape them")
