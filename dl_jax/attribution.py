@@ -111,7 +111,7 @@ def grad_cam(
 ) -> Array:  # -> [B, H, W]
     """Grad-CAM: the positive part of the sum of maps, weighted by their mean gradients (arXiv:1610.02391, section 3).
 
-    Raises InputError where `layer` is none of the network, and where it reads no maps.
+    Raises InputError where `layer` is none of the network, where it is called more than once, and where it reads no maps.
 
     Args:
       score: a function `(variables, images) -> [B]`.
@@ -125,7 +125,9 @@ def grad_cam(
     read = inspect.inputs(score)(variables, images)
     if layer not in read:
         raise InputError(f"grad_cam: {layer!r} is no layer, expected one of {', '.join(read)}; name one of these")
-    (values, *_) = read[layer]
+    values, *again = read[layer]
+    if again:
+        raise InputError(f"grad_cam: {layer} is called {1 + len(again)} times, expected once; name another layer")
     shape = (len(images), *(maps or values.shape[1:]))
     if len(shape) != 4 or values.size != math.prod(shape):
         raise InputError(

@@ -178,6 +178,10 @@ def dense(variables, images):
             lambda: attribution.grad_cam(dense, DENSE, IMAGES, "a", (5, 5, 2)),
             r"a reads \(3, 60\), expected maps \[B, h, w, D\]",
         ),
+        (
+            lambda: attribution.grad_cam(lambda v, x: dense(v, x) + dense(v, 2 * x), DENSE, IMAGES, "a", (6, 5, 2)),
+            "a is called 2 times, expected once",
+        ),
     ],
 )
 def test_what_cannot_be(wrong, message):
