@@ -111,7 +111,7 @@ def grad_cam(
 ) -> Array:  # -> [B, H, W]
     """Grad-CAM: the positive part of the sum of maps, weighted by their mean gradients (arXiv:1610.02391, section 3).
 
-    Raises InputError where `layer` is none of the network, where it is called more than once, and where it reads no maps.
+    Raises InputError where `layer` is none of the network, is called more than once, or reads no maps.
 
     Args:
       score: a function `(variables, images) -> [B]`.
