@@ -14,7 +14,7 @@ Training videos are moved by random numbers of pixels, and what leaves a frame o
 the digits of these sets do. The paper's networks have 7.6 and 143 million parameters and are too large for a CPU; these
 have 65 thousand and 2.9 million, and the paper's numbers are not claimed. Both learn with the same steps and rate, in
 which the FC-LSTM does not get beyond the best constant grey value: it is a weak baseline. Test videos are not moved.
-The committed run is of a copy of the set that was made elsewhere, with other clips than `dl_jax.data prepare` makes.
+The committed run is of version 1.0.0 of the set, which has other clips than what `dl_jax.data prepare` makes.
 The figure `predicted` shows given, true and predicted frames of the first seed.
 """
 

@@ -141,7 +141,7 @@ def test_preparing_it_of_mnist(tmp_path, monkeypatch):
     monkeypatch.setattr(moving_digits, "clips", lambda images, labels, n, seed: clips(images, labels, n // 100, seed))
     write_digits(here)
     found = prepare("moving_digits", str(here))
-    assert (found.name, found.version) == ("moving_digits", "1.0.0")
+    assert (found.name, found.version) == ("moving_digits", "1.1.0")
     described = data.info("moving_digits", str(here))
     assert (described.splits, described.class_names) == ({"train": 16, "test": 4}, MOTIONS)
     records = data.load("moving_digits", "train", str(here))
@@ -150,7 +150,7 @@ def test_preparing_it_of_mnist(tmp_path, monkeypatch):
 
 def test_another_version_is_not_known(tmp_path):
     with pytest.raises(
-        InputError, match=r"moving_digits:2.0.0 is unknown, expected moving_digits or moving_digits:1.0.0"
+        InputError, match=r"moving_digits:2.0.0 is unknown, expected moving_digits or moving_digits:1.1.0"
     ):
         prepare("moving_digits:2.0.0", str(tmp_path))
 
