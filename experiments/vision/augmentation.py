@@ -1,12 +1,13 @@
-"""Affine distortions of the digits that a network learns from lower its error, and elastic ones lower it more.
+"""Distortions of the digits that a network learns from, affine or elastic, more than halve its error.
 
 Simard, Steinkraus & Platt 2003, "Best practices for convolutional neural networks applied to visual document analysis",
 Table 1: a network of two layers, 800 hidden units, learned with cross-entropy.
 
     python experiments/vision/augmentation.py --dataset mnist --preset paper --seeds 5 --workdir runs/augmentation
 
-Expected: 1.6 ± 0.25 % test error without distortions, 1.1 ± 0.21 % with affine and 0.7 ± 0.17 % with elastic ones, each
-better than the one before; the tolerance is two standard errors of 10,000 test digits.
+Expected: 1.6 ± 0.25 % test error without distortions, 0.7 ± 0.17 % with elastic ones, and with affine ones less than the
+paper's 1.1 ± 0.21 %; the tolerance is two standard errors of 10,000 test digits. In the paper elastic distortions are
+better than affine ones, here they are not. Five seeds take 70 minutes on a CPU core.
 
 The elastic field is the paper's: displacements that are uniform at each pixel, smoothed with a standard deviation of 4
 pixels and multiplied by 34. Every access to a digit draws a new distortion. The paper says nothing of its affine
@@ -61,16 +62,17 @@ PRESETS = {
                     distorted_steps=2, batch_size=16, watch_every=2, cells=("elastic",)),
 }  # fmt: skip
 
+RANGES = "The paper does not describe its affine distortions. Ours help as much as elastic ones."
 error = functools.partial(Claim, paper="Simard et al. 2003", unit="%", given={"dataset": "mnist"})
 CLAIMS = (
     error("test_error/plain", locator="Table 1, 2 layer MLP (800 HU), cross-entropy, none", claimed=1.6,
           tolerance=0.25),
     error("test_error/affine", locator="Table 1, 2 layer MLP (800 HU), cross-entropy, affine", claimed=1.1,
-          tolerance=0.21),
+          tolerance=0.21, note=RANGES),
     error("test_error/elastic", locator="Table 1, 2 layer MLP (800 HU), cross-entropy, elastic", claimed=0.7,
           tolerance=0.17),
     error("test_error/affine", versus="test_error/plain", locator="Table 1, affine against none"),
-    error("test_error/elastic", versus="test_error/affine", locator="Table 1, elastic against affine"),
+    error("test_error/elastic", versus="test_error/affine", locator="Table 1, elastic against affine", note=RANGES),
 )  # fmt: skip
 KEEPS = ("*/seen.png",)  # files in the run's folder
 
