@@ -158,8 +158,8 @@ def levelled(wave: Ragged) -> Ragged:
     energy = np.bincount(row, values.astype(np.float64) ** 2, len(wave))
     for silent in np.flatnonzero(energy == 0)[:1]:
         raise InputError(
-            f"wave {silent} is silent, {wave.lengths[silent]} samples of 0, expected sound, of which the level can be "
-            "made equal; leave it out"
+            f"wave {silent} is silent, {wave.lengths[silent]} samples of 0, expected a level that can be made equal; "
+            "leave it out"
         )
     return wave.of((values * np.sqrt(wave.lengths / energy)[row]).astype(np.float32))
 

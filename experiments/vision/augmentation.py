@@ -5,9 +5,9 @@ Table 1: a network of two layers, 800 hidden units, learned with cross-entropy.
 
     python experiments/vision/augmentation.py --dataset mnist --preset paper --seeds 5 --workdir runs/augmentation
 
-Expected: 1.6 ± 0.25 % test error without distortions, 0.7 ± 0.17 % with elastic ones, and with affine ones less than the
-paper's 1.1 ± 0.21 %; the tolerance is two standard errors of 10,000 test digits. In the paper elastic distortions are
-better than affine ones, here they are not. Five seeds take 70 minutes on a CPU core.
+Expected: 1.6 ± 0.25 % test error without distortions, 0.7 ± 0.17 % with elastic ones, and with affine ones less than
+the paper's 1.1 ± 0.21 %; the tolerance is two standard errors of 10,000 test digits. In the paper elastic distortions
+are better than affine ones, here they are not. Five seeds take 70 minutes on a CPU core.
 
 The elastic field is the paper's: displacements that are uniform at each pixel, smoothed with a standard deviation of 4
 pixels and multiplied by 34. Every access to a digit draws a new distortion. The paper says nothing of its affine
