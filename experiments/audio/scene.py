@@ -62,8 +62,8 @@ CLAIMS = (
     ours("accuracy/waveform", versus="accuracy/linear", better="higher", locator="WaveCNN against the linear model",
          note="Pilots were judged on train[80%:], whose speakers and sources are those that were learned, unlike those "
          "of the test: two seeds had 92.7 ± 1.5 % there, the linear model 86.1 %."),
-    ours("accuracy/waveform", at_least=91.7, preset="quick", given={"dataset": "tones"}, locator="bundled tones",
-         note="Logistic regression, on train[80%:]: 91.7 %. Three seeds of the network, in digits.py: 85.0 ± 3.6 %."),
+    ours("accuracy/waveform", at_least=72.0, preset="quick", given={"dataset": "tones"}, locator="bundled tones",
+         note="Pilots of three seeds, on train[80%:]: 82.2 ± 5.1 %; logistic regression: 91.7 %."),
 )  # fmt: skip
 KEEPS = ("confusion.png",)  # files in the run's folder
 

@@ -49,7 +49,7 @@ def test_recordings_that_were_heard_wrong_are_shown_first(digits, monkeypatch):
 @pytest.mark.parametrize(
     ("wave", "message"),
     [
-        (np.zeros(900), r"^wave 1 is silent, 900 samples of 0, expected sound, "),
+        (np.zeros(900), r"^wave 1 is silent, 900 samples of 0, expected a level "),
         (np.full(900, np.nan), r"^wave 1 has the value nan at sample 0, expected finite ones; "),
         (np.ones(150), r"^wave 1 has 1\d\d samples, expected \d+ or more, those of a frame of "),
     ],

@@ -124,7 +124,7 @@ def test_the_linear_model_tells_tones_apart_and_nothing_from_chance():
 @pytest.mark.parametrize(
     ("wave", "message"),
     [
-        ([np.ones(900), np.zeros(900)], r"^wave 1 is silent, 900 samples of 0, expected sound, .*; leave it out$"),
+        ([np.ones(900), np.zeros(900)], r"^wave 1 is silent, 900 samples of 0, expected a level .*; leave it out$"),
         ([np.ones(900), np.full(900, np.nan)], "^wave 1 has the value nan at sample 0, expected finite ones; "),
         ([np.ones(900), np.ones(199)], r"^wave 1 has 199 samples, expected \d+ or more, those of a frame of .*; leave"),
     ],
