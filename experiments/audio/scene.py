@@ -6,7 +6,7 @@ recordings, so the bar is our own.
     python experiments/audio/scene.py --dataset audio_scene3 --preset paper --seeds 5 --workdir runs/scene
 
 Expected: the network knows the class of more of the test recordings than a logistic regression on log-mel spectra, but
-not for sure. Five seeds take some six minutes on a CPU core.
+not for sure. Five seeds took 14 minutes on a CPU core that had other work.
 
 A recording is one second, and of one of three classes: voice, background (steady noise) or environment (a dog, a horn,
 a drill and the like). The test recordings are of speakers and of parts of the sources that were not learned from. The
