@@ -1,11 +1,13 @@
-"""The train steps that benchmarks/train_step.py times: fourteen networks, each on one batch.
+"""The train steps that benchmarks/train_step.py times: sixteen networks, each on one batch.
 
 The same networks in PyTorch are in torch_nets.py. The sizes are the usual ones: Hinton's MLP of 1200-1200 units with
 dropout, Kingma's VAE of 500 units and 20 latents, LeNet-5 as published, the CNN of Flax's MNIST example, ResNet-20, the
 textbook net and a small MobileNet on colour images of 32 x 32 pixels, and a language model of two recurrent layers of
 256 units on 32 sequences of 64 characters. For texts, a BiLSTM of 100 units in each direction that tags 32 sentences of
 32 words with 18 tags, with and without a chain over the tags, Kim's network on 50 texts of 40 words, and nanoGPT's
-transformer for a CPU. No sequence has padding, which PyTorch would have to pack.
+transformer for a CPU. For speech, a convolutional network on 32 waves of half a second, and a TDNN that spells 16
+strings of 20 letters in 1.6 seconds by connectionist temporal classification (CTC). No sequence has padding, which
+PyTorch would have to pack.
 """
 
 import functools
@@ -19,13 +21,15 @@ import optax
 
 from dl_jax import classify, losses
 from dl_jax.core.step import init_state, make_step
-from dl_jax.losses import crf, latent
+from dl_jax.losses import crf, ctc, latent
 from dl_jax.models import ops
 from dl_jax.models.generative.vae import VAE
 from dl_jax.models.sequence.attention import TransformerLM
 from dl_jax.models.sequence.rnn import GRU, LSTM, VANILLA, Cell, CharLM
 from dl_jax.models.sequence.tagger import ChainTagger, Tagger
+from dl_jax.models.sequence.tdnn import TDNN
 from dl_jax.models.sequence.text_cnn import TextCNN
+from dl_jax.models.sequence.wave_cnn import WaveCNN
 from dl_jax.models.vision.convnet import ConvNet
 from dl_jax.models.vision.lenet import LeNet5, map_loss
 from dl_jax.models.vision.mlp import MLP
@@ -37,6 +41,8 @@ SEQUENCES, LENGTH, VOCABULARY = 32, 64, 96
 HIDDEN = 256  # units of a recurrent layer, and width of a character's embedding
 WORDS, TAGS = 9_000, 18  # of the taggers; Kim's network has as many words
 BLOCK, WIDTH, LAYERS, HEADS = 64, 128, 4, 4  # of the transformer
+MAPS, TAPS, STRIDE = (32, 64, 128, 128), 80, 4  # of the network on waves: its maps, and its first kernel
+LETTERS, CHANNELS = 17, 96  # classes and channels of the TDNN
 Batch = Mapping[str, np.ndarray]
 
 
@@ -95,6 +101,26 @@ def windows() -> dict[str, np.ndarray]:
     """Random tokens and targets, int32 [B, T], as nanoGPT's setting for a CPU has them."""
     characters = np.random.default_rng(0).integers(0, VOCABULARY, (12, BLOCK + 1)).astype(np.int32)
     return {"token": characters[:, :-1], "target": characters[:, 1:]}
+
+
+def waves() -> dict[str, np.ndarray]:
+    """Random waves float32 [B, N] and labels int32 [B]."""
+    random = np.random.default_rng(0)
+    return {
+        "wave": random.standard_normal((32, 4096), np.float32),
+        "label": random.integers(0, 10, 32).astype(np.int32),
+    }
+
+
+def spoken() -> dict[str, np.ndarray]:
+    """Random frames float32 [B, T, D] and letters int32 [B, N] without the blank, 0, all of the same lengths."""
+    random = np.random.default_rng(0)
+    return {
+        "frames": random.standard_normal((16, 160, 40), np.float32),
+        "letter": random.integers(1, LETTERS, (16, 20)).astype(np.int32),
+        "length": np.full(16, 160, np.int32),
+        "letters": np.full(16, 20, np.int32),
+    }
 
 
 class CNN:
@@ -248,6 +274,23 @@ def transformer_step():
     return _text_step(model, windows()["token"], loss, optax.adamw(1e-3, b2=0.99, weight_decay=0.1))
 
 
+def wave_cnn_step():
+    model: Any = WaveCNN(10, MAPS, TAPS, STRIDE)
+    loss = lambda variables, batch, key: classify.loss(model.apply)(variables, {**batch, "image": batch["wave"]}, key)
+    return _text_step(model, waves()["wave"], loss, optax.adam(1e-3))
+
+
+def tdnn_step():
+    model: Any = TDNN(LETTERS, CHANNELS)
+
+    def loss(variables, batch, key):
+        logits, changed = model.apply(variables, batch["frames"], train=True, mutable=["batch_stats"])
+        nats = ctc.negative_log_likelihood(logits, batch["length"], batch["letter"], batch["letters"])
+        return nats.mean(), (changed, {})
+
+    return _text_step(model, spoken()["frames"], loss, optax.adam(1e-3))
+
+
 def _text_step(model, words, loss, tx):
     variables = jax.jit(lambda key: model.init(key, words, train=False))(jax.random.key(0))
     return _step(loss, variables, tx)
@@ -272,4 +315,6 @@ PROBLEMS = {
     "Tagger, CRF": Problem(sentences, chain_tagger_step, ">= 2.0"),
     "TextCNN": Problem(labelled_texts, text_cnn_step, ">= 1.1"),
     "Transformer": Problem(windows, transformer_step, ">= 0.9"),
+    "WaveCNN": Problem(waves, wave_cnn_step, ">= 1.0"),
+    "TDNN, CTC": Problem(spoken, tdnn_step, ">= 1.0"),
 }

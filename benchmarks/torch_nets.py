@@ -12,7 +12,22 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.problems import BLOCK, HEADS, HIDDEN, LAYERS, PROBLEMS, TAGS, VOCABULARY, WIDTH, WORDS
+from benchmarks.problems import (
+    BLOCK,
+    CHANNELS,
+    HEADS,
+    HIDDEN,
+    LAYERS,
+    LETTERS,
+    MAPS,
+    PROBLEMS,
+    STRIDE,
+    TAGS,
+    TAPS,
+    VOCABULARY,
+    WIDTH,
+    WORDS,
+)
 from dl_jax.models.vision import lenet
 
 Tensors = Mapping[str, torch.Tensor]
@@ -294,6 +309,63 @@ class TextCNN(nn.Module):
         _copy(self.output, params["output"])
 
 
+class WaveCNN(nn.Module):
+    """The twin of `dl_jax.models.sequence.wave_cnn.WaveCNN` for waves without padding, whose pools are full."""
+
+    def __init__(self, classes: int, maps: tuple[int, ...], taps: int, stride: int, pool: int = 4) -> None:
+        super().__init__()
+        self.taps, self.pool = taps, pool
+        sizes = zip((1, *maps), maps, strict=False)
+        self.convs = nn.ModuleList(
+            [
+                nn.Conv1d(inputs, outputs, 3 if i else taps, 1 if i else stride, 1 if i else 0, bias=False)
+                for i, (inputs, outputs) in enumerate(sizes)
+            ]
+        )
+        self.norms = nn.ModuleList([nn.BatchNorm1d(outputs) for outputs in maps])
+        self.output = nn.Linear(maps[-1], classes)
+
+    def forward(self, wave: torch.Tensor) -> torch.Tensor:
+        x = functional.pad(wave[:, None], ((self.taps - 1) // 2, self.taps // 2))
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = functional.max_pool1d(functional.relu(norm(conv(x))), self.pool)
+        return self.output(x.mean(-1))
+
+    def load(self, variables: dict[str, Any]) -> None:
+        _copy_sequence_layers(self, variables)
+
+
+class TDNN(nn.Module):
+    """The twin of `dl_jax.models.sequence.tdnn.TDNN` for recordings without padding."""
+
+    def __init__(self, classes: int, hidden: int, bins: int = 40) -> None:
+        super().__init__()
+        layers = ((3, 1), (5, 2), (5, 4))  # taps and dilation
+        self.convs = nn.ModuleList(
+            [
+                nn.Conv1d(hidden if i else bins, hidden, taps, padding="same", dilation=dilation, bias=False)
+                for i, (taps, dilation) in enumerate(layers)
+            ]
+        )
+        self.norms = nn.ModuleList([nn.BatchNorm1d(hidden) for _ in layers])
+        self.output = nn.Linear(hidden, classes)
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        x = frames.transpose(1, 2)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = functional.relu(norm(conv(x)))
+        return self.output(x.transpose(1, 2))
+
+    def load(self, variables: dict[str, Any]) -> None:
+        _copy_sequence_layers(self, variables)
+
+
+def _copy_sequence_layers(twin: WaveCNN | TDNN, variables: dict[str, Any]) -> None:
+    for i, (conv, norm) in enumerate(zip(twin.convs, twin.norms, strict=True)):
+        _copy_normed(nn.Sequential(conv, norm), variables, f"conv_{i}", f"norm_{i}")
+    _copy(twin.output, variables["params"]["output"])
+
+
 class Block(nn.Module):
     """The twin of `dl_jax.models.sequence.attention.Block` with a causal mask."""
 
@@ -378,6 +450,16 @@ def negative_elbo(model: nn.Module, batch: Tensors) -> torch.Tensor:
     return (pixels + 0.5 * (mean**2 + log_var.exp() - log_var - 1).sum()) / len(mean)
 
 
+def hearing_loss(model: nn.Module, batch: Tensors) -> torch.Tensor:
+    return functional.cross_entropy(model(batch["wave"]), batch["label"])
+
+
+def spelling_loss(model: nn.Module, batch: Tensors) -> torch.Tensor:
+    log_probabilities = functional.log_softmax(model(batch["frames"]), -1).transpose(0, 1)  # [T, B, K]
+    lengths, letters = batch["length"], batch["letters"]
+    return functional.ctc_loss(log_probabilities, batch["letter"], lengths, letters, reduction="sum") / len(lengths)
+
+
 def next_character(model: nn.Module, batch: Tensors) -> torch.Tensor:
     return functional.cross_entropy(model(batch["token"]).flatten(0, 1), batch["target"].flatten())
 
@@ -415,6 +497,8 @@ TWINS = {
     "Transformer": Twin(
         functools.partial(TransformerLM, VOCABULARY, BLOCK, WIDTH, LAYERS, HEADS), next_character, ADAMW
     ),
+    "WaveCNN": Twin(functools.partial(WaveCNN, 10, MAPS, TAPS, STRIDE), hearing_loss, ADAM),
+    "TDNN, CTC": Twin(functools.partial(TDNN, LETTERS, CHANNELS), spelling_loss, ADAM),
 }
 
 
@@ -446,9 +530,11 @@ def train_block(name: str, compiled: bool) -> Callable[[int], None]:
 
 
 def tensor(column: np.ndarray) -> torch.Tensor:
-    """A column as a tensor: integers as int64, images [B, H, W, C] as [B, C, H, W]."""
+    """A column as a tensor: integers as int64, images [B, H, W, C] as [B, C, H, W], sequences as they are."""
     if np.issubdtype(column.dtype, np.integer):
         return torch.from_numpy(column).long().to(DEVICE)
+    if column.ndim < 4:
+        return torch.from_numpy(column).to(DEVICE)
     return torch.from_numpy(column).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last).to(DEVICE)
 
 
@@ -467,10 +553,10 @@ def _copy_normed(layers: nn.Sequential, variables: dict[str, Any], conv: str, no
             getattr(normalisation, theirs).copy_(torch.tensor(np.asarray(found[ours])))
 
 
-def _copy(layer: nn.Linear | nn.Conv2d, params: dict[str, np.ndarray]) -> None:
-    """Copies our kernel, [in, out] or [H, W, in, out], to a layer with weights [out, in] or [out, in, H, W]."""
+def _copy(layer: nn.Linear | nn.Conv1d | nn.Conv2d, params: dict[str, np.ndarray]) -> None:
+    """Copies our kernel, [..., in, out], to a layer with weights [out, in, ...]."""
     kernel = np.asarray(params["kernel"])
-    axes = (1, 0) if kernel.ndim == 2 else (3, 2, 0, 1)
+    axes = (kernel.ndim - 1, kernel.ndim - 2, *range(kernel.ndim - 2))
     with torch.no_grad():
         layer.weight.copy_(torch.tensor(kernel.transpose(axes).copy()))
         if layer.bias is not None:

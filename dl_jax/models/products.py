@@ -208,6 +208,18 @@ def patch_product(
     return jnp.matmul(patches, kernel.reshape(-1, kernel.shape[-1]), precision=window.precision)
 
 
+def one_row(
+    form: Callable[..., jax.Array],
+    sequence: jax.Array,  # [B, T, C]
+    kernel: jax.Array,  # [k, C, D]
+    window: Window,
+) -> jax.Array:
+    """A convolution of sequences, [B, T', D], by a form of a convolution of images: each is an image of one row."""
+    (size,), (stride,), (padding,), (dilation,), precision = window
+    rows = Window((1, size), (1, stride), ((0, 0), padding), (1, dilation), precision)
+    return form(sequence[:, None], kernel[None], rows)[:, 0]
+
+
 def banded_product(
     image: jax.Array,  # [B, H, W, C]
     kernel: jax.Array,  # [kh, kw, C, D]

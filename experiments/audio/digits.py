@@ -129,7 +129,7 @@ def readings(cfg: Config, classes: int) -> dict[Network, Reading]:
     frames = functools.partial(hear.frames, rate=cfg.rate)
     seen = np.zeros((1, 100, 40), np.float32)  # 40 mel bins, every 10 ms
     return {
-        "waveform": Reading("wave", hear.waves, seen[..., 0], cfg.rate, wave, noisy, cfg.steps, False),
+        "waveform": Reading("wave", hear.waves, seen[..., 0], cfg.rate, wave, noisy, cfg.steps, True),
         "log_mel": Reading("frames", frames, seen, 100, mel, hear.loss(mel.apply, "frames"), cfg.mel_steps, True),
     }
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import compress
-from benchmarks.problems import CNN, PROBLEMS, images, labelled_texts, sentences, text, windows
+from benchmarks.problems import CNN, PROBLEMS, images, labelled_texts, sentences, spoken, text, waves, windows
 from dl_jax import losses
 from dl_jax.compress import measure, structure
 from dl_jax.losses import crf
@@ -14,7 +14,9 @@ from dl_jax.models.generative.vae import VAE
 from dl_jax.models.sequence.attention import TransformerLM
 from dl_jax.models.sequence.rnn import GRU, LSTM, VANILLA, CharLM
 from dl_jax.models.sequence.tagger import ChainTagger, Tagger
+from dl_jax.models.sequence.tdnn import TDNN
 from dl_jax.models.sequence.text_cnn import TextCNN
+from dl_jax.models.sequence.wave_cnn import WaveCNN
 from dl_jax.models.vision import lenet
 from dl_jax.models.vision.mlp import MLP
 
@@ -133,6 +135,21 @@ def test_networks_of_texts(torch, twins):
         ours = model.apply({"params": params}, tokens, train=False)
         theirs = twin(torch.from_numpy(tokens.copy()).long()).detach()
         np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-4)
+
+
+def test_networks_of_speech(torch, twins):
+    """With their statistics."""
+    pairs = (
+        (WaveCNN(5, (4, 6), 8, 2), twins.WaveCNN(5, (4, 6), 8, 2), waves()["wave"][:3, :320]),
+        (TDNN(5, 6), twins.TDNN(5, 6), spoken()["frames"][:3, :9]),
+    )
+    draw = np.random.default_rng(0)
+    for model, twin, inputs in pairs:
+        variables = jax.jit(lambda model=model, inputs=inputs: model.init(jax.random.key(0), inputs, train=False))()
+        variables = jax.tree.map(lambda leaf: np.asarray(leaf + 0.2 * draw.random(leaf.shape), np.float32), variables)
+        twin.load(variables)
+        theirs = twin.eval()(torch.from_numpy(inputs)).detach()
+        np.testing.assert_allclose(theirs, model.apply(variables, inputs, train=False), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

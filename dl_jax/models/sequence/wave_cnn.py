@@ -72,7 +72,8 @@ def _pool(x: jax.Array, window: int) -> jax.Array:  # [B, T, C] -> [B, ceil(T / 
     and XLA may compute the values anew for that, rounded otherwise than the maximum was: then it finds none.
     """
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % window), (0, 0)))
-    return functools.reduce(jnp.maximum, [x[:, first::window] for first in range(window)])
+    x = x.reshape(len(x), -1, window, x.shape[-1])
+    return functools.reduce(jnp.maximum, [x[:, :, step] for step in range(window)])
 
 
 def examples() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
