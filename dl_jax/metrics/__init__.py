@@ -8,7 +8,17 @@ tags (`tagging`), boxes (`detection`), BLEU (`translation`), word errors (`trans
 
 from dl_jax.metrics.correlation import pearson, spearman
 from dl_jax.metrics.detection import Boxes, average_precision
-from dl_jax.metrics.sums import accuracy, confusion_matrix, cross_entropy, error_rate, masked, perplexity, top_k
+from dl_jax.metrics.sums import (
+    accuracy,
+    calibration_error,
+    confusion_matrix,
+    cross_entropy,
+    error_rate,
+    masked,
+    perplexity,
+    reliability,
+    top_k,
+)
 from dl_jax.metrics.tagging import Entity, EntityScores, entities, entity_scores
 from dl_jax.metrics.transcription import edit_distance, word_error_rate
 from dl_jax.metrics.translation import Bleu, bleu
@@ -21,6 +31,7 @@ __all__ = [
     "accuracy",
     "average_precision",
     "bleu",
+    "calibration_error",
     "confusion_matrix",
     "cross_entropy",
     "edit_distance",
@@ -30,6 +41,7 @@ __all__ = [
     "masked",
     "pearson",
     "perplexity",
+    "reliability",
     "spearman",
     "top_k",
     "word_error_rate",

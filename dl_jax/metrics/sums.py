@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dl_jax import losses
-from dl_jax.core.errors import InputError
+from dl_jax.core.errors import InputError, require_positive
 from dl_jax.core.leaves import at_least_float32
 from dl_jax.core.step import Array
 from dl_jax.losses.inputs import class_numbers
@@ -79,6 +79,39 @@ def confusion_matrix(logits: Array, labels: Array, mask: Array) -> tuple[Array, 
     rows = jax.nn.one_hot(class_numbers(labels, classes).ravel(), classes) * weights.reshape(-1, 1)  # [N, C]
     columns = jax.nn.one_hot(logits.argmax(-1).ravel(), classes)  # [N, C]
     return jnp.matmul(rows.T, columns, precision=jax.lax.Precision.HIGHEST), jnp.sum(weights).reshape(1, 1)
+
+
+def reliability(logits: Array, labels: Array, mask: Array, bins: int = 10) -> tuple[Array, Array]:
+    """For each class and each tenth of its probability, how probable the class was and how often it was right.
+
+    Takes logits [B, ..., C] and int labels [B, ...]. The sums are [C, bins, 3], for the labels whose probability of the
+    class, by softmax, is in the bin: their number, the sum of these probabilities, and how many are of the class. Bins
+    are equally wide; each holds its lower end, the last holds 1, too. The weight [1, 1, 1] is the number of labels, as
+    for `accuracy`. The quotients of the last two by the first are a reliability diagram of the class (Zadrozny & Elkan
+    2002, "Transforming classifier scores into accurate multiclass probability estimates").
+
+    Raises InputError as `accuracy` does, and for fewer than one bin.
+    """
+    losses.require_labels("reliability", logits, labels)
+    require_positive({"bins": bins})
+    classes, weights = logits.shape[-1], _weights(mask, labels.shape)
+    weights = weights.reshape(-1, 1)
+    probability = jax.nn.softmax(at_least_float32(logits)).reshape(-1, classes)  # [N, C]
+    probability = jnp.where(weights > 0, probability, 0)  # padding may be NaN
+    true = jax.nn.one_hot(class_numbers(labels, classes).ravel(), classes)
+    counted = jnp.stack([jnp.ones_like(probability), probability, true], -1) * weights[..., None]  # [N, C, 3]
+    place = jax.nn.one_hot(jnp.clip((probability * bins).astype(int), 0, bins - 1), bins)  # [N, C, bins]
+    sums = jnp.einsum("ncb,nck->cbk", place, counted, precision=jax.lax.Precision.HIGHEST)
+    return sums, jnp.sum(weights).reshape(1, 1, 1)
+
+
+def calibration_error(reliability: np.ndarray) -> np.ndarray:  # [..., C, bins, 3] -> [...]
+    """The classwise calibration error: how far a class's probability is from its frequency, by bin and class.
+
+    Takes what the sums of `reliability` are once they are divided by their weight. The differences in each bin count by
+    its labels, and are averaged over the classes (Kull et al. 2019, arXiv:1910.12656, section 2).
+    """
+    return np.abs(reliability[..., 1] - reliability[..., 2]).sum(-1).mean(-1)
 
 
 def _weights(mask: Array, shape: tuple[int, ...]) -> Array:  # [B] or [B, ...] -> float32 [B, ...], or float64

@@ -18,7 +18,9 @@ every digit has. All methods train the same network for as many steps, with Adam
   which are not added in the test.
 - sampling: cross-entropy of batches in which every class is equally frequent; rare images are repeated.
 
-The numbers are those after the last step. The figure `errors` shows the error of each class.
+The numbers are those after the last step. The figure `errors` shows the error of each class, the figure `reliability`
+how often a digit is right that gets some probability. `calibration_error` is the mean over the classes of how far the
+two are apart.
 """
 
 import dataclasses
@@ -35,7 +37,18 @@ from dl_jax.core.errors import InputError
 from dl_jax.core.evaluate import evaluator
 from dl_jax.core.fit import fit
 from dl_jax.core.step import Array, Batch, Tree, make_step, per_seed, start
-from dl_jax.harness import Between, Claim, Distinct, NonNegative, Positive, Run, curves_figure, launch, on_digits
+from dl_jax.harness import (
+    Between,
+    Claim,
+    Distinct,
+    NonNegative,
+    Positive,
+    Run,
+    curves_figure,
+    launch,
+    on_digits,
+    reliability_figure,
+)
 from dl_jax.models.vision.lenet import LeNetCaffe
 
 Method = Literal["cross_entropy", "class_weights", "focal", "adjusted", "sampling"]
@@ -69,7 +82,7 @@ CLAIMS = (
           note="A pilot of one seed, on the last 10,000 training images: 4.1 against 6.1 %."),
     on_digits("balanced_error/adjusted", at_most=8.5, unit="%", note="cross-entropy: 11.4 %"),
 )  # fmt: skip
-KEEPS = ("errors.png",)  # files in the run's folder
+KEEPS = ("errors.png", "reliability.png")  # files in the run's folder
 
 CLASSES = 10
 PerLabel = Callable[[Array, Array], Array]  # (logits [B, C], labels int [B]) -> [B]
@@ -81,8 +94,8 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     counts = np.bincount(train["label"], minlength=CLASSES)
     model, tx = LeNetCaffe(CLASSES), optax.adam(optim.warmup_cosine(cfg.learning_rate, cfg.steps))
     key_init, key, key_test = run.keys(3)  # [S] each
-    test_of = evaluator(functools.partial(confusion, model), test, 8 * cfg.batch_size, key_test)
-    of, errors = per_label(counts, cfg.gamma), {}
+    test_of = evaluator(functools.partial(tested, model), test, 8 * cfg.batch_size, key_test)
+    of, errors, reliability = per_label(counts, cfg.gamma), {}, {}
     for name in cfg.methods:
         learnt = data.rows(train, balanced(train["label"])) if name == "sampling" else train
         states = fit(
@@ -92,12 +105,17 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
             steps=cfg.steps,
             run=run / name,
         )
-        errors[name] = class_errors(test_of(states.variables)["confusion"])  # [S, 10]
+        found = test_of(states.variables)
+        errors[name], reliability[name] = class_errors(found["confusion"]), found["reliability"]  # [S, 10, ...]
     curves = {name: (np.arange(CLASSES), each.T) for name, each in errors.items()}
     run.figure("errors", cfg.steps, lambda: curves_figure(
         curves, xlabel="class, from the most to the least frequent", ylabel="test error (%)"))  # fmt: skip
-    return {f"balanced_error/{name}": each.mean(1) for name, each in errors.items()} | {
-        f"tail_error/{name}": each[:, -cfg.rare :].mean(1) for name, each in errors.items()
+    mean = {name: each.mean(0) for name, each in reliability.items()}
+    run.figure("reliability", cfg.steps, lambda: reliability_figure(mean, data.info(cfg.dataset).class_names))
+    return {
+        **{f"balanced_error/{name}": each.mean(1) for name, each in errors.items()},
+        **{f"tail_error/{name}": each[:, -cfg.rare :].mean(1) for name, each in errors.items()},
+        **{f"calibration_error/{name}": metrics.calibration_error(each) for name, each in reliability.items()},
     }
 
 
@@ -140,9 +158,10 @@ def mean_loss(model: LeNetCaffe, of: PerLabel, variables: Tree, batch: Batch, ke
     return of(logits, batch["label"]).mean(), ({}, {})
 
 
-def confusion(model: LeNetCaffe, variables: Tree, batch: Batch, key: Array):
+def tested(model: LeNetCaffe, variables: Tree, batch: Batch, key: Array):
     logits: Any = model.apply(variables, classify.to_unit(batch["image"]), train=False)
-    return {"confusion": metrics.confusion_matrix(logits, batch["label"], batch["mask"])}
+    given = logits, batch["label"], batch["mask"]
+    return {"confusion": metrics.confusion_matrix(*given), "reliability": metrics.reliability(*given)}
 
 
 def class_errors(confusion: np.ndarray) -> np.ndarray:  # [S, C, C], rows are the labels -> [S, C]

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,6 +108,38 @@ def test_seeds_are_a_leading_axis():
     for seed in range(3):
         for name, value in evaluated(batches(logits[seed])).items():
             np.testing.assert_allclose(together[name][seed], value, rtol=1e-6, err_msg=name)
+
+
+def test_reliability_against_a_loop_over_labels():
+    logits, labels = np.random.default_rng(0).normal(0, 2, (40, 3)).astype(np.float32), np.arange(40) % 3
+    logits[0], logits[1] = (99, 0, 0), np.nan  # a probability of 1, and padding
+    mask = (np.arange(40) != 1).astype(np.float32)
+    sums, weight = jax.jit(functools.partial(metrics.reliability, bins=3))(logits, labels, mask)
+    expected = np.zeros((3, 3, 3))
+    for row, label in zip(logits[mask > 0].astype(np.float64), labels[mask > 0], strict=True):
+        for c, probability in enumerate(np.exp(row) / np.exp(row).sum()):
+            expected[c, min(int(probability * 3), 2)] += 1, probability, c == label
+    np.testing.assert_allclose(sums, expected, rtol=1e-5)
+    assert weight.tolist() == [[[39]]]
+    np.testing.assert_array_equal(sums[..., 0].sum(1), [39] * 3)  # every class has a probability
+    with pytest.raises(InputError, match="bins is 0"):
+        metrics.reliability(logits, labels, mask, bins=0)
+
+
+def test_calibration_error_by_hand():
+    """Probabilities of 0.2 that are never right and of 0.9 that always are; for the other class, turned round."""
+    of_class = lambda right: [[0.5, 0.1, 0.5 * right[0]], [0.5, 0.45, 0.5 * right[1]]]
+    found = metrics.calibration_error(np.array([[of_class((0, 1)), of_class((1, 0))]]))
+    np.testing.assert_allclose(found, [((0.1 + 0.05) + (0.4 + 0.45)) / 2])
+
+
+def test_frequent_and_true_probabilities_are_calibrated():
+    draw = np.random.default_rng(0)
+    logits = draw.normal(size=(20_000, 4))
+    labels = (logits + draw.gumbel(size=logits.shape)).argmax(1)  # as probable as softmax says
+    found = [np.divide(*metrics.reliability(scale * logits, labels, np.ones(20_000))) for scale in (1, 3)]
+    right, sure = map(metrics.calibration_error, found)
+    assert right < 0.01 < 0.1 < sure
 
 
 def test_masked_weighs_elements():

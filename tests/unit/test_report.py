@@ -23,6 +23,7 @@ from dl_jax.harness.report.figures import (
     confusion_figure,
     curves_figure,
     image_sheet,
+    reliability_figure,
     rows_figure,
     spectrograms_figure,
     trade_figure,
@@ -596,6 +597,20 @@ def test_a_figure_of_images_has_a_row_for_each_kind():
     assert [each.get_clim() for each in drawn] == [(0, 1), (-1, 1)]
     np.testing.assert_array_equal(drawn[0].get_array(), np.tile(np.pad(np.eye(3), ((1, 1), (2, 2))), (1, 4)))
     np.testing.assert_array_equal(drawn[1].get_array(), np.tile(np.pad(-np.ones((2, 2)), ((1, 1), (2, 2))), (1, 4)))
+
+
+def test_reliability_has_a_panel_for_each_class():
+    counted = np.zeros((7, 2, 3))
+    counted[:, 1] = 0.5, 0.4, 0.3
+    figure = reliability_figure({"plain": counted, "other": counted}, list("abcdefg"))
+    shown = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title() for axes in shown] == list("abcdefg")
+    *lines, diagonal = shown[3].lines
+    assert [line.get_label() for line in lines] == ["plain", "other"]
+    np.testing.assert_allclose([line.get_xydata() for line in lines], [[(0.8, 0.6)]] * 2)  # the empty bin is left out
+    np.testing.assert_array_equal(diagonal.get_xydata(), [(0, 0), (1, 1)])
+    with pytest.raises(InputError, match=r"^'plain' has 7 classes and 2 names; give a name for each"):
+        reliability_figure({"plain": counted}, ["a", "b"])
 
 
 def test_spectrograms_share_their_colours_and_their_time():

@@ -196,6 +196,36 @@ def spectrograms_figure(energies: Sequence[Any], titles: Sequence[str], seconds:
     return figure
 
 
+def reliability_figure(found: Mapping[str, Any], class_names: Sequence[str]) -> "Figure":
+    """A panel for each class: how frequent it is among what gets a probability of it; on the diagonal both are equal.
+
+    `found` are, by label, the quotients [C, bins, 3] of `metrics.reliability`. Bins without examples are left out.
+    Raises InputError for another number of classes than of names.
+    """
+    from matplotlib.figure import Figure
+
+    columns = min(5, len(class_names))
+    rows = -(-len(class_names) // columns)
+    figure = Figure(figsize=(2.2 * columns, 2.2 * rows + 0.6), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for label, given in found.items():
+        counted = np.asarray(given, np.float64)
+        if len(counted) != len(class_names):
+            raise InputError(f"{label!r} has {len(counted)} classes and {len(class_names)} names; give a name for each")
+        for axes, each in zip(panels, counted, strict=False):
+            each = each[each[:, 0] > 0]
+            axes.plot(each[:, 1] / each[:, 0], each[:, 2] / each[:, 0], ".-", label=label, linewidth=1)
+    for axes, name in zip(panels, class_names, strict=False):
+        axes.plot([0, 1], [0, 1], color="grey", linewidth=0.5)
+        axes.set(title=name, xlim=(0, 1), ylim=(0, 1))
+    for axes in panels[len(class_names) :]:
+        axes.set_visible(False)
+    figure.supxlabel("probability of the class")
+    figure.supylabel("how often it is right")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(found))
+    return figure
+
+
 def image_sheet(images: Any) -> np.ndarray:
     """`images` [N, H, W, C] tiled into one image, uint8 [rows * (H + 1) - 1, columns * (W + 1) - 1, 3].
 
