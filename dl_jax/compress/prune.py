@@ -196,6 +196,7 @@ def _masked(updates: Tree, masks: Tree, params: Tree) -> Tree:
     return jax.tree.map(lambda u, p, m: u if m is None else jnp.where(m, u, -p), updates, params, masks)
 
 
+@jax.jit  # outside of a jitted function, each of its operations would be compiled by itself
 def _largest(magnitudes: Array, dropped: Any) -> Array:
     """A mask of the shape of `magnitudes` that is False at the `dropped` smallest.
 
