@@ -157,6 +157,26 @@ def _max_of_slices(
     return jax.jvp(functools.partial(_pool, jnp.maximum, window=window, stride=stride), primals, tangents)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def max_over(x: jax.Array, axis: int) -> jax.Array:
+    """`x.max(axis)`, whose gradient goes to the first of the largest values.
+
+    JAX's own gradient looks for the values that equal the maximum. XLA may compute the values anew for that, rounded
+    otherwise than the maximum was, and then finds none: the gradient is lost. It was seen on a CPU after a
+    normalisation, without most of XLA's optimisations.
+    """
+    return x.max(axis)
+
+
+@max_over.defjvp
+def _max_at_one_place(axis: int, primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    (x,), (tangent,) = primals, tangents
+    axis %= x.ndim
+    first = jnp.expand_dims(lax.argmax(x, axis, jnp.int32), axis)
+    places = lax.broadcasted_iota(jnp.int32, x.shape, axis)
+    return max_over(x, axis), jnp.where(places == first, tangent, 0).sum(axis)
+
+
 def sum_pool(image: jax.Array, window: int) -> jax.Array:
     """The sum over non-overlapping square windows: [B, H, W, C] -> [B, H // window, W // window, C].
 

@@ -242,11 +242,15 @@ def banded_product(
         return math.ceil(width / outputs) * pixels(outputs) * (outputs * maps + COPY)
 
     outputs = min(range(1, width + 1), key=cost)
-    columns, tiles = pixels(outputs), math.ceil(width / outputs)
-    lefts = [tile * outputs * strides[1] for tile in range(tiles)]
-    overhang = lefts[-1] + columns - image.shape[2] - left - right  # pixels of the last tile beyond the image
+    columns, tiles, step = pixels(outputs), math.ceil(width / outputs), outputs * strides[1]
+    # A tile begins `step` pixels after the one before it, and reaches over the beginnings of the next `pieces` - 1.
+    pieces = math.ceil(columns / step)
+    overhang = (tiles + pieces - 1) * step - image.shape[2] - left - right  # pixels beyond the image
     image = _padded(image, (above, (left, right + overhang)))
-    rows = jnp.stack([image[:, :, first : first + columns] for first in lefts], 2).reshape(*image.shape[:2], tiles, -1)
+    shape = (*image.shape[:2], tiles, step * channels)
+    parts = [image[:, :, first * step : (first + tiles) * step].reshape(shape) for first in range(pieces)]
+    parts[-1] = parts[-1][..., : (columns - (pieces - 1) * step) * channels]
+    rows = jnp.concatenate(parts, 3)  # [B, H, tiles, columns * C]
     reach = (height - 1) * strides[0] + 1
     tops = [tap * dilation[0] for tap in range(kh)]
     patches = jnp.stack([rows[:, top : top + reach : strides[0]] for top in tops], 3)  # [B, H', tiles, kh, columns * C]

@@ -280,6 +280,29 @@ def test_vmapped_convolution_of_blocks_equals_xla():
     assert_close(found, expected)
 
 
+@pytest.mark.parametrize(("shape", "axis"), [((5, 9, 4), 1), ((7, 3), -1), ((2, 6, 5, 3), 2), ((4, 1), 1)])
+def test_the_gradient_of_a_maximum_is_found_after_a_normalisation(shape, axis):
+    """The program may compute what it normalises twice, and rounds it otherwise the second time."""
+    x, outer = draw(*shape), draw(*np.delete(shape, axis), seed=1)
+
+    def loss(x, maximum):
+        y = (x - x.mean(0)) * lax.rsqrt(x.var(0) + 1e-5) * 1.3
+        return (jnp.tanh(maximum(y)) * outer).sum()
+
+    with jax.enable_x64(True):
+        expected = jax.grad(loss)(x.astype(np.float64), lambda y: y.max(axis))
+    found = jit(jax.grad(functools.partial(loss, maximum=lambda y: ops.max_over(y, axis))))(x)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_the_first_of_equal_maxima_has_the_gradient():
+    x = jnp.array([[1.0, 3.0, 3.0], [-jnp.inf, -jnp.inf, -jnp.inf], [2.0, jnp.nan, 5.0]])
+    value, back = jax.vjp(lambda x: ops.max_over(x, 1), x)
+    np.testing.assert_array_equal(value, [3, -np.inf, np.nan])
+    np.testing.assert_array_equal(back(jnp.array([2.0, 3.0, 4.0]))[0], [[0, 2, 0], [3, 0, 0], [0, 4, 0]])
+    check_grads(functools.partial(ops.max_over, axis=0), (draw(4, 3),), order=2, modes=("fwd", "rev"))
+
+
 def depthwise_forward_and_backward(image, kernel):
     settings = {"dimension_numbers": LAYOUT, "feature_group_count": image.shape[-1]}
     convolve = lambda x, w: ops.conv_general_dilated(x, w, (2, 2), "SAME", **settings)

@@ -15,6 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from dl_jax.core.errors import require_positive, require_probability
+from dl_jax.models import ops
 from dl_jax.models.layers import require_values
 
 
@@ -72,7 +73,7 @@ class Discriminator(nn.Module):
         x = nn.Dropout(self.input_dropout, deterministic=not train)(x)
         for units in self.hidden:
             x = nn.Dense(units * self.pieces, kernel_init=init, dtype=self.dtype)(x)
-            x = x.reshape(-1, units, self.pieces).max(-1)
+            x = ops.max_over(x.reshape(-1, units, self.pieces), -1)
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(1, kernel_init=init, dtype=self.dtype)(x)[:, 0].astype(jnp.float32)
 

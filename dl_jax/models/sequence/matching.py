@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from dl_jax import masks
 from dl_jax.core.errors import InputError, require_positive, require_probability
+from dl_jax.models import ops
 from dl_jax.models.layers import dense, valid_steps
 from dl_jax.models.recur import LSTM, VANILLA, Array, Cell
 from dl_jax.models.sequence.attention import masked_softmax
@@ -59,7 +60,7 @@ class SiameseClassifier(nn.Module):
         x, lengths = x.reshape(-1, *x.shape[2:]), jnp.stack(lengths, 1).reshape(-1)
         outputs, _ = recurrent(x, lengths, train=train)
         valid = masks.from_lengths(lengths, x.shape[1])[..., None]
-        vectors = jnp.where(valid, outputs, -jnp.inf).max(1)
+        vectors = ops.max_over(jnp.where(valid, outputs, -jnp.inf), 1)
         u, v = vectors.reshape(-1, 2, vectors.shape[-1]).swapaxes(0, 1)  # [B, 2 hidden] each
         x = jnp.concatenate([u, v, abs(u - v), u * v], -1)
         x = drop(jnp.tanh(nn.Dense(self.units, dtype=self.dtype)(x)))

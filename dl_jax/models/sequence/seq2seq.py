@@ -13,6 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from dl_jax.core.errors import InputError, require_positive, require_probability
+from dl_jax.models import ops
 from dl_jax.models.layers import dense, valid_steps
 from dl_jax.models.recur import GRU, Array
 from dl_jax.models.sequence.attention import additive
@@ -135,7 +136,7 @@ class Seq2Seq(nn.Module):
     def _logits(self, state: Array, word: Array, context: Array, train: bool) -> Array:
         """The logits [..., V] from the state before a token, the token's vector, and the context that was read."""
         x = self.readout(jnp.concatenate([each.astype(self.dtype) for each in (state, word, context)], -1))
-        x = x.reshape(*x.shape[:-1], self.maxout, 2).max(-1)
+        x = ops.max_over(x.reshape(*x.shape[:-1], self.maxout, 2), -1)
         return self.output(self.drop(x, deterministic=not train)).astype(jnp.float32)
 
 

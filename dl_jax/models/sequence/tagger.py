@@ -49,7 +49,7 @@ class CharCNN(nn.Module):
         x = jnp.where(valid, nn.Dropout(self.dropout, deterministic=not train)(x), 0)
         convolve = ops.conv_general_dilated
         x = nn.Conv(self.filters, (3,), dtype=self.dtype, conv_general_dilated=convolve)(x)  # [B T, C, filters]
-        x = jnp.where(valid, x, -jnp.inf).max(1)
+        x = ops.max_over(jnp.where(valid, x, -jnp.inf), 1)
         return jnp.where(valid.any(1), x, 0).reshape(*chars.shape[:2], self.filters)
 
 

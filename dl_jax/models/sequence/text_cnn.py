@@ -56,7 +56,7 @@ class TextCNN(nn.Module):
                 name=f"width_{width}",
             )(x)
             windows = jnp.pad(valid, ((0, 0), (width - 1, 0)), constant_values=True)  # [B, T + width - 1]
-            largest.append(nn.relu(jnp.where(windows[..., None], y, -jnp.inf).max(1)))
+            largest.append(nn.relu(ops.max_over(jnp.where(windows[..., None], y, -jnp.inf), 1)))
         x = nn.Dropout(self.dropout, deterministic=not train)(jnp.concatenate(largest, -1))
         return nn.Dense(self.classes, dtype=self.dtype, name="output")(x).astype(jnp.float32)
 

@@ -1,6 +1,5 @@
 """A convolutional network on the waveform (Dai, Dai, Qu, Li & Das 2017, arXiv:1610.00087, section 2)."""
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -66,14 +65,9 @@ class WaveCNN(nn.Module):
 
 
 def _pool(x: jax.Array, window: int) -> jax.Array:  # [B, T, C] -> [B, ceil(T / window), C]
-    """The maximum over windows next to each other, of values of 0 or more.
-
-    It is the maximum of slices. The gradient of `max` over an axis finds the maximum again by comparing for equality,
-    and XLA may compute the values anew for that, rounded otherwise than the maximum was: then it finds none.
-    """
+    """The maximum over windows next to each other, of values of 0 or more."""
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % window), (0, 0)))
-    x = x.reshape(len(x), -1, window, x.shape[-1])
-    return functools.reduce(jnp.maximum, [x[:, :, step] for step in range(window)])
+    return ops.max_over(x.reshape(len(x), -1, window, x.shape[-1]), 2)
 
 
 def examples() -> dict[str, tuple[nn.Module, dict[str, Any]]]:

@@ -10,6 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from dl_jax.core.errors import InputError, require_positive, require_probability
+from dl_jax.models import ops
 from dl_jax.models.layers import batch_norm, dense, require_features
 
 
@@ -39,7 +40,7 @@ class Transform(nn.Module):
     @nn.compact
     def __call__(self, points: jax.Array, *, train: bool) -> jax.Array:
         channels = points.shape[-1]
-        x = Layers(self.widths, self.dtype)(points, train=train).max(1)
+        x = ops.max_over(Layers(self.widths, self.dtype)(points, train=train), 1)
         x = Layers(self.head, self.dtype)(x, train=train)
         x = dense(channels**2, dtype=self.dtype, kernel_init=nn.initializers.normal(1e-3))(x)
         return jnp.eye(channels) + x.astype(jnp.float32).reshape(-1, channels, channels)
@@ -84,7 +85,7 @@ class PointNet(nn.Module):
                 transform = Transform(self.widths, self.head, self.dtype, name=f"{name}_transform")
                 x = jnp.matmul(x.astype(self.dtype), transform(x, train=train).astype(self.dtype))
             x = Layers(widths, self.dtype, name=f"{name}_layers")(x, train=train)
-        x = Layers(self.head, self.dtype, name="head")(x.max(1), train=train)
+        x = Layers(self.head, self.dtype, name="head")(ops.max_over(x, 1), train=train)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return dense(self.classes, dtype=self.dtype, name="logits")(x).astype(jnp.float32)
 
