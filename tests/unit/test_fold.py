@@ -293,6 +293,13 @@ def test_half_precision_stays_half_precision():
     assert_same(soon_compiled(apply)(small, IMAGE), soon_compiled(model.apply)(variables, IMAGE), 0.03)
 
 
+def test_a_folded_model_takes_other_types_and_computes_in_those_that_it_was_folded_with():
+    _, _, apply, small = plain()
+    halves = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), small)
+    again = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), halves)
+    np.testing.assert_array_equal(soon_compiled(apply)(halves, IMAGE), soon_compiled(apply)(again, IMAGE))
+
+
 def test_a_bias_with_another_use_is_not_replaced():
     def apply(variables, x):
         layer = variables["params"]["layer"]
@@ -377,6 +384,9 @@ def test_bad_input_has_one_clear_line():
         apply(variables, IMAGE)
     with pytest.raises(InputError, match=r"^the variables lack params/conv/bias, expected those that `folded`"):
         apply({"params": {**small["params"], "conv": {"kernel": small["params"]["conv"]["kernel"]}}}, IMAGE)
+    narrow = jax.tree.map(lambda leaf: leaf[..., :2], small)
+    with pytest.raises(InputError, match=r"^params/conv/bias has shape \(2,\), expected \(\d+,\) as in the variables"):
+        apply(narrow, IMAGE)
     unsettled, _ = fold.folded(
         lambda v, x, train=False: model.apply(v, x, train=train, mutable=train), variables, IMAGE
     )

@@ -179,6 +179,23 @@ def test_the_axes_of_outputs_are_read_from_the_products():
     np.testing.assert_allclose(simulated({"kernel": query})["kernel"], np.round(query / scale) * scale, rtol=1e-5)
 
 
+def test_layers_in_a_loop_have_a_scale_for_each_output_of_each():
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return x + jnp.tanh(nn.Dense(3, use_bias=False)(x)), None
+
+    stack = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=4)()
+    apply = lambda variables, x: stack.apply(variables, x, None)[0]
+    x = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    variables = jax.jit(lambda: stack.init(jax.random.key(0), x, None))()
+    where, axes = quantize.layer_weights(apply, variables, x)
+    kernel = quantize.quantize(variables["params"], 8, where, axes)["Dense_0"]["kernel"]
+    assert kernel.scale.shape == (4, 1, 3)
+    run, integers = quantize.after_training(apply, variables, [(x,)], 8)
+    np.testing.assert_allclose(run(integers, x), apply(variables, x), atol=0.05)
+
+
 def test_weights_of_any_name_are_those_that_layers_multiply_with():
     """One has a name of its own, one is computed from two, one is a table that answers with itself, none is a norm."""
 
@@ -298,5 +315,8 @@ def test_a_trained_model_in_integers_is_the_steps_one_by_one():
     assert {leaf.dtype for path, leaf in jax.tree.leaves_with_path(integers) if "values" in str(path)} == {
         np.dtype("int8")
     }
+    np.testing.assert_array_equal(jax.jit(apply)(codec.decode(codec.encode(integers)), X), expected)
     with pytest.raises(InputError, match="no batches"):
         quantize.after_training(Residual().apply, variables, [], 7)
+    with pytest.raises(InputError, match=r"^a batch is of type ndarray, expected a tuple of the inputs of a call"):
+        quantize.after_training(Residual().apply, variables, [X], 7)

@@ -675,8 +675,15 @@ def test_what_is_refused():
         structure.lowest(found, scores, {"params/c:0": 0.5})
     with pytest.raises(InputError, match=r"^there are no scores of params/a:1"):
         structure.lowest(found, {}, {"params/a:1": 0.5})
-    with pytest.raises(InputError, match=r"^multiple is 0"):
-        structure.lowest(found, scores, 0.5, multiple=0)
+    for multiple in (0, 2.5):
+        with pytest.raises(InputError, match=rf"^multiple is {multiple}, expected a whole number"):
+            structure.lowest(found, scores, 0.5, multiple=multiple)
+    with pytest.raises(InputError, match=r"^the scores of params/a:1 are not all finite, .* look for NaN"):
+        structure.lowest(found, structure.l1(found, {"params": {**RELU["params"], "a": np.full((2, 4), np.nan)}}), 0.5)
+    with pytest.raises(InputError, match="expected at most nan"):
+        structure.within(found, scores, structure.parameters(RELU), np.nan)
+    with pytest.raises(InputError, match=r"^taylor: there are no batches"):
+        structure.taylor(found, lambda variables, batch: 0.0, RELU, ())
     other = {"params": {**RELU["params"], "a": jnp.ones((2, 2))}}
     with pytest.raises(
         InputError, match=r"^params/a of shape \(2, 2\) does not fit the plan, which removes 3 of axis 1"

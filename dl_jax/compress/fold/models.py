@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from dl_jax import inspect
 from dl_jax.compress.fold.kernels import (
@@ -48,13 +49,14 @@ def folded(apply: Apply, variables: Tree, *inputs: Any, **settings: Any) -> tupl
 
     The folded model runs as in evaluation also when it is called with train=True: the running statistics are in its
     kernels, and dropout is off. Otherwise it takes what `apply` takes, any number of rows, and can be fine-tuned,
-    jitted, mapped over seeds, exported and rewritten again. Variables that are a stack of seeds are folded by
+    jitted, mapped over seeds, exported and rewritten again. It computes in the types of `variables` here, whatever
+    those are that it gets. Variables that are a stack of seeds are folded by
 
         jax.vmap(lambda variables: fold.folded(model.apply, variables, image, train=False)[1])(stack)
 
     Raises InputError where a kernel or bias would not be finite, as with a negative variance or NaN in a leaf. The new
-    `apply` raises it for variables that are not those of a folded model, and where its arguments make the model read
-    values within a folded layer.
+    `apply` raises it for variables that are not those of a folded model or have other shapes, and where its arguments
+    make the model read values within a folded layer.
     """
     if isinstance(apply, functools.partial):  # its settings are meant to hold as well
         settings = {**apply.keywords, **settings}
@@ -63,17 +65,12 @@ def folded(apply: Apply, variables: Tree, *inputs: Any, **settings: Any) -> tupl
     flow = Flow.of(called)
     folds = _folds(flow)
     gone, new = _gone(called, folds), new_leaves(flow, folds, jax.tree.leaves(variables))
-    expected = ({*called.paths} - gone) | new.keys()
+    edited = _edited(variables, (), gone, new)
+    expected = dict(jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda: edited)))
 
     @functools.wraps(apply)
     def run(variables: Tree, *args: Any, **kwargs: Any) -> Any:
-        given = dict(jax.tree_util.tree_leaves_with_path(variables))
-        if given.keys() != expected:
-            path = min({*given} ^ expected, key=leaf_name)
-            raise InputError(
-                f"the variables {'have' if path in given else 'lack'} {leaf_name(path)}, expected those that `folded` "
-                "returned beside this function; give both from one call"
-            )
+        given = _fitting(dict(jax.tree_util.tree_leaves_with_path(variables)), expected)
         again = trace(apply, shapes, *args, **{**kwargs, **settings})
         found = _folds(Flow.of(again))
         if [fold.signature for fold in found] != [fold.signature for fold in folds]:
@@ -83,7 +80,26 @@ def folded(apply: Apply, variables: Tree, *inputs: Any, **settings: Any) -> tupl
             )
         return _run(again, found, given)
 
-    return run, _edited(variables, (), gone, new)
+    return run, edited
+
+
+def _fitting(
+    given: Mapping[jax.tree_util.KeyPath, Any], expected: Mapping[jax.tree_util.KeyPath, jax.ShapeDtypeStruct]
+) -> dict[jax.tree_util.KeyPath, Any]:
+    """The leaves that a folded model is called with, in the types that it computes in."""
+    if given.keys() != expected.keys():
+        path = min({*given} ^ {*expected}, key=leaf_name)
+        raise InputError(
+            f"the variables {'have' if path in given else 'lack'} {leaf_name(path)}, expected those that `folded` "
+            "returned beside this function; give both from one call"
+        )
+    for path, like in expected.items():
+        if jnp.shape(given[path]) != like.shape:
+            raise InputError(
+                f"{leaf_name(path)} has shape {jnp.shape(given[path])}, expected {like.shape} as in the variables that "
+                "`folded` returned beside this function; fold a model after it was cut, or give both from one call"
+            )
+    return {path: jnp.asarray(leaf, expected[path].dtype) for path, leaf in given.items()}
 
 
 def remaining(apply: Apply, variables: Tree, *inputs: Any, **settings: Any) -> dict[str, str]:

@@ -10,7 +10,8 @@ from jax import lax
 from jax.core import Tracer
 
 from dl_jax.compress.integer.fixed import Fixed, Grid, Multiplier, as_multiplier, multiplied
-from dl_jax.compress.integer.model import Model, opened, summed
+from dl_jax.compress.integer.model import Model, opened
+from dl_jax.compress.kernels import summed
 from dl_jax.compress.quantize.points import REARRANGING, selects
 from dl_jax.compress.quantize.weights import require_bits
 from dl_jax.core.equations import bound, evaluate

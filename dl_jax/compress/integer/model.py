@@ -9,7 +9,8 @@ import numpy as np
 
 from dl_jax import inspect
 from dl_jax.compress.integer.fixed import Grid
-from dl_jax.compress.quantize.activations import RANGES, grid_of, is_between
+from dl_jax.compress.kernels import kernels, summed
+from dl_jax.compress.quantize.activations import RANGES, as_range, grid_of, is_between
 from dl_jax.compress.quantize.points import Points, points
 from dl_jax.compress.quantize.weights import Quantized, as_quantized, dequantize, is_quantized
 from dl_jax.core.equations import DERIVATIVES, Called, bound, evaluate, inlined
@@ -47,14 +48,16 @@ def opened(apply: Callable[..., Any], variables: Tree, bits: int, *args: Any, **
     others = {name: tree for name, tree in variables.items() if name != RANGES}
     with jax.ensure_compile_time_eval():
         real, values, scales = dequantize(others), _weights(others, _integers_of), _weights(others, _scales_of)
-        grids = {name: _grid(each, 8 if is_between(name) else bits) for name, each in variables[RANGES].items()}
+        grids = {
+            name: _grid(as_range(each), 8 if is_between(name) else bits) for name, each in variables[RANGES].items()
+        }
     called = inspect.opened(apply, real, *args, **kwargs)
     called = called._replace(jaxpr=_without_derivatives(called.jaxpr))
     layers, _ = inspect.analysed(called)
     with jax.ensure_compile_time_eval():
-        kernels = [_kernels(called, layers, jax.tree.leaves(version)) for version in (real, values, scales)]
+        found = [kernels(called, layers, jax.tree.leaves(version)) for version in (real, values, scales)]
     integers = {
-        e.outvars[0]: _integer_kernel(e, layers[e.outvars[0]], *(each[e.outvars[0]] for each in kernels))
+        e.outvars[0]: _integer_kernel(e, layers[e.outvars[0]], *(each[e.outvars[0]].value for each in found))
         for e in called.jaxpr.jaxpr.eqns
         if e.outvars[0] in layers
     }
@@ -66,7 +69,7 @@ def opened(apply: Callable[..., Any], variables: Tree, bits: int, *args: Any, **
 
 
 def _grid(bounds: Any, bits: int) -> Grid:
-    scale, zero = grid_of(bounds, bits)
+    scale, zero = grid_of(as_range(bounds), bits)
     return Grid(np.asarray(scale, np.float64), int(zero) - 2 ** (bits - 1), 2 ** (bits - 1))
 
 
@@ -92,23 +95,14 @@ def _scales_of(weight: Quantized) -> Array:
     return jnp.broadcast_to(weight.scale, weight.values.shape)
 
 
-def _kernels(called: Called, layers: dict[Any, inspect.Layer], leaves: list[Any]) -> dict[Any, np.ndarray]:
-    """The kernels that the layers multiply with, by the result of the layer."""
-    found: dict[Any, np.ndarray] = {}
-
-    def operation(equation: Any, inputs: list[Any]) -> Sequence[Any]:  # None stands for what depends on data
-        if layer := layers.get(equation.outvars[0]):
-            found[equation.outvars[0]] = np.asarray(inputs[1 - layer.operand])
-        return [None] * len(equation.outvars) if any(x is None for x in inputs) else bound(equation, inputs)
-
-    evaluate(called.jaxpr, [*leaves, *[None] * len(called.others)], operation)
-    return found
-
-
 def _integer_kernel(
-    equation: Any, layer: inspect.Layer, real: np.ndarray, values: np.ndarray, scales: np.ndarray
+    equation: Any, layer: inspect.Layer, real: np.ndarray | None, values: np.ndarray | None, scales: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The int8 kernel of a product, and the scales of its outputs."""
+    if real is None or values is None or scales is None:
+        raise InputError(
+            f"the weights of layer {layer.paths[0]!r} depend on its data, expected constants; leave it in floats"
+        )
     if real.dtype.itemsize < 4:
         raise InputError(
             f"layer {layer.paths[0]!r} computes in {real.dtype.name}, expected float32, in which weights are exact; "
@@ -123,11 +117,3 @@ def _integer_kernel(
         )
     finest = scale[scale > 0].min(initial=1)  # for an output without weights, which may have a bias
     return values.astype(np.int8), np.where(scale > 0, scale, finest).squeeze(axes)
-
-
-def summed(equation: Any, side: int) -> tuple[int, ...]:
-    """The axes of an input over which a product sums."""
-    numbers = equation.params["dimension_numbers"]
-    if equation.primitive.name == "dot_general":
-        return tuple(numbers[0][side])
-    return tuple((numbers.lhs_spec, numbers.rhs_spec)[side][1:])

@@ -10,7 +10,8 @@ import numpy as np
 from dl_jax import inspect
 from dl_jax.compress.integer.fixed import Fixed, Grid
 from dl_jax.compress.integer.integers import BROADCAST, Notes, in_integers
-from dl_jax.compress.integer.model import Model, opened, summed
+from dl_jax.compress.integer.model import Model, opened
+from dl_jax.compress.kernels import summed
 from dl_jax.compress.quantize.weights import require_bits
 from dl_jax.core.equations import bound, evaluate
 from dl_jax.core.step import Tree

@@ -225,7 +225,7 @@ def rounding_points(function: Callable[..., Any], f: Callable[[Array, str, Range
 
         def at_point(name: str, x: Array) -> tuple[Array, None]:
             if name in ranges:
-                return f(x, name, ranges[name]), None
+                return f(x, name, as_range(ranges[name])), None
             if not is_between(name):
                 known = ", ".join(ranges)
                 raise InputError(f"layer {name!r} has no range, expected one of {known}; calibrate this very model")
@@ -236,6 +236,11 @@ def rounding_points(function: Callable[..., Any], f: Callable[[Array, str, Range
         return called.result(outputs)
 
     return quantized
+
+
+def as_range(bounds: Any) -> Range:
+    """A range, which the codec gives back as a dict of its two ends."""
+    return bounds if isinstance(bounds, Range) else Range(**bounds)
 
 
 def is_between(name: str) -> bool:

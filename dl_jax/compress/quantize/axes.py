@@ -1,14 +1,15 @@
 """Which parameters of a model are weights, and their axes of output channels: read from the products that use them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from dl_jax import inspect
+from dl_jax.compress.kernels import Kernel, kernels, summed
 from dl_jax.compress.quantize.weights import Axes, last_axis
-from dl_jax.core.equations import Called, bound, evaluate, scanned
+from dl_jax.core.equations import Called
 from dl_jax.core.errors import InputError
 from dl_jax.core.leaves import Where, leaf_name
 from dl_jax.core.step import Tree
@@ -57,23 +58,13 @@ def _kernels_along(called: Called, layers: dict[Any, inspect.Layer], leaves: lis
     Each number of a weight is replaced by its place along the axis. If the axis is one of outputs, all numbers that a
     product sums over are then the same.
     """
-    ours: set[int] = set()
-    others: set[int] = set()
-
-    def operation(equation: Any, inputs: list[Any]) -> Sequence[Any]:  # None stands for what depends on data
-        if equation.primitive.name == "scan":
-            constants = inputs[: scanned(equation)[0]]
-            body = equation.params["jaxpr"]
-            evaluate(body, [*constants, *[None] * (len(body.in_avals) - len(constants))], operation)
-            return [None] * len(equation.outvars)
-        if layer := layers.get(equation.outvars[0]):
-            kernel = np.asarray(inputs[1 - layer.operand])
-            (ours if _constant(equation, 1 - layer.operand, kernel) else others).update(layer.leaves)
-        return [None] * len(equation.outvars) if any(x is None for x in inputs) else bound(equation, inputs)
-
     places = [_places(leaf, axis) if leaf.ndim > axis else np.zeros(leaf.shape, np.float32) for leaf in leaves]
     places = [place.astype(leaf.dtype) for place, leaf in zip(places, leaves, strict=True)]
-    evaluate(called.jaxpr, [*places, *[None] * len(called.others)], operation)
+    ours: set[int] = set()
+    others: set[int] = set()
+    for result, kernel in kernels(called, layers, places).items():
+        layer = layers[result]
+        (ours if _constant(kernel, 1 - layer.operand) else others).update(layer.leaves)
     return ours - others
 
 
@@ -82,8 +73,10 @@ def _places(leaf: Any, axis: int) -> np.ndarray:
     return np.broadcast_to(np.arange(leaf.shape[axis], dtype=np.float32).reshape(shape), leaf.shape)
 
 
-def _constant(equation: Any, side: int, kernel: np.ndarray) -> bool:
-    """Whether the kernel, input `side` of a product, is constant along the axes over which the product sums."""
-    numbers = equation.params["dimension_numbers"]
-    summed = numbers[0][side] if equation.primitive.name == "dot_general" else numbers.rhs_spec[1:]
-    return bool((kernel.max(tuple(summed)) == kernel.min(tuple(summed))).all())
+def _constant(kernel: Kernel, side: int) -> bool:
+    """Whether a kernel, input `side` of a product, is constant along the axes over which the product sums."""
+    value = kernel.value
+    if value is None:
+        return False
+    axes = summed(kernel.equation, side)
+    return bool((value.max(axes) == value.min(axes)).all())

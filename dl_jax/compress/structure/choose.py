@@ -1,5 +1,6 @@
 """Which channels to remove: scores of channels, costs of what is left, and plans that meet a budget."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -50,14 +51,18 @@ def taylor(found: Groups, loss: Callable[[Tree, Any], jax.Array], variables: Tre
     """The square of the first-order change of the loss when a channel is removed (Molchanov et al. 2019, eq. 8).
 
     That is the sum of gradient times parameter over the channel's parameters, squared, and added up over the batches.
-    `loss(variables, batch)` is a number.
+    `loss(variables, batch)` is a number. Raises InputError where there are no batches.
     """
     gradient = jax.jit(jax.grad(lambda params, batch: loss({**variables, "params": params}, batch)))
     params, totals = _params(variables), {name: np.zeros(len(channels)) for name, channels in found.free.items()}
+    empty = True
     for batch in batches:
+        empty = False
         grads = _params({"params": gradient(variables["params"], batch)})
         sums = _sums(found, {name: leaf * grads[name] for name, leaf in params.items()})
         totals = {name: total + np.array([part for part, _ in sums[name]]) ** 2 for name, total in totals.items()}
+    if empty:
+        raise InputError("taylor: there are no batches, expected one or more; the scores would all be 0")
     return totals
 
 
@@ -115,11 +120,12 @@ def operations(apply: Apply, variables: Tree, *args: Any, **kwargs: Any) -> Cost
     return lambda plan: flops.flops(shrink.traced(kept_by(found, plan), found.body))
 
 
-def seconds(apply: Apply, variables: Tree, *args: Any, rounds: int = 100) -> Cost:
-    """The median latency of a call `apply(variables, *args)`, jitted, that a plan leaves, measured on this machine."""
+def seconds(apply: Apply, variables: Tree, *args: Any, rounds: int = 100, **kwargs: Any) -> Cost:
+    """The median latency of a call `apply(variables, *args, **kwargs)`, jitted, that a plan leaves, on this machine."""
+    call = functools.partial(apply, **kwargs)
 
     def cost(plan: Plan) -> float:
-        small, smaller = cut(apply, variables, plan)
+        small, smaller = cut(call, variables, plan)
         return measure.latency({"": jax.jit(small)}, smaller, *args, rounds=rounds)[""].p50
 
     return cost
@@ -138,7 +144,7 @@ def lowest(found: Groups, scores: Scores, share: float | Mapping[str, float], mu
     Heads and their dimensions cross, so that what is left of one changes how many the other is: there the narrower
     channels, here the dimensions, are a multiple whatever heads are left.
 
-    Raises InputError for a share outside [0, 1), and for a group that cannot shrink.
+    Raises InputError for a share outside [0, 1), a group that cannot shrink, and scores that are not finite.
     """
     shares = dict(share) if isinstance(share, Mapping) else dict.fromkeys(scores, share)
     counts = {}
@@ -155,7 +161,8 @@ def within(found: Groups, scores: Scores, cost: Cost, budget: float, multiple: i
     """The plan that removes the fewest channels, the lowest scores of all groups first, so that cost(plan) <= budget.
 
     What a group keeps is a multiple of `multiple`, as in `lowest`. The cost is asked for about log2(channels) plans.
-    Raises InputError where the budget cannot be met, and says what stands in the way.
+    Raises InputError where the budget cannot be met, and says what stands in the way, and for scores that are not
+    finite.
     """
     ranked = sorted((score, name) for name, each in scores.items() for score in each.tolist())
 
@@ -166,7 +173,7 @@ def within(found: Groups, scores: Scores, cost: Cost, budget: float, multiple: i
         return _plan(found, scores, counts, multiple)
 
     low, high = 0, len(ranked)
-    if (least := cost(plan(high))) > budget:
+    if not (least := cost(plan(high))) <= budget:  # nor for a budget that is NaN
         if not ranked:
             where, then = "nothing can be removed", "raise the budget; `explain` tells why axes stay"
         elif multiple > 1 and cost(plan(high, multiple=1)) <= budget:
@@ -184,8 +191,13 @@ def within(found: Groups, scores: Scores, cost: Cost, budget: float, multiple: i
 
 def _plan(found: Groups, scores: Scores, counts: Mapping[str, int], multiple: int) -> Plan:
     """Removes so many channels of the groups, less where a group would not keep a multiple of `multiple`."""
-    if multiple < 1:
-        raise InputError(f"multiple is {multiple}, expected 1 or more inputs and outputs of layers")
+    if not isinstance(multiple, int | np.integer) or multiple < 1:
+        raise InputError(f"multiple is {multiple}, expected a whole number of inputs and outputs of layers, 1 or more")
+    for name in counts:
+        if name in scores and not np.isfinite(scores[name]).all():
+            raise InputError(
+                f"the scores of {name} are not all finite, expected numbers; look for NaN in its parameters"
+            )
     gone: list[Channel] = []
     for name, count in counts.items():
         size = _size(found, scores, name)
