@@ -7,16 +7,17 @@ Jacob et al. 2018, "Quantization and training of neural networks for efficient i
 
 Expected: on none of the test images do the logits of the integer network differ from those of the simulation, for any
 seed. Its test error is at most 0.2 points above that of the network in floating point. This holds for a convolutional
-network and for one of depthwise-separable convolutions, whose normalisations are folded into the kernels first. Five
-seeds should take about ten minutes on a CPU core.
+network and for one of depthwise-separable convolutions, whose normalisations are folded into the kernels first. The
+logits are within 0.5 % of their spread of those of the network in floats that rounds its activations, on average. Five
+seeds took seven minutes on two CPU cores.
 
 The paper has no number for these networks, so that only the mechanism is reproduced, and the margin of 0.2 points is
 ours. The networks are LeNet-5 as Caffe ships it (the published one has tanh units, which have no integer form here)
 and a small MobileNet. They are trained in floating point and quantised afterwards: weights symmetrically per output
 channel, activations with ranges calibrated on training images. In the integer network all products have int8 inputs
 and int32 sums, which are rescaled by fixed-point multipliers. The simulation computes with the real numbers that these
-integers stand for, in float64 (`compress/integer/reals.py` says how it rounds). The steps of the
-MobileNet were doubled after a pilot on validation images; nothing else was tuned.
+integers stand for, in float64 (`compress/integer/reals.py` says how it rounds). The steps of the MobileNet were doubled
+after a pilot on validation images; nothing else was tuned.
 """
 
 import dataclasses
@@ -62,12 +63,21 @@ PRESETS = {
                     steps=2, lenet_steps=0, batch_size=16, calibration=32),
 }  # fmt: skip
 
+BAR = 0.5  # %; with the preset quick two seeds had 0.05 and 0.14
+DISTANCE = (
+    "The mean difference of the logits from those of the network in floats that rounds its activations "
+    "(`quantize.with_activations`), as a share of their standard deviation; the bar is ours."
+)
 MECHANISM = "This tests the mechanism, not a number of the paper, which reports ImageNet and COCO."
 claim = functools.partial(Claim, paper="Jacob et al. 2018", given={"dataset": "mnist"})
 CLAIMS = (
     *(
         claim(f"differing/{name}", locator="section 2.2, integer arithmetic", at_most=0, worst=True, unit="images",
               note=f"{MECHANISM} Test images on which a logit differs from that of the simulation.")
+        for name in ("lenet", "mobilenet")
+    ),
+    *(
+        claim(f"distance/{name}", locator="section 2.1, equations 1 to 5", at_most=BAR, unit="%", note=DISTANCE)
         for name in ("lenet", "mobilenet")
     ),
     *(
@@ -103,15 +113,16 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
         states = fit(step, start(net, tx, key_init, key, IMAGE), stream, steps=steps, run=run / name)
         test_of = evaluator(classify.evaluation(net.apply), test, 10 * cfg.batch_size, key_test)
         apply, small = quantised(net.apply, states.variables, some)
-        forms = integer.integer_only, integer.simulated
+        forms = integer.integer_only, integer.simulated, in_floats
         logits = [
             [classify.outputs(jax.jit(form(apply, variables, BITS)), images) for form in forms]
             for variables in seeds.split(small)
         ]
         found |= {
             f"error/{name}/float": 100 * test_of(states.variables)["error"],
-            f"error/{name}/integer": np.array([error(integers, test["label"]) for integers, _ in logits]),
-            f"differing/{name}": np.array([differing(*pair) for pair in logits]),
+            f"error/{name}/integer": np.array([error(integers, test["label"]) for integers, _, _ in logits]),
+            f"differing/{name}": np.array([differing(integers, simulated) for integers, simulated, _ in logits]),
+            f"distance/{name}": np.array([distance(integers, rounded) for integers, _, rounded in logits]),
         }
     return found
 
@@ -134,9 +145,19 @@ def quantised(apply: Callable[..., Any], variables: Tree, images: np.ndarray) ->
     return folded, in_turn(variables, images)
 
 
+def in_floats(apply: Callable[..., Any], variables: Tree, bits: int) -> Callable[[Any], Any]:
+    """The network with the same weights and ranges, which rounds its activations and computes in floats."""
+    return functools.partial(quantize.unpacked(quantize.with_activations(apply, bits)), variables)
+
+
 def error(logits: np.ndarray, labels: np.ndarray) -> float:
     """The share of images that are misclassified, in per cent, from logits [N, 10] and labels [N]."""
     return 100 * float((logits.argmax(-1) != labels).mean())
+
+
+def distance(integers: np.ndarray, floats: np.ndarray) -> float:
+    """The mean absolute difference of two arrays of logits [N, 10], in per cent of the spread of the second."""
+    return 100 * float(abs(integers - floats).mean() / floats.std())
 
 
 def differing(a: np.ndarray, b: np.ndarray) -> int:

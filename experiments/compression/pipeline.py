@@ -116,6 +116,10 @@ PRESETS = {
 }  # fmt: skip
 
 WRITERS = "Files are chosen on a part of the training digits. The test digits are other people's, one is 0.3 points."
+CALL = (
+    "A call of ONNX Runtime took 11 µs for a model of one ReLU (on another machine), of 82 µs for the small file and "
+    "226 µs for the teacher's. Without these the small file would be 3.0 times faster."
+)
 on_mnist = functools.partial(Claim, given={"dataset": "mnist", "model": "lenet300"})
 factor = functools.partial(on_mnist, paper="Krishnamoorthi 2018", unit="x", better="higher")
 caffe = functools.partial(Claim, paper="our bar", preset="lenet_caffe", given={"dataset": "mnist"})
@@ -130,8 +134,9 @@ CLAIMS = (
              tolerance=0.2, unit="points", note="The margin is ours."),
     caffe("times_smaller/small", locator="cut LeNet-5, size", at_least=10, unit="x"),
     *(
-        caffe(f"times_faster/small/batch{batch}", locator=f"cut LeNet-5, {batch} images", at_least=3, unit="x")
-        for batch in (1, 128)
+        caffe(f"times_faster/small/batch{batch}", locator=f"cut LeNet-5, {batch} images", at_least=3, unit="x",
+              note=note)
+        for batch, note in ((1, CALL), (128, ""))
     ),
     *(
         caffe(f"times_faster_xla/small/batch{batch}", locator=f"cut LeNet-5, {batch} images, XLA", at_least=1.05,

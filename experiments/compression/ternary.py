@@ -6,8 +6,8 @@ Li & Liu 2016, "Ternary weight networks" (arXiv:1605.04711), sections 2 and 3: M
 
 Expected: test accuracies of 99.41 ± 0.12 % with real weights, 99.35 ± 0.12 % with ternary and 99.05 ± 0.12 % with
 binary ones. Ternary weights are better than binary ones, paired over seeds. The numbers of the paper are from memory.
-Three seeds should take some 40 minutes on a CPU core. `--preset full --seeds 5` trains for the authors' 25 epochs. It
-is meant for an accelerator.
+Three seeds took 225 minutes on two CPU cores that had other work. `--preset full --seeds 5` trains for the authors' 25
+epochs. It is meant for an accelerator.
 
 Three networks learn the same digits in the same order from the same weights. All kernels are rounded, in training and
 in the test, with one a for each: weights of at most 0.7 mean |w| become 0 where they are ternary, and a is the mean

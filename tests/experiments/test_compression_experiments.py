@@ -212,6 +212,8 @@ def test_errors_and_differing_images_of_the_integer_network(load_experiment):
     assert module.differing(logits, other) == 0
     other[0, 1], other[3] = np.nextafter(other[0, 1], np.float32(9)), np.nan
     assert module.differing(logits, other) == 2
+    floats = logits + np.float32([0.5, -0.5])
+    np.testing.assert_allclose(module.distance(logits, floats), 100 * 0.5 / floats.std(), rtol=1e-6)
 
 
 def test_the_integer_network_has_the_weights_and_ranges_of_the_folded_one(load_experiment):
