@@ -109,7 +109,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
         scores = [scored(each, test, names, cfg.sure) for each in found]
         measured |= {f"{name}/{cell}": np.array([each[name] for each in scores]) for name in scores[0]}
         (run / cell).figure("objects", cfg.steps, functools.partial(drawn, found[0], test, names, cfg.sure))
-    usual = abs(np.median(counts(train, len(names)), 0) - counts(test, len(names))).mean(0)
+    usual = median_errors(*(counts(each, len(names)) for each in (train, test)))
     constant = {
         f"count_error_{name}/median": np.full(len(run.seeds), error) for name, error in zip(names, usual, strict=True)
     }
@@ -199,6 +199,11 @@ def scored(found: detect.Objects, test: Mapping[str, Any], names: tuple[str, ...
 def counts(objects: Mapping[str, Any], classes: int) -> np.ndarray:  # -> [N, classes]
     """The number of objects of each class in each image."""
     return (objects["objects/mask"][..., None] & (objects["objects/label"][..., None] == np.arange(classes))).sum(1)
+
+
+def median_errors(train: np.ndarray, test: np.ndarray) -> np.ndarray:  # [N, classes], [M, classes] -> [classes]
+    """How far the numbers in test images are from the median of the training images, on average."""
+    return abs(np.median(train, 0) - test).mean(0)
 
 
 def drawn(found: detect.Objects, test: Mapping[str, Any], names: tuple[str, ...], sure: float):

@@ -123,3 +123,8 @@ def test_cells_and_their_refusals(detect, tfds_dir, monkeypatch):
         with pytest.raises(InputError, match=message):
             detect.main(dataclasses.replace(cfg, **change), Run())
     assert detect.class_names("bccd") == ("RBC", "WBC", "Platelets")
+
+
+def test_numbers_are_compared_with_the_median_of_the_training_images(detect):
+    train, test = np.array([[1, 0], [3, 0], [8, 4]]), np.array([[3, 1], [5, 0], [0, 1], [2, 0]])
+    np.testing.assert_array_equal(detect.median_errors(train, test), [(0 + 2 + 3 + 1) / 4, 0.5])

@@ -1,5 +1,6 @@
 """What the vision experiments measure, by hand, and which settings they refuse before they train."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -7,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 
 from dl_jax import optim
 from dl_jax.core.errors import InputError
 from dl_jax.core.step import init_state, make_step
 from dl_jax.harness import Run
+from dl_jax.harness.run import Settings
 from dl_jax.models.vision.mlp import MLP
 
 
@@ -129,6 +132,34 @@ def test_few_labels_are_those_of_a_seed(transfer):
         transfer.few(labels, 21, 0)
 
 
+def test_each_network_starts_from_its_own_variables_and_trains_its_own_layers(transfer, monkeypatch, tmp_path):
+    """Nothing is trained: a fit adds 1 to the parameters, and shows where it began and what the optimiser changes."""
+    began, changed = {}, {}
+
+    def fit(tx, states, stream, *, steps, run):
+        update = jax.jit(jax.vmap(tx.update))(jax.tree.map(jnp.ones_like, states.params), states.opt_state)[0]
+        began[run.name] = states.params
+        changed[run.name] = {name: bool(each["kernel"].any()) for name, each in update.items()}
+        return states._replace(params=jax.tree.map(lambda leaf: leaf + 1, states.params))
+
+    monkeypatch.setattr(transfer, "fit", fit)
+    monkeypatch.setattr(transfer, "make_step", lambda loss, tx: tx)
+    monkeypatch.setattr(transfer, "per_seed", lambda tx, one_by_one: tx)
+    monkeypatch.setattr(transfer, "evaluator", lambda *_: lambda variables: {"error": np.zeros(2)})
+    with contextlib.closing(Run(epath.Path(tmp_path), Settings(seeds=(0, 1)))) as run:
+        transfer.main(transfer.PRESETS["smoke"], run)
+    source, scratch, tuned, frozen = (began[name] for name in ("source", "scratch_2", "fine_tuned_2", "frozen_2"))
+    jax.tree.map(np.testing.assert_array_equal, scratch, source)
+    jax.tree.map(np.testing.assert_array_equal, tuned, frozen)
+    for name, layer in tuned.items():
+        if name != transfer.HEAD:
+            np.testing.assert_array_equal(layer["kernel"], source[name]["kernel"] + 1)
+    assert (tuned[transfer.HEAD]["kernel"] != source[transfer.HEAD]["kernel"]).all()
+    assert all(changed["scratch_2"].values())
+    assert all(changed["fine_tuned_2"].values())
+    assert changed["frozen_2"] == {name: name == transfer.HEAD for name in source}
+
+
 def test_all_but_the_last_layer_is_kept_and_frozen(transfer):
     model = transfer.LeNetCaffe(5)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 28, 28, 1)), train=False))
@@ -229,6 +260,23 @@ def test_ranks_of_the_same_network_agree(features, convnets, monkeypatch):
 @pytest.fixture(scope="module")
 def points(load_experiment):
     return load_experiment("vision/points")
+
+
+def test_solids_are_turned_anew_at_each_step(points, monkeypatch):
+    class Learned(Exception):
+        pass
+
+    def step(loss, tx):
+        raise Learned(loss)
+
+    monkeypatch.setattr(points, "solid_loss", lambda model, see, variables, batch, key: batch["points"])
+    monkeypatch.setattr(points, "make_step", step)
+    with pytest.raises(Learned) as found:
+        points.main(points.PRESETS["smoke"], Run())
+    (loss,), solids = found.value.args, points.solids(2, 3, 0.0, 0)
+    once, again = (loss({}, {"points": jnp.asarray(solids["points"])}, jax.random.key(seed)) for seed in (0, 1))
+    assert not np.allclose(once, solids["points"], atol=0.1)
+    assert not np.allclose(once, again, atol=0.1)
 
 
 def test_solids_are_as_described(points):
