@@ -13,7 +13,8 @@ import tyro
 from dl_jax.core.errors import BAD_INPUT, InputError
 
 PRESET = tyro.conf.arg(help="Configuration that gives the flags below their defaults.")
-AGREED = ("checkpoint_every", "on_nan", "restart", "fsdp")  # flags that change what the processes do together
+# Flags that change what the processes do together.
+AGREED = ("checkpoint_every", "on_nan", "restart", "fsdp", "cpu_devices")
 WITH_VALUE = (
     *("--workdir", "--data-dir", "--cache-dir", "--coordinator", "--processes", "--process-id"),
     *("--join-within", "--grace", "--deadline", "--profile"),
@@ -42,6 +43,9 @@ class Common:
     """At a NaN or infinite metric: stop, or (skip) discard the update of that step and go on; 10 in a row: stop."""
     fsdp: bool = False
     """Split large parameters and their optimiser state over the devices that share a batch, to save memory."""
+    cpu_devices: int | None = None
+    """Devices into which a CPU's cores are divided, each of which trains on a part of a batch: two speed up an LSTM on
+    two cores. The last bits of a result depend on the number [default: 1, or as XLA_FLAGS says]."""
     restart: bool = False
     """Begin at step 0 in a folder that holds a run; what is there is moved to a subfolder before-restart."""
     grace: float = 30.0
@@ -100,7 +104,12 @@ def preset_of(arguments: Sequence[str], presets: Mapping[str, Any]) -> str:
 
 def check_common(common: Common) -> None:
     """Raises InputError where a flag that every experiment has is out of its range."""
-    wanted = {"--seeds": common.seeds, "--checkpoint-every": common.checkpoint_every, "--processes": common.processes}
+    wanted = {
+        "--seeds": common.seeds,
+        "--checkpoint-every": common.checkpoint_every,
+        "--cpu-devices": common.cpu_devices,
+        "--processes": common.processes,
+    }
     for flag, value in wanted.items():
         if value is not None and value < 1:
             raise InputError(f"{flag} {value}, expected 1 or more; give a positive number")

@@ -76,6 +76,8 @@ def launch(main: Main, presets: Mapping[str, Any], claims: Sequence[Claim]) -> N
             check_common(common)
             keep_freed_memory()
             set_folders(common)
+            if common.cpu_devices is not None:  # before anything asks JAX for a device
+                jax.config.update("jax_num_cpu_devices", common.cpu_devices)
             if common.plan is not None:
                 sys.exit(plan(Experiment(main, presets, claims), preset, config, common))
             peers = Peers() if join_processes(common) else None

@@ -510,6 +510,7 @@ def test_a_folder_in_use(call, tmp_path):
     [
         (("--seeds", "0"), "--seeds 0, expected 1 or more"),
         (("--processes", "0"), "--processes 0, expected 1 or more"),
+        (("--cpu-devices", "0"), "--cpu-devices 0, expected 1 or more"),
         (("--grace", "0"), "--grace 0, expected more than 0 seconds"),
         (("--grace", "nan"), "--grace nan, expected more than 0 seconds"),
         (("--deadline", "-1"), "--deadline -1, expected more than 0 seconds"),

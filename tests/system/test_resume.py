@@ -44,6 +44,7 @@ def test_a_killed_experiment_ends_with_the_same_numbers(tmp_path):
     """The same through the command line, with a real experiment."""
     script = Path(__file__).parents[2] / "experiments/vision/lenet.py"
     flags = ["--preset", "smoke", "--steps", "40", "--distorted-steps", "40", "--seeds", "1", "--checkpoint-every", "5"]
+    flags += ["--cpu-devices", "2"]
     environment = {**os.environ, "XLA_FLAGS": ""}
     pin = lambda: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
@@ -62,3 +63,4 @@ def test_a_killed_experiment_ends_with_the_same_numbers(tmp_path):
     assert start("killed").wait() == 0
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("undisturbed", "killed")]
     assert results[0]["measured"] == results[1]["measured"]
+    assert results[0]["device"].startswith("2 x cpu")
