@@ -6,10 +6,10 @@ Jacob et al. 2018, "Quantization and training of neural networks for efficient i
     python experiments/compression/integer_only.py --dataset mnist --preset paper --seeds 5 --workdir runs/integer
 
 Expected: on none of the test images do the logits of the integer network differ from those of the simulation, for any
-seed. Its test error is at most 0.2 points above that of the network in floating point. This holds for a convolutional
-network and for one of depthwise-separable convolutions, whose normalisations are folded into the kernels first. The
-logits are within 0.5 % of their spread of those of the network in floats that rounds its activations, on average. Five
-seeds took seven minutes on two CPU cores.
+seed. Its test error is at most 0.2 points above that of the network in floating point, which five seeds do not settle
+for the second of two networks: a convolutional one, and one of depthwise-separable convolutions, whose normalisations
+are folded into the kernels first. The logits are within 0.5 % of their spread of those of the network in floats that rounds its activations, on average. Five
+seeds took 16 minutes on a CPU core that had other work.
 
 The paper has no number for these networks, so that only the mechanism is reproduced, and the margin of 0.2 points is
 ours. The networks are LeNet-5 as Caffe ships it (the published one has tanh units, which have no integer form here)
@@ -69,6 +69,7 @@ DISTANCE = (
     "(`quantize.with_activations`), as a share of their standard deviation; the bar is ours."
 )
 MECHANISM = "This tests the mechanism, not a number of the paper, which reports ImageNet and COCO."
+EARLIER = " Other five networks, trained by an earlier version of the code, lost 0.07 ± 0.08 points."
 claim = functools.partial(Claim, paper="Jacob et al. 2018", given={"dataset": "mnist"})
 CLAIMS = (
     *(
@@ -82,8 +83,8 @@ CLAIMS = (
     ),
     *(
         claim(f"error/{name}/integer", versus=f"error/{name}/float", locator="section 2, 8 bits", claimed=0,
-              tolerance=0.2, unit="points", note=f"{MECHANISM} The margin is ours.")
-        for name in ("lenet", "mobilenet")
+              tolerance=0.2, unit="points", note=f"{MECHANISM} The margin is ours.{more}")
+        for name, more in (("lenet", ""), ("mobilenet", EARLIER))
     ),
     *(
         on_digits(f"differing/{name}", at_most=0, unit="images", note="any rounding that differs: 1 or more")
