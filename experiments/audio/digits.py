@@ -8,8 +8,8 @@ Dataset. We know of no paper with these numbers, so the bars are our own.
     python experiments/audio/digits.py --dataset fsdd --preset speakers --seeds 5 --workdir runs/speakers
 
 Expected: both networks are right more often than a logistic regression on log-mel spectra, and so is the one of log-mel
-energies for a speaker that it has not heard. Five seeds of the preset paper took 24 minutes on a CPU core that had other
-work.
+energies for a speaker that it has not heard. Five seeds of the preset paper took 24 minutes on a CPU core that had
+other work.
 
 The test recordings are of the speakers that were learned from. With the preset `speakers`, a log-mel network is fitted
 for each speaker in turn, learns from the recordings of the others, and is tested on the test recordings of this one.

@@ -6,10 +6,10 @@ Jacob et al. 2018, "Quantization and training of neural networks for efficient i
     python experiments/compression/integer_only.py --dataset mnist --preset paper --seeds 5 --workdir runs/integer
 
 Expected: on none of the test images do the logits of the integer network differ from those of the simulation, for any
-seed. Its test error is at most 0.2 points above that of the network in floating point, which five seeds do not settle
-for the second of two networks: a convolutional one, and one of depthwise-separable convolutions, whose normalisations
-are folded into the kernels first. The logits are within 0.5 % of their spread of those of the network in floats that rounds its activations, on average. Five
-seeds took 16 minutes on a CPU core that had other work.
+seed. They are within 0.5 % of their spread of those of the network in floats that rounds its activations, on average.
+The test error is at most 0.2 points above that of the network in floating point. This holds for a convolutional
+network; for one of depthwise-separable convolutions, whose normalisations are folded into the kernels first, five seeds
+do not settle the error. They took 16 minutes on a CPU core that had other work.
 
 The paper has no number for these networks, so that only the mechanism is reproduced, and the margin of 0.2 points is
 ours. The networks are LeNet-5 as Caffe ships it (the published one has tanh units, which have no integer form here)
