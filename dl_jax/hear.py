@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dl_jax import classify
+from dl_jax.core.errors import InputError
 from dl_jax.core.evaluate import collector
 from dl_jax.core.ragged import Ragged, joined
 from dl_jax.core.step import Array, Batch, Loss, Tree
@@ -30,8 +31,13 @@ def at_speeds(records: Mapping[str, Any], speeds: Sequence[float]) -> Columns:
     """Recordings, and their labels, once at each speed: at 1.1, ten per cent shorter and higher in pitch.
 
     The speeds are rounded to hundredths (Ko, Peddinti, Povey & Khudanpur 2015, "Audio augmentation for speech
-    recognition", Interspeech). Raises InputError for speeds that are not positive, and as `audio.to_unit` does.
+    recognition", Interspeech). Raises InputError where there is no speed, for speeds that are infinite or
+    rounded to less than 0.01, and as `audio.to_unit` does.
     """
+    for wrong in [speed for speed in speeds if not 0.005 < speed < np.inf][:1]:
+        raise InputError(f"speed {wrong}, expected a number of at least 0.01, such as 1.1 for ten per cent faster")
+    if not len(speeds):
+        raise InputError("there are no speeds, expected one or more; give (1.0,) for the recordings as they are")
     each = [audio.resample(records["audio"], round(100 * speed), 100) for speed in speeds]
     waves = joined(np.concatenate([wave.values for wave in each]), np.concatenate([wave.lengths for wave in each]))
     return {"audio": waves, "label": np.tile(records["label"], len(speeds))}
@@ -81,9 +87,16 @@ def answers(
 def linear_accuracy(train: Mapping[str, Any], test: Mapping[str, Any], rate: int, sections: int) -> float:
     """The accuracy, in per cent, of a logistic regression on log-mel spectra: a test of how much a network adds.
 
-    The spectra are means over `sections` sections of a recording, at equal levels. Raises InputError as `frames` and
-    `audio.sections` do.
+    The spectra are means over `sections` sections of a recording, at equal levels. Raises InputError for fewer than two
+    classes to learn, for no recordings to test on, and as `frames` and `audio.sections` do.
     """
+    classes = len(np.unique(train["label"]))
+    if classes < 2 or not len(test["label"]):
+        raise InputError(
+            f"{len(train['label'])} recordings of {classes} classes to learn from and {len(test['label'])} to test on, "
+            "expected those of two classes or more, and one or more to test on; choose other splits, or a set with "
+            "more speakers where one of them is held out"
+        )
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

@@ -27,7 +27,7 @@ def recordings(name: str, split: str, rate: int, only: Sequence[str] = ("audio",
 
     `audio/length`, int32 [N], are their numbers of samples. Raises InputError for a set without these columns, whose
     audio is no row of int16 or floats, whose rate is not known or not `rate` (samples a second), and for values that
-    are not finite.
+    are not finite or outside [-1, 1].
     """
     described = info(name)
     missing = [column for column in only if column not in described.features]
@@ -46,13 +46,19 @@ def recordings(name: str, split: str, rate: int, only: Sequence[str] = ("audio",
     wave = records["audio"]
     if not isinstance(wave, Ragged):  # all are of one length
         wave = ragged(wave)
-    return {**records, "audio": wave.of(to_unit(wave)), "audio/length": wave.lengths}
+    values = to_unit(wave)
+    for place in np.flatnonzero(abs(values) > 1)[:1]:
+        raise InputError(
+            f"data set {name}: {_value_at(wave, place)}, expected [-1, 1]; prepare it anew with floats that are "
+            "divided by their full scale"
+        )
+    return {**records, "audio": wave.of(values), "audio/length": wave.lengths}
 
 
 def to_unit(wave: Ragged) -> np.ndarray:  # -> float32 [M]
     """The values of waves in [-1, 1]: those of int16 divided by 32,768, floats as they are.
 
-    Raises InputError for other types, for values of more than one channel, and for a NaN or an infinity.
+    Raises InputError for other types, for values of more than one channel, and for what float32 has as NaN or infinity.
     """
     values = wave.values
     if values.ndim != 1 or not (values.dtype == np.int16 or values.dtype.kind == "f"):
@@ -61,15 +67,16 @@ def to_unit(wave: Ragged) -> np.ndarray:  # -> float32 [M]
         )
     if values.dtype == np.int16:
         return values.astype(np.float32) / FULL_SCALE
-    finite = np.isfinite(values)
-    if not finite.all():
-        place = int(finite.argmin())
-        row = int(np.searchsorted(wave.offsets, place, "right")) - 1
-        raise InputError(
-            f"wave {row} has the value {values[place]} at sample {place - wave.offsets[row]}, expected finite ones; "
-            "leave it out or repair it"
-        )
-    return values.astype(np.float32)
+    with np.errstate(over="ignore"):
+        new = values.astype(np.float32)
+    for place in np.flatnonzero(~np.isfinite(new))[:1]:
+        raise InputError(f"{_value_at(wave, place)}, expected finite ones in float32; leave it out or repair it")
+    return new
+
+
+def _value_at(wave: Ragged, place: int) -> str:
+    row = int(np.searchsorted(wave.offsets, place, "right")) - 1
+    return f"wave {row} has the value {wave.values[place]} at sample {place - wave.offsets[row]}"
 
 
 def mel_filters(bins: int, size: int, rate: int) -> np.ndarray:  # -> float32 [size // 2 + 1, bins]
@@ -150,18 +157,23 @@ def standardised(features: Ragged, mean: np.ndarray, std: np.ndarray) -> Ragged:
 
 
 def levelled(wave: Ragged) -> Ragged:
-    """Waves, float32, each divided by its root mean square.
+    """Waves, float32, each divided by its root mean square. Raises InputError as `levels` does."""
+    return wave.of((to_unit(wave) / np.repeat(levels(wave), wave.lengths)).astype(np.float32))
+
+
+def levels(wave: Ragged) -> np.ndarray:  # -> float64 [N]
+    """The root mean square of each wave.
 
     Raises InputError for values that `to_unit` refuses, and for silence, which has no level.
     """
-    values, row = to_unit(wave), np.repeat(np.arange(len(wave)), wave.lengths)
-    energy = np.bincount(row, values.astype(np.float64) ** 2, len(wave))
+    row = np.repeat(np.arange(len(wave)), wave.lengths)
+    energy = np.bincount(row, to_unit(wave).astype(np.float64) ** 2, len(wave))
     for silent in np.flatnonzero(energy == 0)[:1]:
         raise InputError(
             f"wave {silent} is silent, {wave.lengths[silent]} samples of 0, expected a level that can be made equal; "
             "leave it out"
         )
-    return wave.of((values * np.sqrt(wave.lengths / energy)[row]).astype(np.float32))
+    return np.sqrt(energy / wave.lengths)
 
 
 def resample(wave: Ragged, rate: int, to: int) -> Ragged:
@@ -203,7 +215,8 @@ def strings(
 
     These are for connectionist temporal classification. Returns {"wave": Ragged [n, samples], "transcript": Ragged
     int32 [n, most], the labels of a string's recordings, "speaker": int32 [n]}. Speakers are equally likely. Raises
-    InputError for n or `most` below 1, and where there are not as many labels and speakers as waves.
+    InputError for n or `most` below 1, for labels and speakers that are no whole numbers, and where there are not as
+    many of them as waves.
     """
     require_positive({"the number of strings": n, "the most recordings of a string": most})
     if not 0 < len(wave) == len(label) == len(speaker):
@@ -211,6 +224,9 @@ def strings(
             f"{len(label)} labels and {len(speaker)} speakers of {len(wave)} waves, expected one of each; choose a "
             "split of all three"
         )
+    for name, numbers in {"labels": label, "speakers": speaker}.items():
+        if np.asarray(numbers).dtype.kind not in "iu":
+            raise InputError(f"{name} of {np.asarray(numbers).dtype}, expected whole numbers; number them")
     rng = np.random.default_rng(seed)
     of = {each: np.flatnonzero(speaker == each) for each in np.unique(speaker)}
     who = rng.choice(np.unique(speaker), n)

@@ -2,7 +2,8 @@
 
 Logits are [B, T, K] and `lengths`, int [B], the numbers of valid frames; what stands in the padding has no effect. The
 labels that are returned stand at the left, int32 [B, ..., T], with blanks after them, and come with their numbers. A
-sequence with a logit that is NaN has the labels −1 in all places, as many as it has frames.
+sequence with a valid frame whose largest logit is NaN, inf or −inf has no probabilities: its labels are −1 in all
+places, as many as it has frames, its scores NaN, and so is its loss.
 
 All functions raise InputError where shapes or types do not fit, T is 0, or `blank` is not in [0, K), and for lengths
 outside [1, T]. Lengths that are traced cannot be checked; those above T count as T, and those below 1 as 0.
@@ -14,12 +15,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from dl_jax.core.errors import InputError
 from dl_jax.core.leaves import at_least_float32
 from dl_jax.core.step import Array
 from dl_jax.decode.autoregressive import Beams
-from dl_jax.losses.ctc import valid_frames
+from dl_jax.losses.ctc import undefined, valid_frames
 
 
 def best_path(logits: Array, lengths: Array, blank: int = 0) -> tuple[Array, Array]:  # -> int32 [B, T], int32 [B]
@@ -34,7 +36,7 @@ def best_path(logits: Array, lengths: Array, blank: int = 0) -> tuple[Array, Arr
     kept = (path != blank) & (path != before)
     left = jnp.argsort(~kept, axis=1, stable=True)
     labels = jnp.take_along_axis(jnp.where(kept, path, blank), left, 1)
-    nan = (jnp.isnan(logits).any(-1) & valid).any(1)
+    nan = undefined(logits, valid)
     return jnp.where(nan[:, None], -1, labels), jnp.where(nan, valid.sum(1), kept.sum(1)).astype(jnp.int32)
 
 
@@ -48,14 +50,16 @@ class Lexicon(NamedTuple):
     final: Array | np.ndarray  # bool [states], whether what was read so far is a sequence of whole words
 
 
-def lexicon(words: Sequence[Sequence[int]], classes: int, blank: int = 0) -> Lexicon:
+def lexicon(words: Sequence[Sequence[int]] | np.ndarray, classes: int, blank: int = 0) -> Lexicon:
     """The lexicon of these words, each a sequence of labels in [0, classes), one label or more.
 
     A state is a set of places in words where a reader may be (the subset construction of Rabin & Scott 1959), because
-    one word may begin with another. Raises InputError where there is no word, for an empty one, and for a label outside
-    [0, classes) or that is the blank.
+    one word may begin with another. Raises InputError where there is no word, for an empty one, for a label outside
+    [0, classes) or that is the blank, and for a blank outside [0, classes).
     """
-    if not words:
+    if not 0 <= blank < classes:
+        raise InputError(f"lexicon: blank is {blank}, expected a class in [0, {classes}), as the logits have")
+    if not len(words):
         raise InputError("lexicon: there are no words, expected one or more; give each as a sequence of labels")
     spelt = [tuple(int(label) for label in word) for word in words]
     for word in spelt:
@@ -102,8 +106,8 @@ def prefix_beam_search(
     equally likely: nothing is divided by the probability of all sequences of words.
 
     Returns beams [B, W, T], the best first. Where there are fewer labellings than beams, the rest have the score −inf
-    and no labels. A sequence with a NaN has the score NaN. Raises InputError where `beams` is below 1, or the lexicon
-    was made for another number of classes.
+    and no labels. Raises InputError where `beams` is below 1, or the lexicon was made for another number of classes, or
+    has words with the label `blank`, as one made for another blank may have; a traced lexicon is not checked for that.
     """
     valid = valid_frames("prefix_beam_search", logits, lengths, blank)
     if beams < 1:
@@ -111,22 +115,32 @@ def prefix_beam_search(
     classes = logits.shape[-1]
     if words is None:
         words = Lexicon(jnp.zeros((1, classes), jnp.int32), jnp.ones(1, bool))
-    if words.following.shape[1] != classes:
-        raise InputError(
-            f"prefix_beam_search: the lexicon is for {words.following.shape[1]} classes, expected {classes}, as the "
-            "logits have; make it for these"
-        )
+    else:
+        _require_fit(words, classes, blank)
     log_p = jax.nn.log_softmax(jnp.where(valid[..., None], at_least_float32(logits), 0))
     search = lambda log_p, valid: _search(log_p, valid, beams, blank, words)
     found, scores = jax.vmap(search)(log_p, valid)
     missing = scores == -jnp.inf
     labels = jnp.where(missing[..., None], blank, found.labels)
-    nan = jnp.isnan(log_p).any((1, 2))[:, None]  # [B, 1]
+    nan = undefined(logits, valid)[:, None]  # [B, 1]
     return Beams(
         jnp.where(nan[..., None], -1, labels),
         jnp.where(nan, jnp.nan, scores),
         jnp.where(nan, valid.sum(1, keepdims=True), jnp.where(missing, 0, found.size)).astype(jnp.int32),
     )
+
+
+def _require_fit(words: Lexicon, classes: int, blank: int) -> None:
+    if words.following.shape[1] != classes:
+        raise InputError(
+            f"prefix_beam_search: the lexicon is for {words.following.shape[1]} classes, expected {classes}, as the "
+            "logits have; make it for these"
+        )
+    if not isinstance(words.following, Tracer) and (np.asarray(words.following)[:, blank] >= 0).any():
+        raise InputError(
+            f"prefix_beam_search: the lexicon has words with the label {blank}, expected none, as {blank} is the "
+            "blank; make it for this blank"
+        )
 
 
 def _search(log_p: Array, valid: Array, beams: int, blank: int, words: Lexicon) -> tuple[_Prefixes, Array]:

@@ -34,7 +34,7 @@ def negative_log_likelihood(
 
     Labels that need more frames than there are (`frames_needed`), or a class whose logit is −inf in all paths, are
     impossible: their loss is inf, and their gradient 0, so that they can be left out by `jnp.where`. A label outside
-    [0, K), one that is the blank, and a label length outside [0, N] give NaN.
+    [0, K), one that is the blank, a label length outside [0, N], and a sequence that is `undefined` give NaN.
 
     Raises InputError where shapes or types do not fit, T or N is 0, or `blank` is not in [0, K); for lengths outside
     [1, T] and label lengths outside [0, N]; and where labels need more frames than there are. What is traced cannot be
@@ -49,9 +49,10 @@ def negative_log_likelihood(
     classes = logits.shape[2]
     labels = class_numbers(labels, classes)
     wrong = (there & ((labels == blank) | (labels == classes))).any(1)
-    wrong = wrong | (label_lengths < 0) | (label_lengths > labels.shape[1])
+    wrong = wrong | (label_lengths < 0) | (label_lengths > labels.shape[1]) | undefined(logits, valid)
     # Optax's sums multiply what they leave out by 0, so nothing may be infinite or NaN.
-    logits = jnp.where(valid[..., None], jnp.maximum(at_least_float32(logits), NEVER), 0)
+    taken = (valid & ~wrong[:, None])[..., None]
+    logits = jnp.where(taken, jnp.maximum(at_least_float32(logits), NEVER), 0)
     padding = lambda mask: (~mask).astype(logits.dtype)  # Optax's masks are 1 in the padding
     with jax.default_matmul_precision("highest"):  # it takes the labels' log-probabilities by a matrix product
         nats = optax.ctc_loss(
@@ -90,6 +91,11 @@ def valid_frames(name: str, logits: Array, lengths: Array, blank: int) -> Array:
     if not 0 <= blank < logits.shape[2]:
         raise InputError(f"{name}: blank is {blank}, expected a class in [0, {logits.shape[2]}), as the logits have")
     return masks.from_lengths(lengths, logits.shape[1], logits.shape[0])
+
+
+def undefined(logits: Array, valid: Array) -> Array:  # [B, T, K], bool [B, T] -> bool [B]
+    """Which sequences have no probabilities: those with a valid frame whose largest logit is NaN, inf or −inf."""
+    return (valid & ~jnp.isfinite(logits.max(-1))).any(1)
 
 
 def _labels(labels: Any, label_lengths: Any, batch: int) -> tuple[Array, Array]:

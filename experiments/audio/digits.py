@@ -23,7 +23,7 @@ recordings, first those that the first seed heard wrong. The set `tones` has pai
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import optax
@@ -33,11 +33,14 @@ from dl_jax.augment.audio import white_noise
 from dl_jax.core.fit import fit
 from dl_jax.core.step import Loss, make_step, per_seed, start
 from dl_jax.data import audio
-from dl_jax.harness import Claim, Distinct, NonNegative, Positive, Probability, Run, Some, launch, spectrograms_figure
+from dl_jax.harness import Between, Claim, Distinct, Positive, Probability, Run, Some, launch, spectrograms_figure
 from dl_jax.models.sequence.mel_cnn import MelCNN
 from dl_jax.models.sequence.wave_cnn import WaveCNN
 
 Network = Literal["waveform", "log_mel"]
+Decibels = Annotated[float, Between(0, 200)]
+Seconds = Annotated[float, Between(0.01, 3600)]
+Speed = Annotated[float, Between(0.1, 10)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +54,9 @@ class Config:
     maps: Some[Positive[int]] = (32, 64, 128, 128)  # of each convolution of the waveform
     mel_maps: Some[Positive[int]] = (16, 32, 64)  # of each convolution of the log-mel energies
     dropout: Probability = 0.2  # dropout probability before the output
-    speeds: Some[Positive[float]] = (0.9, 1.0, 1.1)  # at which each recording is learned
-    noise: tuple[NonNegative[float], NonNegative[float]] = (10.0, 40.0)  # dB below a waveform in training, at random
-    seconds: tuple[Positive[float], ...] = (0.384, 0.512, 0.64, 1.024)  # to which shorter recordings are padded
+    speeds: Some[Speed] = (0.9, 1.0, 1.1)  # at which each recording is learned
+    noise: tuple[Decibels, Decibels] = (10.0, 40.0)  # dB below a waveform in training, at random from one to the other
+    seconds: tuple[Seconds, ...] = (0.384, 0.512, 0.64, 1.024)  # to which shorter recordings are padded
     steps: Positive[int] = 1600  # train steps of the network that reads waveforms
     mel_steps: Positive[int] = 800  # train steps of the network that reads log-mel energies
     batch_size: Positive[int] = 32  # recordings per step, over all devices
@@ -89,21 +92,24 @@ KEEPS = ("**/spectrograms.png",)  # files in the run's folder
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     columns = ("audio", "label", "speaker")
     splits = cfg.train_split, cfg.test_split
+    ways = readings(cfg, len(data.info(cfg.dataset).class_names))
     train, test = (audio.recordings(cfg.dataset, split, cfg.rate, columns) for split in splits)
     if not cfg.unheard:
-        return {f"accuracy/{name}": found for name, found in accuracies(cfg, train, test, run).items()}
+        return {f"accuracy/{name}": found for name, found in accuracies(cfg, ways, train, test, run).items()}
     each = []
     for speaker in np.unique(test["speaker"]):
         others, own = np.flatnonzero(train["speaker"] != speaker), np.flatnonzero(test["speaker"] == speaker)
-        each.append(accuracies(cfg, hear.taken(train, others), hear.taken(test, own), run / f"speaker{speaker}"))
+        parts = hear.taken(train, others), hear.taken(test, own)
+        each.append(accuracies(cfg, ways, *parts, run / f"speaker{speaker}"))
     return {f"unheard/{name}": np.mean([found[name] for found in each], 0) for name in each[0]}
 
 
-def accuracies(cfg: Config, train: data.Columns, test: data.Columns, run: Run) -> dict[str, np.ndarray]:
+def accuracies(
+    cfg: Config, ways: Mapping[Network, "Reading"], train: data.Columns, test: data.Columns, run: Run
+) -> dict[str, np.ndarray]:
     """The accuracies [S] on the test recordings, in per cent, of the linear model and of each network."""
     regression = hear.linear_accuracy(train, test, cfg.rate, cfg.sections)
     found = {"linear": np.full(len(run.seeds), regression)}
-    ways = readings(cfg, len(data.info(cfg.dataset).class_names))
     for name in cfg.networks:
         heard = learned(cfg, ways[name], train, test, run / name)  # [S, N]
         found[name] = 100 * (heard == test["label"]).mean(1)
@@ -121,17 +127,17 @@ class Reading(NamedTuple):
     model: Any
     loss: Loss
     steps: int  # train steps
-    one_by_one: bool  # whether seeds are faster one after the other on a CPU
 
 
 def readings(cfg: Config, classes: int) -> dict[Network, Reading]:
+    """The ways to read recordings. Raises InputError where the noise is not from a lower to a higher level."""
     wave, mel = WaveCNN(classes, cfg.maps, dropout=cfg.dropout), MelCNN(classes, cfg.mel_maps, dropout=cfg.dropout)
     noisy = losses.with_batch(hear.loss(wave.apply, "wave"), white_noise(cfg.noise))
     frames = functools.partial(hear.frames, rate=cfg.rate)
     seen = np.zeros((1, 100, 40), np.float32)  # 40 mel bins, every 10 ms
     return {
-        "waveform": Reading("wave", hear.waves, seen[..., 0], cfg.rate, wave, noisy, cfg.steps, True),
-        "log_mel": Reading("frames", frames, seen, 100, mel, hear.loss(mel.apply, "frames"), cfg.mel_steps, True),
+        "waveform": Reading("wave", hear.waves, seen[..., 0], cfg.rate, wave, noisy, cfg.steps),
+        "log_mel": Reading("frames", frames, seen, 100, mel, hear.loss(mel.apply, "frames"), cfg.mel_steps),
     }
 
 
@@ -142,7 +148,7 @@ def learned(cfg: Config, way: Reading, train: data.Columns, test: data.Columns, 
     widths = functools.partial(data.widths, [round(way.a_second * seconds) for seconds in cfg.seconds])
     key_init, key = run.keys(2)  # [S] each
     states = fit(
-        per_seed(make_step(way.loss, tx), way.one_by_one),
+        per_seed(make_step(way.loss, tx), one_by_one=True),
         start(way.model, tx, key_init, key, way.example),
         data.bucketed(learnt, "length", widths(learnt["length"]), cfg.batch_size, run.seeds),
         steps=way.steps,

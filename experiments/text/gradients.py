@@ -6,9 +6,10 @@ Pascanu, Mikolov & Bengio 2013, "On the difficulty of training recurrent neural 
 
     python experiments/text/gradients.py --preset paper --seeds 5 --workdir runs/gradients
 
-Expected: a mean squared error below 0.011 (LSTM) and 0.0024 (GRU) for adding, where the vanilla RNN stays near 0.16; no
-error of LSTM and GRU in temporal order, where the vanilla RNN guesses; and in short sequences no error of a vanilla RNN
-that learns with clipping, and 30 % or more of one without. Five seeds take some ten minutes on a CPU core.
+Expected: a mean squared error below 0.011 (LSTM) and 0.0024 (GRU) for adding, where the vanilla RNN stays near 0.153;
+no error of LSTM and GRU in temporal order if they learn with clipping, where the vanilla RNN guesses; and in short
+sequences no error of a vanilla RNN that learns with clipping, and 30 % or more of one without. Without clipping, one
+LSTM of five guessed in temporal order too. Five seeds took 11 minutes on 2 CPU cores.
 
 In the adding problem a step is a number in [0, 1) and a mark, which is 1 at one step of each half, and the target is
 the sum of the two marked numbers: always answering 1 has a mean squared error of 1/6. In temporal order a step is one
@@ -23,7 +24,8 @@ radius 1, where gradients neither vanish nor explode at first, and LSTM and GRU 
 steps (Tallec & Ollivier 2018, arXiv:1804.11188, in whose terms this is the chrono initialisation). Every network learns
 with and, in the cells named "free", without clipping of the gradient's norm. The figures have the norm of d loss / d
 h_t, the gradient with respect to the state before each step (both states of the LSTM), before and after training with
-clipping: a mean over sequences.
+clipping: a mean over sequences. A line is the mean over seeds, and its shade reaches from the least to the largest of
+them; what is below 1e-10 is not shown.
 """
 
 import dataclasses
@@ -98,6 +100,8 @@ CLAIMS = (
 )  # fmt: skip
 KEEPS = ("adding_gradients.png",)  # files in the run's folder
 
+LEAST = 1e-10  # at which the axis of the norms begins
+
 
 class Task(NamedTuple):
     """A problem: how its sequences are drawn, how an answer is judged, and how it is learned."""
@@ -155,9 +159,15 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
                 if name == net:
                     curves[f"{net}, after"] = gradients_of(jax.device_get(states.variables), sample)
         lines = {name: (np.arange(task.length), np.asarray(norms).T) for name, norms in curves.items()}
-        draw = functools.partial(curves_figure, lines, xlabel="t", ylabel="norm of d loss / d h_t", log_y=True)
-        run.figure(f"{problem}_gradients", task.steps, draw)
+        run.figure(f"{problem}_gradients", task.steps, functools.partial(figure, lines))
     return found
+
+
+def figure(lines: Mapping[str, tuple[np.ndarray, np.ndarray]]):
+    """Norms by t, [T] and [T, S], from 1e-10 on: what has vanished would flatten the lines of what has not."""
+    drawn = curves_figure(lines, xlabel="t", ylabel="norm of d loss / d h_t", log_y=True)
+    drawn.axes[0].set_ylim(bottom=max(LEAST, drawn.axes[0].get_ylim()[0]))
+    return drawn
 
 
 def spectral(variables: Tree, length: int) -> Tree:

@@ -7,7 +7,7 @@ bars are our own.
     python experiments/vision/rows.py --dataset mnist --preset paper --seeds 5 --workdir runs/rows
 
 Expected: the LSTM knows at least 98.5 % of the test digits, and both it and the GRU know more than the vanilla RNN.
-Five seeds take some ten minutes on a CPU core.
+Five seeds took 10 minutes on 2 CPU cores.
 
 The three networks have the same number of units, not of parameters. They learn by Adam with a cosine schedule, clipped
 gradients, and the same settings; the number of units was chosen on the last tenth of the training set. The test

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import re
 import runpy
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from etils import epath
 from scipy.io import wavfile
+from scipy.signal import resample_poly
 
 from dl_jax import data
 from dl_jax.core.errors import InputError
@@ -77,18 +79,66 @@ def test_the_lexicon_mends_a_letter(ctc):
     assert read == {"greedy": [["fovr"]], "lexicon": [["four"]]}
 
 
-def test_the_guides_program_transcribes_a_wav_file(ctc, tmp_path, monkeypatch):
-    """It writes down what the experiment does, here of a tone."""
+@pytest.fixture(scope="module")
+def trained(ctc, tmp_path_factory):
+    """A folder in which the smoke preset has run with two seeds; what it learned, what it tested, and its variables."""
+    folder, kept = tmp_path_factory.mktemp("guide"), {}
     cfg = dataclasses.replace(ctc.PRESETS["smoke"], hidden=ctc.Config().hidden)
-    with contextlib.closing(Run(epath.Path(tmp_path / "runs/ctc"), Settings(seeds=(0,)))) as run:
-        ctc.main(cfg, run)
-    wavfile.write(tmp_path / "digits.wav", 8000, data.load("tones", "test[:1]")["audio"][0])
+
+    def spied(name, of):
+        def spy(*args, **settings):
+            kept[name] = of(*args, **settings)
+            return kept[name]
+
+        return spy
+
+    def taken(name, of):
+        def spy(records, *args):
+            kept[name] = records
+            return of(records, *args)
+
+        return spy
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ctc, "fit", spied("states", ctc.fit))
+        patch.setattr(ctc.data, "bucketed", taken("train", ctc.data.bucketed))
+        patch.setattr(ctc.data, "buckets", taken("test", ctc.data.buckets))
+        with contextlib.closing(Run(epath.Path(folder / "runs/ctc"), Settings(seeds=(0, 1)))) as run:
+            ctc.main(cfg, run)
+    return folder, cfg, kept
+
+
+def test_frames_are_standardised_by_what_is_learned(ctc, trained):
+    _, cfg, kept = trained
+    frames = kept["train"]["frames"].values.astype(np.float64)
+    np.testing.assert_allclose(frames.mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(frames.std(0), 1, atol=1e-4)
+    learned = ctc.strings(cfg, cfg.train_split, cfg.train_strings, 0)["frames"].values
+    tested = ctc.strings(cfg, cfg.test_split, cfg.test_strings, 1)["frames"].values
+    expected = (tested - learned.mean(0, np.float64)) / learned.std(0, np.float64)
+    np.testing.assert_allclose(kept["test"]["frames"].values, expected, atol=1e-3)
+
+
+def test_the_guides_program_transcribes_a_wav_file(ctc, trained, monkeypatch, capsys):
+    """It writes down what the experiment's first network does, of a recording at twice the rate."""
+    folder, cfg, kept = trained
+    wave = resample_poly(data.load("tones", "test[:1]")["audio"][0] / 32768, 2, 1)  # int16 [n] -> float [2 n]
+    wavfile.write(folder / "digits.wav", 2 * cfg.rate, np.round(wave * 32000).astype(np.int16))
     (program,) = [each for each in re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.S) if "digits.wav" in each]
-    (tmp_path / "program.py").write_text(program)
-    monkeypatch.chdir(tmp_path)
+    (folder / "program.py").write_text(program)
+    monkeypatch.chdir(folder)
     found = runpy.run_path("program.py")
-    assert found["logits"].shape == (1, *found["frames"].shape[1:2], len(ctc.LETTERS))
-    assert found["lengths"] <= found["frames"].lengths
+
+    learned = ctc.strings(cfg, cfg.train_split, cfg.train_strings, 0)["frames"].values
+    heard = ragged([resample_poly(np.round(wave * 32000) / 32768, 1, 2)])
+    frames = (ctc.audio.log_mel(heard, cfg.rate).values - learned.mean(0)) / learned.std(0)
+    variables = jax.tree.map(lambda leaf: np.asarray(leaf[0]), kept["states"].variables)
+    model = ctc.TDNN(len(ctc.LETTERS), cfg.hidden)
+    logits = np.asarray(jax.jit(lambda: model.apply(variables, frames[None], train=False))())
+    np.testing.assert_allclose(found["logits"], logits, atol=1e-2)
+    classes = [k for k, _ in itertools.groupby(logits[0].argmax(-1)) if k != 0]
+    assert len(set(classes)) > 1
+    assert capsys.readouterr().out.splitlines()[-1] == "".join(ctc.LETTERS[k] for k in classes)
 
 
 def test_a_recording_that_is_too_short_for_its_letters_is_refused(ctc, monkeypatch):
@@ -103,4 +153,19 @@ def test_another_kind_of_label_is_refused(ctc, monkeypatch):
     one = {"audio": ragged([np.ones(800, np.float32)]), "label": np.array([10]), "speaker": np.array([0])}
     monkeypatch.setattr(ctc.audio, "recordings", lambda *args: one)
     with pytest.raises(InputError, match=r"^tones has labels from 10 to 10, expected the digits 0 to 9; "):
+        ctc.strings(ctc.PRESETS["smoke"], "test", 1, 0)
+
+
+def test_a_silent_recording_is_refused(ctc, monkeypatch):
+    waves = ragged([np.ones(900, np.float32), np.zeros(900, np.float32)])
+    two = {"audio": waves, "label": np.array([3, 4]), "speaker": np.array([0, 1])}
+    monkeypatch.setattr(ctc.audio, "recordings", lambda *args: two)
+    with pytest.raises(InputError, match=r"^wave 1 is silent, 900 samples of 0, expected a level .*; leave it out$"):
+        ctc.strings(ctc.PRESETS["smoke"], "test", 1, 0)
+
+
+def test_labels_that_are_words_are_refused(ctc, monkeypatch):
+    one = {"audio": ragged([np.ones(800, np.float32)]), "label": np.array([b"three"]), "speaker": np.array([0])}
+    monkeypatch.setattr(ctc.audio, "recordings", lambda *args: one)
+    with pytest.raises(InputError, match=r"^labels of .*S5, expected whole numbers; number them"):
         ctc.strings(ctc.PRESETS["smoke"], "test", 1, 0)

@@ -1,11 +1,16 @@
 """experiments/text/gradients.py: its sequences, how the networks start, and the gradients that it draws."""
 
+import dataclasses
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from dl_jax.core.step import init_variables
+from dl_jax.harness.run import Run, Settings
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +100,42 @@ def test_the_norms_are_those_of_the_loss_as_a_function_of_each_state(gradients, 
         assert len(grads) == (2 if net == "lstm" else 1)
         expected = np.sqrt(sum((np.asarray(grad) ** 2).sum(-1) for grad in grads)).mean()
         np.testing.assert_allclose(norms[t], expected, rtol=1e-4)
+
+
+def test_only_the_cells_that_are_not_free_clip_the_gradient(gradients, monkeypatch):
+    """With momentum the steps of a long gradient and of one that is ten times as long are equal if both are clipped."""
+    learned = {}
+    monkeypatch.setattr(gradients, "init_variables", lambda *args: {"params": np.zeros(3, np.float32)})
+    monkeypatch.setattr(gradients, "STARTS", dict.fromkeys(gradients.STARTS, lambda variables, length: variables))
+    monkeypatch.setattr(gradients, "init_states", lambda *args: None)
+    monkeypatch.setattr(gradients, "state_gradients", lambda *args: jnp.ones(20))
+    monkeypatch.setattr(gradients, "evaluator", lambda *args: lambda variables: {"error": np.zeros(1)})
+    monkeypatch.setattr(gradients, "make_step", lambda loss, tx: tx)
+    monkeypatch.setattr(gradients, "per_seed", lambda tx: tx)
+
+    def fit(tx, states, stream, run, **settings):
+        learned[run.name] = tx
+        return types.SimpleNamespace(variables={"params": np.zeros((1, 3))})
+
+    monkeypatch.setattr(gradients, "fit", fit)
+    cfg = dataclasses.replace(gradients.PRESETS["quick"], test_sequences=8, nets=("rnn", "gru"))
+    gradients.main(cfg, Run(settings=Settings(seeds=(0,))))
+
+    def ratio(tx: optax.GradientTransformation) -> float:
+        norms = []
+        for factor in (100.0, 1000.0):
+            params, state = jnp.zeros(3), tx.init(jnp.zeros(3))
+            for _ in range(2):  # the first step of the warm-up may have a learning rate of 0
+                update, state = tx.update(jnp.full(3, factor), state, params)
+            norms.append(float(jnp.linalg.norm(update)))
+        return norms[1] / norms[0]
+
+    assert learned.keys() == {f"short_order/{net}{end}" for net in ("rnn", "gru") for end in ("", "_free")}
+    for name, tx in learned.items():
+        assert ratio(tx) == pytest.approx(10 if name.endswith("free") else 1, rel=1e-3), name
+
+
+def test_the_axis_of_the_norms_begins_where_they_have_vanished(gradients):
+    t, norms = np.arange(4), np.array([[1e-30], [1e-20], [1e-5], [1.0]])
+    assert gradients.figure({"a": (t, norms)}).axes[0].get_ylim()[0] == 1e-10
+    assert 1e-6 < gradients.figure({"a": (t[2:], norms[2:])}).axes[0].get_ylim()[0] < 1e-5

@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from dl_jax import data
 from dl_jax.core.errors import InputError
 from dl_jax.core.evaluate import evaluator
 from dl_jax.core.ragged import ragged
+from dl_jax.harness.checkpoint import store
 from dl_jax.harness.run import Run, Settings
 
 NOTES = np.random.default_rng(0).integers(0, 2, (3, 5, 4)).astype(np.uint8)
@@ -32,16 +34,18 @@ def run_seeds(polyphonic):
     smoke = polyphonic.PRESETS["smoke"]
     config = dataclasses.replace(smoke, steps=6, watch_every=1, patience=6, rnn_learning_rate=0.3, nets=("rnn", "tcn"))
 
-    def main(*seeds):
-        run = Run(settings=Settings(seeds=seeds))
-        return polyphonic.main(config, run), run
+    def main(*seeds, directory=None, **fields):
+        run = Run(directory, Settings(seeds=seeds))
+        return polyphonic.main(dataclasses.replace(config, **fields), run), run
 
     return main
 
 
 @pytest.fixture(scope="module")
-def together(run_seeds):
-    return run_seeds(*SEEDS)
+def together(run_seeds, tmp_path_factory):
+    found, run = run_seeds(*SEEDS, directory=epath.Path(tmp_path_factory.mktemp("run")))
+    run.close()
+    return found, run
 
 
 def linear(variables, frames, train, rngs=None):
@@ -97,6 +101,34 @@ def test_the_test_loss_is_read_where_the_validation_loss_was_lowest(together):
             assert found[f"test_nll/{name}"][i] == test[valid[:, i].argmin(), i]
 
 
+def test_the_best_variables_of_the_first_seed_are_drawn_also_when_nothing_is_left_to_train(
+    polyphonic, run_seeds, together, monkeypatch
+):
+    run = together[1]
+    drawn, draw, folder = [], polyphonic.rolls_figure, run.directory / "rnn"
+    monkeypatch.setattr(polyphonic, "rolls_figure", lambda rolls: (drawn.append(rolls), draw(rolls))[1])
+    lines = (folder / "metrics.jsonl").read_text()
+    (folder / "rolls.png").unlink()
+    found, again = run_seeds(*SEEDS, directory=run.directory, nets=("rnn",))
+    again.close()
+    assert (folder / "metrics.jsonl").read_text() == lines  # nothing was trained
+    assert (folder / "rolls.png").exists()
+    np.testing.assert_array_equal(found["test_nll/rnn"], together[0]["test_nll/rnn"])
+
+    steps, valid = (run / "rnn").history("watch/valid_nll")
+    best = steps[valid[:, 0].argmin()]
+    assert best < steps[-1]
+    saved = store.load(str(folder / "checkpoints"), int(best))[1]["state"]
+    params = jax.tree.map(lambda leaf: leaf[0], saved["params"])
+    piece = polyphonic.piano_rolls("digits", "test[:1]")["notes"][0]
+    net = polyphonic.networks(polyphonic.PRESETS["smoke"], 8)["rnn"]
+    logits = net.apply({"params": params}, piece[None, :-1].astype(np.float32), train=False)
+    (rolls,) = drawn
+    np.testing.assert_array_equal(rolls["notes"], piece)
+    assert np.isnan(rolls["probability"][0]).all()
+    np.testing.assert_allclose(rolls["probability"][1:], 1 / (1 + np.exp(-np.asarray(logits[0]))), rtol=1e-4)
+
+
 def test_buckets_change_no_loss(polyphonic):
     """A piece weighs what it weighs in a batch that is padded to the longest."""
     pieces = {"notes": ragged([NOTES[i, :n] for i, n in enumerate(BATCH["length"])]), "length": BATCH["length"]}
@@ -141,16 +173,20 @@ def test_chorales_are_padded_with_silence(polyphonic, tfds_dir):
 @pytest.mark.parametrize(
     ("notes", "length", "message"),
     [
-        (np.zeros((2, 3, 89), np.uint8), [3, 3], r"has notes of shape \(2, 3, 89\) up to 0, expected .* 88 keys"),
-        (np.full((2, 3, 88), 60, np.uint8), [3, 3], r"has notes of shape \(2, 3, 88\) up to 60, expected 0 and 1"),
+        (np.zeros((2, 3, 89), np.uint8), [3, 3], r"has notes of shape \(2, 3, 89\), expected .* 88 keys"),
+        (np.full((2, 3, 88), 60, np.uint8), [3, 3], r"has notes of shape \(2, 3, 88\) with 60, expected 0 and 1"),
+        (np.full((2, 3, 88), 0.5), [3, 3], r"has notes of shape \(2, 3, 88\) with 0.5, expected 0 and 1"),
+        (np.full((2, 3, 88), np.nan), [3, 3], r"has notes of shape \(2, 3, 88\) with nan, expected 0 and 1"),
+        (ragged([-np.eye(88, dtype=np.int8)]), [88], r"has notes of shape \(1, 88, 88\) with -1, expected 0 and 1"),
         (np.zeros((2, 3), np.uint8), [3, 3], r"has notes of shape \(2, 3\)"),
-        (np.zeros((2, 3, 88), np.uint8), [3, 0], "piece 1 of music train has no frames, expected one or more"),
+        (np.zeros((2, 3, 88), np.uint8), [3, 1], "piece 1 of music train has length 1, expected two frames or more"),
+        (np.zeros((2, 0, 88), np.uint8), None, "piece 0 of music train has length 0, expected two frames or more"),
     ],
 )
-def test_notes_outside_the_keyboard_and_pieces_without_frames_are_refused(
+def test_notes_outside_the_keyboard_and_pieces_without_a_frame_to_predict_are_refused(
     polyphonic, monkeypatch, notes, length, message
 ):
-    records = {"notes": notes, "notes/length": np.array(length)}
+    records = {"notes": notes} | ({} if length is None else {"notes/length": np.array(length)})
     monkeypatch.setattr(polyphonic.data, "load", lambda *args: records)
     with pytest.raises(InputError, match=message) as error:
         polyphonic.piano_rolls("music", "train")

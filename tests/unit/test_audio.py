@@ -143,13 +143,16 @@ def test_strings_are_recordings_of_one_speaker_after_each_other():
         (lambda: audio.log_mel(WAVES.of(WAVES.values.astype(np.int32)), 8000), "waves of int32"),
         (lambda: audio.to_unit(ragged([np.zeros((3, 2))])), r"waves of float64 \(1, 3, 2\), expected int16 or floats"),
         (lambda: audio.to_unit(ragged([[0.0, 1.0], [0.0], [1.0, np.nan]])), "wave 2 has the value nan at sample 1"),
+        (lambda: audio.to_unit(ragged([[0.0, 1e300]])), r"wave 0 has the value 1e\+300 at sample 1, .* in float32; "),
         (lambda: audio.levelled(ragged([[-np.inf], [1.0]])), "wave 0 has the value -inf at sample 0"),
         (lambda: audio.levelled(ragged([[1.0], [0.0, 0.0]])), "wave 1 is silent, 2 samples of 0, expected a level"),
         (lambda: audio.levelled(ragged([[], [1.0]])), "wave 0 is silent, 0 samples of 0, expected a level"),
         (lambda: audio.resample(WAVES, 8000, 0), "the new rate is 0"),
         (lambda: audio.resample(ragged([[np.nan]]), 8000, 4000), "wave 0 has the value nan"),
         (lambda: audio.strings(WAVES, np.zeros(2), np.zeros(3), 1, 1, 0), "2 labels and 3 speakers of 3 waves"),
-        (lambda: audio.strings(WAVES, np.zeros(3), np.zeros(3), 0, 1, 0), "the number of strings is 0"),
+        (lambda: audio.strings(WAVES, np.zeros(3, int), np.zeros(3, int), 0, 1, 0), "the number of strings is 0"),
+        (lambda: audio.strings(WAVES, np.array([*"abc"]), np.zeros(3, int), 1, 1, 0), "labels of <U1, expected"),
+        (lambda: audio.strings(WAVES, np.zeros(3, int), np.array([*"abc"]), 1, 1, 0), "speakers of <U1, expected"),
         (lambda: audio.sections(WAVES, 0), "the number of sections is 0"),
     ],
 )
@@ -207,6 +210,19 @@ def test_audio_of_another_rate_and_sets_without_audio_are_refused(monkeypatch):
     monkeypatch.setattr(audio, "info", unknown)
     with pytest.raises(InputError, match="at a rate that its description does not state, expected 8000 Hz"):
         audio.recordings("tones", "test", 8000)
+
+
+@pytest.mark.parametrize("value", [1.0, -1.0, 1.125, -3000.0])
+def test_recordings_of_floats_are_within_their_full_scale(monkeypatch, value):
+    waves = ragged([np.zeros(3, np.float32), np.array([0, value], np.float32)])
+    monkeypatch.setattr(audio, "load", lambda name, split, only: {"audio": waves, "label": np.zeros(2, int)})
+    if abs(value) <= 1:
+        np.testing.assert_array_equal(audio.recordings("tones", "test", 8000)["audio"].values, waves.values)
+        return
+    message = rf"^data set tones: wave 1 has the value {value} at sample 1, expected \[-1, 1\]; prepare it anew with"
+    with pytest.raises(InputError, match=message) as error:
+        audio.recordings("tones", "test", 8000)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.data

@@ -146,6 +146,20 @@ def test_forbidden_classes():
     assert np.isfinite(grads).all()
 
 
+@pytest.mark.parametrize("change", [{1: np.nan}, {1: np.inf}, dict.fromkeys(range(K), -np.inf)])
+def test_frames_without_probabilities_are_nan(change):
+    """Also where the loss of such a sequence would be impossible, and only where the frame is valid."""
+    logits = LOGITS.copy()
+    for k, value in change.items():
+        logits[[0, 3], 0, k] = value
+        logits[1, 4, k] = value  # in the padding
+    of = lambda logits: compiled(logits, *GIVEN[1:], 0)
+    found, grads = jax.jit(lambda x: (of(x), jax.grad(lambda x: jnp.nansum(of(x)))(x)))(logits)
+    np.testing.assert_array_equal(np.isnan(found), [True, False, False, True, False])
+    np.testing.assert_array_equal(found[1:3], of(LOGITS)[1:3])
+    assert np.isfinite(grads).all()
+
+
 def test_classes_that_are_none_are_nan():
     for wrong in (0, 3, -1, 2**31 - 1):
         labels = LABELS.copy()

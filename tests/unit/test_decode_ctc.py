@@ -126,6 +126,12 @@ def test_with_a_lexicon_the_search_is_exact_among_sequences_of_words():
         np.testing.assert_allclose([*found.values()], [*reference.values()], atol=2e-6)
 
 
+def test_words_may_be_the_rows_of_an_array():
+    found, expected = ctc.lexicon(np.array([[1, 2], [2, 2]]), 3), ctc.lexicon([(1, 2), (2, 2)], 3)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_a_word_that_does_not_fit_leaves_nothing_but_silence():
     words = ctc.lexicon([(0, 1, 0, 1)], K, blank=2)
     assert list(read(search(LOGITS, LENGTHS, 9, 2, words), 1)) == [()]
@@ -159,6 +165,21 @@ def test_padding_nan_and_seeds():
     assert half.scores.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("change", [{1: np.nan}, {1: np.inf}, dict.fromkeys(range(K), -np.inf)])
+def test_frames_without_probabilities_have_no_labels(change):
+    spoilt = LOGITS.copy()
+    for k, value in change.items():
+        spoilt[0, 4, k] = spoilt[1, 4, k] = value  # the latter in the padding
+    labels, counts = best_path(spoilt, LENGTHS, 0)
+    beams = search(spoilt, LENGTHS, 4, 0)
+    for found, number in ((labels, counts), (beams.tokens[:, 0], beams.lengths[:, 0])):
+        assert (found[0] == -1).all()
+        assert number[0] == LENGTHS[0]
+        assert (found[1:] >= 0).all()
+    np.testing.assert_array_equal(np.isnan(beams.scores).any(1), [True, False, False, False])
+    assert np.isnan(beams.scores[0]).all()
+
+
 @pytest.mark.parametrize(
     "function", [ctc.best_path, lambda *given: ctc.prefix_beam_search(given[0], given[1], 2, given[2])]
 )
@@ -190,6 +211,11 @@ def test_bad_lexicons_and_beams():
     ):
         with pytest.raises(InputError, match=message):
             ctc.lexicon(words, 3)
+    for blank in (-1, 3):
+        with pytest.raises(InputError, match=rf"^lexicon: blank is {blank}, expected a class in \[0, 3\)"):
+            ctc.lexicon([(1,)], 3, blank)
+    with pytest.raises(InputError, match=r"the lexicon has words with the label 0, expected none, as 0 is the blank; "):
+        ctc.prefix_beam_search(LOGITS, LENGTHS, 2, words=ctc.lexicon([(0, 1)], 3, blank=2))
     with pytest.raises(InputError, match="the lexicon is for 4 classes, expected 3"):
         ctc.prefix_beam_search(LOGITS, LENGTHS, 2, words=ctc.lexicon([(1,)], 4))
     with pytest.raises(InputError, match="beams is 0, expected 1 or more"):

@@ -50,6 +50,15 @@ def test_waves_and_frames_do_not_depend_on_the_level():
     np.testing.assert_allclose(hear.spectra(louder, 8000, 2), hear.spectra(RECORDINGS, 8000, 2), atol=1e-4)
 
 
+@pytest.mark.parametrize("speed", [0, -1.1, 0.004, np.inf, np.nan])
+def test_what_is_no_speed_is_refused(speed):
+    with pytest.raises(InputError, match=rf"^speed {speed}, expected a number of at least 0.01, such as 1.1 ") as error:
+        hear.at_speeds(RECORDINGS, (1.0, speed))
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="there are no speeds, expected one or more; "):
+        hear.at_speeds(RECORDINGS, ())
+
+
 NETWORKS = {
     "wave": (WaveCNN(3, (4,), taps=8, dropout=0.5), hear.waves(RECORDINGS)),
     "frames": (MelCNN(3, (4,), dropout=0.5), hear.frames(RECORDINGS, 8000)),
@@ -122,10 +131,25 @@ def test_the_linear_model_tells_tones_apart_and_nothing_from_chance():
 
 
 @pytest.mark.parametrize(
+    ("learned", "tested", "message"),
+    [
+        ([], [0], "^0 recordings of 0 classes to learn from and 1 to test on, expected those of two classes or more, "),
+        ([2, 3], [0], "^2 recordings of 1 classes to learn from and 1 to test on, expected those of two"),
+        ([1, 2], [], "^2 recordings of 2 classes to learn from and 0 to test on, expected"),
+    ],
+)
+def test_a_linear_model_without_anything_to_learn_or_to_test_is_refused(learned, tested, message):
+    train, test = (hear.taken(RECORDINGS, np.array(rows, int)) for rows in (learned, tested))
+    with pytest.raises(InputError, match=message) as error:
+        hear.linear_accuracy(train, test, 8000, 2)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("wave", "message"),
     [
         ([np.ones(900), np.zeros(900)], r"^wave 1 is silent, 900 samples of 0, expected a level .*; leave it out$"),
-        ([np.ones(900), np.full(900, np.nan)], "^wave 1 has the value nan at sample 0, expected finite ones; "),
+        ([np.ones(900), np.full(900, np.nan)], "^wave 1 has the value nan at sample 0, expected finite ones in f"),
         ([np.ones(900), np.ones(199)], r"^wave 1 has 199 samples, expected \d+ or more, those of a frame of .*; leave"),
     ],
 )

@@ -24,6 +24,7 @@ from dl_jax.harness.report.figures import (
     curves_figure,
     image_sheet,
     reliability_figure,
+    rolls_figure,
     rows_figure,
     spectrograms_figure,
     trade_figure,
@@ -625,3 +626,22 @@ def test_spectrograms_share_their_colours_and_their_time():
     for titles, count in (([], 0), (["a"], 2)):
         with pytest.raises(InputError, match=f"^{len(titles)} titles for {count} spectrograms, expected one or more"):
             spectrograms_figure(given[:count], titles, seconds=0.5)
+
+
+def test_piano_rolls_share_their_keys_and_their_time():
+    notes = np.zeros((4, 9), np.uint8)
+    notes[0, 2] = notes[3, 5] = 1
+    predicted = np.linspace(0, 1, 36).reshape(4, 9)
+    predicted[0] = np.nan
+    figure = rolls_figure({"notes": notes, "probability": predicted})
+    above, below = figure.axes[:2]
+    assert [axes.get_title() for axes in (above, below)] == ["notes", "probability"]
+    for axes, roll in ((above, notes), (below, predicted)):
+        np.testing.assert_array_equal(np.ma.filled(axes.images[0].get_array(), np.nan), roll[:, 2:6].T)
+        assert axes.images[0].get_extent() == [-0.5, 3.5, 1.5, 5.5]  # the lowest key at the bottom
+        assert axes.images[0].origin == "lower"
+        assert axes.images[0].get_clim() == (0, 1)
+    silent = rolls_figure({"notes": 0 * notes}).axes[0].images[0]
+    assert silent.get_array().shape == (9, 4)
+    with pytest.raises(InputError, match=r"^piano rolls of shapes .*, expected one or more of one shape; cut"):
+        rolls_figure({"notes": notes, "probability": predicted[1:]})

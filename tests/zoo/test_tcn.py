@@ -40,6 +40,20 @@ def test_weight_normalisation_starts_as_the_plain_kernel_and_scales_it():
     np.testing.assert_allclose(apply(longer), apply(params), atol=1e-6)
 
 
+def test_a_channel_of_zeros_is_zero_and_has_a_gradient():
+    model, x = CausalConv(2, taps=3, dilation=1, dtype=jnp.float32), draw(1, 4, 2)
+    kernel = draw(3, 2, 2, seed=1)
+    kernel[..., 1] = 0
+    params = {"kernel": kernel, "scale": np.array([2.0, 3.0], np.float32), "bias": np.zeros(2, np.float32)}
+    total = lambda params: (lambda y: (y.sum(), y))(model.apply({"params": params}, x))
+    (_, y), grads = jit(jax.value_and_grad(total, has_aux=True))(params)
+    assert not y[..., 1].any()
+    assert y[..., 0].all()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+    np.testing.assert_allclose(grads["kernel"][2, :, 1], 3 * x.sum((0, 1)), rtol=1e-5)  # of the present: scale · x
+    assert grads["scale"][1] == 0
+
+
 @pytest.mark.parametrize(("levels", "taps"), [(1, 2), (2, 3), (3, 2)])
 def test_the_gradient_shows_the_receptive_field(levels, taps):
     """Output t depends on the inputs t - field + 1 .. t, on all of them, and on no other."""
@@ -111,3 +125,17 @@ def test_a_network_that_cannot_be_is_refused(change, message):
     model = TCN(outputs=3, hidden=4, levels=1, taps=2).clone(**change)
     with pytest.raises(InputError, match=message):
         shapes(model, draw(2, 6, 4), train=False)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (2, 0, 4), (0, 6, 4), (2, 6, 0), (2, 3, 6, 4)])
+def test_what_is_no_batch_of_sequences_is_refused(shape):
+    model = TCN(outputs=3, hidden=4, levels=1, taps=2)
+    with pytest.raises(InputError, match=r"^x of shape \(.*\), expected \[B, T, D\], one or more of each; reshape it"):
+        shapes(model, np.zeros(shape, np.float32), train=False)
+
+
+def test_sequences_of_another_width_than_the_parameters_are_refused():
+    model = TCN(outputs=3, hidden=4, levels=1, taps=2)
+    variables = drawn(model, draw(2, 6, 4), train=False)
+    with pytest.raises(InputError, match=r"^5 features in \(2, 6, 5\), expected 4 as in the parameters of TCN; "):
+        model.apply(variables, draw(2, 6, 5), train=False)

@@ -196,6 +196,32 @@ def spectrograms_figure(energies: Sequence[Any], titles: Sequence[str], seconds:
     return figure
 
 
+def rolls_figure(rolls: Mapping[str, Any]) -> "Figure":
+    """Piano rolls [T, K] of each kind, of values in [0, 1] over time, one below the other on the same axes.
+
+    Shown are the keys from the lowest to the highest that has a 1 in the first roll, all where there is none. NaN is
+    left white. Raises InputError where the shapes differ.
+    """
+    from matplotlib.figure import Figure
+
+    shapes = {name: np.shape(roll) for name, roll in rolls.items()}
+    if len({*shapes.values()}) != 1:
+        raise InputError(f"piano rolls of shapes {shapes}, expected one or more of one shape; cut the longer ones")
+    first = np.asarray(next(iter(rolls.values())))
+    sounding = np.flatnonzero((first == 1).any(0))
+    low, high = (sounding[0], sounding[-1]) if len(sounding) else (0, first.shape[1] - 1)
+    figure = Figure(figsize=(8, 2.4 * len(rolls)), layout="constrained")
+    panels: Any = figure.subplots(len(rolls), 1, sharex=True, squeeze=False)[:, 0]
+    extent = (-0.5, len(first) - 0.5, low - 0.5, high + 0.5)
+    for axes, (name, roll) in zip(panels, rolls.items(), strict=True):
+        shown = np.asarray(roll, np.float64)[:, low : high + 1].T
+        axes.imshow(shown, cmap="Greys", vmin=0, vmax=1, origin="lower", aspect="auto", extent=extent)
+        axes.set(title=name, ylabel="key")
+    figure.colorbar(panels[0].images[0], ax=panels.tolist(), fraction=0.03)
+    panels[-1].set_xlabel("frame")
+    return figure
+
+
 def reliability_figure(found: Mapping[str, Any], class_names: Sequence[str]) -> "Figure":
     """A panel for each class: how frequent it is among what gets a probability of it; on the diagonal both are equal.
 

@@ -38,8 +38,8 @@ class MelCNN(nn.Module):
         require_positive({"classes": self.classes, "the number of convolutions": len(self.maps)})
         require_positive({"the least maps": min(self.maps, default=0)})
         require_probability({"dropout": self.dropout})
-        if frames.ndim != 3 or 0 in frames.shape[1:]:
-            raise InputError(f"frames of shape {frames.shape}, expected [B, T, D] with one or more; reshape them")
+        if frames.ndim != 3 or 0 in frames.shape:
+            raise InputError(f"frames of shape {frames.shape}, expected [B, T, D], one or more of each; reshape them")
         valid = valid_steps(lengths, frames)
         x = jnp.where(valid[..., None], frames, 0)[..., None].astype(self.dtype)
         for i, maps in enumerate(self.maps):

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from dl_jax.core.errors import require_positive, require_probability
+from dl_jax.core.errors import InputError, require_positive, require_probability
 from dl_jax.models import ops
-from dl_jax.models.layers import dense
+from dl_jax.models.layers import dense, require_features
 
 small = nn.initializers.normal(0.01)  # initialises all weights (the paper's supplement, A.1)
 
@@ -19,7 +19,7 @@ class CausalConv(nn.Module):
     """A causal, dilated convolution with weight normalisation: [B, T, C] -> [B, T, features].
 
     The kernel is scale · v / |v|, with one norm and scale per output channel (Salimans & Kingma 2016,
-    arXiv:1602.07868).
+    arXiv:1602.07868). Where v is 0, as if |v| were 1, so that value and gradient are finite.
     """
 
     features: int
@@ -30,8 +30,9 @@ class CausalConv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         direction = self.param("kernel", small, (self.taps, x.shape[-1], self.features))
-        norm = jnp.sqrt((direction**2).sum((0, 1)))  # [features]
-        scale = self.param("scale", lambda key: norm)
+        square = (direction**2).sum((0, 1))  # [features]
+        norm = jnp.sqrt(jnp.where(square == 0, 1, square))  # the root of 0 has no gradient
+        scale = self.param("scale", lambda key: jnp.sqrt(square))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         past = (self.taps - 1) * self.dilation
         x = ops.conv_general_dilated(
@@ -72,7 +73,8 @@ class TCN(nn.Module):
     """Residual blocks with dilations 1, 2, 4 ..., and a linear layer: x [B, T, D] -> float32 [B, T, outputs].
 
     Output t depends on inputs t - receptive_field + 1 to t. Dropout uses the random stream "dropout". Raises InputError
-    where `hidden`, `levels` or `taps` is below 1, and for a dropout outside [0, 1).
+    where `hidden`, `levels` or `taps` is below 1, for a dropout outside [0, 1), for x that is not [B, T, D], and for
+    another D than the parameters have.
     """
 
     outputs: int
@@ -86,6 +88,9 @@ class TCN(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         require_positive({"hidden": self.hidden, "levels": self.levels, "taps": self.taps})
         require_probability({"dropout": self.dropout})
+        if x.ndim != 3 or 0 in x.shape:
+            raise InputError(f"x of shape {x.shape}, expected [B, T, D], one or more of each; reshape it")
+        require_features(self, x, ("Block_0", "CausalConv_0"))
         for level in range(self.levels):
             x = Block(self.hidden, self.taps, 2**level, self.dropout, self.dtype)(x, train=train)
         return dense(self.outputs, dtype=self.dtype, kernel_init=small)(x).astype(jnp.float32)

@@ -37,8 +37,8 @@ class TDNN(nn.Module):
         require_positive({"classes": self.classes, "hidden": self.hidden, "the number of layers": len(self.layers)})
         require_positive({"the least of taps and dilations": min((n for each in self.layers for n in each), default=0)})
         require_probability({"dropout": self.dropout})
-        if frames.ndim != 3 or 0 in frames.shape[1:]:
-            raise InputError(f"frames of shape {frames.shape}, expected [B, T, D] with one or more; reshape them")
+        if frames.ndim != 3 or 0 in frames.shape:
+            raise InputError(f"frames of shape {frames.shape}, expected [B, T, D], one or more of each; reshape them")
         require_features(self, frames, ("conv_0",))
         valid = valid_steps(lengths, frames)[..., None]
         x = jnp.where(valid, frames, 0).astype(self.dtype)

@@ -38,8 +38,8 @@ class WaveCNN(nn.Module):
         require_positive({name: getattr(self, name) for name in ("classes", "taps", "stride", "pool")})
         require_positive({"the number of convolutions": len(self.maps), "the least maps": min(self.maps, default=0)})
         require_probability({"dropout": self.dropout})
-        if wave.ndim != 2 or not wave.shape[1]:
-            raise InputError(f"waves of shape {wave.shape}, expected [B, N] with one sample or more; reshape them")
+        if wave.ndim != 2 or 0 in wave.shape:
+            raise InputError(f"waves of shape {wave.shape}, expected [B, N], one or more of each; reshape them")
         valid = valid_steps(lengths, wave)
         x = jnp.where(valid, wave, 0)[..., None].astype(self.dtype)
         for i, maps in enumerate(self.maps):
