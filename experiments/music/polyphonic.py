@@ -87,8 +87,8 @@ PRESETS = {
     "quick": Config(dataset="digits", train_split="train[:80%]", valid_split="train[80%:]", steps=600, batch_size=32,
                     test_batch=360, watch_every=100, lstm_hidden=48, gru_hidden=56, rnn_hidden=100, tcn_hidden=32),
     "smoke": Config(dataset="digits", train_split="train[:32]", valid_split="train[32:64]", test_split="test[:40]",
-                    steps=2, batch_size=8, test_batch=16, watch_every=1, lstm_hidden=4, gru_hidden=4, rnn_hidden=4,
-                    layers=1, tcn_hidden=4, tcn_levels=1),
+                    steps=2, batch_size=8, test_batch=16, watch_every=1, nets=("rnn", "tcn"), rnn_hidden=4, layers=1,
+                    tcn_hidden=4, tcn_levels=1),
 }  # fmt: skip
 
 KEYS = 88  # of a piano

@@ -50,7 +50,7 @@ class MelCNN(nn.Module):
             x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))  # zeros are no maxima
             x, valid = ops.max_pool(x, 2), valid[:, ::2]
         x = x.sum(1) / valid.sum(1)[:, None, None].astype(self.dtype)  # [B, D', C]; what is not valid is 0
-        x = x.reshape(len(x), -1)
+        x = x.reshape(x.shape[0], -1)
         require_features(self, x, ("output",))
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.classes, dtype=self.dtype, name="output")(x).astype(jnp.float32)

@@ -67,7 +67,7 @@ class WaveCNN(nn.Module):
 def _pool(x: jax.Array, window: int) -> jax.Array:  # [B, T, C] -> [B, ceil(T / window), C]
     """The maximum over windows next to each other, of values of 0 or more."""
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % window), (0, 0)))
-    return ops.max_over(x.reshape(len(x), -1, window, x.shape[-1]), 2)
+    return ops.max_over(x.reshape(x.shape[0], -1, window, x.shape[-1]), 2)
 
 
 def examples() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
