@@ -240,7 +240,7 @@ def tagger_step():
         logits = model.apply(variables, batch["word"], batch["length"], train=True)
         return losses.cross_entropy(logits, batch["tag"]).mean(), ({}, {})
 
-    return _text_step(model, sentences()["word"], loss, optax.adam(1e-3))
+    return _sequence_step(model, sentences()["word"], loss, optax.adam(1e-3))
 
 
 def chain_tagger_step():
@@ -251,7 +251,7 @@ def chain_tagger_step():
         nats = crf.negative_log_likelihood(emissions, batch["tag"], crf.Chain(*chain), batch["length"])
         return nats.mean(), ({}, {})
 
-    return _text_step(model, sentences()["word"], loss, optax.adam(1e-3))
+    return _sequence_step(model, sentences()["word"], loss, optax.adam(1e-3))
 
 
 def text_cnn_step():
@@ -261,7 +261,7 @@ def text_cnn_step():
         logits = model.apply(variables, batch["word"], train=True)
         return losses.cross_entropy(logits, batch["label"]).mean(), ({}, {})
 
-    return _text_step(model, labelled_texts()["word"], loss, optax.adadelta(1.0, rho=0.95, eps=1e-6))
+    return _sequence_step(model, labelled_texts()["word"], loss, optax.adadelta(1.0, rho=0.95, eps=1e-6))
 
 
 def transformer_step():
@@ -271,13 +271,13 @@ def transformer_step():
         logits = model.apply(variables, batch["token"], train=True)
         return losses.cross_entropy(logits, batch["target"]).mean(), ({}, {})
 
-    return _text_step(model, windows()["token"], loss, optax.adamw(1e-3, b2=0.99, weight_decay=0.1))
+    return _sequence_step(model, windows()["token"], loss, optax.adamw(1e-3, b2=0.99, weight_decay=0.1))
 
 
 def wave_cnn_step():
     model: Any = WaveCNN(10, MAPS, TAPS, STRIDE)
     loss = lambda variables, batch, key: classify.loss(model.apply)(variables, {**batch, "image": batch["wave"]}, key)
-    return _text_step(model, waves()["wave"], loss, optax.adam(1e-3))
+    return _sequence_step(model, waves()["wave"], loss, optax.adam(1e-3))
 
 
 def tdnn_step():
@@ -288,10 +288,10 @@ def tdnn_step():
         nats = ctc.negative_log_likelihood(logits, batch["length"], batch["letter"], batch["letters"])
         return nats.mean(), (changed, {})
 
-    return _text_step(model, spoken()["frames"], loss, optax.adam(1e-3))
+    return _sequence_step(model, spoken()["frames"], loss, optax.adam(1e-3))
 
 
-def _text_step(model, words, loss, tx):
+def _sequence_step(model, words, loss, tx):
     variables = jax.jit(lambda key: model.init(key, words, train=False))(jax.random.key(0))
     return _step(loss, variables, tx)
 

@@ -82,7 +82,7 @@ def confusion_matrix(logits: Array, labels: Array, mask: Array) -> tuple[Array, 
 
 
 def reliability(logits: Array, labels: Array, mask: Array, bins: int = 10) -> tuple[Array, Array]:
-    """For each class and each tenth of its probability, how probable the class was and how often it was right.
+    """For each class and each bin of its probability, how probable the class was and how often it was right.
 
     Takes logits [B, ..., C] and int labels [B, ...]. The sums are [C, bins, 3], for the labels whose probability of the
     class, by softmax, is in the bin: their number, the sum of these probabilities, and how many are of the class. Bins

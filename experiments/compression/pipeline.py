@@ -30,7 +30,7 @@ these steps for it in twenty lines.
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -246,13 +246,9 @@ def smaller(cfg: Config, teacher: Network, train: Images, key: jax.Array, seed: 
     return Network(apply, seeds.split(states.variables)[0])
 
 
-def integers(network: Network, images: np.ndarray) -> tuple[Network, Network]:
-    """Two networks with weights of `WEIGHT_BITS`: one rounds activations to 8 bits, the other computes in floats.
-
-    The ranges of the activations are calibrated on `images`.
-    """
+def integers(network: Network, batches: Sequence[tuple[np.ndarray]]) -> tuple[Network, Network]:
+    """Two networks with weights of `WEIGHT_BITS`: one rounds activations to 8 bits, the other computes in floats."""
     apply = functools.partial(network.apply, train=False)
-    batches = [(images[i : i + 100],) for i in range(0, len(images), 100)]
     rounded, variables = quantize.after_training(apply, network.variables, batches, WEIGHT_BITS)
     weights = {name: tree for name, tree in variables.items() if name != quantize.RANGES}
     return Network(rounded, variables), Network(quantize.unpacked(apply), weights)
@@ -266,8 +262,9 @@ def written(folder: Path, teacher: Network, small: Network, images: np.ndarray) 
         for name, network in floats.items()
         for kind in (XLA, ONNX)
     }
-    networks[INT8, ONNX], _ = integers(teacher, images)
-    networks[SMALL_INT8, ONNX], networks[SMALL_INT8, ENCODED] = integers(small, images)
+    batches = [(images[i : i + 100],) for i in range(0, len(images), 100)]
+    networks[INT8, ONNX], _ = integers(teacher, batches)
+    networks[SMALL_INT8, ONNX], networks[SMALL_INT8, ENCODED] = integers(small, batches)
     networks[BASELINE, ONNX] = networks[TEACHER, ONNX]
 
     def file(name: Name, network: Network) -> File:
@@ -282,7 +279,6 @@ def written(folder: Path, teacher: Network, small: Network, images: np.ndarray) 
             stablehlo.export(*network, some, path)
             return File(path, stablehlo.load(path), count)
         if model == BASELINE:
-            batches = [[images[i : i + 100]] for i in range(0, len(images), 100)]
             onnx.quantized(folder / file_name((TEACHER, ONNX)), batches, path)
         else:  # in integers a number between two others may be rounded to either
             onnx.export(*network, some, path, tolerance=0.1 if model in (INT8, SMALL_INT8) else 1e-4)
