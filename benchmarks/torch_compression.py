@@ -1,4 +1,4 @@
-"""Compression with PyTorch's tools, for benchmarks/compression.py: torch.ao's integers, and Torch-Pruning's cuts.
+"""Compression with PyTorch's tools, for benchmarks/compressed.py: torch.ao's integers, and Torch-Pruning's cuts.
 
 Images are float32 [B, 1, 28, 28] tensors inside and NumPy [B, 28, 28, 1] arrays outside.
 """

@@ -2,6 +2,8 @@
 
 import ast
 import dataclasses
+import importlib.metadata
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -386,3 +388,13 @@ def test_a_legal_tree_has_no_problems(tmp_path: Path) -> None:
 def test_a_problem_is_found(tmp_path: Path, path: str, text: str, expected: str) -> None:
     found = problems(write(tmp_path, {**LEGAL, path: text}))
     assert any(expected in problem for problem in found), found
+
+
+def test_a_script_hides_no_module() -> None:
+    """A script's folder comes first in `sys.path`, so JAX would import benchmarks/compression.py for Python 3.14's
+    `compression`."""
+    of_newer_pythons = {"annotationlib", "compression"}
+    taken = of_newer_pythons | sys.stdlib_module_names | set(importlib.metadata.packages_distributions())
+    scripts = [*ROOT.glob("experiments/*/*.py"), *ROOT.glob("benchmarks/*.py")]
+    assert scripts
+    assert [path.name for path in scripts if path.stem in taken] == []

@@ -1,8 +1,8 @@
 """Compressed networks against those of other tools: the same trained weights, images and further training.
 
     pip install torch torch-pruning onnxscript
-    python benchmarks/compression.py --dataset mnist    on a quiet machine
-    python benchmarks/compression.py --quick            to see that it runs, on the bundled digits
+    python benchmarks/compressed.py --dataset mnist    on a quiet machine
+    python benchmarks/compressed.py --quick            to see that it runs, on the bundled digits
 
 Caffe's LeNet-5, a residual network and a small MobileNet are trained. Each is then compressed in two ways. In 8 bits,
 after training: by `compress.quantize` with BatchNorm folded, by ONNX Runtime's static quantisation of our float file,
