@@ -102,7 +102,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
         run=run,
     )
     words = lexicon([spelt([number]).tolist() for number in range(len(WORDS))], len(LETTERS))
-    write = collector(functools.partial(written, model, words, cfg.beams), 50)
+    write = collector(functools.partial(written, model, words, cfg.beams), 3 * cfg.batch_size)
     errors: dict[str, list[float]] = {"greedy": [], "lexicon": []}
     parts = data.buckets(test, "length", widths(test["length"]))
     answers = [seeds.split(write(states.variables, part)) for part in parts]  # [buckets][S]

@@ -93,7 +93,6 @@ CLAIMS = (
     attention_paper("error/soft_attention", locator="Table 1, AT+KD"),
     on_digits("error/soft_attention", at_most=10, unit="%", note="logistic regression: 10.0 %"),
 )  # fmt: skip
-EVALUATION_BATCH = 1000  # images
 
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
@@ -118,7 +117,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
         return fit(holding(taught, teacher), states, stream, steps=steps, run=run / name).variables
 
     def tested(net: CifarResNet) -> Callable[[Tree], np.ndarray]:  # variables [S, ...] -> per cent [S]
-        error_of = evaluator(classify.evaluation(net.apply), test, EVALUATION_BATCH, key_test)
+        error_of = evaluator(classify.evaluation(net.apply), test, 32 * cfg.batch_size, key_test)
         own = lambda variables: {**variables, "params": distill.without_regressors(variables["params"])}
         return lambda variables: 100 * error_of(own(variables))["error"]
 

@@ -101,7 +101,6 @@ CLAIMS = (
     on_digits("threes_right/no_three/bias", at_least=19, unit="%", note="guessing: 10 %"),
 )  # fmt: skip
 
-EVALUATION_BATCH = 1000  # images
 THREE, SEVENS_EIGHTS = np.arange(10) == 3, np.isin(np.arange(10), (7, 8))  # classes, bool [10]
 
 
@@ -137,7 +136,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
 
     def logits(model: MLP, variables: Tree, records: Columns) -> np.ndarray:  # [S, N, 10]
         predict = lambda variables, batch: model.apply(variables, classify.to_unit(batch["image"]), train=False)
-        return collector(predict, EVALUATION_BATCH)(variables, {"image": records["image"]})
+        return collector(predict, 4 * cfg.batch_size)(variables, {"image": records["image"]})
 
     same = [train for _ in run.seeds]
     teacher = trained("teacher", big, teach, same, cfg.teacher_epochs, optim.max_norm(cfg.max_norm))

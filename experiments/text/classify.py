@@ -108,7 +108,9 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     for name in cfg.cells:
         model, tx = nets[name]
         evaluate = {
-            split: evaluator(functools.partial(accuracy, model), data.buckets(part, "length", boundaries), 256, key)
+            split: evaluator(
+                functools.partial(accuracy, model), data.buckets(part, "length", boundaries), 5 * cfg.batch_size, key
+            )
             for split, part in {"dev": dev, "test": test}.items()
         }
         fit(

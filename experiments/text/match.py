@@ -107,7 +107,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
                 steps=cfg.steps,
                 run=run / f"{task}_{name}",
             )
-            answer = collector(functools.partial(probabilities, model), 256)
+            answer = collector(functools.partial(probabilities, model), 8 * cfg.batch_size)
             answers = [answer(states.variables, part) for part in parts]  # [S, N, K] each
             truth = np.concatenate([part[task] for part in parts])
             found |= {f"{metric}/{name}": v for metric, v in scores(task, np.concatenate(answers, 1), truth).items()}

@@ -112,7 +112,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     for name in cfg.cells:
         network, characters = ChainTagger if "crf" in name else Tagger, 256 if "chars" in name else 0
         model = network(len(words), len(names), cfg.embedding, cfg.hidden, characters, dropout=cfg.dropout)
-        answer = collector(functools.partial(best_tags, model), 64)
+        answer = collector(functools.partial(best_tags, model), 2 * cfg.batch_size)
         states = fit(
             per_seed(make_step(functools.partial(tagging_loss, model), tx)),
             start(model, tx, key_init, key, *INPUTS[: 2 + bool(characters)]),

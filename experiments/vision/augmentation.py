@@ -81,7 +81,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     train, test = (data.grey_images(cfg.dataset, split) for split in (cfg.train_split, cfg.test_split))
     model, image = MLP((cfg.hidden,)), jnp.zeros((1, 28, 28, 1))
     key_init, key, key_test = run.keys(3)  # [S] each
-    test_of = evaluator(classify.evaluation(model.apply), test, 1000, key_test)
+    test_of = evaluator(classify.evaluation(model.apply), test, 16 * cfg.batch_size, key_test)
     watch = Watch(cfg.watch_every, lambda variables: {"test_error": 100 * test_of(variables)["error"]})
     stream, found, see = data.shuffled(train, cfg.batch_size, run.seeds), {}, distortions(cfg)
     for cell in cfg.cells:

@@ -90,7 +90,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
             steps=cfg.steps,
             run=run / name,
         )
-        test_of = evaluator(functools.partial(accuracy, model, see), test, 256, key_test)
+        test_of = evaluator(functools.partial(accuracy, model, see), test, 8 * cfg.batch_size, key_test)
         found[f"accuracy/{name}"] = 100 * test_of(states.variables)["accuracy"]
         if name == "pointnet":
             change = jax.jit(functools.partial(shuffling, model))

@@ -123,7 +123,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
         return fit(step, states, stream, steps=cfg.steps, run=run / name, **watched).variables
 
     def error_on(images: Mapping[str, np.ndarray]) -> Callable[[Tree], np.ndarray]:  # -> [S], in per cent
-        of = evaluator(classify.evaluation(MLP(cfg.hidden).apply), images, 1000, key_test)
+        of = evaluator(classify.evaluation(MLP(cfg.hidden).apply), images, 10 * cfg.batch_size, key_test)
         return lambda variables: 100 * of(variables)["error"]
 
     test_error, of = error_on(test), methods(cfg)

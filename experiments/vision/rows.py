@@ -83,7 +83,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
             steps=cfg.steps,
             run=run / name,
         )
-        test_of = evaluator(classify.evaluation(apply), test, 500, key_test)
+        test_of = evaluator(classify.evaluation(apply), test, 4 * cfg.batch_size, key_test)
         found[f"accuracy/{name}"] = 100 * (1 - test_of(states.variables)["error"])
     return found
 

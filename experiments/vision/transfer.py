@@ -73,7 +73,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     source = data.shuffled(half(train, 0), cfg.source_batch, run.seeds)
     train, test = half(train, HALF), half(test, HALF)
     labelled = {n: [data.rows(train, few(train["label"], n, seed)) for seed in run.seeds] for n in cfg.labels}
-    test_of = evaluator(classify.evaluation(model.apply), test, 256, key_test)
+    test_of = evaluator(classify.evaluation(model.apply), test, 10 * cfg.batch_size, key_test)
     adam = lambda steps: optax.adam(optim.warmup_cosine(cfg.learning_rate, steps))
     learn = lambda tx: per_seed(make_step(classify.loss(model.apply), tx), one_by_one=True)
 
