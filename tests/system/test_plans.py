@@ -30,6 +30,9 @@ NORMALISED = {
 # A chain asks all rows whether its sums are exact, and sums its gradient in a branch and a loop; a table that is used
 # at both ends of a network is summed for each.
 SUMS = {"tag": 4, "char_transformer": 2}
+# Of a table that is larger than the vectors read from it, XLA gathers these and sums the gradient on every device; in
+# the LSTM's loop it does so 800 times a step.
+GATHERED = {"experiments/text/classify.py": [pytest.mark.xfail(strict=True, reason="XLA gathers words' gradients")]}
 pytestmark = [pytest.mark.plan, pytest.mark.skipif(not LIBTPU, reason="libtpu is not installed")]
 
 
@@ -46,7 +49,10 @@ def sent(program: dict) -> list[tuple[str, float]]:
     return [(each["kind"], each["times"] / program["loop"]["steps"]) for each in program["cost"]["collectives"]]
 
 
-@pytest.mark.parametrize("script", [pytest.param(s, marks=[] if s in FEW else [pytest.mark.slow]) for s in EVERY])
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(s, marks=[] if s in FEW else [pytest.mark.slow, *GATHERED.get(s, [])]) for s in EVERY],
+)
 def test_an_experiment_as_it_is_compiles_to_one_all_reduce_in_place(script, tmp_path):
     fits = [each for each in plan(script, tmp_path) if each["loop"]]
     assert fits
