@@ -27,8 +27,8 @@ The figure `coverage` shows how many test targets are within the central interva
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ from dl_jax import data, losses
 from dl_jax.core.errors import InputError
 from dl_jax.core.evaluate import collector
 from dl_jax.core.fit import fit
-from dl_jax.core.step import Array, Batch, State, Step, Tree, holding, make_step, start
+from dl_jax.core.step import Array, Batch, Metrics, State, Step, Tree, holding, make_step, start
 from dl_jax.harness import Between, Claim, Distinct, Fraction, NonNegative, Positive, Run, curves_figure, launch
 from dl_jax.models.vision.mlp import MLP
 
@@ -145,15 +145,15 @@ def require(cfg: Config, name: str, table: data.Regression) -> None:
 
 def ensembles(cfg: Config, run: Run, table: data.Regression) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """RMSE, NLL in nats and learning rate of the ensemble of each seed and split, [S · K] each, and (y − μ) / σ."""
-    test, seeds = table.test[: cfg.splits], len(run.seeds)
+    test, seeds, networks = table.test[: cfg.splits], len(run.seeds), networks_of(cfg)
     learnt, held = zip(*(parted(rows, cfg.held_out, k) for k, rows in enumerate(~test)), strict=True)  # K times [N]
     choices = np.array(cfg.rates, np.float32)  # [R]
     rates = np.tile(choices, (seeds, cfg.splits, 1))  # [S, K, R]
-    mean, variance, y, _ = predicted(cfg, run / "rates", table, np.stack(learnt), rates)  # [S, K, R, N] each
+    mean, variance, y, _ = predicted(cfg, run / "rates", networks, table, np.stack(learnt), rates)  # [S, K, R, N] each
     scores = over(losses_of(mean, variance, y), np.stack(held)[:, None])  # [S, K, R]
     best = choices[np.where(np.isfinite(scores), scores, np.inf).argmin(-1)]  # [S, K]
     rates = np.repeat(best[..., None], cfg.members, -1)  # [S, K, M]
-    mean, variance, y, deviation = predicted(cfg, run / "members", table, ~test, rates)
+    mean, variance, y, deviation = predicted(cfg, run / "members", networks, table, ~test, rates)
     mean, variance, y = mean.mean(2), variance.mean(2) + mean.var(2), y[:, :, 0]  # [S, K, N], of the mixture
     rmse = np.sqrt(over((y - mean) ** 2, test)) * deviation
     nll = over(losses_of(mean, variance, y), test) + np.log(deviation)
@@ -170,7 +170,7 @@ def parted(rows: np.ndarray, share: float, k: int) -> tuple[np.ndarray, np.ndarr
 
 
 def predicted(
-    cfg: Config, run: Run, table: data.Regression, train: np.ndarray, rates: np.ndarray
+    cfg: Config, run: Run, networks: "Networks", table: data.Regression, train: np.ndarray, rates: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Means, variances and targets [S, K, n, N] of all rows by networks at these rates [S, K, n], and σ of y [K].
 
@@ -179,32 +179,50 @@ def predicted(
     """
     of_split = [scale(table, rows) for rows in train]
     split = np.tile(np.repeat(np.arange(len(train)), rates.shape[-1]), len(rates))  # [L], of each network
-    number = np.arange(rates.size)
     scales = jax.tree.map(lambda *each: np.stack(each)[split], *of_split)  # [L, ...]
-    keys = [jax.vmap(jax.random.fold_in)(jnp.repeat(key, rates[0].size), number) for key in run.keys(2)]
-    model, tx = network(cfg.hidden), optax.inject_hyperparams(optax.adam)(learning_rate=1.0)
-    states = start(model, tx, *keys, jnp.zeros((1, table.x.shape[1])))
-    hyperparams = {**states.opt_state.hyperparams, "learning_rate": jnp.asarray(rates.ravel())}
+    keys = (numbered(key, rates[0].size).ravel() for key in run.keys(2))  # [L] each
+    states = start(networks.model, networks.tx, *keys, np.zeros((1, table.x.shape[1]), np.float32))
+    hyperparams = {**states.opt_state.hyperparams, "learning_rate": rates.ravel()}
     states = states._replace(extra={"scale": scales}, opt_state=states.opt_state._replace(hyperparams=hyperparams))
     streams = [
         data.shuffled({"row": np.flatnonzero(train[k])}, cfg.batch_size, int(i) + 1000 * seed)
-        for seed, group in zip(run.seeds, np.split(np.arange(rates.size), len(rates)), strict=True)
+        for seed, group in zip(run.seeds, np.arange(rates.size).reshape(len(rates), -1), strict=True)
         for i, k in zip(group, split[group], strict=True)
     ]
     states = fit(
-        holding(of_rows(make_step(functools.partial(loss, model, cfg.epsilon), tx)), {"x": table.x, "y": table.y}),
+        holding(networks.step, {"x": table.x, "y": table.y}),
         states,
         data.per_seed(streams),
         steps=max(1, round(cfg.epochs * int(train[0].sum()) / cfg.batch_size)),
         run=run,
     )
-    predict = lambda variables, batch: gaussian(model, variables["params"], inputs(variables["scale"], batch["x"]))
-    mean, variance = collector(predict, 1000)(states.variables, {"x": table.x})
+    mean, variance = networks.predict(states.variables, {"x": table.x})  # [L, N] each
     centre, deviation = (np.array([each[name] for each in of_split]) for name in ("y_mean", "y_deviation"))  # [K]
     y = (table.y - centre[:, None, None]) / deviation[:, None, None]  # [K, 1, N]
     shape = (*rates.shape, len(table.y))
     wide = lambda values: np.asarray(values, np.float64).reshape(shape)
     return wide(mean), wide(variance), np.broadcast_to(y.astype(np.float64), shape), deviation
+
+
+class Networks(NamedTuple):
+    """What the networks of a set have in common. They are compiled once for both fits."""
+
+    model: MLP
+    tx: optax.GradientTransformation  # whose learning rate is in its state
+    step: Callable[[Tree, State, Batch], tuple[State, Metrics]]
+    predict: Callable[[Tree, Mapping[str, np.ndarray]], Any]
+
+
+def networks_of(cfg: Config) -> Networks:
+    model, tx = network(cfg.hidden), optax.inject_hyperparams(optax.adam)(learning_rate=1.0)
+    predict = lambda variables, batch: gaussian(model, variables["params"], inputs(variables["scale"], batch["x"]))
+    step = of_rows(make_step(functools.partial(loss, model, cfg.epsilon), tx))
+    return Networks(model, tx, step, collector(predict, 1000))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def numbered(keys: Array, n: int) -> Array:  # [S] -> [S, n]
+    return jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n)))(keys)
 
 
 def network(hidden: int) -> MLP:
@@ -252,8 +270,8 @@ def loss(model: MLP, epsilon: float, variables: Tree, batch: Batch, key: Array):
 
 def losses_of(mean: np.ndarray, variance: np.ndarray, y: np.ndarray) -> np.ndarray:  # [...] three times -> [...]
     """The NLL of each target by itself."""
-    flat = [jnp.asarray(each).ravel() for each in (mean, variance, y)]
-    return np.asarray(losses.gaussian_nll(*flat), np.float64).reshape(y.shape)
+    flat = jax.jit(losses.gaussian_nll)(mean.ravel(), variance.ravel(), y.ravel())
+    return np.asarray(flat, np.float64).reshape(y.shape)
 
 
 def over(values: np.ndarray, rows: np.ndarray) -> np.ndarray:  # [..., N], bool [..., N] -> [...]
@@ -266,7 +284,7 @@ SHARES = np.linspace(0, 1, 41)[1:-1]
 
 def coverage(z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [n], (y − μ) / σ -> probabilities, shares
     """Which share of the targets is within the central interval of each probability."""
-    half_width = np.asarray(jax.scipy.special.ndtri((1 + SHARES) / 2))
+    half_width = np.asarray(jax.jit(jax.scipy.special.ndtri)((1 + SHARES) / 2))
     return SHARES, (np.abs(z)[:, None] <= half_width).mean(0)
 
 

@@ -65,7 +65,7 @@ def test_an_ensemble_is_the_gaussian_of_the_mixtures_moments(ensembles, monkeypa
     y, mean, variance = np.linspace(-1, 1, 6), RNG.random((1, 1, 2, 6)), 0.1 + RNG.random((1, 1, 2, 6))
     asked = []
 
-    def predicted(cfg, run, table, train, rates):
+    def predicted(cfg, run, networks, table, train, rates):
         asked.append((run.name, train.tolist(), rates.tolist()))
         means = np.stack([y + 9, y])[None, None] if run.name == "rates" else mean
         return means, variance, np.broadcast_to(y, mean.shape), np.array([3.0])
@@ -87,8 +87,8 @@ def test_networks_of_a_seed_and_split_do_not_depend_on_others(ensembles):
     cfg = dataclasses.replace(ensembles.PRESETS["smoke"], epochs=2)
     table = data.regression("diabetes")
     rates = np.full((1, 2, 2), 0.01, np.float32)
-    both = ensembles.predicted(cfg, Run(), table, ~table.test[:2], rates)
-    first = ensembles.predicted(cfg, Run(), table, ~table.test[:1], rates[:, :1])
+    both = ensembles.predicted(cfg, Run(), ensembles.networks_of(cfg), table, ~table.test[:2], rates)
+    first = ensembles.predicted(cfg, Run(), ensembles.networks_of(cfg), table, ~table.test[:1], rates[:, :1])
     np.testing.assert_allclose(both[0][:, :1], first[0], rtol=1e-4, atol=1e-5)
     assert (both[0][0, 0, 0] != both[0][0, 0, 1]).any()
 
