@@ -17,7 +17,7 @@ from dl_jax.data.describe import Feature, Info, info
 from dl_jax.data.image import check_images, check_labels, check_two_classes, enlarge, grey_images, images, resized_crop
 from dl_jax.data.objects import objects, padded_objects, scenes, with_area
 from dl_jax.data.streaming import streamed
-from dl_jax.data.tabular import Regression, moments, regression
+from dl_jax.data.tabular import Regression, held_out, moments, regression
 
 __all__ = [
     "Columns",
@@ -35,6 +35,7 @@ __all__ = [
     "enlarge",
     "epoch",
     "grey_images",
+    "held_out",
     "images",
     "info",
     "joined",

@@ -48,3 +48,11 @@ def moments(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [N, ...] ->
     constant = np.ptp(wide, 0) == 0
     mean = np.where(constant, wide[0], wide.mean(0))
     return mean.astype(np.float32), np.where(constant, 1, wide.std(0)).astype(np.float32)
+
+
+def held_out(rows: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:  # bool [N] -> bool [N] twice
+    """The rows without a random share of them, and that share: what to learn from, and what to choose on."""
+    order = np.random.default_rng(seed).permutation(np.flatnonzero(rows))
+    held = np.zeros(len(rows), bool)
+    held[order[: round(share * len(order))]] = True
+    return rows & ~held, held

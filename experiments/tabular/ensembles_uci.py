@@ -146,7 +146,9 @@ def require(cfg: Config, name: str, table: data.Regression) -> None:
 def ensembles(cfg: Config, run: Run, table: data.Regression) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """RMSE, NLL in nats and learning rate of the ensemble of each seed and split, [S · K] each, and (y − μ) / σ."""
     test, seeds, networks = table.test[: cfg.splits], len(run.seeds), networks_of(cfg)
-    learnt, held = zip(*(parted(rows, cfg.held_out, k) for k, rows in enumerate(~test)), strict=True)  # K times [N]
+    learnt, held = zip(
+        *(data.held_out(rows, cfg.held_out, k) for k, rows in enumerate(~test)), strict=True
+    )  # K times [N]
     choices = np.array(cfg.rates, np.float32)  # [R]
     rates = np.tile(choices, (seeds, cfg.splits, 1))  # [S, K, R]
     mean, variance, y, _ = predicted(cfg, run / "rates", networks, table, np.stack(learnt), rates)  # [S, K, R, N] each
@@ -159,14 +161,6 @@ def ensembles(cfg: Config, run: Run, table: data.Regression) -> tuple[np.ndarray
     nll = over(losses_of(mean, variance, y), test) + np.log(deviation)
     z = ((y - mean) / np.sqrt(variance))[np.broadcast_to(test, y.shape)]
     return rmse.ravel(), nll.ravel(), best.ravel(), z
-
-
-def parted(rows: np.ndarray, share: float, k: int) -> tuple[np.ndarray, np.ndarray]:  # bool [N] -> bool [N] twice
-    """The training rows of split k without a random share of them, and that share."""
-    order = np.random.default_rng(k).permutation(np.flatnonzero(rows))
-    held = np.zeros(len(rows), bool)
-    held[order[: round(share * len(order))]] = True
-    return rows & ~held, held
 
 
 def predicted(

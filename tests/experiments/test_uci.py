@@ -26,15 +26,6 @@ def test_claims_are_the_18_cells_of_the_table(ensembles):
     assert {claim.preset for claim in cells if claim.metric.endswith("protein")} == {"protein"}
 
 
-def test_parts_of_the_training_rows(ensembles):
-    rows = RNG.random(100) < 0.9
-    learnt, held = ensembles.parted(rows, 0.2, 3)
-    assert not (learnt & held).any()
-    assert ((learnt | held) == rows).all()
-    assert held.sum() == round(0.2 * rows.sum())
-    assert (ensembles.parted(rows, 0.2, 4)[1] != held).any()
-
-
 def test_the_loss_is_that_of_algorithm_1(ensembles):
     """With finite differences in the place of the gradient of the inputs."""
     table = data.Regression(np.float32(RNG.random((9, 3)) * [1, 10, 100]), np.float32(RNG.random(9)), np.zeros((1, 9)))
@@ -129,3 +120,75 @@ def test_the_network_is_drawn_as_torch_draws_it(ensembles):
     kernel = np.asarray(params["Dense_0"]["kernel"])
     assert 0.49 < np.abs(kernel).max() <= 0.5  # 1 / √4
     np.testing.assert_allclose(kernel.std(), 0.5 / np.sqrt(3), rtol=0.05)
+
+
+@pytest.fixture(scope="module")
+def dropout(load_experiment):
+    return load_experiment("tabular/dropout_uci")
+
+
+def test_the_likelihood_of_masks_is_that_of_their_mixture(dropout):
+    outputs, y, tau = RNG.normal(size=(2, 7, 5)), RNG.normal(size=(2, 5)), 3.0
+    densities = scipy.stats.norm.pdf(y[:, None], outputs, tau**-0.5).mean(1)
+    np.testing.assert_allclose(dropout.nats(outputs, y, tau), -np.log(densities).mean(1))
+    far = dropout.nats(np.zeros((3, 1)), np.array([1e3]), 1.0)  # whose density is 0 in float64
+    np.testing.assert_allclose(far, 0.5e6 + 0.5 * np.log(2 * np.pi))
+    padded = dropout.nats(
+        np.concatenate([outputs, outputs[..., :2]], -1), np.pad(y, ((0, 0), (0, 2)), constant_values=np.nan), tau
+    )
+    np.testing.assert_allclose(padded, dropout.nats(outputs, y, tau))
+
+
+def test_masks_keep_the_mean_and_drop_the_share(dropout):
+    params = dropout.network(7).init(jax.random.key(0), jnp.zeros((1, 5)), train=False)["params"]
+    first, second = dropout.masks_of(jax.random.key(1), jnp.float32(0.25), params, 20_000)
+    assert (first.shape, second.shape) == ((20_000, 5), (20_000, 7))
+    for each in (first, second):
+        np.testing.assert_allclose(np.unique(each), [0, 4 / 3])
+        np.testing.assert_allclose(np.mean(each), 1, atol=0.01)
+
+
+def test_a_network_without_dropped_units_is_the_mlp(dropout):
+    model, x = dropout.network(7), np.float32(RNG.normal(size=(6, 5)))
+    params = model.init(jax.random.key(0), x, train=False)["params"]
+    scale = {"x_mean": x.mean(0), "x_deviation": x.std(0)}
+    ours = dropout.outputs_of(params, scale, (jnp.ones(5), jnp.ones(7)), x)
+    expected = model.apply({"params": params}, (x - x.mean(0)) / x.std(0), train=False)
+    np.testing.assert_allclose(ours, np.asarray(expected)[:, 0], rtol=1e-5, atol=1e-6)
+
+
+def test_rate_and_precision_are_those_that_were_best_on_held_out_rows(dropout, monkeypatch):
+    """Of made-up outputs: the second of two rates has no error, and the precision fits the spread of the outputs."""
+    table = data.Regression(np.zeros((10, 1), np.float32), np.arange(10, dtype=np.float32), np.zeros((1, 10), bool))
+    table.test[0, 3:5] = True
+    asked = []
+
+    def predicted(cfg, run, table, train, test, rates, taus, masks):
+        asked.append((run.name, int(train.sum()), int(test.sum()), rates.tolist(), masks))
+        y = table.y[test[0]].astype(float)
+        errors = np.array([5.0, 0.1]) if rates.shape[-1] == 2 else np.array([0.5])
+        return np.broadcast_to((y + errors[:, None])[None, None, :, None], (1, 1, len(errors), 4, len(y))), y[
+            None, None
+        ]
+
+    monkeypatch.setattr(dropout, "predicted", predicted)
+    cfg = dropout.Config(splits=1, rates=(0.5, 0.25), held_out=0.25, masks=9, held_out_masks=7)
+    rmse, nll, rate, tau = dropout.averaged(cfg, Run(), table, np.array([1.0, 100.0, 1e6]))
+    assert (rmse.tolist(), rate.tolist(), tau.tolist()) == ([0.5], [0.25], [100.0])
+    np.testing.assert_allclose(nll, [-scipy.stats.norm.logpdf(0.5, 0, 0.1)])
+    assert asked == [("rates", 6, 2, [[[0.5, 0.25]]], 7), ("all", 8, 2, [[[0.25]]], 9)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"splits": 21}, "splits is 21, expected at most 20, those of diabetes; lower --splits"),
+        ({"datasets": ("digits",)}, "data set digits has no x and no y and no test_in_splits"),
+    ],
+)
+def test_dropout_refuses_what_cannot_work(dropout, change, message, monkeypatch):
+    monkeypatch.setattr(dropout, "fit", None)
+    with pytest.raises(InputError, match=message):
+        dropout.main(dataclasses.replace(dropout.PRESETS["smoke"], **change), Run())
+    with pytest.raises(InputError, match=r"data set other, expected one of boston, .* no precisions are known"):
+        dropout.require(dropout.PRESETS["smoke"], "other", data.regression("diabetes"))

@@ -45,3 +45,12 @@ def test_moments_and_a_constant_feature():
     many = np.full((10_001, 1), 0.998, np.float32)  # whose deviation is not 0 in float32
     assert many.std(0) > 0
     assert ((many - data.moments(many)[0]) / data.moments(many)[1]).tolist() == [[0]] * 10_001
+
+
+def test_rows_are_held_out_of_others():
+    rows = np.random.default_rng(0).random(100) < 0.9
+    learnt, held = data.held_out(rows, 0.2, 3)
+    assert not (learnt & held).any()
+    assert ((learnt | held) == rows).all()
+    assert held.sum() == round(0.2 * rows.sum())
+    assert (data.held_out(rows, 0.2, 4)[1] != held).any()
