@@ -34,7 +34,7 @@ from dl_jax.data.source import (
 def prepare(name: str, data_dir: str | None = None) -> Prepared:
     """Downloads and prepares the set `name` in `data_dir`, unless it is already prepared, and returns where it is.
 
-    It is one of TFDS's sets, of `text_sets`, or one that is made of a prepared set (`source.DERIVED`). Several
+    It is one of TFDS's sets, of ours (`source.DOWNLOADED`), or made of a prepared set (`source.DERIVED`). Several
     processes may call it at once: one prepares the set while the others wait. Raises InputError where the set cannot be
     prepared: for a malformed or unknown name, for a set that needs TensorFlow where this is not installed, for one made
     of a set that is not prepared, and where the network, a download or the disk fails.
