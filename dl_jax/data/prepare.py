@@ -34,7 +34,7 @@ from dl_jax.data.source import (
 def prepare(name: str, data_dir: str | None = None) -> Prepared:
     """Downloads and prepares the set `name` in `data_dir`, unless it is already prepared, and returns where it is.
 
-    It is one of TFDS's sets, of `text_sets`, or one that is made of a prepared set (`source.DERIVED`). Several
+    It is one of TFDS's sets, of ours (`source.DOWNLOADED`), or made of a prepared set (`source.DERIVED`). Several
     processes may call it at once: one prepares the set while the others wait. Raises InputError where the set cannot be
     prepared: for a malformed or unknown name, for a set that needs TensorFlow where this is not installed, for one made
     of a set that is not prepared, and where the network, a download or the disk fails.
@@ -92,12 +92,20 @@ def _source(each: Derived, root: Path, split: str) -> tuple[np.ndarray, np.ndarr
 def _ours(name: str) -> Downloaded | Derived | None:
     """The set of our own that has this name, or None. Raises InputError for a config or version that it lacks."""
     set_name, config, version = FORM.fullmatch(name).groups()  # pyright: ignore
-    found = {**DOWNLOADED, **DERIVED}.get(set_name)
-    if found and (config or version not in (None, found.version)):
-        raise InputError(
-            f"data set {name} is unknown, expected {set_name} or {set_name}:{found.version}; use one of them"
-        )
+    ours = {each.name: each for each in (*DOWNLOADED.values(), *DERIVED.values()) if _set_name(each) == set_name}
+    found = ours.get(f"{set_name}/{config}" if config else set_name)
+    if ours and (not found or version not in (None, found.version)):
+        names = [*ours] if found is None and len(ours) > 1 else _with_version(found or next(iter(ours.values())))
+        raise InputError(f"data set {name} is unknown, expected {' or '.join(names)}; use one of them")
     return found
+
+
+def _set_name(each: Downloaded | Derived) -> str:
+    return each.name.partition("/")[0]
+
+
+def _with_version(each: Downloaded | Derived) -> list[str]:
+    return [each.name, f"{each.name}:{each.version}"]
 
 
 def _reason(name: str, root: Path, e: Exception) -> str:

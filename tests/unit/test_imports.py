@@ -68,6 +68,7 @@ SLOW = {
     "onnx",
     "onnxruntime",
     "sacrebleu",
+    "numpyro",
     "scipy",
 }
 FOREIGN = {"tensorflow", "torch"}
