@@ -13,6 +13,8 @@ It times, on the networks of problems.py:
   device: computing indices, placing, dispatching and fetching, for a step that computes nothing;
 - every network with `fit`, and its twin in PyTorch, eager and compiled, with fused optimisers; the faster of the two
   PyTorch variants is reported, with its memory;
+- a step of a restricted Boltzmann machine of 500 hidden units by persistent contrastive divergence on 100 images, and
+  scikit-learn's; ours also binarises the images and reports its metrics;
 - the start of an experiment until the end of its first step, and the initialisation of ResNet-50;
 - XLA's convolution of many channels, and ours, which rests on how XLA chooses its kernel: below 1 the choice is lost.
 
@@ -38,12 +40,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from sklearn.neural_network import BernoulliRBM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the processes of the contestants import this module
 
 from benchmarks.contest import Block, Contestant, Times, compete, ratio
-from benchmarks.problems import BATCH, PROBLEMS
-from dl_jax import data
+from benchmarks.problems import BATCH, PROBLEMS, images
+from dl_jax import data, rbm
 from dl_jax.core import devices
 from dl_jax.core.fit import fit
 from dl_jax.core.step import init_states, init_variables, per_seed
@@ -55,6 +58,7 @@ from dl_jax.models.vision.resnet import ResNet50
 SEEDS = 5
 LARGE_IMAGE = jnp.zeros((1, 224, 224, 3))
 MOST_SECONDS = 60  # for all blocks of a contestant
+CHAINS, HIDDEN = 100, 500  # images in a batch of the restricted Boltzmann machine, as many as chains; hidden units
 EPOCH = 468  # steps of an epoch of MNIST's 60,000 digits
 
 
@@ -167,6 +171,34 @@ def pipeline_alone() -> Block:
     return block
 
 
+def boltzmann() -> Block:
+    """A block of steps of persistent contrastive divergence with `fit`."""
+    tx, resident, done = optax.sgd(0.01), jax.device_put({"image": images(CHAINS)["image"]}), 0
+    step = rbm.contrastive_divergence(tx)
+    state = rbm.start(np.zeros(28 * 28), HIDDEN, tx, jax.random.key(0), CHAINS)
+
+    def block(n: int) -> None:
+        nonlocal state, done
+        done += n
+        state = jax.block_until_ready(fit(step, state, lambda i: resident, steps=done))
+
+    block(5)
+    return block
+
+
+def boltzmann_of_sklearn() -> Block:
+    """A block of the same steps by scikit-learn, in float32 as well."""
+    machine, rows = BernoulliRBM(HIDDEN, learning_rate=0.01, batch_size=CHAINS), images(CHAINS)["image"]
+    rows = rows.reshape(CHAINS, -1)
+
+    def block(n: int) -> None:
+        for _ in range(n):
+            machine.partial_fit(rows)
+
+    block(5)
+    return block
+
+
 def first_step_seconds() -> float:
     """The seconds from starting Python to the end of the first step of experiments/vision/lenet.py.
 
@@ -222,6 +254,8 @@ def mine() -> dict[str, Contestant]:
         "LeNet-5 fit from disk": from_disk,
         "pipeline alone": pipeline_alone,
         "LeNet-5 five seeds": five_seeds,
+        "RBM fit": boltzmann,
+        "RBM scikit-learn": boltzmann_of_sklearn,
     }
 
 
@@ -257,6 +291,8 @@ def rows(times: dict[str, Times]) -> list[Row]:
     table.append(Row("examples/s of the pipeline / of the LeNet-5 step", f"{supply:.1f}", "> 1"))
     seeds = ratio(times["LeNet-5 five seeds"], times["LeNet-5 fit"]) / SEEDS
     table.append(Row(f"{SEEDS} seeds of LeNet-5 at once / {SEEDS} runs", f"{seeds:.3f}", "<= 1.05"))
+    machines = ratio(times["RBM scikit-learn"], times["RBM fit"])
+    table.append(Row("RBM, persistent CD: scikit-learn / fit", f"{machines:.2f}", ">= 1.5"))
     return table
 
 

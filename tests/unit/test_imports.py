@@ -24,6 +24,7 @@ SHELVES = {
     "hear",
     "inspect",
     "attribution",
+    "rbm",
     "data",
     "compress",
     "export",

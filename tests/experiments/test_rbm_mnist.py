@@ -1,0 +1,70 @@
+"""experiments/generative/rbm_mnist.py: what it makes of machines."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from dl_jax import classify, data, rbm
+from dl_jax.core.errors import InputError
+from dl_jax.harness.run import Run, Settings
+from dl_jax.models.vision.mlp import MLP
+
+
+@pytest.fixture(scope="module")
+def experiment(load_experiment):
+    return load_experiment("generative/rbm_mnist")
+
+
+def test_more_labels_than_images(experiment):
+    config = dataclasses.replace(experiment.PRESETS["smoke"], labels=65)
+    with pytest.raises(InputError, match=r"^labels is 65, expected at most 64, the images of train\[:64\]; give fewer"):
+        experiment.main(config, Run())
+
+
+def test_without_steps_the_likelihood_is_that_of_each_pixel_by_itself(experiment):
+    """The weights are tiny then, and both likelihoods agree. A machine of many units has the estimate alone."""
+    changes = {"train_split": "train", "test_split": "test", "steps": 0, "layers": ()}
+    config = dataclasses.replace(experiment.PRESETS["smoke"], **changes)
+    found = experiment.main(config, Run(settings=Settings(seeds=(0, 1))))
+    np.testing.assert_allclose(found["log_likelihood/pcd"], -241.8, atol=3)
+    np.testing.assert_allclose(found["ais_log_likelihood/pcd"], found["log_likelihood/pcd"], atol=0.1)
+    assert (found["ais_error/pcd"] < 0.1).all()
+    many = experiment.main(dataclasses.replace(config, hidden=26), Run(settings=Settings(seeds=(0, 1))))
+    assert set(many) == {"ais_log_likelihood/pcd", "ais_std/pcd"}
+
+
+def test_a_tuned_network_begins_with_the_means_of_the_machines(experiment, monkeypatch):
+    """With a learning rate of almost nothing it still computes their mean-field pass."""
+    config = dataclasses.replace(experiment.PRESETS["smoke"], layers=(8, 5), tune_steps=1, tune_rate=1e-12)
+    seen = {}
+    fits = experiment.fit
+
+    def spy(step, states, stream, *, run, **options):
+        seen[run.name] = fits(step, states, stream, run=run, **options)
+        return seen[run.name]
+
+    monkeypatch.setattr(experiment, "fit", spy)
+    run, train = Run(settings=Settings(seeds=(0, 1))), data.grey_images("digits", "train[:64]")
+    (key,), base = run.keys(1), np.zeros(784, np.float32)
+    machines = experiment.greedy(config, run, data.shuffled({"image": train["image"]}, 16, run.seeds), base, key)
+    experiment.tuned(config, run, train, train, machines, key)
+    machines = [jax.tree.map(lambda leaf: leaf[1], each) for each in machines]
+    net = jax.tree.map(lambda leaf: leaf[1], seen["tuned-dbn"].params)
+    image = np.random.default_rng(0).integers(0, 256, (3, 28, 28, 1)).astype(np.uint8)
+    top = rbm.up(machines, rbm.unit_rows(image))
+    logits = MLP((8, 5), activation=jax.nn.sigmoid).apply({"params": net}, classify.to_unit(image), train=False)
+    np.testing.assert_allclose(top @ net["Dense_2"]["kernel"] + net["Dense_2"]["bias"], logits, atol=1e-5)
+    other = jax.tree.map(lambda leaf: leaf[1], seen["tuned-random"].params)
+    assert np.abs(net["Dense_0"]["kernel"] - other["Dense_0"]["kernel"]).max() > 0.01
+    np.testing.assert_allclose(net["Dense_2"]["kernel"], other["Dense_2"]["kernel"], atol=1e-6)
+
+
+def test_filters_are_grey_where_a_weight_is_zero(experiment):
+    weight = np.zeros((784, 3), np.float32)
+    weight[0] = [2.0, -4.0, 1.0]
+    found = experiment.filters(weight)
+    assert found.shape == (3, 28, 28, 1)
+    np.testing.assert_array_equal(found[:, 0, 0, 0], [1, 0, 1])
+    assert (found.reshape(3, -1)[:, 1:] == 0.5).all()
