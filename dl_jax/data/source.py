@@ -23,6 +23,7 @@ from dl_jax.data import (
     moving_digits,
     music_sets,
     python_code,
+    ratings,
     shapes,
     text_sets,
     tones,
@@ -34,7 +35,15 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _RECORDS = re.compile(r"-\d{5,}-of-\d{5,}")  # in the names of record files
 BUNDLED = {
     each.name: each
-    for each in (digits.SET, shapes.SET, python_code.TOKENS, python_code.DOCSTRINGS, moving_digits.SCANS, tones.SET)
+    for each in (
+        digits.SET,
+        shapes.SET,
+        python_code.TOKENS,
+        python_code.DOCSTRINGS,
+        moving_digits.SCANS,
+        tones.SET,
+        ratings.SET,
+    )
 }
 DOWNLOADED = {
     each.name: each
