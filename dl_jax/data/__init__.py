@@ -10,7 +10,7 @@ This package never imports JAX.
 from dl_jax.core.ragged import Ragged, joined, ragged
 from dl_jax.core.stream import Columns, Stream, epoch
 from dl_jax.data import text
-from dl_jax.data.batches import per_seed, rows, shuffled
+from dl_jax.data.batches import few, per_seed, rows, shuffled
 from dl_jax.data.buckets import bucketed, buckets, widths
 from dl_jax.data.columns import check_columns, load
 from dl_jax.data.describe import Feature, Info, info
@@ -34,6 +34,7 @@ __all__ = [
     "check_two_classes",
     "enlarge",
     "epoch",
+    "few",
     "grey_images",
     "held_out",
     "images",

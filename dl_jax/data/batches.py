@@ -48,6 +48,15 @@ def rows(records: Mapping[str, Any], kept: np.ndarray | slice) -> dict[str, np.n
     return gather(records, {INDEX: kept})
 
 
+def few(labels: np.ndarray, each: int, classes: int, seed: int) -> np.ndarray:  # int [N] -> int [classes · each]
+    """Rows of `each` random examples of each class, drawn from the seed. Raises InputError where a class has fewer."""
+    least = np.bincount(labels, minlength=classes).min()
+    if least < each:
+        raise InputError(f"{each} labels of each class, expected at most {least}, which the split has; lower --labels")
+    rng = np.random.default_rng(seed)
+    return np.concatenate([rng.choice(np.flatnonzero(labels == c), each, replace=False) for c in range(classes)])
+
+
 def shuffled(records: Mapping[str, np.ndarray], batch_size: int, seeds: int | Sequence[int]) -> Stream:
     """An endless stream of shuffled batches of `records` [N, ...]: [B, ...] for one seed, [S, B, ...] for S seeds.
 

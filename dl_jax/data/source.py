@@ -24,6 +24,7 @@ from dl_jax.data import (
     moving_digits,
     music_sets,
     python_code,
+    ratings,
     shapes,
     tabular_sets,
     text_sets,
@@ -44,6 +45,7 @@ BUNDLED = {
         moving_digits.SCANS,
         tones.SET,
         diabetes.SET,
+        ratings.SET,
     )
 }
 DOWNLOADED = {

@@ -14,7 +14,7 @@ from dl_jax.harness.report.figures import (
     trade_figure,
 )
 from dl_jax.harness.report.tables import markdown_rows, print_rows
-from dl_jax.harness.results.claims import Claim, on_digits, on_shapes
+from dl_jax.harness.results.claims import Claim, on_digits, on_shapes, quick_bar
 from dl_jax.harness.run import Run
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "on_digits",
     "on_shapes",
     "print_rows",
+    "quick_bar",
     "reliability_figure",
     "rolls_figure",
     "rows_figure",

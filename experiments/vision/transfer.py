@@ -72,7 +72,9 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     key_init, key_head, key, key_test = run.keys(4)  # [S] each
     source = data.shuffled(half(train, 0), cfg.source_batch, run.seeds)
     train, test = half(train, HALF), half(test, HALF)
-    labelled = {n: [data.rows(train, few(train["label"], n, seed)) for seed in run.seeds] for n in cfg.labels}
+    labelled = {
+        n: [data.rows(train, data.few(train["label"], n, HALF, seed)) for seed in run.seeds] for n in cfg.labels
+    }
     test_of = evaluator(classify.evaluation(model.apply), test, 10 * cfg.batch_size, key_test)
     adam = lambda steps: optax.adam(optim.warmup_cosine(cfg.learning_rate, steps))
     learn = lambda tx: per_seed(make_step(classify.loss(model.apply), tx), one_by_one=True)
@@ -108,15 +110,6 @@ def half(records: Mapping[str, np.ndarray], first: int) -> dict[str, np.ndarray]
     if not len(found["label"]):
         raise InputError(f"the split has no image of the classes {first} to {first + HALF - 1}, expected some of each")
     return {**found, "label": found["label"] - first}
-
-
-def few(labels: np.ndarray, n: int, seed: int) -> np.ndarray:  # int [N] -> int [5 n]
-    """Rows of n random images of each class. Raises InputError where a class has fewer."""
-    least = np.bincount(labels, minlength=HALF).min()
-    if least < n:
-        raise InputError(f"{n} labels of each digit, expected at most {least}, which the split has; lower --labels")
-    rng = np.random.default_rng(seed)
-    return np.concatenate([rng.choice(np.flatnonzero(labels == c), n, replace=False) for c in range(HALF)])
 
 
 def with_head(variables: Tree, fresh: Tree) -> Tree:

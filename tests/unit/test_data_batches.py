@@ -168,3 +168,17 @@ def test_rows_of_all_columns(kept):
     assert list(found) == ["x", "words"]
     np.testing.assert_array_equal(found["x"], columns["x"][kept])
     np.testing.assert_array_equal(found["words"], columns["words"][:][kept])
+
+
+def test_few_labels_are_those_of_a_seed():
+    labels = np.repeat(np.arange(5), [40, 30, 20, 30, 40])
+    drawn = [data.few(labels, 20, 5, seed) for seed in (0, 0, 1)]
+    for rows in drawn:
+        assert len(set(rows)) == 100
+        assert np.bincount(labels[rows]).tolist() == [20] * 5
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert {*drawn[0]} != {*drawn[2]}
+    with pytest.raises(InputError, match="21 labels of each class, expected at most 20"):
+        data.few(labels, 21, 5, 0)
+    with pytest.raises(InputError, match="1 labels of each class, expected at most 0"):
+        data.few(labels, 1, 6, 0)

@@ -101,8 +101,8 @@ def test_the_commands(command, tmp_path, monkeypatch):
     status, out, _ = command("list")
     assert (status, out) == (
         0,
-        f"1 prepared in {here}; always available: digits, shapes, python_tokens, docstrings, moving_scans, tones; "
-        "beside TFDS's sets, `prepare` knows wnut17, rotten_tomatoes_mr, sick2014, multi30k, fsdd, "
+        f"1 prepared in {here}; always available: digits, shapes, python_tokens, docstrings, moving_scans, tones, "
+        "ratings; beside TFDS's sets, `prepare` knows wnut17, rotten_tomatoes_mr, sick2014, multi30k, fsdd, "
         "jsb_chorales, nottingham, moving_digits\n"
         "dl_jax_words 1.0.0: train 3\n",
     )

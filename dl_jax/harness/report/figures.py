@@ -47,7 +47,13 @@ def confusion_figure(counts: Any, class_names: Sequence[str]) -> "Figure":
 
 
 def curves_figure(
-    curves: Mapping[str, tuple[Any, Any]], *, xlabel: str, ylabel: str, log_y: bool = False, title: str = ""
+    curves: Mapping[str, tuple[Any, Any]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    log_x: bool = False,
+    log_y: bool = False,
+    title: str = "",
 ) -> "Figure":
     """Lines with a legend. `curves` are, by label, x [n] and y [n], or [n, S]: the mean with a band from least to most.
 
@@ -68,7 +74,8 @@ def curves_figure(
         y = y.reshape(len(y), -1)
         (line,) = axes.plot(x, y.mean(1), label=label)
         axes.fill_between(x, y.min(1), y.max(1), alpha=0.2, color=line.get_color())
-    axes.set(xlabel=xlabel, ylabel=ylabel, title=title, yscale="log" if log_y else "linear")
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.set(xscale="log" if log_x else "linear", yscale="log" if log_y else "linear")
     axes.legend()
     return figure
 
