@@ -16,11 +16,11 @@ for 40 epochs to give the target a high likelihood, at the inputs and at adversa
 hundredth of each feature's range in the direction in which the likelihood falls. An ensemble predicts the Gaussian with
 the mean and variance of the mixture of its members.
 
-The paper says that Adam's learning rate was 0.1, which does not give its numbers: in a pilot the error on boston was six
-times as large. Here each split chooses among five rates. One network for each rate learns from four fifths of the split's
-training part, and the lowest NLL on the other fifth decides; the five members then learn from all of the training part.
-The metric `rate` is what was chosen. Nothing else differs from the paper but the rows left over by full batches, which
-here begin the next epoch.
+The paper says that Adam's learning rate was 0.1, which does not give its numbers: in a pilot the error on boston was
+six times as large. Here each split chooses among five rates. One network for each rate learns from four fifths of the
+split's training part, and the lowest NLL on the other fifth decides; the five members then learn from all of the
+training part. The metric `rate` is what was chosen. Nothing else differs from the paper but the rows left over by full
+batches, which here begin the next epoch.
 
 The figure `coverage` shows how many test targets are within the central intervals of some probability.
 """
@@ -80,11 +80,11 @@ PRESETS = {
 PILOTS = "in pilots on the training rows of the first split, in four parts,"
 NOTES = {  # of the claims that were missed
     "rmse/kin8nm": "The paper prints two digits; we do not know what makes ours better.",
-    "nll/kin8nm": f"The adversarial inputs are the reason: {PILOTS} the NLL after 20 epochs is -1.15 with them and -1.20 "
-    "without.",
-    "rmse/naval": f"The adversarial inputs are a reason: {PILOTS} the error after 10 epochs is 0.0095 with them and 0.0051 "
-    "without. We suspect that a hundredth of each feature's range is more than what tells targets apart, as the features "
-    "nearly determine each other.",
+    "nll/kin8nm": f"The adversarial inputs are the reason: {PILOTS} the NLL after 20 epochs is -1.15 with them and "
+    "-1.20 without.",
+    "rmse/naval": f"The adversarial inputs are a reason: {PILOTS} the error after 10 epochs is 0.0095 with them and "
+    "0.0051 without. We suspect that a hundredth of each feature's range is more than what tells targets apart, as the "
+    "features nearly determine each other.",
     "nll/naval": "See its error: a mean NLL of -5.63 needs errors of a tenth of ours.",
     "nll/yacht": f"The intervals are far too wide, as the figure shows. We do not know why; {PILOTS} the NLL without "
     "adversarial inputs is no better.",
