@@ -6,7 +6,7 @@ dataset shift", which turn MNIST's test digits. Neither has a number in a table,
 
     python experiments/vision/rotated.py --dataset mnist --preset paper --seeds 5 --workdir runs/rotated
 
-Expected, in some minutes on one core: over digits that are turned by 15° to 90°, the calibration error of the ensemble
+Expected, in ten minutes on a busy core: over digits that are turned by 15° to 90°, the calibration error of the ensemble
 is lower than the mean of those of its members. The networks learn from upright digits only. The members of all
 ensembles are the seed axis of one fit; an ensemble gives each class the mean probability of its members.
 
