@@ -9,6 +9,7 @@ It times, on the networks of problems.py:
 - `fit` and a minimal loop around the same compiled step, for the MLP and LeNet-5;
 - LeNet-5 with `fit` on shuffled batches of memory-mapped images, and these batches without a step;
 - five seeds of LeNet-5 in one step, computed one after the other on a CPU, and one seed;
+- a hundred networks of a table's splits, as in experiments/tabular/ensembles_uci.py, in one step, and one of them;
 - the work of the host for a step of LeNet-300-100 on 1,024 images, with ten steps per call and the data set on the
   device: computing indices, placing, dispatching and fetching, for a step that computes nothing;
 - every network with `fit`, and its twin in PyTorch, eager and compiled, with fused optimisers; the faster of the two
@@ -46,16 +47,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the processes of the conte
 
 from benchmarks.contest import Block, Contestant, Times, compete, ratio
 from benchmarks.problems import BATCH, PROBLEMS, images
-from dl_jax import data, rbm
+from dl_jax import data, losses, rbm
 from dl_jax.core import devices
 from dl_jax.core.fit import fit
-from dl_jax.core.step import init_states, init_variables, per_seed
+from dl_jax.core.step import init_states, init_variables, make_step, per_seed
 from dl_jax.harness.machine import device, git_state, processor, versions
 from dl_jax.models import ops
 from dl_jax.models.vision.lenet import LeNet300
+from dl_jax.models.vision.mlp import MLP
 from dl_jax.models.vision.resnet import ResNet50
 
 SEEDS = 5
+NETWORKS, ROWS, NUMBERS, UNITS = 100, 100, 13, 50  # of a table: networks, and the batch, inputs and units of each
 LARGE_IMAGE = jnp.zeros((1, 224, 224, 3))
 MOST_SECONDS = 60  # for all blocks of a contestant
 CHAINS, HIDDEN = 100, 500  # images in a batch of the restricted Boltzmann machine, as many as chains; hidden units
@@ -119,6 +122,29 @@ def five_seeds() -> Block:
         {name: np.stack([column] * SEEDS) for name, column in PROBLEMS["LeNet-5"].batch().items()}
     )
     step, done = per_seed(step, one_by_one=True), 0
+
+    def block(n: int) -> None:
+        nonlocal states, done
+        done += n
+        states = jax.block_until_ready(fit(step, states, lambda i: resident, steps=done))
+
+    block(5)
+    return block
+
+
+def of_table(networks: int) -> Block:
+    """A block of steps of so many networks that predict a mean and a variance, each from rows of its own."""
+    model, tx = MLP((UNITS,), classes=2), optax.adam(0.01)
+    keys = jax.vmap(jax.random.key)(np.arange(networks))
+    states, done = init_states(keys, init_variables(model, keys, jnp.zeros((1, NUMBERS))), tx), 0
+    x = np.random.default_rng(0).random((networks, ROWS, NUMBERS), np.float32)
+    resident = jax.device_put({"x": x, "y": x.sum(-1)})
+
+    def loss(variables, batch, key):
+        mean, raw = jnp.moveaxis(jnp.asarray(model.apply(variables, batch["x"], train=True)), -1, 0)
+        return losses.gaussian_nll(mean, jax.nn.softplus(raw) + 1e-6, batch["y"]).mean(), ({}, {})
+
+    step = per_seed(make_step(loss, tx))
 
     def block(n: int) -> None:
         nonlocal states, done
@@ -256,6 +282,8 @@ def mine() -> dict[str, Contestant]:
         "LeNet-5 five seeds": five_seeds,
         "RBM fit": boltzmann,
         "RBM scikit-learn": boltzmann_of_sklearn,
+        "one table network": functools.partial(of_table, 1),
+        "all table networks": functools.partial(of_table, NETWORKS),
     }
 
 
@@ -293,6 +321,8 @@ def rows(times: dict[str, Times]) -> list[Row]:
     table.append(Row(f"{SEEDS} seeds of LeNet-5 at once / {SEEDS} runs", f"{seeds:.3f}", "<= 1.05"))
     machines = ratio(times["RBM scikit-learn"], times["RBM fit"])
     table.append(Row("RBM, persistent CD: scikit-learn / fit", f"{machines:.2f}", ">= 1.5"))
+    together = ratio(times["all table networks"], times["one table network"]) / NETWORKS
+    table.append(Row(f"{NETWORKS} networks of a table at once / {NETWORKS} runs", f"{together:.3f}", "<= 0.5"))
     return table
 
 

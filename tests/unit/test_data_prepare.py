@@ -99,11 +99,14 @@ def test_the_commands(command, tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", here)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     status, out, _ = command("list")
+    configs = ("boston", "concrete", "energy", "kin8nm", "naval", "power", "protein", "wine", "yacht")
+    tables = ", ".join(f"uci_regression/{config}" for config in configs)
     assert (status, out) == (
         0,
         f"1 prepared in {here}; always available: digits, shapes, python_tokens, docstrings, moving_scans, tones, "
-        "ratings; beside TFDS's sets, `prepare` knows wnut17, rotten_tomatoes_mr, sick2014, multi30k, fsdd, "
-        "jsb_chorales, nottingham, moving_digits\n"
+        "diabetes, ratings; "
+        "beside TFDS's sets, `prepare` knows wnut17, rotten_tomatoes_mr, sick2014, multi30k, fsdd, "
+        f"jsb_chorales, nottingham, {tables}, moving_digits\n"
         "dl_jax_words 1.0.0: train 3\n",
     )
     assert command("prepare", "dl_jax_words", "--data-dir", here)[:2] == (0, "dl_jax_words 1.0.0: train 3\n")
