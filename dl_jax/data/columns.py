@@ -73,8 +73,9 @@ def load(
 
     `split` is TFDS's: `train`, `train[:90%]`, `train+test`. The set `digits` needs no preparation; other sets are
     looked for in `data_dir` (see `source.data_folder`). The first call decodes the split and writes it to the cache
-    folder (see `files.cache_folder`); later ones check the files against their digests and map them. A damaged cache
-    is decoded anew, with a warning. If the cache is an address, what is decoded is copied there, and copied from there
+    folder (see `files.cache_folder`); later ones check the files against their digests and map them. A sum of splits is
+    put together from its parts, which are decoded only if they have not been before. A damaged cache is made anew,
+    with a warning. If the cache is an address, what is decoded is copied there, and copied from there
     to the cache folder of another machine. The set's version and a digest of the columns are noted (see `inputs.note`).
 
     Raises InputError for a set, split or column that is missing or damaged, for examples that do not match their
@@ -96,15 +97,36 @@ def load_changed(
 ) -> Columns:
     """As `load`, of examples to which `change` has been applied; what is kept and noted carries its name."""
     found, split = find(name, data_dir, cache_dir), normal_split(split)
-    chosen = "" if only is None else " of " + ", ".join(sorted({*only}))
-    place = cache_entry(found, cache_dir) / f"{_folder_name(split + chosen)}{change.name}"
+    read = _kept(found, split, change, cache_dir, only, budget)
+    note(f"{found.name} {split}{_chosen(only)}{change.name}", f"{found.version} {read.digest}")
+    return read.columns
+
+
+def _chosen(only: Sequence[str] | None) -> str:
+    return "" if only is None else " of " + ", ".join(sorted({*only}))
+
+
+def _kept(
+    found: Prepared, split: str, change: Change, cache_dir: str | None, only: Sequence[str] | None, budget: int
+) -> "_Read":
+    """What the cache folder has of a split, after it was decoded or put together where that is needed."""
+    place = cache_entry(found, cache_dir) / f"{_folder_name(split + _chosen(only))}{change.name}"
     address = cache_address(cache_dir)
     shared = address and address / place.relative_to(cache_folder(cache_dir)).as_posix()
 
     def make() -> None:
         if shared and _received(shared, place):
             return
-        _write(_decode(found, split, only, change, budget), place)
+        records, terms = Records(found, split, only), split.split("+")
+        if len(terms) == 1:
+            columns = _decode(records, change, budget)
+        else:
+            parts = [_kept(found, term, change, cache_dir, only, budget).columns for term in terms]
+            size = sum(column.nbytes for part in parts for column in part.values())
+            if size > budget:
+                raise InputError(_too_large(found, split, size, budget))
+            columns = {name: _one_after_the_other([part[name] for part in parts]) for name in parts[0]}
+        _write(columns, place)
         if shared:
             _send(place, shared)
 
@@ -112,8 +134,7 @@ def load_changed(
     size = sum(column.nbytes for column in read.columns.values())
     if size > budget:
         raise InputError(_too_large(found, split, size, budget))
-    note(f"{found.name} {split}{chosen}{change.name}", f"{found.version} {read.digest}")
-    return read.columns
+    return read
 
 
 AS_IT_IS = Change("", lambda features: features, lambda example: example)
@@ -127,6 +148,14 @@ class _Read(NamedTuple):
 def _folder_name(split: str) -> str:
     readable = re.sub(r"\W+", "_", split)[:40]
     return f"{readable}-{hashlib.sha256(split.encode()).hexdigest()[:8]}"
+
+
+def _one_after_the_other(columns: Sequence[Any]) -> Any:
+    """One column of the rows of all `columns`, which are ragged, or none of them is."""
+    if not isinstance(columns[0], Ragged):
+        return np.concatenate(columns)
+    filled = [column.values for column in columns if len(column.values)] or [columns[0].values]
+    return joined(np.concatenate(filled), np.concatenate([column.lengths for column in columns]))
 
 
 def _read(place: Path) -> _Read | None:
@@ -245,8 +274,8 @@ def _digest(columns: Columns) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _decode(found: Prepared, split: str, only: Sequence[str] | None, change: Change, budget: int) -> Columns:
-    records = Records(found, split, only)
+def _decode(records: Records, change: Change, budget: int) -> Columns:
+    found, split = records.found, records.split
     n, features = len(records), change.features(records.features)
     columns: Columns = {}
     rows: dict[str, list[np.ndarray]] = {name: [] for name, feature in features.items() if feature.ragged}

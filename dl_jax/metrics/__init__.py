@@ -2,10 +2,11 @@
 
 The first return a pair `(sum, weight)`, which `core.evaluate.evaluator` adds up over batches and divides (`sums`). The
 others are computed on the host from all the predictions of a set, as `core.evaluate.collect` gives them: entities in
-tags (`tagging`), boxes (`detection`), BLEU (`translation`), word errors (`transcription`) and correlations
-(`correlation`).
+tags (`tagging`), boxes (`detection`), BLEU (`translation`), word errors (`transcription`), correlations
+(`correlation`) and clusters (`clustering`).
 """
 
+from dl_jax.metrics.clustering import adjusted_rand_index, cluster_accuracy, normalised_mutual_information
 from dl_jax.metrics.correlation import pearson, spearman
 from dl_jax.metrics.detection import Boxes, average_precision
 from dl_jax.metrics.sums import (
@@ -29,9 +30,11 @@ __all__ = [
     "Entity",
     "EntityScores",
     "accuracy",
+    "adjusted_rand_index",
     "average_precision",
     "bleu",
     "calibration_error",
+    "cluster_accuracy",
     "confusion_matrix",
     "cross_entropy",
     "edit_distance",
@@ -39,6 +42,7 @@ __all__ = [
     "entity_scores",
     "error_rate",
     "masked",
+    "normalised_mutual_information",
     "pearson",
     "perplexity",
     "reliability",

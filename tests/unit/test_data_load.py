@@ -173,6 +173,33 @@ def test_growing_columns_keep_what_they_have(monkeypatch, medley, cache, tmp_pat
             np.testing.assert_array_equal(column, whole[name][order])
 
 
+def test_a_sum_of_splits_decodes_only_what_was_not_decoded_before(monkeypatch, medley, tmp_path):
+    """Its parts are the cached ones, also in another sum, and what it holds and notes does not depend on them."""
+    decoded, decode = [], columns_module._decode
+    monkeypatch.setattr(
+        columns_module, "_decode", lambda records, *rest: decoded.append(records.split) or decode(records, *rest)
+    )
+    load = lambda split: data.load("medley", split, medley, str(tmp_path))
+    first, rest, whole = load("train[:1]"), load("train[1:]"), load("train")
+    decoded.clear()
+    for split, parts in {"train[1:]+train[:1]": (rest, first), "train+train[:1]": (whole, first)}.items():
+        both = load(split)
+        assert both.keys() == whole.keys()
+        for name, column in both.items():
+            padded = [np.asarray(part[name]) for part in parts]
+            assert column.dtype == whole[name].dtype
+            start = 0
+            for part in padded:
+                found = column[start : start + len(part)]
+                inside = (slice(None), *map(slice, part.shape[1:]))
+                np.testing.assert_array_equal(found[inside], part)
+                start += len(part)
+            assert len(column) == start
+    assert decoded == []
+    load("train[:1]+train[:2]")
+    assert decoded == ["train[:2]"]
+
+
 def test_columns_are_on_disk_before_the_cache_has_its_name(monkeypatch, medley, tmp_path):
     """A machine that loses its power must not leave a whole name for half of the bytes."""
     told, rename, sync = [], Path.rename, os.fsync

@@ -25,6 +25,7 @@ SHELVES = {
     "inspect",
     "attribution",
     "rbm",
+    "cluster",
     "data",
     "compress",
     "export",

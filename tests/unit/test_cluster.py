@@ -1,0 +1,164 @@
+"""dl_jax/cluster.py: k-means and EM against scikit-learn, and against sums that are written out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dl_jax import cluster
+from dl_jax.core.errors import InputError
+from dl_jax.core.fit import fit
+from dl_jax.core.step import holding
+
+RNG = np.random.default_rng(0)
+MIDDLES = np.array([[0.0, 0, 0], [6, 0, 1], [0, 7, -1], [5, 5, 5]])
+BLOBS = (MIDDLES[RNG.integers(0, 4, 300)] + RNG.normal(size=(300, 3)) * [1, 0.5, 2]).astype(np.float32)
+
+
+def no_batch(step):
+    return {}
+
+
+def test_kmeans_ends_where_scikit_learn_does():
+    from sklearn.cluster import KMeans
+
+    centres = jnp.asarray(BLOBS[None, [3, 70, 150, 200]])  # one restart
+    state = fit(holding(cluster.kmeans, BLOBS), cluster.start(centres, jax.random.key(0)), no_batch, steps=30, every=30)
+    theirs = KMeans(4, init=np.asarray(centres[0]), n_init=1, tol=0, algorithm="lloyd").fit(BLOBS)
+    ours, clusters = cluster.best(BLOBS, state.params)
+    np.testing.assert_allclose(ours, theirs.cluster_centers_, atol=1e-4)
+    np.testing.assert_array_equal(clusters, theirs.labels_)
+
+
+def test_no_pass_raises_the_inertia_and_the_best_restart_is_taken():
+    state = cluster.start(cluster.spread(BLOBS, 5, jax.random.key(1), restarts=3), jax.random.key(0))
+    values = lambda centres: ((BLOBS[:, None] - np.asarray(centres)[..., None, :, :]) ** 2).sum(-1).min(-1).mean(-1)
+    step = jax.jit(cluster.kmeans)
+    before = values(state.params)  # [R]
+    for i in range(6):
+        state, measured = step(BLOBS, state, {})
+        np.testing.assert_allclose(measured["inertia"], before.min(), rtol=1e-4)
+        after = values(state.params)
+        assert (after <= before + 1e-4).all()
+        before = after
+        assert state.step == i + 1
+    centres, clusters = cluster.best(BLOBS, state.params)
+    np.testing.assert_array_equal(centres, state.params[before.argmin()])
+    distances = ((BLOBS[:, None] - np.asarray(centres)) ** 2).sum(-1)
+    np.testing.assert_array_equal(clusters, distances.argmin(-1))
+
+
+def test_empty_clusters_move_to_the_farthest_points():
+    """Two of four centres have no point: they become the farthest point and the second farthest, in this order."""
+    x = np.array([[0.0], [1], [2], [10], [14]], np.float32)
+    centres = np.array([[[-100.0], [1], [500], [11]]], np.float32)  # the points are 1, 0, 1, 1 and 3 away
+    state, _ = cluster.kmeans(x, cluster.start(jnp.asarray(centres), jax.random.key(0)), {})
+    assert state.params[0, 1, 0] == 1
+    assert state.params[0, 3, 0] == 12
+    assert state.params[0, 0, 0] == 14
+    assert state.params[0, 2, 0] in (0, 2, 10)  # equally far
+
+
+def test_equal_points_leave_finite_centres():
+    x = np.zeros((4, 2), np.float32)
+    centres = cluster.spread(x, 3, jax.random.key(0))
+    state, measured = cluster.kmeans(x, cluster.start(centres, jax.random.key(0)), {})
+    np.testing.assert_array_equal(state.params, np.zeros((1, 3, 2)))
+    assert measured["inertia"] == 0
+
+
+def test_centres_to_begin_with_are_points_in_proportion_to_the_squared_distance():
+    x = np.array([[0.0], [1], [4]], np.float32)
+    first, second = np.asarray(cluster.spread(x, 2, jax.random.key(0), restarts=6000))[..., 0].T  # [R] each
+    assert {*first} == {*second} == {0, 1, 4}
+    for value, others in ((0, {1: 1 / 17, 4: 16 / 17}), (1, {0: 1 / 10, 4: 9 / 10}), (4, {0: 16 / 25, 1: 9 / 25})):
+        assert abs((first == value).mean() - 1 / 3) < 0.03
+        for other, share in others.items():
+            assert abs((second[first == value] == other).mean() - share) < 0.05
+
+
+def test_as_many_clusters_as_points_are_all_points():
+    x = RNG.normal(size=(6, 2)).astype(np.float32)
+    centres = np.asarray(cluster.spread(x, 6, jax.random.key(0)))[0]
+    np.testing.assert_array_equal(np.sort(centres[:, 0]), np.sort(x[:, 0]))
+
+
+def test_more_clusters_than_points():
+    with pytest.raises(InputError, match=r"^clusters is 7, expected at most 6, the number of points; ask for fewer"):
+        cluster.spread(np.zeros((6, 2), np.float32), 7, jax.random.key(0))
+
+
+def test_a_mixture_is_scikit_learns():
+    from sklearn.mixture import GaussianMixture
+
+    clusters = ((BLOBS[:, 0] > 3) + 2 * (BLOBS[:, 1] > 3)).astype(int)
+    first = cluster.from_clusters(BLOBS, clusters, 4)
+    np.testing.assert_allclose(first.weight, np.bincount(clusters) / 300, atol=1e-5)
+    for k in range(4):
+        np.testing.assert_allclose(first.mean[k], BLOBS[clusters == k].mean(0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(first.covariance[k], np.cov(BLOBS[clusters == k].T, bias=True), rtol=1e-3, atol=1e-4)
+    state = cluster.start(first, jax.random.key(0))
+    state = fit(holding(cluster.mixture, BLOBS), state, no_batch, steps=8, every=8)
+    ridge = cluster.RIDGE * BLOBS.var(0).mean()
+    weight, mean, covariance = (np.asarray(each, np.float64) for each in first)
+    theirs = GaussianMixture(
+        4,
+        reg_covar=ridge,
+        max_iter=8,
+        tol=0,
+        weights_init=weight / weight.sum(),
+        means_init=mean,
+        precisions_init=np.linalg.inv(covariance),
+    )
+    with pytest.warns(UserWarning, match="did not converge"):
+        theirs.fit(BLOBS.astype(np.float64))
+    np.testing.assert_allclose(state.params.weight, theirs.weights_, atol=1e-3)
+    np.testing.assert_allclose(state.params.mean, theirs.means_, atol=5e-3)
+    np.testing.assert_allclose(state.params.covariance, theirs.covariances_, atol=2e-2)
+    density = jax.nn.logsumexp(cluster.log_joint(state.params, BLOBS), -1)
+    np.testing.assert_allclose(density, theirs.score_samples(BLOBS), atol=5e-3)
+
+
+def test_no_iteration_lowers_the_likelihood_of_a_mixture():
+    state = cluster.start(cluster.from_clusters(BLOBS, np.arange(300) % 3, 3), jax.random.key(0))
+    step, seen = jax.jit(cluster.mixture), []
+    for _ in range(25):
+        state, measured = step(BLOBS, state, {})
+        seen.append(float(measured["log_likelihood"]))
+    assert (np.diff(seen) > -1e-4).all()
+    assert seen[-1] > seen[0] + 0.1
+    assert float(state.params.weight.sum()) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_component_without_points_leaves_finite_numbers():
+    state = cluster.start(cluster.from_clusters(BLOBS, np.zeros(300, int), 2), jax.random.key(0))
+    state, measured = cluster.mixture(BLOBS, state, {})
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state.params, measured)))
+    assert state.params.weight[1] < 1e-6
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -3.5e4])
+def test_a_constant_feature_has_no_density(value):
+    x = np.concatenate([BLOBS, np.full((300, 1), value, np.float32)], 1)
+    expected = f"^feature 3 of all points is {value:g} up to rounding, expected different numbers: a Gaussian has no"
+    with pytest.raises(InputError, match=expected):
+        cluster.from_clusters(x, np.arange(300) % 2, 2)
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [lambda x: cluster.spread(x, 1, jax.random.key(0)), lambda x: cluster.from_clusters(x, np.zeros(2, int), 1)],
+    ids=["kmeans", "mixture"],
+)
+def test_points_that_are_not_finite(begin):
+    with pytest.raises(InputError, match=r"^feature 0 of point 1 is nan, expected a finite number; leave it out$"):
+        begin(np.array([[0.0, 1], [np.nan, 2]], np.float32))
+
+
+def test_soft_assignments_and_targets_are_the_papers():
+    z, centres = RNG.normal(size=(5, 2)), RNG.normal(size=(3, 2))
+    kernel = np.array([[1 / (1 + ((a - b) ** 2).sum()) for b in centres] for a in z])
+    q = kernel / kernel.sum(1, keepdims=True)
+    np.testing.assert_allclose(cluster.soft(z.astype(np.float32), centres.astype(np.float32)), q, rtol=1e-5)
+    weight = q**2 / q.sum(0)
+    np.testing.assert_allclose(cluster.sharpened(q), weight / weight.sum(1, keepdims=True), rtol=1e-5)
