@@ -24,6 +24,7 @@ SHELVES = {
     "hear",
     "inspect",
     "attribution",
+    "blackbox",
     "data",
     "compress",
     "export",
