@@ -6,8 +6,8 @@ Petsiuk et al. 2018, "RISE" (arXiv:1806.07421), for the measures of explanations
 
     python experiments/learning/black_box.py --dataset mnist --preset paper --seeds 5 --workdir runs/black_box
 
-Expected: with 40,000 evaluations the error of both estimates is twice that of the gradient, and about equal. Integrated
-gradients find the pixels whose loss lowers the probability soonest, and occlusion those which suffice for it.
+Expected: with 40,000 evaluations the error of both estimates is twice that of the gradient, and about equal. By
+deletion integrated gradients explain better than occlusion, by insertion occlusion does.
 
 The network sees digits of 7x7 pixels, means of 4x4, and has some 1,000 parameters. An evaluation is a value of the loss
 of a batch, and all three ways of learning get as many:
