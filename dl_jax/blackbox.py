@@ -61,12 +61,8 @@ def drawn(draw: Callable[..., Array], params: Tree, key: Array, n: int) -> Tree:
 
 def on_both_sides(value: Value, params: Tree, directions: Tree, size: float) -> Array:  # -> [n, 2]
     """The values at params + size · direction and at params − size · direction, for directions with leaves [n, ...]."""
-
-    def at(sign: float) -> Array:  # [n]
-        moved = jax.tree.map(lambda p, d: p + sign * size * d, params, directions)
-        return jax.vmap(value)(moved)
-
-    return jnp.stack([at(1.0), at(-1.0)], -1)
+    moved = jax.tree.map(lambda p, d: p + size * jnp.stack([d, -d], 1), params, directions)  # [n, 2, ...]
+    return jax.vmap(jax.vmap(value))(moved)
 
 
 def along(values: Array, directions: Tree) -> Tree:  # [n, 2], leaves [n, ...]

@@ -65,6 +65,7 @@ class Config:
     spsa_rate: Positive[float] = 6e-3  # peak learning rate of Adam
     path: Positive[int] = 49  # steps of integrated gradients: as many as occlusion has pixels
     scan_steps: Positive[int] = 10  # steps per call of the compiled program
+    report_every: Positive[int] = 400  # evaluations between reports of the training loss
     methods: Distinct[Method] = METHODS  # the ways of learning
 
 
@@ -113,7 +114,8 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
         states = start(model, tx, key_init, key, jnp.zeros((1, *train["image"].shape[1:])))
         states = states._replace(extra={"counted": {"evaluations": jnp.zeros_like(states.step)}})
         step = per_seed(estimated(classify.loss(model.apply), way, tx))
-        states = fit(step, states, stream, steps=steps, run=run / name, scan=cfg.scan_steps)
+        every = cfg.scan_steps * max(1, cfg.report_every // (cfg.scan_steps * way.evaluations))  # steps
+        states = fit(step, states, stream, steps=steps, run=run / name, scan=cfg.scan_steps, every=every)
         learnt[name] = {"params": states.params}
         found[f"error/{name}"] = 100 * test_of(learnt[name])["error"]
         found[f"evaluations/{name}"] = np.asarray(states.extra["counted"]["evaluations"])
