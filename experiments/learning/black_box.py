@@ -6,9 +6,9 @@ Petsiuk et al. 2018, "RISE" (arXiv:1806.07421), for the measures of explanations
 
     python experiments/learning/black_box.py --dataset mnist --preset paper --seeds 5 --workdir runs/black_box
 
-Expected: with 40,000 evaluations the errors of both estimates are about equal, and more than twice that of the gradient.
-By deletion integrated gradients explain better than occlusion, by insertion occlusion does. Five seeds take four
-minutes on a busy CPU core.
+Expected: with 40,000 evaluations the errors of both estimates are about equal, and more than twice that of the
+gradient. By deletion integrated gradients explain better than occlusion, by insertion occlusion does. Five seeds take
+four minutes on a busy CPU core.
 
 The network sees digits of 7x7 pixels, means of 4x4, and has some 1,000 parameters. An evaluation is a value of the loss
 of a batch, and all three ways of learning get as many:
