@@ -102,6 +102,31 @@ def occlusion(score: Score, images: Array, size: int, stride: int = 1, fill: flo
     return jax.lax.map(fall, places).reshape(len(rows), len(columns), -1).transpose(2, 0, 1)
 
 
+def deletion(score: Score, images: Array, maps: Array, fill: float = 0.0) -> Array:  # maps [B, H, W] -> [B, H · W + 1]
+    """The scores of the images without their n first pixels, which are `fill`, for n = 0 to all.
+
+    The pixels go in the order of `maps`, the largest first, equal ones in the order of their places. The sooner the
+    score falls, the more the maps say about it: the measure of Petsiuk et al. 2018 (arXiv:1806.07421, section 4.2) is
+    the mean, where the score is the class's probability. Raises InputError for maps of another size than the images.
+    """
+    return _covered(score, images, maps, fill, lambda place, n: place < n)
+
+
+def insertion(score: Score, images: Array, maps: Array, fill: float = 0.0) -> Array:  # maps [B, H, W] -> [B, H · W + 1]
+    """The scores of the images of which only the n first pixels are there, the others are `fill`; see `deletion`."""
+    return _covered(score, images, maps, fill, lambda place, n: place >= n)
+
+
+def _covered(
+    score: Score, images: Array, maps: Array, fill: float, covers: Callable[[Array, Array], Array]
+) -> Array:  # -> [B, H · W + 1]
+    if maps.shape != images.shape[:3]:
+        raise InputError(f"maps {maps.shape} of images {images.shape}, expected {images.shape[:3]}; resize the maps")
+    place = (-maps.reshape(len(maps), -1)).argsort(-1).argsort(-1).reshape(*maps.shape, 1)  # 0 is the largest
+    left = lambda n: score(jnp.where(covers(place, n), fill, images))
+    return jax.lax.map(left, jnp.arange(1 + maps[0].size)).T
+
+
 def grad_cam(
     score: Callable[[Tree, Array], Array],
     variables: Tree,

@@ -187,3 +187,31 @@ def dense(variables, images):
 def test_what_cannot_be(wrong, message):
     with pytest.raises(InputError, match=message):
         wrong()
+
+
+def test_pixels_are_deleted_and_inserted_in_the_order_of_a_map():
+    maps = np.random.default_rng(2).permuted(np.arange(3 * 30.0).reshape(3, 30), axis=1).reshape(3, 6, 5)
+    found = {name: getattr(attribution, name)(cubic, IMAGES, maps, 0.5) for name in ("deletion", "insertion")}
+    for b in range(3):
+        first = np.argsort(-maps[b].ravel())
+        for n in (0, 1, 7, 30):
+            covered = np.zeros(30, bool)
+            covered[first[:n]] = True
+            for name, where in (("deletion", covered), ("insertion", ~covered)):
+                left = np.where(where.reshape(6, 5, 1), 0.5, IMAGES[b])
+                assert found[name].shape == (3, 31)
+                np.testing.assert_allclose(found[name][b, n], cubic(left[None])[0], rtol=1e-5)
+
+
+def test_the_weights_of_a_linear_score_delete_it_soonest():
+    """Of all orders, that of what each pixel adds has the least deletion and the largest insertion."""
+    adds = (IMAGES * WEIGHTS).sum(-1)
+    others = np.random.default_rng(3).normal(size=(20, *adds.shape))
+    for of, sign in ((attribution.deletion, 1), (attribution.insertion, -1)):
+        best = sign * of(linear, IMAGES, adds).mean(1)
+        assert all((best < sign * of(linear, IMAGES, each).mean(1)).all() for each in others)
+
+
+def test_maps_of_another_size_are_refused():
+    with pytest.raises(InputError, match=r"maps \(3, 5, 6\) of images \(3, 6, 5, 2\), expected \(3, 6, 5\)"):
+        attribution.deletion(linear, IMAGES, jnp.zeros((3, 5, 6)))

@@ -26,6 +26,7 @@ SHELVES = {
     "attribution",
     "rbm",
     "cluster",
+    "blackbox",
     "data",
     "compress",
     "export",
