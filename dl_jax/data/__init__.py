@@ -17,12 +17,14 @@ from dl_jax.data.describe import Feature, Info, info
 from dl_jax.data.image import check_images, check_labels, check_two_classes, enlarge, grey_images, images, resized_crop
 from dl_jax.data.objects import objects, padded_objects, scenes, with_area
 from dl_jax.data.streaming import streamed
+from dl_jax.data.tabular import Regression, moments, regression
 
 __all__ = [
     "Columns",
     "Feature",
     "Info",
     "Ragged",
+    "Regression",
     "Stream",
     "bucketed",
     "buckets",
@@ -37,10 +39,12 @@ __all__ = [
     "info",
     "joined",
     "load",
+    "moments",
     "objects",
     "padded_objects",
     "per_seed",
     "ragged",
+    "regression",
     "resized_crop",
     "rows",
     "scenes",

@@ -22,7 +22,7 @@ def write(
 
     Args:
         root: The data folder.
-        name: The set's name.
+        name: The set's name, or name/config.
         version: Three numbers, such as 1.0.0.
         features: TFDS's features, by name.
         splits: The examples of each split with their keys. TFDS stores them in the order of the keys' digests.
@@ -30,11 +30,12 @@ def write(
     """
     import tensorflow_datasets as tfds
 
-    set_name = name
+    set_name, _, config = name.partition("/")
 
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         name = set_name
         VERSION = tfds.core.Version(version)
+        BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=config)] if config else []
 
         def _info(self) -> tfds.core.DatasetInfo:
             return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(dict(features)), **described)
@@ -48,6 +49,6 @@ def write(
     tfds.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download on stdout, though it makes none
-            Builder(data_dir=root, file_format="array_record").download_and_prepare()
+            Builder(data_dir=root, config=config or None, file_format="array_record").download_and_prepare()
     finally:
         tfds.enable_progress_bar()

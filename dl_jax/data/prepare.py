@@ -92,12 +92,20 @@ def _source(each: Derived, root: Path, split: str) -> tuple[np.ndarray, np.ndarr
 def _ours(name: str) -> Downloaded | Derived | None:
     """The set of our own that has this name, or None. Raises InputError for a config or version that it lacks."""
     set_name, config, version = FORM.fullmatch(name).groups()  # pyright: ignore
-    found = {**DOWNLOADED, **DERIVED}.get(set_name)
-    if found and (config or version not in (None, found.version)):
-        raise InputError(
-            f"data set {name} is unknown, expected {set_name} or {set_name}:{found.version}; use one of them"
-        )
+    ours = {each.name: each for each in (*DOWNLOADED.values(), *DERIVED.values()) if _set_name(each) == set_name}
+    found = ours.get(f"{set_name}/{config}" if config else set_name)
+    if ours and (not found or version not in (None, found.version)):
+        names = [*ours] if found is None and len(ours) > 1 else _with_version(found or next(iter(ours.values())))
+        raise InputError(f"data set {name} is unknown, expected {' or '.join(names)}; use one of them")
     return found
+
+
+def _set_name(each: Downloaded | Derived) -> str:
+    return each.name.partition("/")[0]
+
+
+def _with_version(each: Downloaded | Derived) -> list[str]:
+    return [each.name, f"{each.name}:{each.version}"]
 
 
 def _reason(name: str, root: Path, e: Exception) -> str:

@@ -19,11 +19,13 @@ from dl_jax.data import (
     audio_sets,
     bundled,
     copies,
+    diabetes,
     digits,
     moving_digits,
     music_sets,
     python_code,
     shapes,
+    tabular_sets,
     text_sets,
     tones,
 )
@@ -34,7 +36,15 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _RECORDS = re.compile(r"-\d{5,}-of-\d{5,}")  # in the names of record files
 BUNDLED = {
     each.name: each
-    for each in (digits.SET, shapes.SET, python_code.TOKENS, python_code.DOCSTRINGS, moving_digits.SCANS, tones.SET)
+    for each in (
+        digits.SET,
+        shapes.SET,
+        python_code.TOKENS,
+        python_code.DOCSTRINGS,
+        moving_digits.SCANS,
+        tones.SET,
+        diabetes.SET,
+    )
 }
 DOWNLOADED = {
     each.name: each
@@ -46,6 +56,7 @@ DOWNLOADED = {
         audio_sets.FSDD,
         music_sets.JSB_CHORALES,
         music_sets.NOTTINGHAM,
+        *tabular_sets.UCI_REGRESSION,
     )
 }
 DERIVED = {moving_digits.OF_MNIST.name: moving_digits.OF_MNIST}
@@ -233,7 +244,7 @@ def preparable() -> set[str]:
 
 
 def _absent(name: str, root: Any, data_dir: str | None) -> str:
-    if name.partition("/")[0].partition(":")[0] in preparable():
+    if name.partition("/")[0].partition(":")[0] in {each.partition("/")[0] for each in preparable()}:
         command = _command(name) + (f" --data-dir {data_dir}" if data_dir else "")
         if "://" in os.fspath(root):
             command = f"{_command(name)} --data-dir FOLDER` and `gcloud storage cp -r FOLDER/{name} {root}"

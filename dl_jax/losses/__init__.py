@@ -27,13 +27,14 @@ from dl_jax.losses.combine import (
     with_params,
 )
 from dl_jax.losses.detection import peak_focal
-from dl_jax.losses.regression import huber, squared_error
+from dl_jax.losses.regression import gaussian_nll, huber, squared_error
 
 __all__ = [
     "Loss",
     "cross_entropy",
     "elastic_net",
     "focal",
+    "gaussian_nll",
     "huber",
     "l1",
     "l2",

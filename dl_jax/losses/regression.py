@@ -1,5 +1,6 @@
 """Per-example losses of numbers, computed in float32 or better and not averaged over the batch."""
 
+import jax.numpy as jnp
 import optax
 
 from dl_jax.core.errors import InputError
@@ -29,6 +30,18 @@ def huber(predictions: Array, targets: Array, delta: float = 1.0) -> Array:  # [
         )
     require_same_shape("huber", predictions, targets)
     return _mean_per_example(optax.huber_loss(at_least_float32(predictions), at_least_float32(targets), delta=delta))
+
+
+def gaussian_nll(mean: Array, variance: Array, targets: Array) -> Array:  # [B, ...], three times -> [B]
+    """Mean over each example's elements of −log N(target; mean, variance), in nats, with the constant log(2π) / 2.
+
+    The variance is positive; a network gives it as the softplus of an output, plus a small number. Raises InputError
+    where the shapes differ.
+    """
+    require_same_shape("gaussian_nll", mean, targets)
+    require_same_shape("gaussian_nll", variance, targets)
+    mean, variance, targets = map(at_least_float32, (mean, variance, targets))
+    return _mean_per_example((jnp.log(2 * jnp.pi * variance) + (targets - mean) ** 2 / variance) / 2)
 
 
 def _mean_per_example(values: Array) -> Array:  # [B, ...] -> [B]

@@ -21,7 +21,7 @@ import pytest
 from dl_jax import data
 from dl_jax.core.errors import InputError
 from dl_jax.core.stream import Columns
-from dl_jax.data import audio_sets, downloads, music_sets, source, text_sets
+from dl_jax.data import audio_sets, downloads, music_sets, source, tabular_sets, text_sets
 from dl_jax.data.builder import Example, Key
 from dl_jax.data.prepare import prepare
 
@@ -272,6 +272,79 @@ def test_damaged_piano_rolls_are_one_line_that_names_the_piece(content, message)
     assert "\n" not in str(error.value)
 
 
+TABLE = {  # as numpy.savetxt writes it, and as people do
+    "data.txt": "  0.1 2e0\t-3 \n1.000000000000000056e-01 5 6\n\n0.1 7 0.30000001192092896\n",
+    "index_features.txt": "2\n0\n",
+    "index_target.txt": "1.000000000000000000e+00\n",
+    "index_test_0.txt": "2.000000000000000000e+00\n0\n",
+    "index_test_1.txt": "1\n",
+}
+
+
+def test_a_table_with_its_splits():
+    examples = tabular_sets.table(TABLE)["full"]
+    assert [key for key, _ in examples] == [example["row"] for _, example in examples] == [0, 1, 2]
+    assert [example["x"].tolist() for _, example in examples] == np.float32([[-3, 0.1], [6, 0.1], [0.3, 0.1]]).tolist()
+    assert [example["y"].item() for _, example in examples] == [2, 5, 7]
+    assert [example["test_in_splits"].tolist() for _, example in examples] == [[1, 0], [0, 1], [1, 0]]
+    dtypes = {name: np.asarray(value).dtype.name for name, value in examples[0][1].items()}
+    assert dtypes == {"x": "float32", "y": "float32", "row": "int64", "test_in_splits": "uint8"}
+
+
+def test_a_table_is_downloaded_as_a_config(server, monkeypatch, tmp_path):
+    server.files |= {f"/{name}": text.encode() for name, text in TABLE.items()}
+    each = source.DOWNLOADED["uci_regression/yacht"]
+    each = each._replace(
+        files={name: (f"{server.address}/{name}",) for name in TABLE},
+        features={**each.features, "x": downloads.Tensor((2,), np.float32),
+                  "test_in_splits": downloads.Tensor((2,), np.uint8)},
+        digests={"full": downloads.digest(tabular_sets.table(TABLE)["full"])},
+    )  # fmt: skip
+    monkeypatch.setitem(source.DOWNLOADED, "uci_regression/yacht", each)
+    found = prepare("uci_regression/yacht:1.0.0", str(tmp_path))
+    assert found.folder == tmp_path / "uci_regression" / "yacht" / "1.0.0"
+    full = data.load("uci_regression", "full", str(tmp_path), str(tmp_path / "cache"))  # the only config
+    np.testing.assert_array_equal(full["x"], np.float32([[-3, 0.1], [6, 0.1], [0.3, 0.1]]))
+    assert {name: full[name].tolist() for name in ("y", "row")} == {"y": [2, 5, 7], "row": [0, 1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "uci_regression",
+            "expected uci_regression/boston or uci_regression/concrete or .* or uci_regression/yacht; use",
+        ),
+        ("uci_regression/year", "expected uci_regression/boston or"),
+        ("uci_regression/wine:2.0.0", "expected uci_regression/wine or uci_regression/wine:1.0.0; use"),
+    ],
+)
+def test_a_config_is_needed_where_there_are_several(name, message, tmp_path):
+    with pytest.raises(InputError, match=f"data set {name} is unknown, {message}"):
+        prepare(name, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data.txt": "1 2 3\n4 5\n"}, "data.txt has the row '4 5', expected 3 numbers with spaces between"),
+        ({"data.txt": "1 2 3\n4 5 x\n"}, "data.txt has the row '4 5 x'"),
+        ({"data.txt": "<html>"}, "data.txt has the row '<html>'"),
+        ({"data.txt": ""}, "index_features.txt has 2, expected columns of the table, 0 to -1"),
+        ({"index_features.txt": "0\n3\n"}, "index_features.txt has 3, expected columns of the table, 0 to 2"),
+        ({"index_features.txt": ""}, "index_features.txt is empty, expected columns of the table, 0 to 2"),
+        ({"index_features.txt": "0.5\n"}, "index_features.txt has 0.5, expected columns"),
+        ({"index_target.txt": "1\n2\n"}, "index_target.txt has 2 numbers, expected one"),
+        ({"index_test_1.txt": "-1\n"}, "index_test_1.txt has -1, expected rows of the table, 0 to 2"),
+        ({"index_test_0.txt": "nan\n"}, "index_test_0.txt has nan, expected rows"),
+    ],
+)
+def test_a_damaged_table_is_one_line_that_names_the_file(change, message):
+    with pytest.raises(InputError, match=f"the file {message}") as error:
+        tabular_sets.table({**TABLE, **change})
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("parse", "files", "message"),
     [
@@ -501,6 +574,8 @@ def plain(value: Any, kind: Any) -> Any:
 
 def values(columns: Columns, name: str, kind: Any) -> list[Any]:
     """A column that was loaded, as the parser gave it."""
+    if isinstance(kind, downloads.Tensor) and None not in kind.shape:
+        return list(columns[name])
     if isinstance(kind, downloads.Tensor):
         lengths = columns[f"{name}/length"]
         return [row[:length] for row, length in zip(columns[name], lengths, strict=True)]
@@ -560,3 +635,20 @@ def test_the_published_files_give_the_prepared_records_in_their_order(each, prep
             examples_of(each, split, folder, tmp_path / "cache") for folder in (str(tmp_path), prepared_dir)
         )
         assert ours == theirs
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("each", tabular_sets.UCI_REGRESSION[::8], ids=lambda each: each.name)
+def test_files_recreated_from_the_prepared_set_are_parsed_as_it(each, prepared_dir, tmp_path):
+    columns = data.load(each.name, "full", prepared_dir, str(tmp_path))
+    features = columns["x"].shape[1]
+    rows = np.concatenate([columns["x"], columns["y"][:, None]], 1)
+    files = {
+        "data.txt": "\n".join(" ".join(map(str, row)) for row in rows),
+        "index_features.txt": "\n".join(map(str, range(features))),
+        "index_target.txt": f"{features}\n",
+    }
+    for k, test in enumerate(columns["test_in_splits"].T):
+        files[f"index_test_{k}.txt"] = "\n".join(map(str, np.flatnonzero(test)))
+    assert sorted(files) == sorted(each.files)
+    assert downloads.digest(tabular_sets.table(files)["full"]) == each.digests["full"]

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.stats
 
 from dl_jax import losses
 from dl_jax.core.errors import InputError
@@ -172,6 +173,14 @@ def test_soft_cross_entropy_of_an_impossible_class_with_target_0():
     np.testing.assert_allclose(losses.soft_cross_entropy(logits, targets), [np.log(2)], rtol=1e-6)
 
 
+def test_gaussian_nll_is_scipys():
+    mean, deviation, targets = np.random.default_rng(0).random((3, 5, 2)) + 0.5
+    expected = -scipy.stats.norm.logpdf(targets, mean, deviation).mean(1)
+    np.testing.assert_allclose(
+        losses.gaussian_nll(*map(jnp.asarray, (mean, deviation**2, targets))), expected, rtol=1e-5
+    )
+
+
 @pytest.mark.parametrize("name", ["squared_error", "huber", "cross_entropy", "soft_cross_entropy", "squared_hinge"])
 def test_gradients_match_finite_differences(rng, name):
     x = rng.normal(size=(3, 4)) * 2
@@ -258,6 +267,8 @@ def test_smooth_labels():
     [
         (lambda: losses.squared_error(jnp.zeros((3, 1)), jnp.zeros(3)), "(3, 1)"),
         (lambda: losses.huber(jnp.zeros(3), jnp.zeros((3, 1))), "(3, 1)"),
+        (lambda: losses.gaussian_nll(jnp.zeros(3), jnp.ones(3), jnp.zeros((3, 1))), "(3, 1)"),
+        (lambda: losses.gaussian_nll(jnp.zeros(3), jnp.ones((3, 1)), jnp.zeros(3)), "(3, 1)"),
         (lambda: losses.huber(jnp.zeros(3), jnp.zeros(3), 0.0), "delta is 0.0"),
         (lambda: losses.huber(jnp.zeros(3), jnp.zeros(3), float("nan")), "delta is nan"),
         (lambda: losses.cross_entropy(jnp.zeros((3, 2)), jnp.zeros((3, 1), int)), "expected (3,)"),
