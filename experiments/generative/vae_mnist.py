@@ -27,6 +27,7 @@ the layer next to the image.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -183,7 +184,8 @@ def binarised(key: Array, batch: Mapping) -> Mapping:
 
 
 def latent_model(model: VAE, variables: Tree) -> latent.LatentModel:
-    call = lambda method: functools.partial(model.apply, variables, method=method)
+    apply: Callable[..., Any] = model.apply
+    call = lambda method: functools.partial(apply, variables, method=method)
     above = [latent.Layer(call(model.encode_top), call(model.decode_top))] if isinstance(model, TwoLayerVAE) else []
     return latent.LatentModel(
         encode=call(model.encode),
@@ -198,7 +200,7 @@ def prior(model: VAE, variables: Tree, key: Array, n: int) -> Array:  # -> [n, L
         return jax.random.normal(key, (n, model.latents))
     key_top, key_z = jax.random.split(key)
     top = jax.random.normal(key_top, (n, model.top))
-    mean, log_var = model.apply(variables, top, method=model.decode_top)
+    mean, log_var = latent_model(model, variables).above[0].decode(top)
     return mean + jnp.exp(log_var / 2) * jax.random.normal(key_z, mean.shape)
 
 
@@ -214,7 +216,8 @@ def sheets(model: VAE, variables: Tree, images: np.ndarray, key: Array) -> dict[
     These are rows of images above their reconstructions, samples, and interpolations in z between two images.
     """
     (key_pixels, key_z), shape = jax.random.split(key), images.shape[1:]
-    decode = lambda z: jax.nn.sigmoid(model.apply(variables, z, method=model.decode))
+    apply: Callable[..., Any] = model.apply
+    decode = lambda z: jax.nn.sigmoid(apply(variables, z, method=model.decode))
     rows = lambda x: x.reshape(5, 10, *shape)
     image = binarised(key_pixels, {"image": images[np.arange(50) % len(images)]})["image"]  # [50, H, W, C]
     mean, _ = latent_model(model, variables).encode(image)  # [50, L]
