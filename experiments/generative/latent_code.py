@@ -7,7 +7,7 @@ comparison and the bars are ours.
 
 Expected: a logistic regression on the 16 means of q(z | x) of a convolutional autoencoder errs less often on test
 digits than one on 16 principal components, in 10.4 % against 14.3 %. Neither the autoencoder nor the principal
-components see labels. The run takes 15 minutes on a core that is shared, about 7 on an idle one.
+components see labels. The run took 15 minutes on a core that it shared with others.
 
 The digits' autoencoder halves images by convolutions and doubles them by transposed ones. It takes grey levels in
 [0, 1], and the loss takes them as probabilities, so that `nats/digits` is minus the evidence lower bound, averaged over
