@@ -20,11 +20,22 @@ LOG_2PI = float(np.log(2 * np.pi))
 ACTIVE = 1e-2  # the variance over the data from which a latent unit's posterior mean counts as active
 
 
+class Layer(NamedTuple):
+    """A stochastic layer above another: p(z_i | z_i+1) and q(z_i+1 | z_i), Gaussians with independent units."""
+
+    encode: Callable[[Array], tuple[Array, Array]]  # z_i [k, B, L] -> mean and log variance of q(z_i+1 | z_i)
+    decode: Callable[[Array], tuple[Array, Array]]  # z_i+1 [k, B, M] -> mean and log variance of p(z_i | z_i+1)
+
+
 class LatentModel(NamedTuple):
-    """x from latent variables z ~ N(0, I), and a recognition model q(z | x), a Gaussian with independent units."""
+    """x from latent variables z, and a recognition model q(z | x), a Gaussian with independent units.
+
+    p(z) is N(0, I). With layers above z, N(0, I) is the distribution of the highest one, and samples are of all layers.
+    """
 
     encode: Callable[[Array], tuple[Array, Array]]  # x [B, ...] -> mean and log variance of q(z | x), [B, L] each
     log_conditional: Callable[[Array, Array], Array]  # x [B, ...], z [k, B, L] -> log p(x | z) [k, B]
+    above: tuple[Layer, ...] = ()  # from the one next to z to the highest
 
 
 def bernoulli_log_prob(logits: Array, x: Array) -> Array:  # [..., B, D...], [B, D...] -> [..., B]
@@ -63,30 +74,52 @@ def log_mean_exp(x: Array) -> Array:  # [k, ...] -> [...]
 
 
 def log_weights(model: LatentModel, x: Array, key: Array, k: int) -> Array:  # x [B, ...] -> [k, B]
-    """log p(x, z_i) − log q(z_i | x) for k samples z_i ~ q(z | x), differentiable through them."""
+    """log p(x, z_i) − log q(z_i | x) for k samples z_i ~ q(z | x), differentiable through them.
+
+    With layers above z, p and q are products over all layers: p(x | z) p(z | y) p(y) and q(z | x) q(y | z) for one more
+    (Burda et al. 2016, equations 1 and 2).
+    """
     return _log_weights(model, x, _posterior(model, x), key, jnp.arange(k))
 
 
-def _posterior(model: LatentModel, x: Array) -> tuple[Array, Array]:
+def _posterior(model: LatentModel | Layer, x: Array) -> tuple[Array, Array]:
     mean, log_var = model.encode(x)
     return at_least_float32(mean), at_least_float32(log_var)
 
 
 def _log_weights(model: LatentModel, x: Array, posterior: tuple[Array, Array], key: Array, samples: Array) -> Array:
     """Log weights [k, B] of the samples with indices `samples`, int [k]. A sample depends only on its index."""
-    mean, log_var = posterior
-    noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), mean.shape, mean.dtype))(samples)
-    z = mean + jnp.exp(log_var / 2) * noise  # [k, B, L]
-    # log N(z; 0, I) − log q(z | x): the constants cancel, and z standardised by q is the noise.
-    return at_least_float32(model.log_conditional(x, z)) + 0.5 * jnp.sum(noise**2 + log_var - z**2, -1)
+
+    def draw(posterior: tuple[Array, Array], key: Array) -> tuple[Array, Array, Array]:  # of [B, L] or [k, B, L]
+        """Samples z [k, B, L] of a Gaussian, their noise, and its log variance."""
+        mean, log_var = posterior
+        shape = mean.shape[-2:]
+        noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape, mean.dtype))(samples)
+        return mean + jnp.exp(log_var / 2) * noise, noise, log_var
+
+    z, noise, log_var = draw(posterior, key)
+    found = at_least_float32(model.log_conditional(x, z))
+    for height, layer in enumerate(model.above, 1):
+        above = draw(_posterior(layer, z), jax.random.fold_in(key, 2**32 - height))  # no sample has such an index
+        # log p(z | above) − log q(z | below), where z standardised by q is the noise
+        log_q = -0.5 * jnp.sum(LOG_2PI + noise**2 + log_var, -1)
+        found += gaussian_log_prob(z, *layer.decode(above[0])) - log_q
+        z, noise, log_var = above
+    # log N(z; 0, I) − log q(z | below): the constants cancel.
+    return found + 0.5 * jnp.sum(noise**2 + log_var - z**2, -1)
 
 
 def elbo(model: LatentModel, x: Array, key: Array, k: int = 1) -> Array:  # x [B, ...] -> [B]
     """The evidence lower bound E_q[log p(x | z)] − KL(q(z | x) ‖ p(z)); the first term is estimated with k samples.
 
     Kingma & Welling 2014, equation 7. Its expected value equals that of log_weights(...).mean(0); its variance is lower
-    because the KL term is analytic.
+    because the KL term is analytic. Raises InputError for a model with layers above z, whose KL term is not.
     """
+    if model.above:
+        raise InputError(
+            f"elbo: {len(model.above) + 1} stochastic layers, expected 1, whose KL term is analytic; use the mean of "
+            "log_weights"
+        )
     mean, log_var = _posterior(model, x)
     z = mean + jnp.exp(log_var / 2) * jax.random.normal(key, (k, *mean.shape), mean.dtype)
     return at_least_float32(model.log_conditional(x, z)).mean(0) - standard_normal_kl(mean, log_var)

@@ -92,6 +92,44 @@ def test_a_player_is_moved_by_its_own_loss_alone(experiment, state, idle, busy, 
         assert all(changed)
 
 
+def test_the_penalty_of_a_quadratic_score(experiment):
+    """∇ of x'Ax + b'x is 2 A x + b for a symmetric A; the penalty's derivative by b is twice the mean slope."""
+    a, b, x = RNG.normal(size=(5, 5)), RNG.normal(size=5), RNG.normal(size=(7, 5))
+    a = a + a.T
+    slope = 2 * x @ a + b  # [B, D]
+    score = lambda b, x: jnp.einsum("bi,ij,bj->b", x, jnp.float32(a), x) + x @ b
+    penalty = lambda b: experiment.r1(lambda x: score(b, x), jnp.float32(x))
+    value, by_b = jax.value_and_grad(penalty)(jnp.float32(b))
+    np.testing.assert_allclose(value, (slope**2).sum(-1).mean(), rtol=1e-5)
+    np.testing.assert_allclose(by_b, 2 * slope.mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_the_penalty_of_the_discriminator_against_finite_differences(experiment, state):
+    """Of real images alone and with the dropout of the loss itself; at γ = 0 the loss is the cross-entropy."""
+    two, key = players(experiment), jax.random.key(3)
+    params, generator, real = *(state.params[name] for name in ("discriminator", "generator")), REAL / np.float32(255)
+    loss = lambda gamma: experiment.discriminator_loss(two._replace(gamma=gamma), params, generator, real, key)
+    judge = jax.jit(lambda real: two.judge(params, real, jax.random.split(key, 3)[1]).sum())
+    step, squares = 1e-2, np.zeros(len(real))
+    for i, *pixel in np.ndindex(real.shape):
+        nudge = np.zeros(real.shape, np.float32)
+        nudge[i, *pixel] = step
+        squares[i] += ((judge(real + nudge) - judge(real - nudge)) / (2 * step)) ** 2
+    assert squares.mean() > 0.001
+    np.testing.assert_allclose(loss(3.0) - loss(0.0), 1.5 * squares.mean(), rtol=0.02)
+
+
+def test_the_penalised_player_learns_from_the_penalty(experiment, state):
+    """A discriminator that learns from a large penalty alone becomes flat at real images."""
+    two = players(experiment, dropout=0.0)._replace(gamma=1e4)
+    step = jax.jit(experiment.adversarial(two))
+    flatness = lambda params: experiment.r1(lambda x: two.judge(params, x, jax.random.key(0)), REAL / np.float32(255))
+    new = state
+    for _ in range(20):
+        new, _ = step(new, {"image": REAL})
+    assert flatness(new.params["discriminator"]) < 0.5 * flatness(state.params["discriminator"])
+
+
 def test_fit_resumes_both_players(step, state, tmp_path):
     batches = lambda i: {"image": np.roll(REAL, i, axis=0)}
     whole = fit(step, state, batches, steps=8)
@@ -140,18 +178,21 @@ def test_the_papers_batch_runs_on_eight_devices(experiment):
     """It runs on five of eight devices, as 100 is not a multiple of 8."""
     assert jax.device_count() == 8
     config = dataclasses.replace(experiment.PRESETS["smoke"], train_split="train[:128]", batch_size=100)
-    assert np.isfinite(experiment.main(config, Run())["parzen/gan"])
+    assert np.isfinite(experiment.main(config, Run())["parzen/r1"])
 
 
 def test_an_untrained_net_does_not_meet_the_bars(experiment):
     """Before any step the two generators are equal; each seed has its own samples and real digits."""
-    changes = {"train_split": "train", "test_split": "test", "samples": 200, "steps": 0}
+    changes = {"train_split": "train", "test_split": "test", "samples": 200, "steps": 0, "nets": ("gan", "r1")}
     config = dataclasses.replace(experiment.PRESETS["smoke"], **changes)
     found = experiment.main(config, Run(settings=Settings(seeds=(0, 1))))
-    np.testing.assert_array_equal(found["parzen/gan"], found["parzen/untrained"])
+    for net in ("gan", "r1"):
+        np.testing.assert_array_equal(found[f"parzen/{net}"], found["parzen/untrained"])
+        np.testing.assert_array_equal(found[f"margin/{net}"], found["parzen/untrained"] - found["parzen/digits_100"])
+        np.testing.assert_array_equal(found[f"below/{net}"], 1)
     assert (found["parzen/untrained"] < found["parzen/digits_100"]).all()
     assert (found["parzen/digits_100"] < found["parzen/training_digits"]).all()
-    assert all(len(set(values)) == 2 for values in found.values())
+    assert all(len(set(values)) == 2 for name, values in found.items() if not name.startswith("below"))
 
 
 def test_more_samples_than_digits_to_score_beside_them(experiment):

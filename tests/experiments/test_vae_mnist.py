@@ -11,7 +11,7 @@ from etils import epath
 
 from dl_jax.core.errors import InputError
 from dl_jax.harness.run import Run, Settings
-from dl_jax.models.generative.vae import VAE
+from dl_jax.models.generative.vae import VAE, TwoLayerVAE
 
 SEEDS = (4, 5)
 RNG = np.random.default_rng(0)
@@ -125,12 +125,51 @@ def test_what_cannot_be_tested_is_not_trained(experiment, change, message, monke
         experiment.main(dataclasses.replace(experiment.PRESETS["smoke"], **change), Run())
 
 
+def test_two_stochastic_layers(experiment):
+    """The preset at smoke size: the metrics' names are those of the claims, and every parameter is trained."""
+    two = experiment.PRESETS["two_layers"]
+    assert (two.latents, two.top, two.top_hidden) == (100, 50, (100, 100))
+    names = {claim.metric for claim in experiment.CLAIMS if claim.preset == "two_layers"}
+    cells = [f"{net}-k{k}" for net, ks in (("vae", two.vae_samples), ("iwae", two.iwae_samples)) for k in ks]
+    assert names == {f"nll/two-layers/{cell}" for cell in cells}
+    small = dataclasses.replace(experiment.PRESETS["smoke"], top=3, top_hidden=(5,), vae_samples=(), iwae_samples=(2,))
+    trained, train = [], experiment.fit
+
+    def fit(step, states, *rest, **options):
+        trained.extend((states.params, train(step, states, *rest, **options).params))
+        return states._replace(params=trained[-1])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "fit", fit)
+        patch.setattr(experiment, "sheets", lambda *_: {})
+        found = experiment.main(small, Run())
+    assert found.keys() == {"nll/two-layers/iwae-k2", "active/two-layers/iwae-k2"}
+    assert np.isfinite(found["nll/two-layers/iwae-k2"]).all()
+    before, after = trained
+    assert all((np.asarray(a) != np.asarray(b)).any() for a, b in zip(*map(jax.tree.leaves, trained), strict=True))
+    assert {"top_encoder", "top_decoder"} <= before.keys() == after.keys()
+
+
+def test_samples_of_two_layers_are_drawn_from_the_top(experiment):
+    """z given y is Gaussian with the network's mean and variance: over many draws of both, its first two moments."""
+    model = TwoLayerVAE(hidden=(4,), latents=2, top=3, top_hidden=(6,), shape=(2, 3, 1))
+    image = RNG.random((1, 2, 3, 1), np.float32)
+    variables = jax.jit(lambda: model.init(jax.random.key(1), image, train=False))()
+    z = np.asarray(experiment.prior(model, variables, jax.random.key(2), 100_000))
+    top = RNG.normal(size=(100_000, 3)).astype(np.float32)
+    mean, log_var = map(np.asarray, model.apply(variables, top, method=model.decode_top))
+    np.testing.assert_allclose(z.mean(0), mean.mean(0), atol=0.03)
+    np.testing.assert_allclose(z.var(0), mean.var(0) + np.exp(log_var).mean(0), rtol=0.03)
+    assert z.shape == (100_000, 2)
+    assert (mean.var(0) > 0.05).all()
+
+
 def test_sheets(experiment):
     model = VAE(hidden=(7,), latents=4, shape=(8, 12, 1))
     images = RNG.integers(0, 256, (50, 8, 12, 1)).astype(np.uint8)
     variables = jax.jit(lambda: model.init(jax.random.key(0), images / 255, train=False))()
     variables = jax.tree.map(lambda leaf: leaf + 0.1 * RNG.normal(size=leaf.shape).astype(np.float32), variables)
-    found = jax.tree.map(np.asarray, experiment.sheets(model.apply, variables, images, jax.random.key(0)))
+    found = jax.tree.map(np.asarray, experiment.sheets(model, variables, images, jax.random.key(0)))
     assert {name: sheet.shape for name, sheet in found.items()} == dict.fromkeys(
         ("reconstructions", "samples", "interpolations"), (100, 8, 12, 1)
     )

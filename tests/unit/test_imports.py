@@ -21,6 +21,7 @@ SHELVES = {
     "classify",
     "decode",
     "detect",
+    "diffusion",
     "hear",
     "inspect",
     "attribution",

@@ -285,3 +285,60 @@ def test_float64_stays():
         mixed = wide._replace(encode=lambda x: posterior(jnp.float32))  # a scan must not stumble over its types
         for bound, model in itertools.product(BOUNDS.values(), (wide, mixed)):
             assert jax.eval_shape(partial(bound, model), given[0]).dtype == jnp.float64
+
+
+class TwoLayers:
+    """A pixel x in {0, 1} from z, and z from y, both numbers; q is not the posterior. p(x) is known by quadrature."""
+
+    grid = np.linspace(-9, 9, 721)
+
+    def normal(self, x, mean, log_var):
+        return np.exp(-((x - mean) ** 2) / (2 * np.exp(log_var))) / np.sqrt(2 * np.pi * np.exp(log_var))
+
+    def likelihood(self) -> np.ndarray:  # [2], of x = 0 and 1
+        z, y = self.grid[:, None], self.grid[None]
+        joint = self.normal(y, 0, 0) * self.normal(z, np.sin(y), -0.6 + 0.2 * y)
+        on = 1 / (1 + np.exp(-(3 * z - 1)))
+        return np.array([(joint * p).sum() for p in (1 - on, on)]) * (self.grid[1] - self.grid[0]) ** 2
+
+    def model(self) -> LatentModel:
+        return LatentModel(
+            encode=lambda x: (0.8 * x - 0.3, jnp.full_like(x, 0.4)),
+            log_conditional=lambda x, z: latent.bernoulli_log_prob(3 * z - 1, x),
+            above=(latent.Layer(lambda z: (0.5 * z, -0.2 + 0 * z), lambda y: (jnp.sin(y), -0.6 + 0.2 * y)),),
+        )
+
+
+def test_two_layers_weights_average_to_the_likelihood_by_quadrature():
+    """E_q[w] = p(x), whatever q is; and the estimate of log p(x) is their mean."""
+    two, x = TwoLayers(), jnp.array([[0.0], [1.0]])
+    found = jax.jit(lambda key: jnp.exp(latent.log_weights(two.model(), x, key, 200_000)))(jax.random.key(0))
+    mean, error = np.asarray(found).mean(0), np.asarray(found).std(0) / np.sqrt(len(found))
+    assert error.max() < 0.004
+    np.testing.assert_allclose(two.likelihood().sum(), 1, rtol=1e-6)
+    assert (abs(mean - two.likelihood()) < 4 * error).all()
+    estimate = jax.jit(lambda key: latent.log_likelihood(two.model(), x, key, 200_000, 50_000))(jax.random.key(0))
+    np.testing.assert_allclose(estimate, np.log(mean), rtol=1e-4)
+
+
+def test_two_layers_weight_of_a_sample_is_its_densities():
+    """log p(x | z) p(z | y) p(y) − log q(z | x) q(y | z), at the samples that were drawn."""
+    two, x, seen = TwoLayers(), jnp.array([[0.0], [1.0]]), {}
+    model, (layer,) = two.model(), two.model().above
+    see = lambda name, value, result: seen.update({name: np.asarray(value, np.float64)}) or result
+    watched = model._replace(
+        log_conditional=lambda x, z: see("z", z, model.log_conditional(x, z)),
+        above=(layer._replace(decode=lambda y: see("y", y, layer.decode(y))),),
+    )
+    found = latent.log_weights(watched, x, jax.random.key(1), 5)  # [5, 2]
+    z, y, pixel = seen["z"][..., 0], seen["y"][..., 0], np.array([0.0, 1.0])
+    on = 1 / (1 + np.exp(-(3 * z - 1)))
+    p = np.where(pixel == 1, on, 1 - on) * two.normal(z, np.sin(y), -0.6 + 0.2 * y) * two.normal(y, 0, 0)
+    q = two.normal(z, 0.8 * pixel - 0.3, 0.4) * two.normal(y, 0.5 * z, -0.2)
+    np.testing.assert_allclose(found, np.log(p / q), rtol=1e-4, atol=1e-5)
+    assert len(np.unique(np.stack([z, y]))) == 20
+
+
+def test_elbo_of_two_layers():
+    with pytest.raises(InputError, match="elbo: 2 stochastic layers, expected 1, whose KL term is analytic; use the"):
+        latent.elbo(TwoLayers().model(), jnp.zeros((1, 1)), jax.random.key(0))

@@ -55,6 +55,25 @@ def test_against_numpy():
     np.testing.assert_allclose(found, dense(x, params["logits"]), rtol=1e-5, atol=1e-5)
 
 
+def test_a_condition_is_added_to_the_maps_of_the_first_convolution_of_each_level():
+    """As if its bias were moved by a linear function of the condition, for each image by itself."""
+    rng = np.random.default_rng(0)
+    model, image = UNet((2, 3)), rng.random((2, 4, 4, 1), np.float32)
+    condition = rng.normal(size=(2, 5)).astype(np.float32)
+    params = drawn(model, image, condition, train=False, spread=0.5)["params"]
+    apply = jit(lambda params, image, condition: model.apply({"params": params}, image, condition, train=False))
+    found = apply(params, image, condition)
+    plain = jit(lambda params, image: model.apply({"params": params}, image, train=False))
+    for i in range(2):
+        moved = {name: dict(layer) for name, layer in params.items()}
+        for name in ("down_0", "down_1", "up_0"):
+            added = moved[name].pop("condition")
+            bias = moved[name]["Conv_0"]["bias"] + condition[i] @ added["kernel"] + added["bias"]
+            moved[name]["Conv_0"] = {**moved[name]["Conv_0"], "bias": bias}
+        np.testing.assert_allclose(found[i : i + 1], plain(moved, image[i : i + 1]), rtol=1e-4, atol=1e-5)
+    assert abs(found - apply(params, image, condition[::-1])).max() > 0.01
+
+
 def test_the_maps_of_figure_1():
     model, inputs, _ = summary.published()["UNet"]
     found = {layer.path: layer.outputs[0] for layer in summary.layers(model, inputs)}

@@ -7,7 +7,7 @@ import pytest
 from quick import drawn, jit, shapes
 
 from dl_jax.core.errors import InputError
-from dl_jax.models.generative.vae import VAE, ConvVAE, mean_image_bias
+from dl_jax.models.generative.vae import VAE, ConvVAE, TwoLayerVAE, mean_image_bias
 
 RNG = np.random.default_rng(0)
 IMAGE = np.zeros((1, 28, 28, 1), np.float32)
@@ -46,6 +46,29 @@ def test_vae_against_numpy():
     found = jit(lambda variables: model.apply(variables, SMALL_IMAGE, train=False))(variables)
     for value, expected in zip(found, (logits, mean, np.log(np.exp(log_sigma) ** 2)), strict=True):
         np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_two_layers_against_numpy():
+    model = TwoLayerVAE(hidden=(7, 6), top=2, top_hidden=(4, 3), **SMALL)
+    variables = drawn(model, SMALL_IMAGE, spread=0.5, train=False)
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"])
+
+    def network(name, x):
+        layers = params[name]
+        for layer in ("Dense_0", "Dense_1"):
+            x = np.tanh(x @ layers[layer]["kernel"] + layers[layer]["bias"])
+        return x @ layers["Dense_2"]["kernel"] + layers["Dense_2"]["bias"]
+
+    mean, log_sigma = np.split(network("encoder", SMALL_IMAGE.reshape(3, -1)), 2, -1)
+    top, top_log_sigma = np.split(network("top_encoder", mean), 2, -1)
+    below, below_log_sigma = np.split(network("top_decoder", top), 2, -1)
+    logits = network("decoder", below).reshape(3, 8, 12, 1)
+    found = jit(lambda variables: model.apply(variables, SMALL_IMAGE, train=False))(variables)
+    call = lambda x, method: jit(lambda x: model.apply(variables, x, method=method))(np.float32(x))
+    up, down = call(mean, TwoLayerVAE.encode_top), call(top, TwoLayerVAE.decode_top)
+    expected = logits, mean, 2 * log_sigma, top, 2 * top_log_sigma, below, 2 * below_log_sigma
+    for value, right in zip((*found, *up, *down), expected, strict=True):
+        np.testing.assert_allclose(value, right, rtol=1e-4, atol=1e-5)
 
 
 def test_transposed_convolutions_against_brute_force():
@@ -118,6 +141,8 @@ def test_a_layer_without_units():
     for model, message in ((VAE(hidden=(4, 0)), "hidden is 0"), (ConvVAE(features=()), "features is 0")):
         with pytest.raises(InputError, match=message):
             shapes(model, IMAGE, train=False)
+    with pytest.raises(InputError, match="top is 0"):
+        shapes(TwoLayerVAE(top=0), IMAGE, train=False)
 
 
 def test_pictures_of_another_shape():

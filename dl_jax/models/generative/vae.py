@@ -1,9 +1,10 @@
-"""Variational autoencoders for images: one of dense layers, as in the IWAE paper, and one of convolutions.
+"""Variational autoencoders for images: of dense layers, as in the IWAE paper, and of convolutions.
 
 Kingma and Welling, "Auto-Encoding Variational Bayes", ICLR 2014. Burda, Grosse and Salakhutdinov, "Importance Weighted
 Autoencoders", ICLR 2016, section 5 and the authors' code.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -53,14 +54,13 @@ class Autoencoder(nn.Module):
         self.encoder, self.decoder = self.networks()
 
     def encode(self, image: jax.Array) -> tuple[jax.Array, jax.Array]:  # [B, H, W, C] -> [B, L], [B, L]
-        """The mean and the log variance of q(z | x). The encoder's output is log σ, as in the authors' code."""
+        """The mean and the log variance of q(z | x)."""
         if image.shape[1:] != self.shape:
             raise InputError(
                 f"{type(self).__name__} takes images of shape {self.shape}, not {image.shape[1:]}; "
                 "resize them, or give the model another shape"
             )
-        mean, log_sigma = jnp.split(self.encoder(image).astype(jnp.float32), 2, -1)
-        return mean, 2 * log_sigma
+        return _gaussian(self.encoder(image))
 
     def decode(self, z: jax.Array) -> jax.Array:  # [..., L] -> [..., H, W, C]
         """The logits of the pixels."""
@@ -84,6 +84,43 @@ class VAE(Autoencoder):
     def networks(self) -> tuple[nn.Module, nn.Module]:
         encoder = DenseEncoder(self.hidden, 2 * self.latents, self.dtype)
         return encoder, DenseDecoder(self.hidden, math.prod(self.shape), self.output_bias, self.dtype)
+
+
+class TwoLayerVAE(VAE):
+    """The paper's model with two stochastic layers: `top` units y above the `latents` units z, y -> z -> image.
+
+    `top_hidden` has the tanh layers of q(y | z) and of p(z | y). A call decodes the mean of z given the mean of y.
+    """
+
+    latents: int = 100
+    top: int = 50
+    top_hidden: tuple[int, ...] = (100, 100)
+
+    def setup(self) -> None:
+        super().setup()
+        require_positive({"top": self.top})
+        networks = (
+            DenseDecoder(self.top_hidden, 2 * n, nn.initializers.zeros, self.dtype) for n in (self.top, self.latents)
+        )
+        self.top_encoder, self.top_decoder = networks
+
+    def encode_top(self, z: jax.Array) -> tuple[jax.Array, jax.Array]:  # [..., L] -> [..., top] twice
+        """The mean and the log variance of q(y | z)."""
+        return _gaussian(self.top_encoder(z))
+
+    def decode_top(self, y: jax.Array) -> tuple[jax.Array, jax.Array]:  # [..., top] -> [..., L] twice
+        """The mean and the log variance of p(z | y)."""
+        return _gaussian(self.top_decoder(y))
+
+    def __call__(self, image: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+        mean, log_var = self.encode(image)
+        return self.decode(self.decode_top(self.encode_top(mean)[0])[0]), mean, log_var
+
+
+def _gaussian(outputs: jax.Array) -> tuple[jax.Array, jax.Array]:  # [..., 2 L] -> [..., L] twice
+    """The mean and the log variance. The second half of a network's outputs is log σ, as in the authors' code."""
+    mean, log_sigma = jnp.split(outputs.astype(jnp.float32), 2, -1)
+    return mean, 2 * log_sigma
 
 
 class DenseEncoder(nn.Module):
@@ -184,12 +221,19 @@ def examples() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
     """Tiny instances with a batch of images each, for the tests of the whole zoo."""
     image = np.random.default_rng(0).random((3, 8, 12, 1), np.float32)
     size = {"latents": 5, "shape": (8, 12, 1)}
-    models = {"VAE": VAE(hidden=(16, 12), **size), "ConvVAE": ConvVAE(features=(4, 6), **size)}
+    models = {
+        "VAE": VAE(hidden=(16, 12), **size),
+        "TwoLayerVAE": TwoLayerVAE(hidden=(16, 12), top=3, top_hidden=(8, 7), **size),
+        "ConvVAE": ConvVAE(features=(4, 6), **size),
+    }
     return {name: (model, {"image": image}) for name, model in models.items()}
 
 
 def published() -> dict[str, tuple[nn.Module, dict[str, jax.ShapeDtypeStruct], int]]:
-    """The paper's network with one stochastic layer, whose layers' sizes give its number of parameters."""
+    """The paper's networks with one and two stochastic layers, whose layers' sizes give their numbers of parameters."""
     image = jax.ShapeDtypeStruct((1, 28, 28, 1), jnp.float32)
-    encoder, decoder = 785 * 200 + 201 * 200 + 201 * 100, 51 * 200 + 201 * 200 + 201 * 784
-    return {"VAE": (VAE(), {"image": image}, encoder + decoder)}
+    of = lambda *units: sum((i + 1) * o for i, o in itertools.pairwise(units))  # dense layers with biases
+    one = of(784, 200, 200, 2 * 50) + of(50, 200, 200, 784)
+    lower = of(784, 200, 200, 2 * 100) + of(100, 200, 200, 784)
+    upper = of(100, 100, 100, 2 * 50) + of(50, 100, 100, 2 * 100)
+    return {"VAE": (VAE(), {"image": image}, one), "TwoLayerVAE": (TwoLayerVAE(), {"image": image}, lower + upper)}

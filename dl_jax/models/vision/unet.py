@@ -44,18 +44,24 @@ class UpConv(nn.Module):
 
 
 class Convolutions(nn.Module):
-    """Two 3x3 convolutions, each followed by `activation`: [B, H, W, C] -> [B, H, W, maps]."""
+    """Two 3x3 convolutions, each followed by `activation`: [B, H, W, C] -> [B, H, W, maps].
+
+    With a `condition` [B, D], a linear function of it is added to the maps of the first one.
+    """
 
     maps: int
     activation: Callable[[jax.Array], jax.Array]
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        for _ in range(2):
+    def __call__(self, x: jax.Array, condition: jax.Array | None) -> jax.Array:
+        for i in range(2):
             convolve = ops.conv_general_dilated
             layer = nn.Conv(self.maps, (3, 3), kernel_init=he_fan_in, dtype=self.dtype, conv_general_dilated=convolve)
-            x = self.activation(layer(x))
+            x = layer(x)
+            if condition is not None and i == 0:
+                x += nn.Dense(self.maps, dtype=self.dtype, name="condition")(condition)[:, None, None]
+            x = self.activation(x)
         return x
 
 
@@ -63,7 +69,8 @@ class UNet(nn.Module):
     """A contracting and an expanding path: image [B, H, W, C] -> float32 logits of each pixel, [B, H, W, classes].
 
     `maps` has the number of maps at each level, from the whole image to the smallest; each level halves the height and
-    the width. The paper's network has 31,030,658 parameters for grey images and two classes.
+    the width. The paper's network has 31,030,658 parameters for grey images and two classes. All levels may depend on
+    a `condition` [B, D] of each image, such as the time of a diffusion.
 
     Raises InputError for an image whose sides 2 to the power of `len(maps) - 1` does not divide, for another
     number of channels than the parameters, and for a level without maps.
@@ -75,7 +82,7 @@ class UNet(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, image: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, image: jax.Array, condition: jax.Array | None = None, *, train: bool) -> jax.Array:
         require_positive({"maps": min(self.maps, default=0), "classes": self.classes})
         factor = 2 ** (len(self.maps) - 1)
         require_image(self, image, factor, ("down_0", "Conv_0"))
@@ -87,12 +94,12 @@ class UNet(nn.Module):
         skips, x = [], image
         for level, maps in enumerate(self.maps):
             x = ops.max_pool(x, 2) if level else x
-            x = Convolutions(maps, self.activation, self.dtype, name=f"down_{level}")(x)  # [B, H / 2^level, ..., maps]
-            skips.append(x)
+            x = Convolutions(maps, self.activation, self.dtype, name=f"down_{level}")(x, condition)
+            skips.append(x)  # [B, H / 2^level, W / 2^level, maps]
         for level in reversed(range(len(self.maps) - 1)):
             x = UpConv(self.maps[level], self.dtype, name=f"up_conv_{level}")(x)
             x = jnp.concatenate([skips[level], x], -1)
-            x = Convolutions(self.maps[level], self.activation, self.dtype, name=f"up_{level}")(x)
+            x = Convolutions(self.maps[level], self.activation, self.dtype, name=f"up_{level}")(x, condition)
         return dense(self.classes, dtype=self.dtype, name="logits")(x).astype(jnp.float32)
 
 
