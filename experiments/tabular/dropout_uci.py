@@ -1,4 +1,4 @@
-"""Networks with dropout, averaged over masks in the test, reach their author's numbers on UCI's sets for regression.
+"""Networks with dropout, averaged over masks in the test, beside their author's numbers on UCI's sets for regression.
 
 Gal & Ghahramani 2016, "Dropout as a Bayesian approximation: representing model uncertainty in deep learning"
 (arXiv:1506.02142), Table 1. The numbers are those of the author's own run of 2018, in the README of his repository
@@ -8,8 +8,9 @@ splits test.
     python experiments/tabular/dropout_uci.py --preset paper --seeds 1 --workdir runs/dropout
 
 Expected: root mean squared error (RMSE) and negative log likelihood (NLL) of each set within two of the author's
-standard errors over the splits, which are the same here, in ten minutes on one core. A metric has one value per split
-and seed.
+standard errors over the splits, which are the same here. This holds for both numbers of boston, wine and yacht, and for
+no other set: there the RMSE is 4 to 50 % above the author's, naval's more. The run took an hour on a core that had much
+other work. A metric has one value per split and seed.
 
 The network has one hidden layer. Inputs and hidden units are dropped with the same probability, in the test too, where
 1000 masks give the mean and a likelihood: that of a mixture of as many Gaussians with the precision τ. For each split,
@@ -88,6 +89,10 @@ PRESETS = {
 }  # fmt: skip
 
 PRINTED = 0.005  # half a unit of the last digit of the table
+SHORT = (
+    "A network takes at most 5,000 steps here and 12,000 to 330,000 in the author's run. We suspect that this is the "
+    "reason where it is missed, and have not tried more steps."
+)
 table_claims = [
     Claim(
         f"{metric}/{name}",
@@ -97,6 +102,7 @@ table_claims = [
         tolerance=max(2 * error, PRINTED),
         unit="nats" if metric == "nll" else "",
         preset="protein" if name == "protein" else "paper",
+        note="" if name == "protein" else SHORT,
     )
     for name, (rmse, rmse_error, likelihood, likelihood_error) in TABLE.items()
     for metric, value, error, where in (
