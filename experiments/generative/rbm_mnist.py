@@ -9,7 +9,7 @@ Expected: the mean log likelihood of the test digits is higher after persistent 
 it is exact, as the partition function is a sum of 2^20 terms, and annealed importance sampling finds that sum to 0.1
 nats. A network that begins as a deep belief network, two machines of 500 hidden units that CD-1 has trained one after
 the other without labels, then learns from a few labelled digits with a lower test error than the same network from a
-random start. The run takes 20 minutes on one CPU core.
+random start. The run takes a quarter of an hour of one CPU core.
 
     python experiments/generative/rbm_mnist.py --dataset mnist --preset cd25 --seeds 5 --workdir runs/rbm-cd25
 
