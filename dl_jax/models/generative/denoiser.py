@@ -76,3 +76,15 @@ def examples() -> dict[str, tuple[nn.Module, dict[str, Any]]]:
     """A tiny instance with a batch of images and times, for the tests of the whole zoo."""
     image = np.random.default_rng(0).random((3, 4, 6, 1), np.float32)
     return {"Denoiser": (Denoiser((3, 4), 6), {"image": image, "time": np.array([1, 5, 50], np.int32)})}
+
+
+def published() -> dict[str, tuple[nn.Module, dict[str, jax.ShapeDtypeStruct], int]]:
+    """The network with its defaults, for which its layers' sizes give the number of parameters; no paper has it."""
+    level = lambda inputs, maps: maps * (9 * inputs + 1 + 129 + 9 * maps + 1)  # two convolutions and the condition
+    up = lambda inputs, maps: maps * (4 * inputs + 1) + level(2 * maps, maps)
+    count = 2 * 129 * 128 + level(1, 32) + level(32, 64) + level(64, 128) + up(128, 64) + up(64, 32) + 33
+    inputs = {
+        "image": jax.ShapeDtypeStruct((1, 32, 32, 1), jnp.float32),
+        "time": jax.ShapeDtypeStruct((1,), jnp.int32),
+    }
+    return {"Denoiser": (Denoiser(), inputs, count)}
