@@ -39,13 +39,31 @@ def test_a_sample_does_not_depend_on_how_many_are_drawn_at_a_time(experiment):
 
 def test_the_rows_of_the_figure_go_from_noise_to_the_samples(experiment):
     schedule, model, key = diffusion.cosine(9), Denoiser((2,), 2, patch=2), jax.random.key(5)
-    variables = jax.jit(lambda: model.init(key, jnp.zeros((1, 28, 28, 1)), jnp.zeros(1, jnp.int32), train=False))()
+    variables = jax.jit(lambda: model.init(key, jnp.zeros((1, 32, 32, 1)), jnp.zeros(1, jnp.int32), train=False))()
     rows = np.asarray(experiment.way(schedule, model, variables, key)).reshape(10, 10, 28, 28, 1)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(10))
     last = experiment.from_noise(schedule, model, variables, keys)
     np.testing.assert_allclose(rows[:, -1], last, atol=1e-5)
-    noise = (jax.random.normal(jax.random.fold_in(keys[4], 0), (28, 28, 1)) + 1) / 2
-    np.testing.assert_allclose(rows[4, 0], jnp.clip(noise, 0, 1), atol=1e-6)
+    noise = (jax.random.normal(jax.random.fold_in(keys[4], 0), (32, 32, 1)) + 1) / 2
+    np.testing.assert_allclose(rows[4, 0], jnp.clip(noise, 0, 1)[2:-2, 2:-2], atol=1e-6)
+
+
+def test_the_denoiser_learns_from_digits_with_a_black_margin(experiment, monkeypatch):
+    seen = []
+    monkeypatch.setattr(experiment.diffusion, "loss", lambda schedule, predict, image, key: seen.append(image) or image)
+    digits = RNG.integers(0, 256, (2, 28, 28, 1), np.uint8)
+    experiment.denoiser_loss(diffusion.cosine(3), None, {}, {"image": digits}, None)
+    assert seen[0].shape == (2, 32, 32, 1)
+    np.testing.assert_allclose(experiment.visible(seen[0]), digits / 255, atol=1e-6)
+    assert (np.delete(np.delete(seen[0], range(2, 30), 1), range(2, 30), 2) == -1).all()
+
+
+@pytest.mark.parametrize("preset", ["paper", "quick", "smoke"])
+def test_levels_halve_the_sides(experiment, preset):
+    cfg = experiment.PRESETS[preset]
+    model, inputs = Denoiser(cfg.maps, cfg.embedding, patch=2), (jnp.zeros((1, *experiment.WIDER)), jnp.zeros(1, int))
+    shape = jax.eval_shape(lambda key: model.init_with_output(key, *inputs, train=False)[0], jax.random.key(0)).shape
+    assert shape == (1, 32, 32, 1)
 
 
 def test_networks_do_not_share_keys(experiment, monkeypatch):
