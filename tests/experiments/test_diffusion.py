@@ -52,7 +52,7 @@ def test_the_denoiser_learns_from_digits_with_a_black_margin(experiment, monkeyp
     seen = []
     monkeypatch.setattr(experiment.diffusion, "loss", lambda schedule, predict, image, key: seen.append(image) or image)
     digits = RNG.integers(0, 256, (2, 28, 28, 1), np.uint8)
-    experiment.denoiser_loss(diffusion.cosine(3), None, {}, {"image": digits}, None)
+    experiment.denoiser_loss(diffusion.cosine(3), Denoiser(), {}, {"image": digits}, jax.random.key(0))
     assert seen[0].shape == (2, 32, 32, 1)
     np.testing.assert_allclose(experiment.visible(seen[0]), digits / 255, atol=1e-6)
     assert (np.delete(np.delete(seen[0], range(2, 30), 1), range(2, 30), 2) == -1).all()
