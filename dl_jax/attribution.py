@@ -122,7 +122,8 @@ def _covered(
 ) -> Array:  # -> [B, H · W + 1]
     if maps.shape != images.shape[:3]:
         raise InputError(f"maps {maps.shape} of images {images.shape}, expected {images.shape[:3]}; resize the maps")
-    place = (-maps.reshape(len(maps), -1)).argsort(-1).argsort(-1).reshape(*maps.shape, 1)  # 0 is the largest
+    order = jnp.argsort(jnp.asarray(maps).reshape(len(maps), -1), -1, stable=True, descending=True)
+    place = order.argsort(-1).reshape(*maps.shape, 1)  # 0 is the largest
     left = lambda n: score(jnp.where(covers(place, n), fill, images))
     return jax.lax.map(left, jnp.arange(1 + maps[0].size)).T
 

@@ -73,5 +73,6 @@ def along(values: Array, directions: Tree) -> Tree:  # [n, 2], leaves [n, ...]
 
 def centred_ranks(values: Array) -> Array:
     """The ranks of all elements, from −1/2 for the least to 1/2 for the largest; equal ones share their mean rank."""
-    beyond = jnp.sign(values[..., None] - values.ravel()).sum(-1)  # how many are below minus how many are above
+    one, other = values[..., None], values.ravel()  # compared, and not subtracted, as values may be infinite
+    beyond = (one > other).sum(-1) - (one < other).sum(-1)  # how many are below minus how many are above
     return beyond / (2 * (values.size - 1))

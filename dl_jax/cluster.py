@@ -16,6 +16,8 @@ from dl_jax.core.step import Array, Batch, Metrics, State
 
 def squares(x: Array, centres: Array) -> Array:  # [N, D], [..., K, D] -> [..., N, K]
     """The squared Euclidean distances of all points from all centres."""
+    middle = x.mean(0)  # far from 0, the difference of the squares would lose what it has in common
+    x, centres = x - middle, centres - middle
     products = jnp.einsum("nd,...kd->...nk", x, centres, precision="highest")
     return jnp.maximum((x**2).sum(-1)[:, None] - 2 * products + (centres**2).sum(-1)[..., None, :], 0)
 
@@ -152,7 +154,7 @@ def _maximised(x: Array, share: Array) -> Mixture:  # [N, D], [N, K]
         away = x - mean
         return jnp.matmul((share[:, None] * away).T, away, precision="highest") / count
 
-    ridge = RIDGE * x.var(0).mean() * jnp.eye(x.shape[-1])
+    ridge = RIDGE * jnp.diag(x.var(0))
     return Mixture(count / count.sum(), mean, jax.vmap(covariance, (1, 0, 0))(share, mean, count) + ridge)
 
 

@@ -63,7 +63,8 @@ def layout_of(state: State, stream: Stream | Batches, carried: Sequence[str], fs
     target = planned()
     if not isinstance(stream, Stream):
         mesh = data_mesh(target and target.devices)
-        spread = fsdp or target or jax.process_count() > 1
+        # A state that another fit has left on some devices joins those of the mesh.
+        spread = fsdp or target or any(len(x.devices()) > 1 for x in jax.tree.leaves(state) if isinstance(x, jax.Array))
         return Layout(stream, 1, mesh, states_over(state, mesh, None, fsdp) if spread else None)
     seeds = np.size(state.step) if stream.axis else 1
     mesh = mesh_of(stream.batch_size, seeds)

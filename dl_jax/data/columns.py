@@ -125,6 +125,10 @@ def _kept(
             size = sum(column.nbytes for part in parts for column in part.values())
             if size > budget:
                 raise InputError(_too_large(found, split, size, budget))
+            for name in parts[0]:
+                require_one_shape(
+                    name, {np.shape(part[name])[1:] for part in parts if not isinstance(part[name], Ragged)}
+                )
             columns = {name: _one_after_the_other([part[name] for part in parts]) for name in parts[0]}
         _write(columns, place)
         if shared:
@@ -151,7 +155,7 @@ def _folder_name(split: str) -> str:
 
 
 def _one_after_the_other(columns: Sequence[Any]) -> Any:
-    """One column of the rows of all `columns`, which are ragged, or none of them is."""
+    """One column of the rows of all `columns`, which are ragged, or none of them is. They have one shape of example."""
     if not isinstance(columns[0], Ragged):
         return np.concatenate(columns)
     filled = [column.values for column in columns if len(column.values)] or [columns[0].values]

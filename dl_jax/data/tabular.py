@@ -20,17 +20,26 @@ class Regression(NamedTuple):
 def regression(name: str) -> Regression:
     """The set `name`, which has the columns `x` [D], `y` and `test_in_splits` [K].
 
-    Raises InputError for a set that lacks one of them, whose splits are therefore unknown, and for a split without a
-    training or a test part.
+    Raises InputError for a set that lacks one of them, whose splits are therefore unknown, for what is no number or not
+    finite, and for a split without a training or a test part.
     """
-    axes = {column: len(feature.shape) for column, feature in info(name).features.items()}
+    described = info(name).features
+    axes = {column: len(feature.shape) for column, feature in described.items()}
     missing = [column for column, n in {"x": 1, "y": 0, "test_in_splits": 1}.items() if axes.get(column) != n]
     if missing:
         raise InputError(
             f"data set {name} has no {' and no '.join(missing)}, expected numbers x [D], y and test_in_splits [K], the "
             "splits that test on a row; give diabetes or uci_regression/boston, or prepare a set with these columns"
         )
+    if described["test_in_splits"].shape == (0,) or not all(np.issubdtype(described[c].dtype, np.number) for c in "xy"):
+        kinds = ", ".join(f"{column} {described[column].dtype} {described[column].shape}" for column in axes)
+        raise InputError(f"data set {name} has the columns {kinds}, expected numbers and at least one split")
     records = load(name, "full")
+    for column in "xy":
+        if len(wrong := np.argwhere(~np.isfinite(records[column]))):
+            raise InputError(
+                f"{column} of row {wrong[0][0]} of {name} is not a finite number; fill it in or leave it out"
+            )
     test = np.asarray(records["test_in_splits"]).T.astype(bool)
     for k, rows in enumerate(test):
         if rows.all() or not rows.any():
@@ -51,8 +60,16 @@ def moments(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [N, ...] ->
 
 
 def held_out(rows: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:  # bool [N] -> bool [N] twice
-    """The rows without a random share of them, and that share: what to learn from, and what to choose on."""
+    """The rows without a random share of them, and that share: what to learn from, and what to choose on.
+
+    Raises InputError where one of the two would have no row.
+    """
     order = np.random.default_rng(seed).permutation(np.flatnonzero(rows))
     held = np.zeros(len(rows), bool)
     held[order[: round(share * len(order))]] = True
+    if not 0 < held.sum() < len(order):
+        raise InputError(
+            f"a share of {share} of {len(order)} rows to hold out is {held.sum()} rows, expected some and not all; "
+            "change the share, or choose another set"
+        )
     return rows & ~held, held

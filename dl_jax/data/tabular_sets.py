@@ -29,6 +29,10 @@ def table(files: Mapping[str, str]) -> Splits:
     something that is no number, and for columns and rows that the table does not have.
     """
     numbers = _numbers(files, DATA)
+    if not numbers.size:
+        raise _damaged(DATA, "is empty", "rows of numbers")
+    for row, _ in np.argwhere(~np.isfinite(numbers))[:1]:
+        raise _damaged(DATA, f"has something in row {row} that is not finite", "numbers")
     inputs, target = (_places(files, name, numbers.shape[1], "columns") for name in (FEATURES, TARGET))
     if len(target) != 1:
         raise _damaged(TARGET, f"has {len(target)} numbers", "one, that of the column to predict")
@@ -46,7 +50,7 @@ def table(files: Mapping[str, str]) -> Splits:
 def _numbers(files: Mapping[str, str], file: str) -> np.ndarray:  # -> float64 [rows, columns]
     lines = [line for line in files[file].splitlines() if line.strip()]
     try:
-        return np.loadtxt(io.StringIO("\n".join(lines)), ndmin=2) if lines else np.zeros((0, 0))
+        return np.loadtxt(io.StringIO("\n".join(lines)), ndmin=2, comments=None) if lines else np.zeros((0, 0))
     except ValueError:
         wide = [len(line.split()) for line in lines]
         wrong = next((i for i, line in enumerate(lines) if not _is_row(line, wide[0])), 0)

@@ -73,10 +73,11 @@ def _scores(name: str, score: Callable[[np.ndarray], float], labels: Any, cluste
             "1; give one cluster for each label"
         )
     for what, values in (("labels", labels), ("clusters", clusters)):
-        if values.dtype.kind not in "iu" or values.min() < 0:
+        if values.dtype.kind not in "iu" or values.min(initial=0) < 0:
+            least = f" from {values.min()}" if values.dtype.kind in "iuf" else ""
             raise InputError(
-                f"{name}: {what} of {values.dtype} from {values.min():g}, expected integers from 0 on; leave out the "
-                "examples without one"
+                f"{name}: {what} of {values.dtype}{least}, expected integers from 0 on; leave out the examples without "
+                "one"
             )
     rows = clusters.reshape(-1, len(labels))
     return np.array([score(_table(labels, row)) for row in rows], np.float64).reshape(clusters.shape[:-1])

@@ -6,7 +6,7 @@ Xie, Girshick & Farhadi 2016, "Unsupervised Deep Embedding for Clustering Analys
 
 Expected: an accuracy of 53 ± 3 % for k-means of the pixels, and of deep embedded clustering (DEC) a higher one than of
 k-means of the code that DEC begins with. The networks are smaller and the training is shorter than the paper's. The run
-takes 16 minutes on one CPU core.
+took 13 minutes on a CPU core that had other work.
 
     python experiments/generative/cluster_mnist.py --dataset mnist --preset paper --seeds 5 --workdir runs/cluster-paper
 

@@ -139,17 +139,26 @@ def vae_loss(model: VAE, variables: Tree, batch: Batch, key: Array):
 def denoiser_loss(schedule: diffusion.Schedule, model: Denoiser, variables: Tree, batch: Batch, key: Array):
     sides = ((0, 0), (MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0))
     image = jnp.pad(2 * classify.to_unit(batch["image"]) - 1, sides, constant_values=-1)
-    return diffusion.loss(schedule, predictor(model, variables, train=True), image, key).mean(), ({}, {})
+    return diffusion.loss(schedule, predictor(schedule, model, variables, train=True), image, key).mean(), ({}, {})
 
 
-def predictor(model: Denoiser, variables: Tree, train: bool = False) -> diffusion.Predict:
+def predictor(schedule: diffusion.Schedule, model: Denoiser, variables: Tree, train: bool = False) -> diffusion.Predict:
+    """The noise √(1 − ᾱ_t) x_t + √ᾱ_t F(x_t, t) of the network F (Salimans & Ho 2022, arXiv:2202.00512, appendix D).
+
+    F would else have to learn to copy x_t, which at late times is all noise.
+    """
     apply: Callable[..., Any] = model.apply
-    return lambda x, t: apply(variables, x, t, train=train)
+
+    def predict(x: Array, t: Array) -> Array:
+        left = schedule.left[t].reshape(-1, *(1,) * (x.ndim - 1))
+        return jnp.sqrt(1 - left) * x + jnp.sqrt(left) * apply(variables, x, t, train=train)
+
+    return predict
 
 
 def from_noise(schedule: diffusion.Schedule, model: Denoiser, variables: Tree, keys: Array) -> Array:
     """Images of the reverse process, one for each of `keys` [B]: [B, H, W, C] in [0, 1]."""
-    image, _ = diffusion.sample(schedule, predictor(model, variables), keys, WIDER)
+    image, _ = diffusion.sample(schedule, predictor(schedule, model, variables), keys, WIDER)
     return visible(image)
 
 
@@ -196,7 +205,7 @@ def scores(probability: np.ndarray) -> dict[str, float]:  # [N, C]
 def way(schedule: diffusion.Schedule, model: Denoiser, variables: Tree, key: Array) -> Array:  # -> [100, H, W, C]
     """Ten rows of images, each from noise on the left to a digit on the right, at ten times."""
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(10))
-    _, images = diffusion.sample(schedule, predictor(model, variables), keys, WIDER)  # [T + 1, 10, H, W, C]
+    _, images = diffusion.sample(schedule, predictor(schedule, model, variables), keys, WIDER)  # [T + 1, 10, H, W, C]
     at = np.linspace(0, schedule.steps, 10).round().astype(int)
     return visible(images[at].swapaxes(0, 1)).reshape(100, *SHAPE)
 

@@ -6,7 +6,7 @@ items, on generated ratings in place of the paper's.
     python experiments/generative/recommend.py --preset paper --seeds 5 --workdir runs/recommend
 
 Expected: the error of the autoencoder is two thirds of that of the means of the items, and at most 9.2 % above that of
-least squares that know the planted rank. Five seeds take two minutes on a CPU core.
+least squares that know the planted rank. Five seeds took three minutes on two busy CPU cores.
 
 The matrix of ratings has a rank that is known because it was planted (`dl_jax/data/ratings.py`). As in the paper a
 seed holds a tenth of the known ratings out, at random, and the root mean square error (RMSE) of these is compared:
@@ -79,6 +79,7 @@ KEEPS = ("ratings.png",)  # files in the run's folder
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     records = data.load(cfg.dataset, cfg.split)
+    require_ratings(cfg.dataset, records)
     ratings = records["rating"]  # uint8 [I, U], 0 where unknown
     if cfg.rank > min(ratings.shape):
         raise InputError(f"rank is {cfg.rank} for ratings {ratings.shape}, expected no more than their sides; lower it")
@@ -97,6 +98,22 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     return {f"rmse/{name}": each for name, each in found.items()} | {
         "excess": 100 * (found["autorec"] / found["als"] - 1)
     }
+
+
+def require_ratings(name: str, records: data.Columns) -> None:
+    """Raises InputError for a set without ratings, 0 where unknown, and the numbers behind them."""
+    shapes = {column: np.shape(records.get(column, ())) for column in ("rating", "planted")}
+    if len(shapes["rating"]) != 2 or shapes["planted"] != shapes["rating"]:
+        raise InputError(
+            f"data set {name} has no ratings of items by users with the numbers behind them, expected the columns "
+            "'rating' and 'planted', [users] each; choose another --dataset"
+        )
+    ratings = records["rating"]
+    if ratings.dtype != np.uint8 or not np.isin(ratings, [0, *range(LEAST, MOST + 1)]).all():
+        raise InputError(
+            f"the ratings of data set {name} are {ratings.dtype} from {ratings.min()} to {ratings.max()}, expected "
+            f"uint8 from {LEAST} to {MOST}, and 0 where unknown; rescale them"
+        )
 
 
 def divided(ratings: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -19,8 +19,7 @@ of a batch, and all three ways of learning get as many:
 - spsa: one such pair, in a direction of signs.
 
 The estimates go to Adam with a cosine schedule; the rate of each method, the size of the steps to both sides and the
-number of pairs were chosen on validation data. The evaluations are counted in the state. The figure `loss` shows the
-training loss against the evaluations.
+number of pairs were chosen on validation data. The figure `loss` shows the training loss against the evaluations.
 
 An explanation of a digit is a map of what each pixel adds to the log-probability of the class that the network of the
 first method, the gradient, predicts: by integrated gradients, or by occlusion, which asks the network once for each
@@ -97,11 +96,12 @@ POOL = 4  # pixels of a side whose mean is one of the network's
 
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
-    if cfg.evaluations % (2 * cfg.pairs):
-        raise InputError(
-            f"evaluations is {cfg.evaluations} and a step of evolution takes {2 * cfg.pairs}, expected a multiple; "
-            "change evaluations or pairs"
-        )
+    for name in cfg.methods:
+        if cfg.evaluations % (each := ways(cfg)[name].evaluations):
+            raise InputError(
+                f"evaluations is {cfg.evaluations} and a step of {name} takes {each}, expected a multiple; change "
+                "evaluations or pairs"
+            )
     train, test = (pooled(data.grey_images(cfg.dataset, split)) for split in (cfg.train_split, cfg.test_split))
     model = MLP((cfg.hidden,))
     key_init, key, key_test = run.keys(3)  # [S] each
@@ -113,13 +113,11 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
         steps = cfg.evaluations // way.evaluations
         tx = optax.adam(optim.warmup_cosine(way.rate, steps))
         states = start(model, tx, key_init, key, jnp.zeros((1, *train["image"].shape[1:])))
-        states = states._replace(extra={"counted": {"evaluations": jnp.zeros_like(states.step)}})
         step = per_seed(estimated(classify.loss(model.apply), way, tx))
         every = cfg.scan_steps * max(1, cfg.report_every // (cfg.scan_steps * way.evaluations))  # steps
         states = fit(step, states, stream, steps=steps, run=run / name, scan=cfg.scan_steps, every=every)
         learnt[name] = {"params": states.params}
         found[f"error/{name}"] = 100 * test_of(learnt[name])["error"]
-        found[f"evaluations/{name}"] = np.asarray(states.extra["counted"]["evaluations"])
         at, nats = (run / name).history("loss")
         curves[name] = np.asarray(at) * way.evaluations, nats
     run.figure("loss", cfg.evaluations, lambda: curves_figure(
@@ -163,8 +161,7 @@ def estimated(loss: Loss, way: Way, tx: optax.GradientTransformation) -> Step:
         mean, grads = way.estimate(value, state.params, key_estimate)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        counted = {"evaluations": state.extra["counted"]["evaluations"] + way.evaluations}
-        return State(state.step + 1, params, {"counted": counted}, opt_state, state.key), {"loss": mean}
+        return State(state.step + 1, params, state.extra, opt_state, state.key), {"loss": mean}
 
     return step
 

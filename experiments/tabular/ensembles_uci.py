@@ -193,9 +193,9 @@ def predicted(
     hyperparams = {**states.opt_state.hyperparams, "learning_rate": rates.ravel()}
     states = states._replace(extra={"scale": scales}, opt_state=states.opt_state._replace(hyperparams=hyperparams))
     streams = [
-        data.shuffled({"row": np.flatnonzero(train[k])}, cfg.batch_size, int(i) + 1000 * seed)
-        for seed, group in zip(run.seeds, np.arange(rates.size).reshape(len(rates), -1), strict=True)
-        for i, k in zip(group, split[group], strict=True)
+        data.shuffled({"row": np.flatnonzero(train[k])}, cfg.batch_size, i + 1_000_000 * seed)
+        for seed in run.seeds
+        for i, k in enumerate(split[: rates[0].size])
     ]
     states = fit(
         holding(networks.step, {"x": table.x, "y": table.y}),

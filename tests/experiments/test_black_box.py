@@ -11,7 +11,6 @@ import pytest
 from dl_jax.core.errors import InputError
 from dl_jax.core.step import State
 from dl_jax.harness import Run
-from dl_jax.harness.run import Settings
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +28,7 @@ def test_digits_are_means_of_four_by_four_pixels(black_box):
         np.testing.assert_allclose(found["image"][:, row, column], part, rtol=1e-5)
 
 
-def test_a_step_goes_along_the_estimate_and_counts_its_evaluations(black_box):
+def test_a_step_goes_along_the_estimate_and_gives_its_value(black_box):
     seen = []
 
     def estimate(value, params, key):
@@ -40,28 +39,13 @@ def test_a_step_goes_along_the_estimate_and_counts_its_evaluations(black_box):
     tx = optax.sgd(0.5)
     step = black_box.estimated(loss, black_box.Way(estimate, 5, 0.1), tx)
     params = jnp.arange(3.0)
-    state = State(jnp.int32(4), params, {"counted": {"evaluations": jnp.int32(20)}}, tx.init(params), jax.random.key(0))
+    state = State(jnp.int32(4), params, {}, tx.init(params), jax.random.key(0))
     state, metrics = step(state, {})
     np.testing.assert_allclose(state.params, params - 1)
-    assert (state.step, state.extra["counted"]["evaluations"], metrics["loss"]) == (5, 25, 7)
+    assert (state.step, metrics["loss"]) == (5, 7)
     ((first, second, key),) = seen
     np.testing.assert_allclose(second - first, 3, rtol=1e-5)  # one key for all evaluations of a step
     assert key != jax.random.fold_in(state.key, 4)
-
-
-def test_all_methods_take_the_same_number_of_evaluations(black_box, monkeypatch):
-    monkeypatch.setattr(black_box, "evaluator", lambda *_: lambda variables: {"error": np.zeros(2)})
-    monkeypatch.setattr(black_box, "collector", lambda *_: lambda variables, records: {"deletion": np.zeros((2, 3))})
-    cfg = dataclasses.replace(black_box.PRESETS["smoke"], methods=black_box.METHODS)
-    with jax.default_prng_impl("rbg"):
-        found = black_box.main(cfg, recorded())
-    assert {name: values.tolist() for name, values in found.items() if name.startswith("evaluations/")} == {
-        f"evaluations/{name}": [cfg.evaluations] * 2 for name in black_box.METHODS
-    }
-
-
-def recorded():
-    return Run(settings=Settings(seeds=(0, 1)))
 
 
 def test_the_gradient_is_that_of_the_loss(black_box):

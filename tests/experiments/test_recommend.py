@@ -81,6 +81,20 @@ def test_alternating_least_squares_finds_a_planted_matrix(recommend):
     assert error(guess) < 0.3 * error(means)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rating": None}, "data set ratings has no ratings of items by users with the numbers behind them"),
+        ({"planted": None}, "data set ratings has no ratings of items by users"),
+        ({"rating": np.full((3, 4), 9, np.uint8)}, "the ratings of data set ratings are uint8 from 9 to 9, expected"),
+    ],
+)
+def test_a_set_without_such_ratings_is_one_line(recommend, change, message):
+    columns = {"rating": np.ones((3, 4), np.uint8), "planted": np.ones((3, 4)), **change}
+    with pytest.raises(InputError, match=message):
+        recommend.require_ratings("ratings", {name: each for name, each in columns.items() if each is not None})
+
+
 def test_who_has_no_rating_gets_a_defined_answer(recommend):
     """An item or a user without ratings gets the mean of all by least squares, and something finite by AutoRec."""
     cfg = dataclasses.replace(recommend.PRESETS["smoke"], batch_size=3)

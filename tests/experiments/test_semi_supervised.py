@@ -136,7 +136,8 @@ def test_images_without_labels_stand_beside_those_with(semi):
         ({"labels": (5,)}, "labels is 5, expected a multiple of 10: as many images of each class"),
         ({"labels": (100, 205)}, "labels is 205, expected a multiple of 10"),
         ({"labels": (10_000,)}, "1000 labels of each class, expected at most"),
-        ({"begin": 0.5}, "begin is 0.5, expected less than full, which is 0.5"),
+        ({"begin": 0.5}, "begin is 0.5 and full 0.5 of 2 steps, which are steps 1 and 1, expected the first below"),
+        ({"steps": 1}, "begin is 0.1 and full 0.5 of 1 steps, which are steps 0 and 0, expected the first below"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_training(semi, change, message, monkeypatch):

@@ -11,6 +11,7 @@ import scipy.stats
 from dl_jax import data
 from dl_jax.core.errors import InputError
 from dl_jax.harness import Run
+from dl_jax.harness.run import Settings
 
 RNG = np.random.default_rng(0)
 
@@ -82,6 +83,16 @@ def test_networks_of_a_seed_and_split_do_not_depend_on_others(ensembles):
     first = ensembles.predicted(cfg, Run(), ensembles.networks_of(cfg), table, ~table.test[:1], rates[:, :1])
     np.testing.assert_allclose(both[0][:, :1], first[0], rtol=1e-4, atol=1e-5)
     assert (both[0][0, 0, 0] != both[0][0, 0, 1]).any()
+
+
+@pytest.mark.parametrize("name", ["ensembles_uci", "dropout_uci"])
+def test_a_seed_gives_the_same_alone_and_beside_another(name, load_experiment):
+    experiment = load_experiment(f"tabular/{name}")
+    both, alone = (
+        experiment.main(experiment.PRESETS["smoke"], Run(settings=Settings(seeds=s))) for s in ((0, 1), (1,))
+    )
+    for metric, values in both.items():
+        np.testing.assert_allclose(values[len(values) // 2 :], alone[metric], rtol=1e-3)
 
 
 def test_coverage_of_normal_errors(ensembles):

@@ -31,9 +31,16 @@ NORMALISED = {
 # at both ends of a network is summed for each.
 SUMS = {"tag": 4, "char_transformer": 2}
 # Of a table that is larger than the vectors read from it, XLA gathers these and sums the gradient on every device; in
-# the LSTM's loop it does so 800 times a step.
-GATHERED = {"experiments/text/classify.py": [pytest.mark.xfail(strict=True, reason="XLA gathers words' gradients")]}
+# the LSTM's loop it does so 800 times a step. The step of the mean teacher crashes libtpu's compiler.
+KNOWN = {
+    "experiments/text/classify.py": "XLA gathers words' gradients",
+    "experiments/learning/semi_supervised.py": "libtpu 0.0.42 ends in FusedSpatialMajorConvolution",
+}
 pytestmark = [pytest.mark.plan, pytest.mark.skipif(not LIBTPU, reason="libtpu is not installed")]
+
+
+def failing(script: str) -> list:
+    return [pytest.mark.xfail(strict=True, reason=KNOWN[script])] if script in KNOWN else []
 
 
 def plan(script: str, folder: Path, *flags: str) -> list[dict]:
@@ -51,7 +58,7 @@ def sent(program: dict) -> list[tuple[str, float]]:
 
 @pytest.mark.parametrize(
     "script",
-    [pytest.param(s, marks=[] if s in FEW else [pytest.mark.slow, *GATHERED.get(s, [])]) for s in EVERY],
+    [pytest.param(s, marks=[] if s in FEW else [pytest.mark.slow, *failing(s)]) for s in EVERY],
 )
 def test_an_experiment_as_it_is_compiles_to_one_all_reduce_in_place(script, tmp_path):
     fits = [each for each in plan(script, tmp_path) if each["loop"]]

@@ -203,6 +203,15 @@ def test_pixels_are_deleted_and_inserted_in_the_order_of_a_map():
                 np.testing.assert_allclose(found[name][b, n], cubic(left[None])[0], rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.uint8, bool])
+def test_equal_pixels_go_in_the_order_of_their_places(dtype):
+    maps = np.random.default_rng(2).integers(0, 2, (3, 6, 5)).astype(dtype)
+    distinct = maps.astype(np.float64) - np.arange(30).reshape(6, 5) / 100
+    for of in (attribution.deletion, attribution.insertion):
+        np.testing.assert_array_equal(of(cubic, IMAGES, maps), of(cubic, IMAGES, distinct))
+        np.testing.assert_array_equal(of(cubic, IMAGES, maps), of(cubic, IMAGES, jnp.asarray(maps)))
+
+
 def test_the_weights_of_a_linear_score_delete_it_soonest():
     """Of all orders, that of what each pixel adds has the least deletion and the largest insertion."""
     adds = (IMAGES * WEIGHTS).sum(-1)

@@ -84,6 +84,11 @@ def test_an_estimate_is_unbiased_on_a_quadratic_function(estimate):
     assert (error < 0.1 * np.linalg.norm(expected)).all()  # a mean of 0 would be seen
 
 
+def test_ranks_stand_values_that_are_infinite():
+    ranks = blackbox.centred_ranks(jnp.array([[3.0, -jnp.inf], [jnp.inf, 3.0]]))
+    np.testing.assert_allclose(ranks, [[0, -0.5], [0.5, 0]])
+
+
 def test_evolution_weighs_its_directions_by_ranks():
     size, key = 0.3, jax.random.key(1)
     value, grads = blackbox.evolution(size, 4)(quadratic, PARAMS, key)

@@ -83,6 +83,13 @@ def test_as_many_clusters_as_points_are_all_points():
     np.testing.assert_array_equal(np.sort(centres[:, 0]), np.sort(x[:, 0]))
 
 
+def test_distances_do_not_lose_what_points_far_from_0_have_in_common():
+    x, centres = np.random.default_rng(4).normal(size=(2, 7, 3)).astype(np.float32)
+    expected = ((x[:, None] - centres) ** 2).sum(-1)
+    shifted = cluster.squares(jnp.asarray(x + np.float32(1024)), jnp.asarray(centres + np.float32(1024)))
+    np.testing.assert_allclose(shifted, expected, atol=2e-3)
+
+
 def test_more_clusters_than_points():
     with pytest.raises(InputError, match=r"^clusters is 7, expected at most 6, the number of points; ask for fewer"):
         cluster.spread(np.zeros((6, 2), np.float32), 7, jax.random.key(0))

@@ -61,6 +61,8 @@ def test_one_score_for_each_clustering():
         (np.zeros(0, int), np.zeros(0, int), r"clusters \(0,\) for labels \(0,\)"),
         ([0, -1], [0, 1], "labels of int64 from -1, expected integers from 0 on; leave out the examples without one"),
         ([0, 1], [0.5, 1.0], "clusters of float64 from 0.5, expected integers"),
+        (["a", "b"], [0, 1], "labels of <U1, expected integers"),
+        ([0, None], [0, 1], "labels of object, expected integers"),
     ],
 )
 def test_bad_input_is_one_line(labels, clusters, expected):

@@ -18,7 +18,7 @@ from dl_jax.core.evaluate import collector, evaluator
 from dl_jax.core.fit import fit
 from dl_jax.core.pmap import pmapped
 from dl_jax.core.recorder import Recorder
-from dl_jax.core.step import State, holding, init_state, make_step, per_seed
+from dl_jax.core.step import State, holding, init_state, init_states, make_step, per_seed
 from dl_jax.core.stream import Stream
 
 RECORDS = {
@@ -217,6 +217,18 @@ def test_devices_that_stand_idle_are_named(size, said, capsys):
     tx = optax.sgd(0.1)
     fit(make_step(loss_of(Plain()), tx), start(Plain(), tx), data.shuffled(RECORDS, size, 0), steps=0)
     assert capsys.readouterr().err == said
+
+
+def test_a_plain_function_of_the_step_takes_states_from_fewer_devices():
+    """Such as parameters that a fit with another batch size has learned."""
+    step = lambda held, states, batch: per_seed(advanced, one_by_one=True)(states, batch)
+    advanced = lambda state, batch: (state._replace(step=state.step + 1, params=2 * state.params), {})
+    mesh, params = devices.data_mesh(batch_size=5, seeds=3), jnp.ones((3, 2))
+    assert mesh.devices.size < jax.device_count()
+    few = devices.put(params, devices.states_over(params, mesh, 3))
+    states = init_states(jax.random.split(jax.random.key(0), 3), {"params": few}, optax.sgd(0.1))
+    done = fit(holding(step, np.ones(3)), states, lambda i: {}, steps=2)
+    np.testing.assert_array_equal(done.params, np.full((3, 2), 4))
 
 
 @pytest.mark.parametrize("where", ["on five devices", "on the host"])

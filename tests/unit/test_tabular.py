@@ -1,5 +1,7 @@
 """Sets for regression with their splits, and the bundled one."""
 
+import types
+
 import numpy as np
 import pytest
 from sklearn import datasets
@@ -34,6 +36,30 @@ def test_a_split_without_a_part_is_one_line(monkeypatch, tests_on):
     monkeypatch.setattr(tabular, "load", lambda name, split: columns)
     with pytest.raises(InputError, match=f"^split 1 of diabetes tests on {tests_on} of 3 rows, expected some of them$"):
         data.regression("diabetes")
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (np.array([[1.0], [np.nan]]), "x of row 1 of diabetes is not a finite number; fill it in or leave it out"),
+        (np.array([["a"], ["b"]]), "data set diabetes has the columns x object \\(1,\\), .*, expected numbers and"),
+    ],
+)
+def test_what_is_no_number_is_one_line(monkeypatch, x, message):
+    columns = {"x": x, "y": np.zeros(2), "test_in_splits": np.eye(2, dtype=np.uint8)}
+    features = {name: data.Feature(column.shape[1:], "object" if column.dtype.kind == "U" else column.dtype.name)
+                for name, column in columns.items()}  # fmt: skip
+    described = types.SimpleNamespace(features=features)
+    monkeypatch.setattr(tabular, "info", lambda name: described)
+    monkeypatch.setattr(tabular, "load", lambda name, split: columns)
+    with pytest.raises(InputError, match=message):
+        data.regression("diabetes")
+
+
+@pytest.mark.parametrize("share", [0.001, 1.0])
+def test_a_part_without_rows_is_not_held_out(share):
+    with pytest.raises(InputError, match=f"a share of {share} of 5 rows to hold out is"):
+        data.held_out(np.ones(5, bool), share, 0)
 
 
 def test_moments_and_a_constant_feature():
