@@ -44,14 +44,7 @@ class Config:
     steps: Positive[int] = 1000  # train steps of each network
     batch_size: Positive[int] = 100  # images per step and network
     learning_rate: Positive[float] = 1e-3  # peak learning rate of Adam
-    angles: Distinct[Annotated[float, Between(-180, 180)]] = (
-        15.0,
-        30.0,
-        45.0,
-        60.0,
-        75.0,
-        90.0,
-    )  # degrees of the turns
+    angles: Distinct[Annotated[float, Between(-180, 180)]] = (15, 30, 45, 60, 75, 90)  # turns, in degrees
 
 
 PRESETS = {

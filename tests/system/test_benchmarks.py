@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import compression
+from benchmarks import compressed
 from benchmarks.problems import CNN, PROBLEMS, images, labelled_texts, sentences, spoken, text, waves, windows
 from dl_jax import losses
 from dl_jax.compress import measure, structure
@@ -60,13 +60,13 @@ def test_classifiers(torch, twins, model, sizes):
     np.testing.assert_allclose(*criteria, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", compression.NETWORKS)
+@pytest.mark.parametrize("name", compressed.NETWORKS)
 def test_networks_that_are_compressed(torch, name):
     """With their statistics, and at strides that divide the image."""
     pytest.importorskip("torch_pruning")
     from benchmarks import torch_compression
 
-    model, image, draw = compression.NETWORKS[name], images(3)["image"], np.random.default_rng(0)
+    model, image, draw = compressed.NETWORKS[name], images(3)["image"], np.random.default_rng(0)
     variables = jax.jit(lambda: model.init(jax.random.key(0), image, train=False))()
     variables = jax.tree.map(lambda leaf: np.asarray(leaf + 0.2 * draw.random(leaf.shape), np.float32), variables)
     twin = torch_compression.twin(name, variables)

@@ -185,7 +185,7 @@ def test_the_command_prints_the_layers_and_their_totals(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["LeNet"], "there is no model 'LeNet', expected one of AttentionClassifier, ChainTagger, CharGPT, CharLM, "),
+        (["LeNet"], "there is no model 'LeNet', expected one of AttentionClassifier, AutoRec, ChainTagger, "),
         (["LeNet5", "--batch-size", "0"], "the batch size is 0, expected 1 or more"),
     ],
 )
