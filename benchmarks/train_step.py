@@ -50,7 +50,7 @@ from benchmarks.problems import BATCH, PROBLEMS, images
 from dl_jax import data, losses, rbm
 from dl_jax.core import devices
 from dl_jax.core.fit import fit
-from dl_jax.core.step import init_states, init_variables, make_step, per_seed
+from dl_jax.core.step import Batch, State, Step, init_states, init_variables, make_step, per_seed
 from dl_jax.harness.machine import device, git_state, processor, versions
 from dl_jax.models import ops
 from dl_jax.models.vision.lenet import LeNet300
@@ -77,9 +77,15 @@ def with_fit(name: str, batches=None) -> Block:
             {key: np.repeat(value, 8, 0) for key, value in column.items()}, rows_of(column), seeds=0
         )
 
+    return fitted(step, state, batches)
+
+
+def fitted(step: Step, state: State, batches: data.Stream | Callable[[int], Batch]) -> Block:
+    """A block of steps with `fit`, also of the states of several seeds."""
+
     def block(n: int) -> None:
         nonlocal state
-        state = jax.block_until_ready(fit(step, state, batches, steps=int(state.step) + n))
+        state = jax.block_until_ready(fit(step, state, batches, steps=int(np.max(state.step)) + n))
 
     block(5)
     return block
@@ -121,22 +127,14 @@ def five_seeds() -> Block:
     resident = jax.device_put(
         {name: np.stack([column] * SEEDS) for name, column in PROBLEMS["LeNet-5"].batch().items()}
     )
-    step, done = per_seed(step, one_by_one=True), 0
-
-    def block(n: int) -> None:
-        nonlocal states, done
-        done += n
-        states = jax.block_until_ready(fit(step, states, lambda i: resident, steps=done))
-
-    block(5)
-    return block
+    return fitted(per_seed(step, one_by_one=True), states, lambda i: resident)
 
 
 def of_table(networks: int) -> Block:
     """A block of steps of so many networks that predict a mean and a variance, each from rows of its own."""
     model, tx = MLP((UNITS,), classes=2), optax.adam(0.01)
     keys = jax.vmap(jax.random.key)(np.arange(networks))
-    states, done = init_states(keys, init_variables(model, keys, jnp.zeros((1, NUMBERS))), tx), 0
+    states = init_states(keys, init_variables(model, keys, jnp.zeros((1, NUMBERS))), tx)
     x = np.random.default_rng(0).random((networks, ROWS, NUMBERS), np.float32)
     resident = jax.device_put({"x": x, "y": x.sum(-1)})
 
@@ -144,15 +142,7 @@ def of_table(networks: int) -> Block:
         mean, raw = jnp.moveaxis(jnp.asarray(model.apply(variables, batch["x"], train=True)), -1, 0)
         return losses.gaussian_nll(mean, jax.nn.softplus(raw) + 1e-6, batch["y"]).mean(), ({}, {})
 
-    step = per_seed(make_step(loss, tx))
-
-    def block(n: int) -> None:
-        nonlocal states, done
-        done += n
-        states = jax.block_until_ready(fit(step, states, lambda i: resident, steps=done))
-
-    block(5)
-    return block
+    return fitted(per_seed(make_step(loss, tx)), states, lambda i: resident)
 
 
 def host_milliseconds() -> float:
@@ -199,17 +189,9 @@ def pipeline_alone() -> Block:
 
 def boltzmann() -> Block:
     """A block of steps of persistent contrastive divergence with `fit`."""
-    tx, resident, done = optax.sgd(0.01), jax.device_put({"image": images(CHAINS)["image"]}), 0
-    step = rbm.contrastive_divergence(tx)
+    tx, resident = optax.sgd(0.01), jax.device_put({"image": images(CHAINS)["image"]})
     state = rbm.start(np.zeros(28 * 28), HIDDEN, tx, jax.random.key(0), CHAINS)
-
-    def block(n: int) -> None:
-        nonlocal state, done
-        done += n
-        state = jax.block_until_ready(fit(step, state, lambda i: resident, steps=done))
-
-    block(5)
-    return block
+    return fitted(rbm.contrastive_divergence(tx), state, lambda i: resident)
 
 
 def boltzmann_of_sklearn() -> Block:

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+from dl_jax import classify
 from dl_jax.core.errors import InputError
 from dl_jax.core.step import Array, Batch, Metrics, State, Step
 
@@ -128,8 +129,7 @@ def contrastive_divergence(tx: optax.GradientTransformation, k: int = 1) -> Step
 
 def unit_rows(image: Any) -> Array:  # [B, ...] -> float32 [B, D]
     """Integers divided by 255, and floats as they are, with one axis of units."""
-    scale = 255 if jnp.issubdtype(image.dtype, jnp.integer) else 1
-    return jnp.asarray(image, jnp.float32).reshape(len(image), -1) / scale
+    return classify.to_unit(image).reshape(len(image), -1)
 
 
 def up(machines: Sequence[Params], x: Array) -> Array:  # [B, D] -> [B, H]

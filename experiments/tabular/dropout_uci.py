@@ -25,7 +25,7 @@ same 1,000, and the fifth is drawn at random."""
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated
 
 import jax
@@ -33,10 +33,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dl_jax import data
+from dl_jax import data, splits
 from dl_jax.core.errors import InputError
 from dl_jax.core.fit import fit
-from dl_jax.core.step import Array, Batch, State, Tree, holding, make_step, start
+from dl_jax.core.step import Array, Batch, Tree, holding, make_step, start
 from dl_jax.harness import Between, Claim, Distinct, Fraction, Positive, Run, launch
 from dl_jax.models.vision.mlp import MLP
 
@@ -124,29 +124,26 @@ def repeats(cfg: Config, seeds: Sequence[int]) -> int:
 
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
-    tables = {name.rpartition("/")[2]: data.regression(name) for name in cfg.datasets}
-    for name, table in tables.items():
-        require(cfg, name, table)
-    found = {}
+    tables, found = splits.tables(cfg.datasets, cfg.splits), {}
+    require_precisions(tables)
     for name, table in tables.items():
         rmse, nll, rate, tau = averaged(cfg, run / name, table, np.array(TAUS[name]))
         found |= {f"rmse/{name}": rmse, f"nll/{name}": nll, f"rate/{name}": rate, f"tau/{name}": tau}
     return found
 
 
-def require(cfg: Config, name: str, table: data.Regression) -> None:
-    """Raises InputError for a set without precisions to choose from, or with fewer splits, before any training."""
-    if name not in TAUS:
-        raise InputError(f"data set {name}, expected one of {', '.join(TAUS)}: no precisions are known for another")
-    if len(table.test) < cfg.splits:
-        raise InputError(f"splits is {cfg.splits}, expected at most {len(table.test)}, those of {name}; lower --splits")
+def require_precisions(names: Iterable[str]) -> None:
+    """Raises InputError for a set without precisions to choose from, before any training."""
+    for name in names:
+        if name not in TAUS:
+            raise InputError(f"data set {name}, expected one of {', '.join(TAUS)}: no precisions are known for another")
 
 
 def averaged(
     cfg: Config, run: Run, table: data.Regression, taus: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """RMSE, NLL in nats, dropout rate and precision of each seed and split, [S · K] each."""
-    test, rates = table.test[: cfg.splits], np.array(cfg.rates, np.float32)
+    test, rates = table.test, np.array(cfg.rates, np.float32)
     learnt, held = map(
         np.stack, zip(*(data.held_out(~each, cfg.held_out, k) for k, each in enumerate(test)), strict=True)
     )
@@ -176,28 +173,21 @@ def predicted(
     All networks are trained together, each split's on its rows `train`, and give their outputs for its rows `test`,
     both bool [K, N], with T masks. Splits that test on fewer rows than others have NaN among the targets.
     """
-    split = np.tile(np.repeat(np.arange(len(train)), rates.shape[-1]), len(rates))  # [L], of each network
-    learnt = train.sum(1)[split]
-    decay = LENGTH_SCALE**2 * (1 - rates.ravel()) / (2 * learnt * np.median(taus))
-    of_split = [scale(table, rows) for rows in train]
+    mine = functools.partial(splits.by_network, networks=rates.shape[-1], seeds=len(rates))
+    decay = LENGTH_SCALE**2 * (1 - rates.ravel()) / (2 * mine(train.sum(1)) * np.median(taus))
     extra = {
-        "scale": jax.tree.map(lambda *each: np.stack(each)[split], *of_split),  # [L, ...]
+        "scale": mine([splits.scale(table, rows) for rows in train]),  # [L, ...]
         "prior": {"rate": rates.ravel(), "decay": decay.astype(np.float32)},
     }
-    *keys, key_test = (numbered(key, rates[0].size).ravel() for key in run.keys(3))  # [L] each
+    *keys, key_test = (splits.numbered(key, rates[0].size) for key in run.keys(3))  # [L] each
     states = start(
         network(cfg.hidden), optax.adam(cfg.learning_rate), *keys, np.zeros((1, table.x.shape[1]), np.float32)
     )
-    streams = [
-        data.shuffled({"row": np.flatnonzero(train[k])}, cfg.batch_size, i + 1_000_000 * seed)
-        for seed in run.seeds
-        for i, k in enumerate(split[: rates[0].size])
-    ]
-    steps = min(cfg.most_steps, max(1, round(cfg.epochs * learnt.min() / cfg.batch_size)))
+    steps = min(cfg.most_steps, max(1, round(cfg.epochs * train.sum(1).min() / cfg.batch_size)))
     states = fit(
         holding(step_of(cfg.learning_rate), {"x": table.x, "y": table.y}),
         states._replace(extra=extra),
-        data.per_seed(streams),
+        splits.orders(train, rates.shape[-1], cfg.batch_size, run.seeds),
         steps=steps,
         run=run,
     )
@@ -207,7 +197,7 @@ def predicted(
         [np.pad(table.y[each].astype(np.float64), (0, most - len(each)), constant_values=np.nan) for each in rows]
     )
     x = table.x[np.stack([np.resize(each, most) for each in rows])]  # [K, M, D]
-    outputs = sampled(states.params, states.extra, key_test, x[split], masks)  # [L, T, M]
+    outputs = sampled(states.params, states.extra, key_test, mine(x), masks)  # [L, T, M]
     return np.asarray(outputs, np.float64).reshape(*rates.shape, masks, most), y[:, None]
 
 
@@ -215,26 +205,10 @@ def network(hidden: int) -> MLP:
     return MLP((hidden,), classes=1, kernel_init=jax.nn.initializers.glorot_uniform())
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def numbered(keys: Array, n: int) -> Array:  # [S] -> [S, n]
-    return jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n)))(keys)
-
-
-def scale(table: data.Regression, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Mean and deviation of inputs and target in these rows."""
-    (x_mean, x_deviation), (y_mean, y_deviation) = data.moments(table.x[rows]), data.moments(table.y[rows])
-    return {"x_mean": x_mean, "x_deviation": x_deviation, "y_mean": y_mean, "y_deviation": y_deviation}
-
-
 @functools.cache
 def step_of(learning_rate: float):
     """The step of all networks, whose batch names the rows, int [L, B], of a table of inputs and targets."""
-    step = make_step(loss, optax.adam(learning_rate))
-
-    def of_one(table: Tree, state: State, batch: Batch):
-        return step(state, {name: column[batch["row"]] for name, column in table.items()})
-
-    return jax.vmap(of_one, (None, 0, 0))
+    return splits.of_rows(make_step(loss, optax.adam(learning_rate)))
 
 
 def loss(variables: Tree, batch: Batch, key: Array):

@@ -35,11 +35,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dl_jax import data, losses
+from dl_jax import data, losses, splits
 from dl_jax.core.errors import InputError
 from dl_jax.core.evaluate import collector
 from dl_jax.core.fit import fit
-from dl_jax.core.step import Array, Batch, Metrics, State, Step, Tree, holding, make_step, start
+from dl_jax.core.step import Array, Batch, Metrics, State, Tree, holding, make_step, start
 from dl_jax.harness import Between, Claim, Distinct, Fraction, NonNegative, Positive, Run, curves_figure, launch
 from dl_jax.models.vision.mlp import MLP
 
@@ -126,7 +126,7 @@ def repeats(cfg: Config, seeds: Sequence[int]) -> int:
 
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
-    tables = {name.rpartition("/")[2]: data.regression(name) for name in cfg.datasets}
+    tables = splits.tables(cfg.datasets, cfg.splits)
     for name, table in tables.items():
         require(cfg, name, table)
     found, curves = {}, {}
@@ -141,15 +141,8 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
 
 
 def require(cfg: Config, name: str, table: data.Regression) -> None:
-    """Raises InputError for a set that lacks the splits, and one with a constant target, before any training."""
-    if len(table.test) < cfg.splits:
-        raise InputError(f"splits is {cfg.splits}, expected at most {len(table.test)}, those of {name}; lower --splits")
-    for k, test in enumerate(table.test[: cfg.splits]):
-        if np.ptp(table.y[~test]) == 0:
-            raise InputError(
-                f"the target of {name} is {table.y[~test][0]:g} in all training rows of split {k}, expected different "
-                "values; choose another set"
-            )
+    """Raises InputError for a split with too few rows to hold some out, before any training."""
+    for k, test in enumerate(table.test):
         if (~test).sum() < 2 / cfg.held_out:
             raise InputError(
                 f"split {k} of {name} has {(~test).sum()} training rows, expected {2 / cfg.held_out:g} or more, so "
@@ -159,7 +152,7 @@ def require(cfg: Config, name: str, table: data.Regression) -> None:
 
 def ensembles(cfg: Config, run: Run, table: data.Regression) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """RMSE, NLL in nats and learning rate of the ensemble of each seed and split, [S · K] each, and (y − μ) / σ."""
-    test, seeds, networks = table.test[: cfg.splits], len(run.seeds), networks_of(cfg)
+    test, seeds, networks = table.test, len(run.seeds), networks_of(cfg)
     learnt, held = zip(
         *(data.held_out(rows, cfg.held_out, k) for k, rows in enumerate(~test)), strict=True
     )  # K times [N]
@@ -185,22 +178,16 @@ def predicted(
     All networks are trained together, each split's on its rows `train`, bool [K, N]. Means, variances and targets are
     in units of the standard deviation of the split's training targets, which comes last.
     """
-    of_split = [scale(table, rows) for rows in train]
-    split = np.tile(np.repeat(np.arange(len(train)), rates.shape[-1]), len(rates))  # [L], of each network
-    scales = jax.tree.map(lambda *each: np.stack(each)[split], *of_split)  # [L, ...]
-    keys = (numbered(key, rates[0].size).ravel() for key in run.keys(2))  # [L] each
+    of_split, n = [scale(table, rows) for rows in train], rates.shape[-1]
+    keys = (splits.numbered(key, rates[0].size) for key in run.keys(2))  # [L] each
     states = start(networks.model, networks.tx, *keys, np.zeros((1, table.x.shape[1]), np.float32))
     hyperparams = {**states.opt_state.hyperparams, "learning_rate": rates.ravel()}
-    states = states._replace(extra={"scale": scales}, opt_state=states.opt_state._replace(hyperparams=hyperparams))
-    streams = [
-        data.shuffled({"row": np.flatnonzero(train[k])}, cfg.batch_size, i + 1_000_000 * seed)
-        for seed in run.seeds
-        for i, k in enumerate(split[: rates[0].size])
-    ]
+    extra = {"scale": splits.by_network(of_split, n, len(rates))}
+    states = states._replace(extra=extra, opt_state=states.opt_state._replace(hyperparams=hyperparams))
     states = fit(
         holding(networks.step, {"x": table.x, "y": table.y}),
         states,
-        data.per_seed(streams),
+        splits.orders(train, n, cfg.batch_size, run.seeds),
         steps=max(1, round(cfg.epochs * int(train[0].sum()) / cfg.batch_size)),
         run=run,
     )
@@ -224,13 +211,8 @@ class Networks(NamedTuple):
 def networks_of(cfg: Config) -> Networks:
     model, tx = network(cfg.hidden), optax.inject_hyperparams(optax.adam)(learning_rate=1.0)
     predict = lambda variables, batch: gaussian(model, variables["params"], inputs(variables["scale"], batch["x"]))
-    step = of_rows(make_step(functools.partial(loss, model, cfg.epsilon), tx))
+    step = splits.of_rows(make_step(functools.partial(loss, model, cfg.epsilon), tx))
     return Networks(model, tx, step, collector(predict, 1000))
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def numbered(keys: Array, n: int) -> Array:  # [S] -> [S, n]
-    return jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n)))(keys)
 
 
 def network(hidden: int) -> MLP:
@@ -241,19 +223,8 @@ def network(hidden: int) -> MLP:
 
 def scale(table: data.Regression, rows: np.ndarray) -> dict[str, np.ndarray]:
     """Mean and deviation of inputs and target in these rows, and the range of each input in units of its deviation."""
-    (x_mean, x_deviation), (y_mean, y_deviation) = data.moments(table.x[rows]), data.moments(table.y[rows])
-    x_range = np.ptp(table.x[rows], 0) / x_deviation
-    return {"x_mean": x_mean, "x_deviation": x_deviation, "x_range": x_range, "y_mean": y_mean,
-            "y_deviation": y_deviation}  # fmt: skip
-
-
-def of_rows(step: Step):
-    """The step of all networks, whose batch names the rows, int [L, B], of a table of inputs and targets."""
-
-    def of_one(table: Tree, state: State, batch: Batch):
-        return step(state, {name: column[batch["row"]] for name, column in table.items()})
-
-    return jax.vmap(of_one, (None, 0, 0))
+    found = splits.scale(table, rows)
+    return {**found, "x_range": np.ptp(table.x[rows], 0) / found["x_deviation"]}
 
 
 def inputs(scale: Tree, x: Array) -> Array:  # [B, D] -> [B, D]

@@ -28,6 +28,7 @@ SHELVES = {
     "rbm",
     "cluster",
     "blackbox",
+    "splits",
     "data",
     "compress",
     "export",
