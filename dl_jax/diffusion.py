@@ -2,7 +2,11 @@
 
 Ho, Jain and Abbeel 2020, "Denoising Diffusion Probabilistic Models" (arXiv:2006.11239). The chain x_0, ..., x_T begins
 at an image with values in [-1, 1] and adds noise in each step: q(x_t | x_t-1) = N(sqrt(1 - β_t) x_t-1, β_t I). A time t
-is 1 to T, as in the paper, and time 0 is the image. Networks predict the noise of x_t.
+is 1 to T, as in the paper, and time 0 is the image.
+
+Networks do not predict the noise ε of x_t = sqrt(ᾱ_t) x_0 + sqrt(1 - ᾱ_t) ε, but v = sqrt(ᾱ_t) ε - sqrt(1 - ᾱ_t) x_0
+(Salimans and Ho 2022, "Progressive Distillation", arXiv:2202.00512, section 4 and appendix D). A network of the noise
+has to copy its input at late times, and an error of the noise says little there of the image.
 """
 
 from collections.abc import Callable
@@ -15,7 +19,7 @@ import numpy as np
 from dl_jax.core.errors import require_positive
 from dl_jax.core.step import Array
 
-Predict = Callable[[Array, Array], Array]  # x_t [B, ...] and t int [B] -> the predicted noise [B, ...]
+Predict = Callable[[Array, Array], Array]  # x_t [B, ...] and t int [B] -> the predicted v [B, ...]
 
 
 class Schedule(NamedTuple):
@@ -50,10 +54,16 @@ def noised(schedule: Schedule, image: Array, t: Array, noise: Array) -> Array:  
     return jnp.sqrt(left) * image + jnp.sqrt(1 - left) * noise
 
 
-def denoised(schedule: Schedule, x: Array, t: Array, noise: Array) -> Array:  # [B, ...], int [B], [B, ...]
-    """x_0 of x_t and its noise: what `noised` was given."""
+def velocity(schedule: Schedule, image: Array, t: Array, noise: Array) -> Array:  # [B, ...], int [B], [B, ...]
+    """v of an image, a time and this noise: what a network is to predict."""
+    left = _of(schedule.left, t, image)
+    return jnp.sqrt(left) * noise - jnp.sqrt(1 - left) * image
+
+
+def denoised(schedule: Schedule, x: Array, t: Array, v: Array) -> Array:  # [B, ...], int [B], [B, ...]
+    """x_0 of x_t and its v."""
     left = _of(schedule.left, t, x)
-    return (x - jnp.sqrt(1 - left) * noise) / jnp.sqrt(left)
+    return jnp.sqrt(left) * x - jnp.sqrt(1 - left) * v
 
 
 def posterior(schedule: Schedule, image: Array, x: Array, t: Array) -> tuple[Array, Array]:
@@ -64,11 +74,14 @@ def posterior(schedule: Schedule, image: Array, x: Array, t: Array) -> tuple[Arr
 
 
 def loss(schedule: Schedule, predict: Predict, image: Array, key: Array) -> Array:  # [B, ...] -> [B]
-    """The mean squared error of the predicted noise at a random time of each image (equation 14)."""
+    """The mean squared error of the predicted v at a random time of each image.
+
+    It is the squared error of the image, with the weight 1 / (1 - ᾱ_t) (Salimans and Ho, section 4, "SNR + 1").
+    """
     key_t, key_noise = jax.random.split(key)
     t = jax.random.randint(key_t, image.shape[:1], 1, schedule.steps + 1)
     noise = jax.random.normal(key_noise, image.shape)
-    error = predict(noised(schedule, image, t, noise), t) - noise
+    error = predict(noised(schedule, image, t, noise), t) - velocity(schedule, image, t, noise)
     return (error**2).reshape(len(image), -1).mean(-1)
 
 

@@ -24,7 +24,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ from dl_jax import classify, data, diffusion, optim
 from dl_jax.core import seeds
 from dl_jax.core.evaluate import collector
 from dl_jax.core.fit import fit
-from dl_jax.core.step import Array, Batch, Tree, make_step, per_seed, start
+from dl_jax.core.step import Array, Batch, Loss, Tree, make_step, per_seed, start
 from dl_jax.harness import Claim, Positive, Run, launch
 from dl_jax.losses import latent
 from dl_jax.models.generative.denoiser import Denoiser
@@ -89,23 +89,27 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     stream = data.shuffled(train, cfg.batch_size, run.seeds)
     keys = {name: run.keys(8)[2 * i : 2 * i + 2] for i, name in enumerate(("classifier", "vae", "denoiser", "draw"))}
 
-    def learnt(name: str, model: Any, loss: Any, steps: int, *inputs: Array) -> Tree:
-        tx = optax.adam(optim.warmup_cosine(cfg.learning_rate, steps))
-        states = start(model, tx, *keys[name], *inputs)
-        step = per_seed(make_step(loss, tx), one_by_one=True)
-        return fit(step, states, stream, steps=steps, run=run / name, scan=cfg.scan_steps).variables
-
     schedule = diffusion.cosine(cfg.times)
     vae = VAE(latents=cfg.vae_latents, hidden=cfg.vae_hidden, output_bias=mean_image_bias(train["image"]))
     denoiser = Denoiser(cfg.maps, cfg.embedding, patch=2)
     digit, noisy = jnp.zeros((1, *SHAPE)), (jnp.zeros((1, *WIDER)), jnp.zeros(1, jnp.int32))
-    judge = learnt("classifier", LeNet5(), classify.loss(LeNet5().apply), cfg.classifier_steps, digit)
-    coder = learnt("vae", vae, functools.partial(vae_loss, vae), cfg.vae_steps, digit)
-    drawer = learnt("denoiser", denoiser, functools.partial(denoiser_loss, schedule, denoiser), cfg.steps, *noisy)
+    networks = {
+        "classifier": Network(LeNet5(), classify.loss(LeNet5().apply), cfg.classifier_steps, (digit,)),
+        "vae": Network(vae, functools.partial(vae_loss, vae), cfg.vae_steps, (digit,)),
+        "denoiser": Network(denoiser, functools.partial(denoiser_loss, schedule, denoiser), cfg.steps, noisy),
+    }
+    txs = {name: optax.adam(optim.warmup_cosine(cfg.learning_rate, net.steps)) for name, net in networks.items()}
+    # All are initialised before one is trained, so that a size that none can have costs no training.
+    begun = {name: start(net.model, txs[name], *keys[name], *net.inputs) for name, net in networks.items()}
+    trained = {}
+    for name, net in networks.items():
+        step = per_seed(make_step(net.loss, txs[name]), one_by_one=True)
+        states = fit(step, begun[name], stream, steps=net.steps, run=run / name, scan=cfg.scan_steps)
+        trained[name] = states.variables
     drawn = {"index": np.arange(cfg.samples)}
     draws = {
-        "diffusion": (functools.partial(from_noise, schedule, denoiser), drawer),
-        "vae": (functools.partial(from_code, vae), coder),
+        "diffusion": (functools.partial(from_noise, schedule, denoiser), trained["denoiser"]),
+        "vae": (functools.partial(from_code, vae), trained["vae"]),
     }
     images = {
         kind: drawing(draw, cfg.batch_size)((made, keys["draw"][0]), drawn) for kind, (draw, made) in draws.items()
@@ -113,18 +117,27 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     images["real"] = np.stack([test["image"]] * len(run.seeds))  # [S, N, H, W, C], as the drawn ones
     answer = collector(probabilities, cfg.batch_size)
     found: dict[str, list[float]] = collections.defaultdict(list)
-    for i, judge_of in enumerate(seeds.split(judge)):
+    for i, judge_of in enumerate(seeds.split(trained["classifier"])):
         one = jax.tree.map(lambda leaf: leaf[None], judge_of)
         for kind, each in images.items():
             for name, value in scores(answer(one, {"image": each[i]})[0]).items():
                 found[f"{name}/{kind}"].append(value)
-    first = seeds.split(drawer)[0]  # on the host, as only the first process draws the images
+    first = seeds.split(trained["denoiser"])[0]  # on the host, as only the first process draws the images
     run.images(cfg.steps, lambda: {
         "samples": images["diffusion"][0, :100],
         "autoencoder": images["vae"][0, :100],
         "reverse": way(schedule, denoiser, first, keys["draw"][0][0]),
     })  # fmt: skip
     return {name: np.array(values) for name, values in found.items()}
+
+
+class Network(NamedTuple):
+    """A network, what it learns by, for how long, and inputs of its shapes."""
+
+    model: Any
+    loss: Loss
+    steps: int
+    inputs: tuple[Array, ...]
 
 
 def vae_loss(model: VAE, variables: Tree, batch: Batch, key: Array):
@@ -140,26 +153,17 @@ def vae_loss(model: VAE, variables: Tree, batch: Batch, key: Array):
 def denoiser_loss(schedule: diffusion.Schedule, model: Denoiser, variables: Tree, batch: Batch, key: Array):
     sides = ((0, 0), (MARGIN, MARGIN), (MARGIN, MARGIN), (0, 0))
     image = jnp.pad(2 * classify.to_unit(batch["image"]) - 1, sides, constant_values=-1)
-    return diffusion.loss(schedule, predictor(schedule, model, variables, train=True), image, key).mean(), ({}, {})
+    return diffusion.loss(schedule, predictor(model, variables, train=True), image, key).mean(), ({}, {})
 
 
-def predictor(schedule: diffusion.Schedule, model: Denoiser, variables: Tree, train: bool = False) -> diffusion.Predict:
-    """The noise √(1 − ᾱ_t) x_t + √ᾱ_t F(x_t, t) of the network F (Salimans & Ho 2022, arXiv:2202.00512, appendix D).
-
-    F would else have to learn to copy x_t, which at late times is all noise.
-    """
+def predictor(model: Denoiser, variables: Tree, train: bool = False) -> diffusion.Predict:
     apply: Callable[..., Any] = model.apply
-
-    def predict(x: Array, t: Array) -> Array:
-        left = schedule.left[t].reshape(-1, *(1,) * (x.ndim - 1))
-        return jnp.sqrt(1 - left) * x + jnp.sqrt(left) * apply(variables, x, t, train=train)
-
-    return predict
+    return lambda x, t: apply(variables, x, t, train=train)
 
 
 def from_noise(schedule: diffusion.Schedule, model: Denoiser, variables: Tree, keys: Array) -> Array:
     """Images of the reverse process, one for each of `keys` [B]: [B, H, W, C] in [0, 1]."""
-    image, _ = diffusion.sample(schedule, predictor(schedule, model, variables), keys, WIDER)
+    image, _ = diffusion.sample(schedule, predictor(model, variables), keys, WIDER)
     return visible(image)
 
 
@@ -206,7 +210,7 @@ def scores(probability: np.ndarray) -> dict[str, float]:  # [N, C]
 def way(schedule: diffusion.Schedule, model: Denoiser, variables: Tree, key: Array) -> Array:  # -> [100, H, W, C]
     """Ten rows of images, each from noise on the left to a digit on the right, at ten times."""
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(10))
-    _, images = diffusion.sample(schedule, predictor(schedule, model, variables), keys, WIDER)  # [T + 1, 10, H, W, C]
+    _, images = diffusion.sample(schedule, predictor(model, variables), keys, WIDER)  # [T + 1, 10, H, W, C]
     at = np.linspace(0, schedule.steps, 10).round().astype(int)
     return visible(images[at].swapaxes(0, 1)).reshape(100, *SHAPE)
 

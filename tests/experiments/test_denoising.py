@@ -1,11 +1,14 @@
 """experiments/generative/diffusion.py: the score of samples, and what is drawn and judged."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dl_jax import diffusion
+from dl_jax.core.errors import InputError
 from dl_jax.harness.run import Run
 from dl_jax.models.generative.denoiser import Denoiser
 
@@ -64,6 +67,15 @@ def test_levels_halve_the_sides(experiment, preset):
     model, inputs = Denoiser(cfg.maps, cfg.embedding, patch=2), (jnp.zeros((1, *experiment.WIDER)), jnp.zeros(1, int))
     shape = jax.eval_shape(lambda key: model.init_with_output(key, *inputs, train=False)[0], jax.random.key(0)).shape
     assert shape == (1, 32, 32, 1)
+
+
+def test_a_size_that_a_network_cannot_have_costs_no_training(experiment, monkeypatch):
+    monkeypatch.setattr(experiment, "fit", lambda *args, **options: pytest.fail("a network was trained"))
+    smoke = experiment.PRESETS["smoke"]
+    with pytest.raises(InputError, match="an embedding of 3 numbers, expected an even number"):
+        experiment.main(dataclasses.replace(smoke, embedding=3), Run())
+    with pytest.raises(InputError, match="expected 32 x 32 or more, the smallest that UNet takes"):
+        experiment.main(dataclasses.replace(smoke, maps=(2, 2, 2, 2, 2, 2)), Run())
 
 
 def test_networks_do_not_share_keys(experiment, monkeypatch):

@@ -45,7 +45,18 @@ def test_denoised_is_the_inverse_of_noised():
     image, noise = RNG.uniform(-1, 1, (6, 2, 3)), RNG.normal(size=(6, 2, 3))
     image, noise = jnp.float32(image), jnp.float32(noise)
     x = diffusion.noised(SCHEDULE, image, TIMES, noise)
-    np.testing.assert_allclose(diffusion.denoised(SCHEDULE, x, TIMES, noise), image, rtol=1e-3, atol=1e-3)
+    v = diffusion.velocity(SCHEDULE, image, TIMES, noise)
+    np.testing.assert_allclose(diffusion.denoised(SCHEDULE, x, TIMES, v), image, atol=1e-6)
+
+
+def test_the_velocity_is_the_slope_of_a_turn_from_the_image_to_the_noise():
+    """With sqrt(ᾱ_t) = cos φ, x_t = cos(φ) x_0 + sin(φ) ε, and v is its derivative by φ (appendix D)."""
+    image, noise = RNG.uniform(-1, 1, (6, 2)), RNG.normal(size=(6, 2))
+    phi = np.arccos(np.sqrt(np.cumprod(1 - BETA)[1:]))[:, None]
+    turn = lambda phi: np.cos(phi) * image + np.sin(phi) * noise
+    slope = (turn(phi + 1e-5) - turn(phi - 1e-5)) / 2e-5
+    found = diffusion.velocity(SCHEDULE, jnp.float32(image), TIMES, jnp.float32(noise))
+    np.testing.assert_allclose(found, slope, atol=1e-4)
 
 
 def test_the_posterior_by_brute_force():
@@ -66,16 +77,17 @@ def test_the_posterior_by_brute_force():
         np.testing.assert_allclose(variance[i], (density * (grid - expected) ** 2).sum(), rtol=1e-4)
 
 
-def test_the_loss_is_the_error_of_the_noise():
-    """A network that knows the image finds the noise; one that answers 0 errs by the noise's variance."""
+def test_the_loss_is_the_error_of_the_velocity():
+    """A network that knows the image finds v; one that answers 0 errs by the variance of v, ᾱ_t + (1 - ᾱ_t) / 3."""
     image = jnp.float32(RNG.uniform(-1, 1, (4000, 3)))
     left = lambda t: SCHEDULE.left[t][:, None]
-    knows = lambda x, t: (x - jnp.sqrt(left(t)) * image) / jnp.sqrt(1 - left(t))
+    knows = lambda x, t: (jnp.sqrt(left(t)) * x - image) / jnp.sqrt(1 - left(t))
     found = jax.jit(lambda key: diffusion.loss(SCHEDULE, knows, image, key))(jax.random.key(0))
     np.testing.assert_allclose(found, 0, atol=1e-6)
     nothing = diffusion.loss(SCHEDULE, lambda x, t: jnp.zeros_like(x), image, jax.random.key(0))
     assert nothing.shape == (4000,)
-    np.testing.assert_allclose(nothing.mean(), 1, atol=0.04)
+    kept = np.cumprod(1 - BETA)[1:].mean()
+    np.testing.assert_allclose(nothing.mean(), kept + (1 - kept) / 3, atol=0.03)
     times = []
     diffusion.loss(SCHEDULE, lambda x, t: times.extend(np.asarray(t)) or x, image, jax.random.key(1))
     np.testing.assert_allclose(np.bincount(times, minlength=7) / 4000, [0, *[1 / 6] * 6], atol=0.02)
@@ -92,8 +104,8 @@ def test_the_reverse_process_of_a_normal_distribution():
 
     def predict(x, t):
         left = schedule.left[t][:, None]
-        variance = left * spread**2 + 1 - left
-        return jnp.sqrt(1 - left) * (x - jnp.sqrt(left) * mean) / variance
+        guess = mean + spread**2 * jnp.sqrt(left) * (x - jnp.sqrt(left) * mean) / (left * spread**2 + 1 - left)
+        return (jnp.sqrt(left) * x - guess) / jnp.sqrt(1 - left)
 
     at, variance = 0.0, 1.0  # of x_T
     for t in range(20, 0, -1):
@@ -126,6 +138,6 @@ def test_a_sample_depends_on_its_own_key_alone():
 
 def test_the_image_that_is_seen_is_clipped():
     x, t = jnp.full((1, 2), 3.0), jnp.array([3])
-    found = diffusion.reversed_step(SCHEDULE, lambda x, t: jnp.zeros_like(x), x, t, jnp.zeros_like(x))
+    found = diffusion.reversed_step(SCHEDULE, lambda x, t: jnp.full_like(x, -9), x, t, jnp.zeros_like(x))
     expected, _ = diffusion.posterior(SCHEDULE, jnp.ones_like(x), x, t)
     np.testing.assert_allclose(found, expected)

@@ -48,7 +48,7 @@ def from_blocks(blocks: jax.Array, side: int) -> jax.Array:  # [B, H, W, side² 
 
 
 class Denoiser(nn.Module):
-    """The noise in noisy images: [B, H, W, C] and times [B] -> float32 [B, H, W, C].
+    """What a network of `diffusion` predicts: noisy images [B, H, W, C] and times [B] -> float32 [B, H, W, C].
 
     `maps` are those of the U-Net's levels. It sees blocks of `patch` x `patch` pixels as channels of one, which for two
     pixels takes a quarter of the operations (Hoogeboom, Heek and Salimans 2023, "simple diffusion", section 3.2). The
