@@ -5,9 +5,9 @@ colour images, with a smaller network, fewer steps of noise and a schedule for f
 
     python experiments/generative/diffusion.py --dataset mnist --preset paper --seeds 3 --workdir runs/diffusion
 
-Expected: the score of 500 samples is higher than that of 500 samples of a variational autoencoder that was trained for
-as long on the same processor. Before its margin and third level a step of the denoiser took a core 91 ms, and one of
-the autoencoder 2.8 ms; the numbers of steps are to be measured again before the run.
+Expected: the score of 500 samples is higher than that of 500 samples of a variational autoencoder, which was trained
+until its score rose no more: in a pilot it was 5.62 after 20,000 steps and 5.65 after 60,000. A step of the denoiser
+takes a core of a Xeon 115 ms, one of the autoencoder 3 ms, and drawing 500 samples half a minute.
 
 The score is exp(H(E p) − E H(p)), where p are the probabilities of the ten classes that LeNet-5, trained on the real
 training digits, gives an image, and H is the entropy (Salimans et al. 2016, "Improved Techniques for Training GANs",
@@ -53,14 +53,14 @@ class Config:
     train_split: str = "train"  # TFDS split to learn from
     test_split: str = "test"  # TFDS split of the real digits that are scored
     times: Positive[int] = 100  # steps of noise T
-    maps: tuple[Positive[int], ...] = (32, 64, 64)  # maps of each level of the U-Net, on blocks of 2x2 pixels
+    maps: tuple[Positive[int], ...] = (24, 48, 64)  # maps of each level of the U-Net, on blocks of 2x2 pixels
     embedding: Positive[int] = 64  # numbers that stand for a time
-    steps: Positive[int] = 2000  # train steps of the denoiser
+    steps: Positive[int] = 5000  # train steps of the denoiser
     batch_size: Positive[int] = 64  # images per step of each network, over all devices
     learning_rate: Positive[float] = 2e-3  # peak learning rate of Adam, for all networks
     vae_hidden: tuple[Positive[int], ...] = (200, 200)  # tanh units of each layer of the autoencoder
     vae_latents: Positive[int] = 20  # units of its code
-    vae_steps: Positive[int] = 65_000  # train steps of the autoencoder, which take as long as the denoiser's
+    vae_steps: Positive[int] = 20_000  # train steps of the autoencoder
     classifier_steps: Positive[int] = 1000  # train steps of the classifier
     samples: Positive[int] = 500  # images of each kind that are scored
     scan_steps: Positive[int] = 10  # steps per call of the compiled program
@@ -78,8 +78,8 @@ PRESETS = {
 CLAIMS = (
     Claim("score/diffusion", versus="score/vae", paper="our bar", locator="500 samples of each", better="higher",
           seeds=3, given={"dataset": "mnist"},
-          note="A pilot of one seed with 2,500 steps of the denoiser, on digits of the training split that were left "
-          "out: 5.0, and 4.7 of an autoencoder of 8,000 steps."),
+          note="A pilot of one other seed, on digits of the training split that were left out: 6.2 against 5.6, and "
+          "8.4 for real ones."),
 )  # fmt: skip
 KEEPS = ("samples.png", "autoencoder.png", "reverse.png")  # files in the run's folder
 
