@@ -91,9 +91,7 @@ def rollout(
         action = policy(jax.vmap(environment.observe)(episodes.state), key_action)
         later, seen = jax.vmap(functools.partial(step, environment))(episodes, action)
         fresh = jax.vmap(functools.partial(begin, environment))(jax.random.split(key_reset, len(action)))
-        return jax.vmap(lambda *given: jax.tree.map(functools.partial(jnp.where, given[0]), *given[1:]))(
-            seen.ended, fresh, later
-        ), seen
+        return where(seen.ended, fresh, later), seen
 
     return jax.lax.scan(one, episodes, jax.random.split(key, steps))
 
@@ -112,11 +110,16 @@ def returns(environment: Environment, policy: Policy, keys: Array) -> Array:  # 
         episodes, ended = carry
         action = policy(jax.vmap(environment.observe)(episodes.state), jax.random.fold_in(key_policy, i))
         later, seen = jax.vmap(functools.partial(step, environment))(episodes, action)
-        kept = jax.vmap(lambda *given: jax.tree.map(functools.partial(jnp.where, given[0]), *given[1:]))
-        return (kept(ended, episodes, later), ended | seen.ended), None
+        return (where(ended, episodes, later), ended | seen.ended), None
 
     (episodes, _), _ = jax.lax.scan(one, (episodes, jnp.zeros(len(keys), bool)), jnp.arange(environment.limit))
     return episodes.total
+
+
+def where(which: Array, these: Episode, others: Episode) -> Episode:  # bool [E], leaves [E, ...]
+    """`these` episodes where `which` is true, and the others elsewhere."""
+    choose = lambda which, *two: jax.tree.map(functools.partial(jnp.where, which), *two)
+    return jax.vmap(choose)(which, these, others)
 
 
 def cart_pole(limit: int | None = 500) -> Environment:
