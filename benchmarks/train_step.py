@@ -16,6 +16,8 @@ It times, on the networks of problems.py:
   PyTorch variants is reported, with its memory;
 - a step of a restricted Boltzmann machine of 500 hidden units by persistent contrastive divergence on 100 images, and
   scikit-learn's; ours also binarises the images and reports its metrics;
+- an iteration of proximal policy optimisation (PPO) on 512 frames of CartPole with `fit`, and with a Python loop over
+  CartPole in NumPy, which asks the same policy for each action and learns by the same compiled updates;
 - the start of an experiment until the end of its first step, and the initialisation of ResNet-50;
 - XLA's convolution of many channels, and ours, which rests on how XLA chooses its kernel: below 1 the choice is lost.
 
@@ -45,9 +47,11 @@ from sklearn.neural_network import BernoulliRBM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the processes of the contestants import this module
 
+from benchmarks.cart_pole import CartPoles
 from benchmarks.contest import Block, Contestant, Times, compete, ratio
 from benchmarks.problems import BATCH, PROBLEMS, images
 from dl_jax import data, losses, rbm
+from dl_jax.control import environments, ppo
 from dl_jax.core import devices
 from dl_jax.core.fit import fit
 from dl_jax.core.step import Batch, State, Step, init_states, init_variables, make_step, per_seed
@@ -62,6 +66,7 @@ NETWORKS, ROWS, NUMBERS, UNITS = 100, 100, 13, 50  # of a table: networks, and t
 LARGE_IMAGE = jnp.zeros((1, 224, 224, 3))
 MOST_SECONDS = 60  # for all blocks of a contestant
 CHAINS, HIDDEN = 100, 500  # images in a batch of the restricted Boltzmann machine, as many as chains; hidden units
+EPISODES = 4  # that PPO plays at a time
 EPOCH = 468  # steps of an epoch of MNIST's 60,000 digits
 
 
@@ -207,6 +212,45 @@ def boltzmann_of_sklearn() -> Block:
     return block
 
 
+def cart_pole_agent() -> tuple[ppo.Agent, optax.GradientTransformation, State]:
+    """Networks of the usual size, their optimiser, and the state to begin with."""
+    agent, init = ppo.networks(environments.cart_pole(), 64)
+    tx = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(2.5e-4, eps=1e-5))
+    key_init, key = jax.random.split(jax.random.key(0))
+    begin = jax.jit(lambda: ppo.start(environments.cart_pole(), tx, EPISODES, init(key_init), key))
+    return agent, tx, begin()
+
+
+def policy_optimisation() -> Block:
+    """A block of iterations of PPO with `fit`, with CartPole inside the step."""
+    agent, tx, state = cart_pole_agent()
+    return fitted(ppo.step(environments.cart_pole(), agent, tx, ppo.Rule()), state, lambda i: {})
+
+
+def policy_optimisation_in_a_loop() -> Block:
+    """A block of the same iterations with a loop over CartPole in NumPy."""
+    agent, tx, state = cart_pole_agent()
+    rule, poles = ppo.Rule(), CartPoles(EPISODES, 0)
+    key, params, opt_state, done = state.key, state.params, state.opt_state, 0
+    choose = jax.jit(lambda params, keys, t, seen: jax.random.categorical(keys[t], agent.logits(params, seen)))
+    improve = jax.jit(
+        lambda params, opt_state, seen, keys: ppo.improved(agent, tx, rule, params, opt_state, seen, keys[rule.rollout])
+    )
+    keys = jax.jit(lambda key, i: jax.random.split(jax.random.fold_in(key, i), rule.rollout + 1))
+
+    def block(n: int) -> None:
+        nonlocal params, opt_state, done
+        for _ in range(n):
+            each = keys(key, done)
+            seen = [poles.step(np.asarray(choose(params, each, t, poles.state))) for t in range(rule.rollout)]
+            rollout = jax.tree.map(lambda *leaves: np.stack(leaves), *seen)
+            params, opt_state, _ = jax.block_until_ready(improve(params, opt_state, rollout, each))
+            done += 1
+
+    block(5)
+    return block
+
+
 def first_step_seconds() -> float:
     """The seconds from starting Python to the end of the first step of experiments/vision/lenet.py.
 
@@ -264,6 +308,8 @@ def mine() -> dict[str, Contestant]:
         "LeNet-5 five seeds": five_seeds,
         "RBM fit": boltzmann,
         "RBM scikit-learn": boltzmann_of_sklearn,
+        "PPO fit": policy_optimisation,
+        "PPO NumPy's CartPole": policy_optimisation_in_a_loop,
         "one table network": functools.partial(of_table, 1),
         "all table networks": functools.partial(of_table, NETWORKS),
     }
@@ -303,6 +349,8 @@ def rows(times: dict[str, Times]) -> list[Row]:
     table.append(Row(f"{SEEDS} seeds of LeNet-5 at once / {SEEDS} runs", f"{seeds:.3f}", "<= 1.05"))
     machines = ratio(times["RBM scikit-learn"], times["RBM fit"])
     table.append(Row("RBM, persistent CD: scikit-learn / fit", f"{machines:.2f}", ">= 1.5"))
+    frames = ratio(times["PPO NumPy's CartPole"], times["PPO fit"])
+    table.append(Row("PPO, frames/s: fit / loop over NumPy's CartPole", f"{frames:.2f}", ">= 2"))
     together = ratio(times["all table networks"], times["one table network"]) / NETWORKS
     table.append(Row(f"{NETWORKS} networks of a table at once / {NETWORKS} runs", f"{together:.3f}", "<= 0.5"))
     return table

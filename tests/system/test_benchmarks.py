@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from benchmarks import compressed
+from benchmarks.cart_pole import CartPoles
 from benchmarks.problems import CNN, PROBLEMS, images, labelled_texts, sentences, spoken, text, waves, windows
 from dl_jax import losses
 from dl_jax.compress import measure, structure
+from dl_jax.control import environments
 from dl_jax.losses import crf
 from dl_jax.models.generative.vae import VAE
 from dl_jax.models.sequence.attention import TransformerLM
@@ -150,6 +152,26 @@ def test_networks_of_speech(torch, twins):
         twin.load(variables)
         theirs = twin.eval()(torch.from_numpy(inputs)).detach()
         np.testing.assert_allclose(theirs, model.apply(variables, inputs, train=False), rtol=1e-4, atol=1e-4)
+
+
+def test_poles_in_numpy_are_those_of_the_environment():
+    """Step by step from the same state, until several episodes have ended; the limit truncates them too."""
+    poles, draw = CartPoles(5, 0), np.random.default_rng(0)
+    poles.steps[0] = 497
+    step = jax.jit(jax.vmap(lambda *given: environments.step(environments.cart_pole(), *given)))
+    ended = []
+    for _ in range(60):
+        episodes = environments.Episode(*(jnp.asarray(x) for x in (poles.state, poles.steps, poles.total)))
+        action = draw.integers(0, 2, 5)
+        theirs, (later, ours) = poles.step(action), step(episodes, jnp.asarray(action))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), theirs, ours)
+        over = np.asarray(theirs.ended)
+        np.testing.assert_allclose(poles.state[~over], np.asarray(later.state)[~over], atol=1e-5)
+        assert (abs(poles.state[over]) <= 0.05).all()
+        np.testing.assert_array_equal(poles.steps, np.where(over, 0, later.steps))
+        np.testing.assert_array_equal(poles.total, np.where(over, 0, later.total))
+        ended.append([theirs.terminated.any(), theirs.truncated.any()])
+    assert np.any(ended, 0).all()
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

@@ -28,6 +28,7 @@ SHELVES = {
     "rbm",
     "cluster",
     "blackbox",
+    "control",
     "splits",
     "data",
     "compress",
