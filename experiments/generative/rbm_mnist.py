@@ -112,8 +112,8 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
         (run / name).images(cfg.steps, lambda samples=samples: {"samples": samples[:100]})
         # The rest is computed by each process on its own host.
         for i, params in enumerate(seeds.split(machines)):
-            digits = rbm.binarised(key_test[i], rbm.unit_rows(test["image"]))
-            values = likelihood(params, {part: each[i] for part, each in chains.items()}, digits)
+            energy = mean_energy(params, test["image"], key_test[i])
+            values = likelihood(energy, {part: each[i] for part, each in chains.items()})
             for metric, value in values.items():
                 found[f"{metric}/{name}"].append(value)
     measured = {name: np.array(values) for name, values in found.items()}
@@ -153,11 +153,20 @@ def annealed(cfg: Config, base: np.ndarray, machine: tuple[rbm.Params, Array], b
     return {"log_weight": found.log_weights, "visible": found.visible, **exact}
 
 
-def likelihood(params: rbm.Params, chains: Mapping[str, np.ndarray], digits: Array) -> dict[str, float]:
-    """Mean log likelihoods of `digits` [N, 784] in nats, by what `annealed` found."""
-    estimate, error = rbm.log_partition_estimate(chains["log_weight"])
+def mean_energy(params: rbm.Params, image: np.ndarray, key: Array) -> float:  # uint8 [N, 28, 28, 1]
+    """The mean free energy of the images, whose pixels are drawn by the key."""
     with jax.default_matmul_precision("highest"):
-        energy = float(np.asarray(rbm.free_energy(params, digits), np.float64).mean())
+        return float(np.asarray(energies(params, image, key), np.float64).mean())
+
+
+@jax.jit
+def energies(params: rbm.Params, image: Array, key: Array) -> Array:  # -> [N]
+    return rbm.free_energy(params, rbm.binarised(key, rbm.unit_rows(image)))
+
+
+def likelihood(energy: float, chains: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Mean log likelihoods in nats of images of this mean free energy, by what `annealed` found."""
+    estimate, error = rbm.log_partition_estimate(chains["log_weight"])
     values = {"ais_log_likelihood": -energy - estimate, "ais_std": error}
     if "log_partition" not in chains:
         return values
