@@ -33,7 +33,7 @@ from dl_jax.core import seeds
 from dl_jax.core.errors import InputError
 from dl_jax.core.evaluate import collector, evaluator
 from dl_jax.core.fit import fit
-from dl_jax.core.step import Array, Batch, Tree, make_step, per_seed, start
+from dl_jax.core.step import Array, Batch, State, Tree, make_step, per_seed, start
 from dl_jax.data import tabular
 from dl_jax.harness import Claim, Positive, Run, launch, on_digits
 from dl_jax.losses import latent
@@ -90,9 +90,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     require_components("latents", cfg.latents, *train["image"].reshape(len(train["image"]), -1).shape)
     for part in parts_of(table, run.seeds):
         require_components("table_latents", cfg.table_latents, (~part).sum(), table.x.shape[1])
-    found = [of_digits(cfg, train, test, run, i) for i in range(len(run.seeds))]
-    found = [{**each, **more} for each, more in zip(found, of_table(cfg, table, run), strict=True)]
-    return {name: np.array([each[name] for each in found]) for name in found[0]}
+    return of_digits(cfg, train, test, run) | of_table(cfg, table, run)
 
 
 def require_components(name: str, components: int, rows: int, columns: int) -> None:
@@ -109,39 +107,45 @@ def parts_of(table: tabular.Regression, seeds: Sequence[int]) -> list[np.ndarray
     return [table.test[seed % len(table.test)] for seed in seeds]
 
 
-def of_digits(cfg: Config, train: Batch, test: Batch, run: Run, i: int) -> dict[str, float]:
-    """What one seed gives for the digits, of which a logistic regression tells the classes."""
+def of_digits(cfg: Config, train: Batch, test: Batch, run: Run) -> dict[str, np.ndarray]:
+    """What each seed gives for the digits, of which a logistic regression tells the classes; [S] each."""
     model = ConvVAE(latents=cfg.latents, features=cfg.features)
     tx = optax.adam(optim.warmup_cosine(cfg.learning_rate, cfg.steps))
-    key_init, key, key_test, key_show = (keys[i : i + 1] for keys in run.keys(6)[:4])  # [1] each
+    key_init, key, key_test, key_show = run.keys(6)[:4]  # [S] each
     minus_bound = lambda variables, batch, key: (
         -latent.elbo(latent.of_networks(model, variables), classify.to_unit(batch["image"]), key)
     )
-    variables = fit(
+    step, states = (
         per_seed(make_step(mean_of(minus_bound), tx)),
         start(model, tx, key_init, key, jnp.zeros((1, *model.shape))),
-        data.shuffled({"image": train["image"]}, cfg.batch_size, run.seeds[i : i + 1]),
-        steps=cfg.steps,
-        run=run / "digits" / f"seed{run.seeds[i]}",
-    ).variables
+    )
+    learnt = []
+    for i, seed in enumerate(run.seeds):
+        stream = data.shuffled({"image": train["image"]}, cfg.batch_size, (seed,))
+        child = run / "digits" / f"seed{seed}"
+        learnt += seeds.split(fit(step, of_seed(states, i), stream, steps=cfg.steps, run=child).variables)
+    variables = seeds.stack(learnt)  # [S, ...]
+    run.images(cfg.steps, lambda: sheets(model, learnt[0], test["image"], key_show[0]))
     measure = lambda variables, batch, key: {"nats": metrics.masked(minus_bound(variables, batch, key), batch["mask"])}
     tested = evaluator(measure, {"image": test["image"]}, cfg.batch_size, key_test)(variables)
-    if i == 0:
-        first = jax.tree.map(lambda leaf: np.asarray(leaf)[0], variables)
-        run.images(cfg.steps, lambda: sheets(model, first, test["image"], key_show[0]))
     encode = collector(lambda v, batch: code(model, v, classify.to_unit(batch["image"])), cfg.batch_size)
-    codes = [encode(variables, {"image": each["image"]})[0] for each in (train, test)]  # [N, L] each
+    codes = [encode(variables, {"image": each["image"]}) for each in (train, test)]  # [S, N, L] each
     flat = [each["image"].reshape(len(each["image"]), -1) / np.float32(255) for each in (train, test)]
     error = functools.partial(logistic_error, labels=(train["label"], test["label"]))
     return {
-        "nats/digits": tested["nats"][0],
-        "error/code": error(codes),
-        "error/components": error(components(flat, cfg.latents)),
+        "nats/digits": tested["nats"],
+        "error/code": np.array([error(both) for both in zip(*codes, strict=True)]),
+        "error/components": np.full(len(run.seeds), error(components(flat, cfg.latents))),
     }
 
 
-def of_table(cfg: Config, table: tabular.Regression, run: Run) -> list[dict[str, float]]:
-    """What each seed gives for the table, of which least squares predict a column."""
+@jax.jit
+def of_seed(states: State, i: int) -> State:  # [S, ...] -> [1, ...]
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, i, 1), states)
+
+
+def of_table(cfg: Config, table: tabular.Regression, run: Run) -> dict[str, np.ndarray]:
+    """What each seed gives for the table, of which least squares predict a column; [S] each."""
     parts = parts_of(table, run.seeds)
     rows = [standardised(table.x, part) for part in parts]
     model = VAE(latents=cfg.table_latents, hidden=cfg.table_hidden, shape=(1, table.x.shape[1], 1))
@@ -172,7 +176,7 @@ def of_table(cfg: Config, table: tabular.Regression, run: Run) -> list[dict[str,
             "rmse/columns": error(columns),
             "rmse/mean": error([each[:, :0] for each in columns]),
         })  # fmt: skip
-    return found
+    return {name: np.array([each[name] for each in found]) for name in found[0]}
 
 
 def standardised(x: np.ndarray, held: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [N, D], bool [N]
