@@ -198,12 +198,9 @@ def classifier_step(model: Any, per_example: Callable[..., Any]):
 
 def vae_step():
     model = VAE(latents=20, hidden=(500,))
-    apply: Callable[..., Any] = model.apply
 
     def loss(variables, batch, key):
-        conditional = lambda x, z: latent.bernoulli_log_prob(apply(variables, z, method=VAE.decode), x)
-        given = latent.LatentModel(functools.partial(apply, variables, method=VAE.encode), conditional)
-        return -latent.elbo(given, batch["image"], key).mean(), ({}, {})
+        return -latent.elbo(latent.of_networks(model, variables), batch["image"], key).mean(), ({}, {})
 
     variables = jax.jit(lambda key: model.init(key, images(1)["image"], train=False))(jax.random.key(0))
     return _step(loss, variables, optax.adam(1e-3))

@@ -1,16 +1,16 @@
 """k-means and mixtures of Gaussians, as steps that go over the whole set, and the soft assignments of deep clustering.
 
-Points are float32 [N, D]. A step of `kmeans` or `mixture` is an epoch: give it to `fit` with `core.step.holding`, and a
-stream `lambda i: {}`.
+Points are float32 [N, D]. A step of `kmeans` or `mixture` is an epoch: give it to `fit` with `core.step.holding`, the
+stream `core.stream.no_data`, and a state from `core.step.plain_state`.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dl_jax.core.errors import InputError
+from dl_jax.core.errors import InputError, require_positive
 from dl_jax.core.step import Array, Batch, Metrics, State
 
 
@@ -26,13 +26,14 @@ def spread(x: np.ndarray, clusters: int, key: Array, restarts: int = 1) -> Array
     """Centres to begin with: points that are drawn one after the other (k-means++, Arthur & Vassilvitskii 2007).
 
     The first is any point, and each of the others one with a probability in proportion to the squared distance from the
-    nearest centre so far. Raises InputError for more clusters than points, and for points that are not finite.
+    nearest centre so far. Raises InputError for no clusters or more than points, for no restarts, and for points that
+    are not finite.
     """
-    if clusters > len(x):
+    if not 1 <= clusters <= len(x):
         raise InputError(
-            f"clusters is {clusters}, expected at most {len(x)}, the number of points; ask for fewer, or give more "
-            "points"
+            f"clusters is {clusters}, expected 1 to {len(x)}, the number of points; change it, or give more points"
         )
+    require_positive({"restarts": restarts})
     _require_finite(x)
     return _spread(jnp.asarray(x), clusters, restarts, key)
 
@@ -60,13 +61,8 @@ def _spread(x: Array, clusters: int, restarts: int, key: Array) -> Array:
     return jnp.concatenate([others, last[None]]).swapaxes(0, 1)
 
 
-def start(params: Any, key: Array) -> State:
-    """The state at step 0 of a step that has no optimiser, of one seed, or with keys [S] of S seeds."""
-    return State(jnp.zeros(key.shape, jnp.int32), params, {}, (), key)
-
-
 def kmeans(x: Array, state: State, batch: Batch) -> tuple[State, Metrics]:
-    """One pass of Lloyd's algorithm for all restarts: `state.params` are centres [R, K, D].
+    """One pass of Lloyd's algorithm for all restarts: `state.params` are centres [R, K, D], no more than points.
 
     A centre becomes the mean of the points that are nearest to it. A centre without points becomes a point instead:
     the one that is farthest from its own centre, the second one for a second such cluster, and so on. The metric
@@ -105,11 +101,19 @@ RIDGE = 1e-6  # of the mean variance of the features, added to the variances so 
 
 
 def from_clusters(x: np.ndarray, clusters: np.ndarray, number: int) -> Mixture:  # [N, D], int [N]
-    """The mixture to begin with: the share, mean and covariance of each cluster.
+    """The mixture to begin with: the share, mean and covariance of each of `number` clusters.
 
-    Raises InputError for a feature that is the same for all points, or not finite.
+    Raises InputError for a feature that is the same for all points, or not finite, and where `clusters` are not one of
+    0 to number − 1 for each point. All of this is checked on the host: call it outside of jit.
     """
     _require_finite(x)
+    clusters = np.asarray(clusters)
+    if clusters.shape != x.shape[:1] or clusters.dtype.kind not in "iu":
+        raise InputError(f"clusters are {clusters.dtype} {clusters.shape}, expected int ({len(x)},), one of each point")
+    for point in np.flatnonzero((clusters < 0) | (clusters >= number))[:1]:
+        raise InputError(
+            f"point {point} is in cluster {clusters[point]}, expected one of 0 to {number - 1}; give another number"
+        )
     width = np.ptp(x, axis=0)
     for feature in np.flatnonzero(width <= 1e-6 * width.max())[:1]:
         raise InputError(

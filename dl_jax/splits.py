@@ -19,14 +19,30 @@ from dl_jax.core.step import Array, Batch, Metrics, State, Step, Tree
 def tables(datasets: Sequence[str], splits: int) -> dict[str, data.Regression]:
     """The first `splits` splits of these sets, by what follows the last slash of their names.
 
-    Raises InputError for a set with fewer splits, and for a target that is constant in the training rows of one.
+    Raises InputError for two sets of one such name, for a set with fewer splits, for splits of different sizes, as all
+    networks of a set take as many steps, and for a target that is constant in the training rows of a split.
     """
-    found = {}
+    names: dict[str, str] = {}
     for dataset in datasets:
-        name, table = dataset.rpartition("/")[2], data.regression(dataset)
+        name = dataset.rpartition("/")[2]
+        if name in names:
+            raise InputError(
+                f"data sets {names[name]} and {dataset} would both be called {name}, expected names that differ after "
+                "the last slash; leave one out"
+            )
+        names[name] = dataset
+    found = {}
+    for name, dataset in names.items():
+        table = data.regression(dataset)
         if len(table.test) < splits:
             raise InputError(f"splits is {splits}, expected at most {len(table.test)}, those of {name}; lower --splits")
         found[name] = table._replace(test=table.test[:splits])
+        sizes = (~found[name].test).sum(1)
+        if sizes.min() < sizes.max():
+            raise InputError(
+                f"the splits of {name} have {sizes.min()} to {sizes.max()} training rows, expected as many in each, as "
+                "their networks take as many steps; lower --splits, or choose another set"
+            )
         for k, test in enumerate(found[name].test):
             if np.ptp(table.y[~test]) == 0:
                 raise InputError(

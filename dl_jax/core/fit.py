@@ -70,7 +70,7 @@ def fit(
         its rows: each process reads its own, and a thread reads and places them ahead. A state lies where its seeds
         are, and is copied to the devices that share them, or, with `run.fsdp`, split over these as well. The batches of
         a plain function of the step are passed to the compiled program unchanged, so every process has to give the
-        whole batch.
+        whole batch; all devices of several processes compute the same then, one of a single process.
       steps: the value of `state.step` at which the fit ends.
       run: records the metrics, saves checkpoints, and may hold a checkpoint to resume from.
       scan: the number of steps in one call of the compiled program. If it is above 1, a data set in memory is kept on

@@ -63,8 +63,10 @@ def layout_of(state: State, stream: Stream | Batches, carried: Sequence[str], fs
     target = planned()
     if not isinstance(stream, Stream):
         mesh = data_mesh(target and target.devices)
-        # A state that another fit has left on some devices joins those of the mesh.
-        spread = fsdp or target or any(len(x.devices()) > 1 for x in jax.tree.leaves(state) if isinstance(x, jax.Array))
+        # A state that another fit has left on some devices joins those of the mesh. One of several processes is one
+        # array on all of them, as otherwise each would save its own.
+        lies = any(len(x.devices()) > 1 for x in jax.tree.leaves(state) if isinstance(x, jax.Array))
+        spread = fsdp or target or lies or jax.process_count() > 1
         return Layout(stream, 1, mesh, states_over(state, mesh, None, fsdp) if spread else None)
     seeds = np.size(state.step) if stream.axis else 1
     mesh = mesh_of(stream.batch_size, seeds)

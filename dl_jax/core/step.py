@@ -86,6 +86,11 @@ def init_states(keys: Array, variables: Tree, tx: optax.GradientTransformation) 
     return jax.vmap(lambda key, variables: init_state(key, variables, tx))(keys, variables)
 
 
+def plain_state(key: Array, params: Tree) -> State:
+    """The state at step 0 of a step without an optimiser, of one seed, or with keys [S] of S seeds."""
+    return State(jnp.zeros(key.shape, jnp.int32), params, {}, (), key)
+
+
 def init_variables(model: Any, keys: Array, *inputs: Any) -> Tree:
     """The initial variables of S seeds, `model.init(key, *inputs, train=False)` for each of `keys` [S].
 

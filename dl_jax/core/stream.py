@@ -1,4 +1,4 @@
-"""Batches as a pure function of the step: `Stream`, and `epoch`, one pass over a data set. Never imports JAX."""
+"""Batches as a pure function of the step: `Stream`, `no_data` and `epoch`, one pass over a set. Never imports JAX."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -106,6 +106,11 @@ def epoch(records: Mapping[str, np.ndarray], batch_size: int, rows: slice = ALL)
         raise InputError("the records have a column 'mask', expected none: `epoch` adds it; rename the column")
     count(records)
     return Epoch(records, batch_size, rows)
+
+
+def no_data(step: int) -> Columns:
+    """The stream of a step that needs no batch, or that reads a whole set, which `core.step.holding` gives it."""
+    return {}
 
 
 def check_batch(batch_size: int, rows: slice = ALL) -> None:

@@ -1,5 +1,6 @@
 """`load`: a split as columns in memory, decoded once and kept on disk as memory-mapped .npy files."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -25,7 +26,7 @@ from dl_jax.core.ragged import Ragged, joined, ragged
 from dl_jax.core.stream import Columns
 from dl_jax.data import cached, copies
 from dl_jax.data.describe import Feature
-from dl_jax.data.records import Example, Records, require_one_shape, stack
+from dl_jax.data.records import EmptySplit, Example, Records, require_one_shape, stack
 from dl_jax.data.source import Prepared, cache_entry, find, normal_split
 
 BUDGET = 2 * 10**9  # bytes
@@ -73,10 +74,10 @@ def load(
 
     `split` is TFDS's: `train`, `train[:90%]`, `train+test`. The set `digits` needs no preparation; other sets are
     looked for in `data_dir` (see `source.data_folder`). The first call decodes the split and writes it to the cache
-    folder (see `files.cache_folder`); later ones check the files against their digests and map them. A sum of splits is
-    put together from its parts, which are decoded only if they have not been before. A damaged cache is made anew,
-    with a warning. If the cache is an address, what is decoded is copied there, and copied from there
-    to the cache folder of another machine. The set's version and a digest of the columns are noted (see `inputs.note`).
+    folder (see `files.cache_folder`); later ones check the files against their digests and map them. Of a sum of splits
+    the parts alone are kept; they are put together in memory, without those that are empty. A damaged cache is made
+    anew, with a warning. If the cache is an address, what is decoded is copied there, and copied from there to the
+    cache folder of another machine. The set's version and a digest of the columns are noted (see `inputs.note`).
 
     Raises InputError for a set, split or column that is missing or damaged, for examples that do not match their
     declared features, or that cannot be stacked, and for columns of more than `budget` bytes, for which there is
@@ -97,7 +98,7 @@ def load_changed(
 ) -> Columns:
     """As `load`, of examples to which `change` has been applied; what is kept and noted carries its name."""
     found, split = find(name, data_dir, cache_dir), normal_split(split)
-    read = _kept(found, split, change, cache_dir, only, budget)
+    read = (_sum if "+" in split else _kept)(found, split, change, cache_dir, only, budget)
     note(f"{found.name} {split}{_chosen(only)}{change.name}", f"{found.version} {read.digest}")
     return read.columns
 
@@ -109,7 +110,7 @@ def _chosen(only: Sequence[str] | None) -> str:
 def _kept(
     found: Prepared, split: str, change: Change, cache_dir: str | None, only: Sequence[str] | None, budget: int
 ) -> "_Read":
-    """What the cache folder has of a split, after it was decoded or put together where that is needed."""
+    """What the cache folder has of a split that is no sum, after it was decoded where that is needed."""
     place = cache_entry(found, cache_dir) / f"{_folder_name(split + _chosen(only))}{change.name}"
     address = cache_address(cache_dir)
     shared = address and address / place.relative_to(cache_folder(cache_dir)).as_posix()
@@ -117,28 +118,36 @@ def _kept(
     def make() -> None:
         if shared and _received(shared, place):
             return
-        records, terms = Records(found, split, only), split.split("+")
-        if len(terms) == 1:
-            columns = _decode(records, change, budget)
-        else:
-            parts = [_kept(found, term, change, cache_dir, only, budget).columns for term in terms]
-            size = sum(column.nbytes for part in parts for column in part.values())
-            if size > budget:
-                raise InputError(_too_large(found, split, size, budget))
-            for name in parts[0]:
-                require_one_shape(
-                    name, {np.shape(part[name])[1:] for part in parts if not isinstance(part[name], Ragged)}
-                )
-            columns = {name: _one_after_the_other([part[name] for part in parts]) for name in parts[0]}
-        _write(columns, place)
+        _write(_decode(Records(found, split, only), change, budget), place)
         if shared:
             _send(place, shared)
 
     read = cached.get(place, lambda: _read(place), make)
-    size = sum(column.nbytes for column in read.columns.values())
+    _require_budget(found, split, [read.columns], budget)
+    return read
+
+
+def _sum(
+    found: Prepared, split: str, change: Change, cache_dir: str | None, only: Sequence[str] | None, budget: int
+) -> "_Read":
+    """What the parts of a sum of splits hold, one after the other, read-only."""
+    parts, terms = [], split.split("+")
+    for term in filter(None, terms):
+        with contextlib.suppress(EmptySplit):
+            parts.append(_kept(found, term, change, cache_dir, only, budget).columns)
+    if not parts or not all(terms):
+        Records(found, split, only)  # says what is wrong with the sum
+    _require_budget(found, split, parts, budget)
+    for name in parts[0]:
+        require_one_shape(name, {np.shape(part[name])[1:] for part in parts if not isinstance(part[name], Ragged)})
+    columns = {name: _one_after_the_other([part[name] for part in parts]) for name in parts[0]}
+    return _Read(columns, _digest(columns))
+
+
+def _require_budget(found: Prepared, split: str, parts: Sequence[Columns], budget: int) -> None:
+    size = sum(column.nbytes for part in parts for column in part.values())
     if size > budget:
         raise InputError(_too_large(found, split, size, budget))
-    return read
 
 
 AS_IT_IS = Change("", lambda features: features, lambda example: example)
@@ -156,10 +165,11 @@ def _folder_name(split: str) -> str:
 
 def _one_after_the_other(columns: Sequence[Any]) -> Any:
     """One column of the rows of all `columns`, which are ragged, or none of them is. They have one shape of example."""
-    if not isinstance(columns[0], Ragged):
-        return np.concatenate(columns)
-    filled = [column.values for column in columns if len(column.values)] or [columns[0].values]
-    return joined(np.concatenate(filled), np.concatenate([column.lengths for column in columns]))
+    is_ragged = isinstance(columns[0], Ragged)
+    parts = [column.values for column in columns if len(column.values)] or [columns[0].values] if is_ragged else columns
+    values = np.concatenate(parts)
+    values.flags.writeable = False
+    return joined(values, np.concatenate([column.lengths for column in columns])) if is_ragged else values
 
 
 def _read(place: Path) -> _Read | None:

@@ -21,6 +21,10 @@ Example = dict[str, np.ndarray]
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's, by number of channels
 
 
+class EmptySplit(InputError):
+    """A split without examples."""
+
+
 class Records:
     """The decoded examples of one split, in TFDS's order, with random access. Threads may share it."""
 
@@ -124,7 +128,7 @@ def _record_files(info: Any, found: Prepared, split: str) -> list[tuple[str, int
     files = [(str(found.folder / i.filename), i.take) for i in instructions]
     if not files or any(take < 1 for _, take in files):
         sizes = ", ".join(f"{name} {s.num_examples}" for name, s in info.splits.items())
-        raise InputError(f"split {split!r} of {found.name} is empty, expected some of its examples ({sizes}): widen it")
+        raise EmptySplit(f"split {split!r} of {found.name} is empty, expected some of its examples ({sizes}): widen it")
     for file, _ in files:
         if not Path(file).is_file():
             raise InputError(

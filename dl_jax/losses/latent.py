@@ -4,8 +4,9 @@ A leading axis k indexes samples: z is [k, B, L] and log p(x | z) is [k, B]. Val
 wider, whatever the dtype of the networks' outputs.
 """
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jax.core import Tracer
 
 from dl_jax.core.errors import InputError
 from dl_jax.core.leaves import at_least_float32
-from dl_jax.core.step import Array
+from dl_jax.core.step import Array, Tree
 
 LOG_2PI = float(np.log(2 * np.pi))
 ACTIVE = 1e-2  # the variance over the data from which a latent unit's posterior mean counts as active
@@ -54,6 +55,18 @@ def bernoulli_log_prob(logits: Array, x: Array) -> Array:  # [..., B, D...], [B,
             "divide pixels by 255, or use gaussian_log_prob"
         )
     return jnp.where(inside, jnp.sum(x * logits - jax.nn.softplus(logits), -1), jnp.nan)
+
+
+def of_networks(
+    model: Any, variables: Tree, log_prob: Callable[[Array, Array], Array] = bernoulli_log_prob
+) -> LatentModel:
+    """The latent model of an autoencoder: a Flax module with the methods `encode` and `decode`, such as `VAE`.
+
+    `encode` gives the mean and the log variance of q(z | x), and log p(x | z) is `log_prob(decode(z), x)`.
+    """
+    call = lambda method: functools.partial(model.apply, variables, method=method)
+    decode = call(model.decode)
+    return LatentModel(call(model.encode), lambda x, z: log_prob(decode(z), x))
 
 
 def gaussian_log_prob(x: Array, mean: Array, log_var: Array) -> Array:  # [..., D] each, broadcast -> [...]

@@ -42,7 +42,20 @@ from dl_jax.core import seeds
 from dl_jax.core.errors import InputError
 from dl_jax.core.evaluate import collector
 from dl_jax.core.fit import fit
-from dl_jax.core.step import Array, Batch, Metrics, State, Tree, holding, init_states, make_step, per_seed, start
+from dl_jax.core.step import (
+    Array,
+    Batch,
+    Metrics,
+    State,
+    Tree,
+    holding,
+    init_states,
+    make_step,
+    per_seed,
+    plain_state,
+    start,
+)
+from dl_jax.core.stream import no_data
 from dl_jax.harness import Between, Claim, Positive, Probability, Run, launch, on_digits
 from dl_jax.models.generative.autoencoder import DenseAutoencoder
 
@@ -92,11 +105,6 @@ KEEPS = ("centres.png", "clusters.png")  # files in the run's folder
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     records = data.grey_images(cfg.dataset, cfg.split)
     images, labels = records["image"], records["label"]
-    if cfg.clusters > len(images):
-        raise InputError(
-            f"clusters is {cfg.clusters}, expected at most {len(images)}, the images of {cfg.split}; give fewer "
-            "clusters, or a larger split"
-        )
     if cfg.updates * cfg.batch_size > len(images):
         raise InputError(
             f"a round of {cfg.updates} updates takes {cfg.updates * cfg.batch_size} images, expected at most "
@@ -132,24 +140,19 @@ def clustered(cfg: Config, run: Run, points: np.ndarray, key: Array) -> tuple[np
     own = points.ndim == 3
     of_seeds = list(points) if own else [points] * len(key)
     starts = [cluster.spread(x, cfg.clusters, key[i], cfg.restarts) for i, x in enumerate(of_seeds)]
-    states = cluster.start(seeds.stack(starts), key)
+    states = plain_state(key, seeds.stack(starts))
     step = holding(jax.vmap(cluster.kmeans, (0 if own else None, 0, None)), points)
-    states = fit(step, states, no_batch, steps=cfg.passes, run=run, every=10)
+    states = fit(step, states, no_data, steps=cfg.passes, run=run, every=10)
     best = [cluster.best(x, centres) for x, centres in zip(of_seeds, seeds.split(states.params), strict=True)]
     return np.stack([centres for centres, _ in best]), np.stack([clusters for _, clusters in best])
-
-
-def no_batch(step: int) -> Batch:
-    """The stream of a step that goes over all points."""
-    return {}
 
 
 def by_mixture(cfg: Config, run: Run, codes: np.ndarray, clusters: np.ndarray, key: Array) -> np.ndarray:
     """The clusters [S, N] by a mixture of Gaussians of `codes` [S, N, L], from `clusters` on."""
     begin = [cluster.from_clusters(*each, cfg.clusters) for each in zip(codes, clusters, strict=True)]
-    states = cluster.start(seeds.stack(begin), key)
+    states = plain_state(key, seeds.stack(begin))
     step = holding(jax.vmap(cluster.mixture, (0, 0, None)), codes)
-    states = fit(step, states, no_batch, steps=cfg.iterations, run=run, every=10)
+    states = fit(step, states, no_data, steps=cfg.iterations, run=run, every=10)
     most = jax.jit(lambda params, codes: cluster.log_joint(params, codes).argmax(-1))
     return np.stack([most(*each) for each in zip(seeds.split(states.params), codes, strict=True)])
 
@@ -188,7 +191,7 @@ def sharpened(
     states = init_states(key, {"params": {"encoder": encoder, "centres": centres}}, tx)
     one = functools.partial(embedding_round, model, tx, (cfg.updates, cfg.batch_size))
     step = lambda images, states, batch: per_seed(functools.partial(one, images), one_by_one=True)(states, batch)
-    return fit(holding(step, images), states, no_batch, steps=cfg.rounds, run=run, every=1).params
+    return fit(holding(step, images), states, no_data, steps=cfg.rounds, run=run, every=1).params
 
 
 def embedding_round(

@@ -33,7 +33,7 @@ from dl_jax.core import seeds
 from dl_jax.core.errors import InputError
 from dl_jax.core.evaluate import collector, evaluator
 from dl_jax.core.fit import fit
-from dl_jax.core.step import Array, Batch, Tree, make_step, per_seed, start
+from dl_jax.core.step import Array, Batch, State, Tree, make_step, per_seed, start
 from dl_jax.data import tabular
 from dl_jax.harness import Claim, Positive, Run, launch, on_digits
 from dl_jax.losses import latent
@@ -85,58 +85,77 @@ KEEPS = ("reconstructions.png", "samples.png")  # files in the run's folder
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     table = tabular.regression(cfg.table)
-    if cfg.table_latents > table.x.shape[1]:
-        raise InputError(
-            f"table_latents is {cfg.table_latents} and {cfg.table} has {table.x.shape[1]} columns, expected at most as "
-            "many, for the principal components; give fewer"
-        )
     train, test = (data.grey_images(cfg.dataset, split) for split in (cfg.train_split, cfg.test_split))
-    found = [of_digits(cfg, train, test, run, i) for i in range(len(run.seeds))]
-    found = [{**each, **more} for each, more in zip(found, of_table(cfg, table, run), strict=True)]
-    return {name: np.array([each[name] for each in found]) for name in found[0]}
+    data.check_two_classes(train["label"], f"{cfg.dataset} {cfg.train_split}")
+    require_components("latents", cfg.latents, *train["image"].reshape(len(train["image"]), -1).shape)
+    for part in parts_of(table, run.seeds):
+        require_components("table_latents", cfg.table_latents, (~part).sum(), table.x.shape[1])
+    return of_digits(cfg, train, test, run) | of_table(cfg, table, run)
 
 
-def of_digits(cfg: Config, train: Batch, test: Batch, run: Run, i: int) -> dict[str, float]:
-    """What one seed gives for the digits, of which a logistic regression tells the classes."""
+def require_components(name: str, components: int, rows: int, columns: int) -> None:
+    """Raises InputError where rows to learn from do not have so many principal components, before any training."""
+    if components > (most := min(rows - 1, columns)):
+        raise InputError(
+            f"{name} is {components}, expected at most {most}, which is how many principal components {rows} training "
+            f"rows of {columns} numbers have; give fewer, or a larger set"
+        )
+
+
+def parts_of(table: tabular.Regression, seeds: Sequence[int]) -> list[np.ndarray]:  # -> bool [N] each
+    """The rows that each seed tests on."""
+    return [table.test[seed % len(table.test)] for seed in seeds]
+
+
+def of_digits(cfg: Config, train: Batch, test: Batch, run: Run) -> dict[str, np.ndarray]:
+    """What each seed gives for the digits, of which a logistic regression tells the classes; [S] each."""
     model = ConvVAE(latents=cfg.latents, features=cfg.features)
     tx = optax.adam(optim.warmup_cosine(cfg.learning_rate, cfg.steps))
-    key_init, key, key_test, key_show = (keys[i : i + 1] for keys in run.keys(6)[:4])  # [1] each
+    key_init, key, key_test, key_show = run.keys(6)[:4]  # [S] each
     minus_bound = lambda variables, batch, key: (
-        -latent.elbo(latent_model(model, variables, latent.bernoulli_log_prob), classify.to_unit(batch["image"]), key)
+        -latent.elbo(latent.of_networks(model, variables), classify.to_unit(batch["image"]), key)
     )
-    variables = fit(
+    step, states = (
         per_seed(make_step(mean_of(minus_bound), tx)),
         start(model, tx, key_init, key, jnp.zeros((1, *model.shape))),
-        data.shuffled({"image": train["image"]}, cfg.batch_size, run.seeds[i : i + 1]),
-        steps=cfg.steps,
-        run=run / "digits" / f"seed{run.seeds[i]}",
-    ).variables
+    )
+    learnt = []
+    for i, seed in enumerate(run.seeds):
+        stream = data.shuffled({"image": train["image"]}, cfg.batch_size, (seed,))
+        child = run / "digits" / f"seed{seed}"
+        learnt += seeds.split(fit(step, of_seed(states, i), stream, steps=cfg.steps, run=child).variables)
+    variables = seeds.stack(learnt)  # [S, ...]
+    run.images(cfg.steps, lambda: sheets(model, learnt[0], test["image"], key_show[0]))
     measure = lambda variables, batch, key: {"nats": metrics.masked(minus_bound(variables, batch, key), batch["mask"])}
     tested = evaluator(measure, {"image": test["image"]}, cfg.batch_size, key_test)(variables)
-    if i == 0:
-        first = jax.tree.map(lambda leaf: np.asarray(leaf)[0], variables)
-        run.images(cfg.steps, lambda: sheets(model, first, test["image"], key_show[0]))
-    encode = collector(lambda v, batch: encoder(model, v)(classify.to_unit(batch["image"]))[0], cfg.batch_size)
-    code = [encode(variables, {"image": each["image"]})[0] for each in (train, test)]  # [N, L] each
+    encode = collector(lambda v, batch: code(model, v, classify.to_unit(batch["image"])), cfg.batch_size)
+    codes = [encode(variables, {"image": each["image"]}) for each in (train, test)]  # [S, N, L] each
     flat = [each["image"].reshape(len(each["image"]), -1) / np.float32(255) for each in (train, test)]
     error = functools.partial(logistic_error, labels=(train["label"], test["label"]))
     return {
-        "nats/digits": tested["nats"][0],
-        "error/code": error(code),
-        "error/components": error(components(flat, cfg.latents)),
+        "nats/digits": tested["nats"],
+        "error/code": np.array([error(both) for both in zip(*codes, strict=True)]),
+        "error/components": np.full(len(run.seeds), error(components(flat, cfg.latents))),
     }
 
 
-def of_table(cfg: Config, table: tabular.Regression, run: Run) -> list[dict[str, float]]:
-    """What each seed gives for the table, of which least squares predict a column."""
-    parts = [table.test[seed % len(table.test)] for seed in run.seeds]  # [N] each, the rows to test on
+@jax.jit
+def of_seed(states: State, i: int) -> State:  # [S, ...] -> [1, ...]
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, i, 1), states)
+
+
+def of_table(cfg: Config, table: tabular.Regression, run: Run) -> dict[str, np.ndarray]:
+    """What each seed gives for the table, of which least squares predict a column; [S] each."""
+    parts = parts_of(table, run.seeds)
     rows = [standardised(table.x, part) for part in parts]
     model = VAE(latents=cfg.table_latents, hidden=cfg.table_hidden, shape=(1, table.x.shape[1], 1))
     tx = optax.adam(optim.warmup_cosine(cfg.learning_rate, cfg.table_steps))
     log_var = jnp.float32(2 * np.log(cfg.table_noise))
     flat = lambda x: x.reshape(*x.shape[:-3], -1)  # [..., 1, D, 1] -> [..., D]
     normal = lambda mean, x: latent.gaussian_log_prob(flat(x), flat(mean), log_var)
-    minus_bound = lambda variables, batch, key: -latent.elbo(latent_model(model, variables, normal), batch["x"], key)
+    minus_bound = lambda variables, batch, key: (
+        -latent.elbo(latent.of_networks(model, variables, normal), batch["x"], key)
+    )
     streams = [data.shuffled({"x": x}, cfg.table_batch, s) for (x, _), s in zip(rows, run.seeds, strict=True)]
     variables = fit(
         per_seed(make_step(mean_of(minus_bound), tx)),
@@ -145,7 +164,7 @@ def of_table(cfg: Config, table: tabular.Regression, run: Run) -> list[dict[str,
         steps=cfg.table_steps,
         run=run / "table",
     ).variables
-    encode = collector(lambda v, batch: encoder(model, v)(batch["x"])[0], cfg.table_batch)
+    encode = collector(lambda v, batch: code(model, v, batch["x"]), cfg.table_batch)
     found = []
     for both, held, own in zip(rows, parts, seeds.split(variables), strict=True):
         one = jax.tree.map(lambda leaf: leaf[None], own)
@@ -157,7 +176,7 @@ def of_table(cfg: Config, table: tabular.Regression, run: Run) -> list[dict[str,
             "rmse/columns": error(columns),
             "rmse/mean": error([each[:, :0] for each in columns]),
         })  # fmt: skip
-    return found
+    return {name: np.array([each[name] for each in found]) for name in found[0]}
 
 
 def standardised(x: np.ndarray, held: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [N, D], bool [N]
@@ -167,22 +186,9 @@ def standardised(x: np.ndarray, held: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return x[~held], x[held]
 
 
-def encoder(model: Autoencoder, variables: Tree) -> Callable[[Array], tuple[Array, Array]]:
-    """x [B, ...] -> mean and log variance of q(z | x)."""
-    apply: Callable[..., Any] = model.apply
-    return lambda x: apply(variables, x, method=model.encode)
-
-
-def decoder(model: Autoencoder, variables: Tree) -> Callable[[Array], Array]:
-    """z [..., L] -> what the loss compares with x."""
-    apply: Callable[..., Any] = model.apply
-    return lambda z: apply(variables, z, method=model.decode)
-
-
-def latent_model(model: Autoencoder, variables: Tree, log_prob: Callable[[Array, Array], Array]) -> latent.LatentModel:
-    """The model whose density of x, given what the decoder makes of z, is `log_prob(decoded, x)`."""
-    decode = decoder(model, variables)
-    return latent.LatentModel(encoder(model, variables), lambda x, z: log_prob(decode(z), x))
+def code(model: Autoencoder, variables: Tree, x: Array) -> Array:  # [B, ...] -> [B, L]
+    """The mean of q(z | x)."""
+    return latent.of_networks(model, variables).encode(x)[0]
 
 
 def mean_of(values: Callable[[Tree, Batch, Array], Array]) -> Any:
@@ -216,11 +222,11 @@ def least_squares_error(both: Sequence[np.ndarray], targets: Sequence[np.ndarray
 @functools.partial(jax.jit, static_argnums=0)
 def sheets(model: ConvVAE, variables: Tree, images: np.ndarray, key: Array) -> dict[str, Array]:
     """The figures, images [100, H, W, C] in ten rows: digits above their reconstructions, and samples."""
-    decode = lambda z: jax.nn.sigmoid(decoder(model, variables)(z))
+    apply: Callable[..., Any] = model.apply
+    decode = lambda z: jax.nn.sigmoid(apply(variables, z, method=model.decode))
     shown = classify.to_unit(images[np.arange(50) % len(images)])  # [50, H, W, C]
-    rows = jnp.stack(
-        [each.reshape(5, 10, *model.shape) for each in (shown, decode(encoder(model, variables)(shown)[0]))], 1
-    )
+    both = shown, decode(code(model, variables, shown))
+    rows = jnp.stack([each.reshape(5, 10, *model.shape) for each in both], 1)
     return {
         "reconstructions": rows.reshape(100, *model.shape),
         "samples": decode(jax.random.normal(key, (100, model.latents))),

@@ -37,7 +37,8 @@ from dl_jax import data, losses, optim
 from dl_jax.core import seeds
 from dl_jax.core.errors import InputError
 from dl_jax.core.fit import fit
-from dl_jax.core.step import Array, Batch, Metrics, State, Tree, holding, make_step, per_seed, start
+from dl_jax.core.step import Array, Batch, Metrics, State, Tree, holding, make_step, per_seed, plain_state, start
+from dl_jax.core.stream import no_data
 from dl_jax.data.ratings import LEAST, MIDDLE, MOST
 from dl_jax.harness import Claim, Fraction, NonNegative, Positive, Probability, Run, launch, quick_bar, rows_figure
 from dl_jax.models.generative.autorec import AutoRec
@@ -169,9 +170,8 @@ def als(cfg: Config, run: Run, known: tuple[np.ndarray, ...]) -> list[np.ndarray
     """The guesses of alternating least squares."""
     (key,) = run.keys(1)  # [S]
     first = jax.vmap(lambda key: jax.random.normal(key, (len(known[0]), cfg.rank)))(key)  # factors of the items
-    states = State(jnp.zeros(len(known), jnp.int32), first, {}, (), key)
     step = holding(jax.vmap(functools.partial(solved, cfg.als_l2)), np.stack(known))
-    states = fit(step, states, lambda step: {}, steps=cfg.als_steps, run=run / "als")
+    states = fit(step, plain_state(key, first), no_data, steps=cfg.als_steps, run=run / "als")
     guess = jax.jit(lambda item, known: middle(known) + item @ users(cfg.als_l2, known, item).T)
     return [np.asarray(guess(*each)) for each in zip(seeds.split(states.params), known, strict=True)]
 

@@ -184,14 +184,12 @@ def binarised(key: Array, batch: Mapping) -> Mapping:
 
 
 def latent_model(model: VAE, variables: Tree) -> latent.LatentModel:
+    one = latent.of_networks(model, variables)
+    if not isinstance(model, TwoLayerVAE):
+        return one
     apply: Callable[..., Any] = model.apply
     call = lambda method: functools.partial(apply, variables, method=method)
-    above = [latent.Layer(call(model.encode_top), call(model.decode_top))] if isinstance(model, TwoLayerVAE) else []
-    return latent.LatentModel(
-        encode=call(model.encode),
-        log_conditional=lambda x, z: latent.bernoulli_log_prob(call(model.decode)(z), x),
-        above=tuple(above),
-    )
+    return one._replace(above=(latent.Layer(call(model.encode_top), call(model.decode_top)),))
 
 
 def prior(model: VAE, variables: Tree, key: Array, n: int) -> Array:  # -> [n, L]

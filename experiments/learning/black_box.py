@@ -178,11 +178,9 @@ def explained(model: MLP, path: int, variables: Tree, batch: Batch) -> dict[str,
         "occlusion": attribution.occlusion(score, images, 1),
     }
     measures = {"deletion": attribution.deletion, "insertion": attribution.insertion}
-    return {
-        f"{measure}/{name}": of(probability, images, each).mean(1)
-        for measure, of in measures.items()
-        for name, each in maps.items()
-    }
+    judged = lambda each: {measure: of(probability, images, each).mean(1) for measure, of in measures.items()}
+    found = jax.lax.map(judged, jnp.stack([*maps.values()]))  # [explanations, B] each
+    return {f"{measure}/{name}": row for measure, rows in found.items() for name, row in zip(maps, rows, strict=True)}
 
 
 if __name__ == "__main__":

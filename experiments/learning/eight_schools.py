@@ -33,6 +33,7 @@ import optax
 from dl_jax.core.errors import InputError
 from dl_jax.core.fit import fit
 from dl_jax.core.step import Array, Batch, Tree, init_states, make_step, per_seed
+from dl_jax.core.stream import no_data
 from dl_jax.harness import Between, Claim, Positive, Probability, Run, launch
 
 EFFECTS = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0], np.float32)  # points of the test
@@ -168,7 +169,7 @@ def by_vi(cfg: Config, run: Run, of: Posterior, key_init: Array, key: Array, key
     filled = lambda value: {name: np.full((len(key), *shape), value, np.float32) for name, shape in of.shapes.items()}
     params = {"mean": filled(0), "log_deviation": filled(-1)}
     step = per_seed(make_step(functools.partial(loss, of.potential, cfg.vi_samples), tx))
-    states = fit(step, init_states(key, {"params": params}, tx), lambda i: {}, steps=cfg.vi_steps, run=run)
+    states = fit(step, init_states(key, {"params": params}, tx), no_data, steps=cfg.vi_steps, run=run)
     drawn = jax.jit(jax.vmap(lambda params, key: jax.vmap(of.constrained)(draws(params, key, cfg.vi_draws))))
     return named(jax.tree.map(lambda x: np.asarray(x)[:, None], drawn(states.params, key_draws)))
 

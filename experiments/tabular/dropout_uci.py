@@ -152,7 +152,7 @@ def averaged(
     scores = np.stack([nats(outputs, y, tau) for tau in taus], -1).reshape(*tried.shape[:2], -1)  # [S, K, R · τ]
     rate, tau = np.divmod(scores.argmin(-1), len(taus))  # [S, K] each
     outputs, y = predicted(cfg, run / "all", table, ~test, test, rates[rate][..., None], taus, cfg.masks)
-    rmse = np.sqrt(np.nanmean((outputs.mean(-2) - y) ** 2, -1))[..., 0]
+    rmse = np.sqrt(np.mean((outputs.mean(-2) - y) ** 2, -1))[..., 0]
     nll = np.stack([nats(outputs, y, each)[..., 0] for each in taus], -1)  # [S, K, τ]
     nll = np.take_along_axis(nll, tau[..., None], -1)[..., 0]
     return rmse.ravel(), nll.ravel(), rates[rate].ravel(), taus[tau].ravel()
@@ -171,7 +171,7 @@ def predicted(
     """Outputs [S, K, n, T, M] of networks with dropout at these rates [S, K, n], and targets [K, 1, M].
 
     All networks are trained together, each split's on its rows `train`, and give their outputs for its rows `test`,
-    both bool [K, N], with T masks. Splits that test on fewer rows than others have NaN among the targets.
+    both bool [K, N] with as many rows for each split, with T masks.
     """
     mine = functools.partial(splits.by_network, networks=rates.shape[-1], seeds=len(rates))
     decay = LENGTH_SCALE**2 * (1 - rates.ravel()) / (2 * mine(train.sum(1)) * np.median(taus))
@@ -183,7 +183,7 @@ def predicted(
     states = start(
         network(cfg.hidden), optax.adam(cfg.learning_rate), *keys, np.zeros((1, table.x.shape[1]), np.float32)
     )
-    steps = min(cfg.most_steps, max(1, round(cfg.epochs * train.sum(1).min() / cfg.batch_size)))
+    steps = min(cfg.most_steps, max(1, round(cfg.epochs * train[0].sum() / cfg.batch_size)))
     states = fit(
         holding(step_of(cfg.learning_rate), {"x": table.x, "y": table.y}),
         states._replace(extra=extra),
@@ -191,14 +191,9 @@ def predicted(
         steps=steps,
         run=run,
     )
-    most = test.sum(1).max()
-    rows = [np.flatnonzero(each) for each in test]
-    y = np.stack(
-        [np.pad(table.y[each].astype(np.float64), (0, most - len(each)), constant_values=np.nan) for each in rows]
-    )
-    x = table.x[np.stack([np.resize(each, most) for each in rows])]  # [K, M, D]
+    x, y = (np.stack([column[rows] for rows in test]) for column in (table.x, table.y))  # [K, M, D], [K, M]
     outputs = sampled(states.params, states.extra, key_test, mine(x), masks)  # [L, T, M]
-    return np.asarray(outputs, np.float64).reshape(*rates.shape, masks, most), y[:, None]
+    return np.asarray(outputs, np.float64).reshape(*rates.shape, masks, -1), y[:, None].astype(np.float64)
 
 
 def network(hidden: int) -> MLP:
@@ -255,7 +250,7 @@ def nats(outputs: np.ndarray, y: np.ndarray, tau: float) -> np.ndarray:  # [...,
     exponents = -0.5 * tau * (y[..., None, :] - outputs) ** 2
     most = exponents.max(-2, keepdims=True)
     log_mean = np.log(np.exp(exponents - most).mean(-2)) + most[..., 0, :]
-    return -np.nanmean(log_mean + 0.5 * np.log(tau / (2 * np.pi)), -1)
+    return -np.mean(log_mean + 0.5 * np.log(tau / (2 * np.pi)), -1)
 
 
 if __name__ == "__main__":

@@ -175,8 +175,9 @@ def predicted(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Means, variances and targets [S, K, n, N] of all rows by networks at these rates [S, K, n], and σ of y [K].
 
-    All networks are trained together, each split's on its rows `train`, bool [K, N]. Means, variances and targets are
-    in units of the standard deviation of the split's training targets, which comes last.
+    All networks are trained together, each split's on its rows `train`, bool [K, N] with as many rows for each split.
+    Means, variances and targets are in units of the standard deviation of the split's training targets, which comes
+    last.
     """
     of_split, n = [scale(table, rows) for rows in train], rates.shape[-1]
     keys = (splits.numbered(key, rates[0].size) for key in run.keys(2))  # [L] each

@@ -102,23 +102,21 @@ CLAIMS = (
 class Method(NamedTuple):
     """How a network is regularised; by default not at all."""
 
+    tx: optax.GradientTransformation
     dropout: float = 0.0
     input_dropout: float = 0.0
     penalised: Callable[[Loss], Loss] = lambda loss: loss
-    last: tuple[optax.GradientTransformation, ...] = ()  # what follows SGD
 
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     train, test = (data.grey_images(cfg.dataset, split) for split in (cfg.train_split, cfg.test_split))
     key_init, key, key_test = run.keys(3)  # [S] each
-    tx = optim.clipped_sgd(cfg.learning_rate, cfg.steps, cfg.momentum, cfg.clip)
     found = {}
 
     def trained(name: str, images: Mapping[str, np.ndarray], method: Method, **watched) -> Tree:  # variables [S, ...]
         model = MLP(cfg.hidden, dropout=method.dropout, input_dropout=method.input_dropout)
-        mine = optax.chain(tx, *method.last)
-        step = per_seed(make_step(method.penalised(classify.loss(model.apply)), mine), one_by_one=True)
-        states = start(model, mine, key_init, key, jnp.zeros((1, 28, 28, 1)))
+        step = per_seed(make_step(method.penalised(classify.loss(model.apply)), method.tx), one_by_one=True)
+        states = start(model, method.tx, key_init, key, jnp.zeros((1, 28, 28, 1)))
         stream = data.shuffled(images, cfg.batch_size, run.seeds)
         return fit(step, states, stream, steps=cfg.steps, run=run / name, **watched).variables
 
@@ -146,21 +144,23 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
 
 
 def methods(cfg: Config) -> dict[Name, Method]:
-    dropped = Method(cfg.dropout, cfg.input_dropout)
+    rate = optim.warmup_cosine(cfg.learning_rate, cfg.steps)
+    sgd = optax.chain(optax.clip_by_global_norm(cfg.clip), optax.sgd(rate, cfg.momentum))
+    plain, bounded = Method(sgd), Method(optax.chain(sgd, optim.max_norm(cfg.max_norm)))
+    dropout = {"dropout": cfg.dropout, "input_dropout": cfg.input_dropout}
     l2 = functools.partial(losses.l2, weight=cfg.l2)
     l2_l1 = functools.partial(losses.elastic_net, l1=cfg.l1, l2=cfg.l2)
-    bound = (optim.max_norm(cfg.max_norm),)
     # A momentum of m makes a step 1 / (1 - m) times as long in the direction in which gradients agree.
-    rate = optim.warmup_cosine(cfg.learning_rate / (1 - cfg.momentum), cfg.steps)
+    proximal = optim.proximal_elastic_net(lambda step: rate(step) / (1 - cfg.momentum), cfg.l1, cfg.l2)
     return {
-        "none": Method(),
-        "l2": Method(penalised=l2),
-        "l2_l1": Method(penalised=l2_l1),
-        "max_norm": Method(last=bound),
-        "dropout_l2": dropped._replace(penalised=l2),
-        "dropout_max_norm": dropped._replace(last=bound),
-        "proximal": Method(last=(optim.proximal_elastic_net(rate, cfg.l1, cfg.l2),)),
-        "early_stopping": Method(),
+        "none": plain,
+        "l2": plain._replace(penalised=l2),
+        "l2_l1": plain._replace(penalised=l2_l1),
+        "max_norm": bounded,
+        "dropout_l2": plain._replace(penalised=l2, **dropout),
+        "dropout_max_norm": bounded._replace(**dropout),
+        "proximal": Method(optax.chain(sgd, proximal)),
+        "early_stopping": plain,
     }
 
 

@@ -10,9 +10,9 @@ import optax
 import pytest
 from etils import epath
 
-from dl_jax import classify, cluster
+from dl_jax import classify
 from dl_jax.core.errors import InputError
-from dl_jax.core.step import init_variables
+from dl_jax.core.step import init_variables, plain_state
 from dl_jax.harness.run import Preempted, Run, Settings
 from dl_jax.models.generative.autoencoder import DenseAutoencoder
 
@@ -36,7 +36,7 @@ def trees():
 def test_a_round_is_sgd_towards_a_fixed_target(experiment, trees):
     params = jax.tree.map(lambda leaf: leaf[0], trees)
     tx = optax.sgd(0.3, 0.9)
-    state = cluster.start(params, jax.random.key(7))._replace(opt_state=tx.init(params))
+    state = plain_state(jax.random.key(7), params)._replace(opt_state=tx.init(params))
     step = jax.jit(lambda state: experiment.embedding_round(MODEL, tx, (2, 5), jnp.asarray(IMAGES), state, {}))
     new, measured = step(state)
 
@@ -106,7 +106,7 @@ def test_the_most_certain_points_of_each_cluster(experiment):
     [
         (
             {"clusters": 101},
-            r"^clusters is 101, expected at most 100, the images of train\[:60\]\+test\[:40\]; give fewer",
+            "^clusters is 101, expected 1 to 100, the number of points; change it",
         ),
         (
             {"updates": 7},
@@ -114,6 +114,7 @@ def test_the_most_certain_points_of_each_cluster(experiment):
         ),
     ],
 )
-def test_bad_input_is_one_line(experiment, changes, expected):
+def test_bad_input_is_one_line_before_any_training(experiment, changes, expected, monkeypatch):
+    monkeypatch.setattr(experiment, "fit", None)  # a step would fail
     with pytest.raises(InputError, match=expected):
         experiment.main(dataclasses.replace(experiment.PRESETS["smoke"], **changes), Run())

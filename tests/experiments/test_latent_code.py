@@ -58,6 +58,23 @@ def test_seeds_differ_in_their_parts_of_the_table_and_do_not_depend_on_each_othe
     assert together["rmse/code"][0] != together["rmse/code"][1]
 
 
-def test_more_components_than_columns(experiment):
-    with pytest.raises(InputError, match="table_latents is 11 and diabetes has 10 columns, expected at most as many"):
-        experiment.main(dataclasses.replace(experiment.PRESETS["smoke"], table_latents=11), Run())
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"table_latents": 11},
+            "^table_latents is 11, expected at most 10, which is how many principal components 398 training rows of 10 "
+            "numbers have; give fewer, or a larger set$",
+        ),
+        ({"latents": 785, "train_split": "train"}, "^latents is 785, expected at most 784, .* rows of 784 numbers"),
+        ({"latents": 64}, "^latents is 64, expected at most 63, which is how many principal components 64 training"),
+        ({"train_split": "train[:1]"}, r"^all 1 examples of digits train\[:1\] to learn from have the label"),
+        ({"latents": 2, "train_split": "train[:2]"}, "^latents is 2, expected at most 1, which is"),
+    ],
+)
+def test_what_the_linear_models_cannot_be_fitted_to_is_refused_before_any_training(
+    experiment, change, message, monkeypatch
+):
+    monkeypatch.setattr(experiment, "fit", None)  # a step would fail
+    with pytest.raises(InputError, match=message):
+        experiment.main(dataclasses.replace(experiment.PRESETS["smoke"], **change), Run())

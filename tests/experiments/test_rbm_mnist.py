@@ -17,10 +17,31 @@ def experiment(load_experiment):
     return load_experiment("generative/rbm_mnist")
 
 
-def test_more_labels_than_images(experiment):
-    config = dataclasses.replace(experiment.PRESETS["smoke"], labels=65)
-    with pytest.raises(InputError, match=r"^labels is 65, expected at most 64, the images of train\[:64\]; give fewer"):
+def test_more_labels_than_images_are_refused_before_any_training(experiment, monkeypatch):
+    monkeypatch.setattr(experiment, "fit", None)  # a step would fail
+    config = dataclasses.replace(experiment.PRESETS["smoke"], labels=5)
+    with pytest.raises(InputError, match="5 labels of each class, expected at most 4, which the split has; lower"):
         experiment.main(config, Run())
+
+
+def test_each_seed_draws_its_own_labelled_digits_and_both_classifiers_learn_from_them(experiment, monkeypatch):
+    config = dataclasses.replace(experiment.PRESETS["smoke"], labels=1, batch_size=20)
+    streams, fits = {}, experiment.fit
+
+    def spy(step, states, stream, *, run, **options):
+        streams[run.name] = stream
+        return fits(step, states, stream, run=run, **options)
+
+    monkeypatch.setattr(experiment, "fit", spy)
+    experiment.main(config, Run(settings=Settings(seeds=(0, 1))))
+    train = data.grey_images("digits", config.train_split)
+    for name in ("tuned-random", "tuned-dbn"):
+        batch = streams[name](0)  # two epochs
+        for i in range(2):
+            own = data.rows(train, data.few(train["label"], 1, 10, seed=i))
+            found = {image.tobytes(): label for image, label in zip(batch["image"][i], batch["label"][i], strict=True)}
+            assert found == {image.tobytes(): label for image, label in zip(own["image"], own["label"], strict=True)}
+    np.testing.assert_array_equal(np.sort(batch["label"]), [np.arange(10).repeat(2)] * 2)
 
 
 def test_without_steps_the_likelihood_is_that_of_each_pixel_by_itself(experiment):
@@ -49,7 +70,7 @@ def test_a_tuned_network_begins_with_the_means_of_the_machines(experiment, monke
     run, train = Run(settings=Settings(seeds=(0, 1))), data.grey_images("digits", "train[:64]")
     (key,), base = run.keys(1), np.zeros(784, np.float32)
     machines = experiment.greedy(config, run, data.shuffled({"image": train["image"]}, 16, run.seeds), base, key)
-    experiment.tuned(config, run, train, train, machines, key)
+    experiment.tuned(config, run, [train, train], train, machines, key)
     machines = [jax.tree.map(lambda leaf: leaf[1], each) for each in machines]
     net = jax.tree.map(lambda leaf: leaf[1], seen["tuned-dbn"].params)
     image = np.random.default_rng(0).integers(0, 256, (3, 28, 28, 1)).astype(np.uint8)

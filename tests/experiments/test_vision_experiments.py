@@ -6,7 +6,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from etils import epath
 
@@ -358,18 +357,25 @@ def test_weights_that_are_zero_by_hand(regularisation):
     np.testing.assert_allclose(regularisation.zeros(params), [25, 12.5])
 
 
+def test_the_learning_rate_of_all_methods_is_one_schedule(regularisation, monkeypatch):
+    built, schedule = [], optim.warmup_cosine
+    monkeypatch.setattr(optim, "warmup_cosine", lambda *given: built.append(given) or schedule(*given))
+    cfg = dataclasses.replace(regularisation.PRESETS["smoke"], methods=("proximal",))
+    regularisation.main(cfg, Run())
+    assert built == [(cfg.learning_rate, cfg.steps)]
+
+
 def test_the_penalty_of_the_proximal_operator_is_that_of_the_gradient(regularisation):
     """In a direction that is always the same: SGD with momentum ends where the penalised slope is 0."""
     cfg = dataclasses.replace(
-        regularisation.PRESETS["smoke"], learning_rate=0.1, l1=0.3, l2=0.5, momentum=0.5, steps=400
+        regularisation.PRESETS["smoke"], learning_rate=0.1, l1=0.3, l2=0.5, momentum=0.5, steps=400, clip=100.0
     )
     slope = lambda variables, batch, key: ((variables["params"]["kernel"] * batch).sum(), ({}, {}))
     found = {}
     for name in ("l2_l1", "proximal"):
         method = regularisation.methods(cfg)[name]
-        tx = optax.chain(optim.clipped_sgd(cfg.learning_rate, cfg.steps, cfg.momentum, 100.0), *method.last)
-        step = jax.jit(make_step(method.penalised(slope), tx))
-        state = init_state(jax.random.key(0), {"params": {"kernel": jnp.full((3, 1), 0.1)}}, tx)
+        step = jax.jit(make_step(method.penalised(slope), method.tx))
+        state = init_state(jax.random.key(0), {"params": {"kernel": jnp.full((3, 1), 0.1)}}, method.tx)
         for _ in range(cfg.steps):
             state, _ = step(state, jnp.array([[-1.0], [0.1], [0.5]]))
         found[name] = np.asarray(state.params["kernel"])[:, 0]

@@ -110,6 +110,15 @@ def test_two_processes_equal_one_and_resume_as_one(pair, tmp_path):
     np.testing.assert_allclose(longer, whole, atol=1e-6)
 
 
+def test_a_state_of_a_fit_without_data_is_one_for_both_and_is_saved(pair):
+    for process in range(2):
+        pair.wait_for(pair.folder / f"doubled.{process}", 60)
+        assert json.loads((pair.folder / f"doubled.{process}").read_text()) == [0, 8]
+    step, tree = checkpoint.load(str(pair.folder / "doubled" / "checkpoints"))
+    assert step == 3
+    np.testing.assert_array_equal(tree["state"]["params"], [0, 8])
+
+
 def check_experiments(pair: Pair, experiments: dict[str, str]) -> None:
     pair.wait_for(pair.folder / "told" / "metrics.jsonl", 600)
     for name, metric in experiments.items():

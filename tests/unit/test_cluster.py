@@ -8,22 +8,19 @@ import pytest
 from dl_jax import cluster
 from dl_jax.core.errors import InputError
 from dl_jax.core.fit import fit
-from dl_jax.core.step import holding
+from dl_jax.core.step import holding, plain_state
+from dl_jax.core.stream import no_data
 
 RNG = np.random.default_rng(0)
 MIDDLES = np.array([[0.0, 0, 0], [6, 0, 1], [0, 7, -1], [5, 5, 5]])
 BLOBS = (MIDDLES[RNG.integers(0, 4, 300)] + RNG.normal(size=(300, 3)) * [1, 0.5, 2]).astype(np.float32)
 
 
-def no_batch(step):
-    return {}
-
-
 def test_kmeans_ends_where_scikit_learn_does():
     from sklearn.cluster import KMeans
 
     centres = jnp.asarray(BLOBS[None, [3, 70, 150, 200]])  # one restart
-    state = fit(holding(cluster.kmeans, BLOBS), cluster.start(centres, jax.random.key(0)), no_batch, steps=30, every=30)
+    state = fit(holding(cluster.kmeans, BLOBS), plain_state(jax.random.key(0), centres), no_data, steps=30, every=30)
     theirs = KMeans(4, init=np.asarray(centres[0]), n_init=1, tol=0, algorithm="lloyd").fit(BLOBS)
     ours, clusters = cluster.best(BLOBS, state.params)
     np.testing.assert_allclose(ours, theirs.cluster_centers_, atol=1e-4)
@@ -31,7 +28,7 @@ def test_kmeans_ends_where_scikit_learn_does():
 
 
 def test_no_pass_raises_the_inertia_and_the_best_restart_is_taken():
-    state = cluster.start(cluster.spread(BLOBS, 5, jax.random.key(1), restarts=3), jax.random.key(0))
+    state = plain_state(jax.random.key(0), cluster.spread(BLOBS, 5, jax.random.key(1), restarts=3))
     values = lambda centres: ((BLOBS[:, None] - np.asarray(centres)[..., None, :, :]) ** 2).sum(-1).min(-1).mean(-1)
     step = jax.jit(cluster.kmeans)
     before = values(state.params)  # [R]
@@ -52,7 +49,7 @@ def test_empty_clusters_move_to_the_farthest_points():
     """Two of four centres have no point: they become the farthest point and the second farthest, in this order."""
     x = np.array([[0.0], [1], [2], [10], [14]], np.float32)
     centres = np.array([[[-100.0], [1], [500], [11]]], np.float32)  # the points are 1, 0, 1, 1 and 3 away
-    state, _ = cluster.kmeans(x, cluster.start(jnp.asarray(centres), jax.random.key(0)), {})
+    state, _ = cluster.kmeans(x, plain_state(jax.random.key(0), jnp.asarray(centres)), {})
     assert state.params[0, 1, 0] == 1
     assert state.params[0, 3, 0] == 12
     assert state.params[0, 0, 0] == 14
@@ -62,7 +59,7 @@ def test_empty_clusters_move_to_the_farthest_points():
 def test_equal_points_leave_finite_centres():
     x = np.zeros((4, 2), np.float32)
     centres = cluster.spread(x, 3, jax.random.key(0))
-    state, measured = cluster.kmeans(x, cluster.start(centres, jax.random.key(0)), {})
+    state, measured = cluster.kmeans(x, plain_state(jax.random.key(0), centres), {})
     np.testing.assert_array_equal(state.params, np.zeros((1, 3, 2)))
     assert measured["inertia"] == 0
 
@@ -90,9 +87,30 @@ def test_distances_do_not_lose_what_points_far_from_0_have_in_common():
     np.testing.assert_allclose(shifted, expected, atol=2e-3)
 
 
-def test_more_clusters_than_points():
-    with pytest.raises(InputError, match=r"^clusters is 7, expected at most 6, the number of points; ask for fewer"):
-        cluster.spread(np.zeros((6, 2), np.float32), 7, jax.random.key(0))
+@pytest.mark.parametrize("clusters", [-1, 0, 7])
+def test_no_clusters_and_more_clusters_than_points(clusters):
+    with pytest.raises(InputError, match=rf"^clusters is {clusters}, expected 1 to 6, the number of points; change it"):
+        cluster.spread(np.zeros((6, 2), np.float32), clusters, jax.random.key(0))
+
+
+def test_no_restarts():
+    with pytest.raises(InputError, match=r"^restarts is 0, expected"):
+        cluster.spread(BLOBS, 2, jax.random.key(0), restarts=0)
+
+
+@pytest.mark.parametrize(
+    ("clusters", "message"),
+    [
+        ([0, 2, 1], r"^point 1 is in cluster 2, expected one of 0 to 1; give another number$"),
+        ([0, 1, -1], r"^point 2 is in cluster -1, expected one of 0 to 1; give"),
+        ([0, 1], r"^clusters are int64 \(2,\), expected int \(3,\), one of each point$"),
+        ([0.0, 1.0, 1.0], r"^clusters are float64 \(3,\), expected int \(3,\)"),
+    ],
+)
+def test_clusters_that_no_component_has(clusters, message):
+    """A negative one would be counted from the end otherwise."""
+    with pytest.raises(InputError, match=message):
+        cluster.from_clusters(BLOBS[:3], np.array(clusters), 2)
 
 
 def test_a_mixture_is_scikit_learns():
@@ -104,8 +122,8 @@ def test_a_mixture_is_scikit_learns():
     for k in range(4):
         np.testing.assert_allclose(first.mean[k], BLOBS[clusters == k].mean(0), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(first.covariance[k], np.cov(BLOBS[clusters == k].T, bias=True), rtol=1e-3, atol=1e-4)
-    state = cluster.start(first, jax.random.key(0))
-    state = fit(holding(cluster.mixture, BLOBS), state, no_batch, steps=8, every=8)
+    state = plain_state(jax.random.key(0), first)
+    state = fit(holding(cluster.mixture, BLOBS), state, no_data, steps=8, every=8)
     ridge = cluster.RIDGE * BLOBS.var(0).mean()
     weight, mean, covariance = (np.asarray(each, np.float64) for each in first)
     theirs = GaussianMixture(
@@ -127,7 +145,7 @@ def test_a_mixture_is_scikit_learns():
 
 
 def test_no_iteration_lowers_the_likelihood_of_a_mixture():
-    state = cluster.start(cluster.from_clusters(BLOBS, np.arange(300) % 3, 3), jax.random.key(0))
+    state = plain_state(jax.random.key(0), cluster.from_clusters(BLOBS, np.arange(300) % 3, 3))
     step, seen = jax.jit(cluster.mixture), []
     for _ in range(25):
         state, measured = step(BLOBS, state, {})
@@ -138,7 +156,7 @@ def test_no_iteration_lowers_the_likelihood_of_a_mixture():
 
 
 def test_a_component_without_points_leaves_finite_numbers():
-    state = cluster.start(cluster.from_clusters(BLOBS, np.zeros(300, int), 2), jax.random.key(0))
+    state = plain_state(jax.random.key(0), cluster.from_clusters(BLOBS, np.zeros(300, int), 2))
     state, measured = cluster.mixture(BLOBS, state, {})
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((state.params, measured)))
     assert state.params.weight[1] < 1e-6

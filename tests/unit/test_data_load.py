@@ -200,6 +200,26 @@ def test_a_sum_of_splits_decodes_only_what_was_not_decoded_before(monkeypatch, m
     assert decoded == ["train[:2]"]
 
 
+def test_the_parts_of_a_sum_alone_are_kept(medley, tmp_path):
+    both = data.load("medley", "train[:1]+train[1:]", medley, str(tmp_path))
+    whole = data.load("medley", "train", medley, str(tmp_path))
+    kept = [path.parent.name.rpartition("-")[0] for path in tmp_path.rglob("columns.json")]
+    assert sorted(kept) == ["train", "train_1_", "train_1_"]
+    for name, column in both.items():
+        np.testing.assert_array_equal(column, whole[name])
+        assert not (column.values if isinstance(column, data.Ragged) else column).flags.writeable
+
+
+def test_a_sum_may_have_empty_parts_but_not_only_such(medley, tmp_path):
+    load = lambda split: data.load("medley", split, medley, str(tmp_path))
+    whole = load("train")
+    for split in ("train[:0]+train", "train+train[1:1]", "train[:1]+train[:0]+train[1:]"):
+        for name, column in load(split).items():
+            np.testing.assert_array_equal(column, whole[name])
+    with pytest.raises(InputError, match=r"^split 'train\[:0\]\+train\[:0\]' of medley is empty, expected some"):
+        load("train[:0]+train[:0]")
+
+
 def test_columns_are_on_disk_before_the_cache_has_its_name(monkeypatch, medley, tmp_path):
     """A machine that loses its power must not leave a whole name for half of the bytes."""
     told, rename, sync = [], Path.rename, os.fsync

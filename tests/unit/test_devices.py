@@ -17,9 +17,10 @@ from dl_jax.core.errors import InputError
 from dl_jax.core.evaluate import collector, evaluator
 from dl_jax.core.fit import fit
 from dl_jax.core.pmap import pmapped
+from dl_jax.core.program import layout_of
 from dl_jax.core.recorder import Recorder
-from dl_jax.core.step import State, holding, init_state, init_states, make_step, per_seed
-from dl_jax.core.stream import Stream
+from dl_jax.core.step import State, holding, init_state, init_states, make_step, per_seed, plain_state
+from dl_jax.core.stream import Stream, no_data
 
 RECORDS = {
     "image": np.random.default_rng(0).random((64, 8, 8, 1), np.float32),
@@ -229,6 +230,16 @@ def test_a_plain_function_of_the_step_takes_states_from_fewer_devices():
     states = init_states(jax.random.split(jax.random.key(0), 3), {"params": few}, optax.sgd(0.1))
     done = fit(holding(step, np.ones(3)), states, lambda i: {}, steps=2)
     np.testing.assert_array_equal(done.params, np.full((3, 2), 4))
+
+
+def test_without_data_the_state_of_several_processes_lies_on_all_devices(monkeypatch):
+    """One array, which all of them save together; that of a single process stays where it is."""
+    state = plain_state(jax.random.split(jax.random.key(0), 3), jnp.ones((3, 2)))
+    assert layout_of(state, no_data, (), fsdp=False).shardings is None
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    lies = jax.tree.leaves(layout_of(state, no_data, (), fsdp=False).shardings)
+    assert len(lies) == 3
+    assert all(each.is_fully_replicated and len(each.device_set) == jax.device_count() for each in lies)
 
 
 @pytest.mark.parametrize("where", ["on five devices", "on the host"])

@@ -20,8 +20,8 @@ from dl_jax.core import program
 from dl_jax.core.errors import InputError
 from dl_jax.core.fit import NonFiniteError, Recorder, Watch, fit
 from dl_jax.core.recorder import Snapshot
-from dl_jax.core.step import State, holding, init_state, make_step, per_seed
-from dl_jax.core.stream import Stream
+from dl_jax.core.step import State, holding, init_state, make_step, per_seed, plain_state
+from dl_jax.core.stream import Stream, no_data
 
 WIDTH = 3
 RECORDS = {
@@ -560,7 +560,7 @@ def test_a_pair_is_a_weighted_mean_and_is_left_out_where_nothing_happened(scan):
     weight = lambda s: jnp.where(s < 4, s, 0).astype(jnp.float32)
     log = Log()
     step = reporting(lambda s: {"length": (weight(s) * s, weight(s)), "plain": s.astype(jnp.float32)})
-    fit(step, start(), lambda i: {}, steps=8, every=4, run=log, scan=scan)
+    fit(step, start(), no_data, steps=8, every=4, run=log, scan=scan)
     (_, first), (_, second) = log.reports
     np.testing.assert_allclose(first["length"], (1 + 4 + 9) / (1 + 2 + 3))
     np.testing.assert_allclose(first["plain"], 1.5)
@@ -796,10 +796,25 @@ def test_a_step_may_be_an_epoch_without_a_gradient():
         squares = ((points[:, None] - expected) ** 2).sum(-1)
         inertias.append(squares.min(-1).mean())
         expected = np.stack([points[squares.argmin(-1) == k].mean(0) for k in range(4)])
-    log, state = Log(), State(jnp.int32(0), jnp.asarray(points[:4]), {}, (), jax.random.key(0))
-    state = fit(holding(kmeans, jnp.asarray(points)), state, lambda i: {}, steps=5, every=1, run=log)
+    log, state = Log(), plain_state(jax.random.key(0), jnp.asarray(points[:4]))
+    state = fit(holding(kmeans, jnp.asarray(points)), state, no_data, steps=5, every=1, run=log)
     np.testing.assert_allclose(state.params, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose([report["inertia"] for _, report in log.reports], inertias, rtol=1e-5)
+
+
+def test_seeds_may_have_no_optimiser_and_no_data():
+    """Each seed counts its own steps, and draws from its own key."""
+    keys = jax.random.split(jax.random.key(0), 2)
+
+    def walk(state, batch):
+        assert batch == {}
+        key = jax.random.fold_in(state.key, state.step)
+        return state._replace(step=state.step + 1, params=state.params + jax.random.normal(key)), {}
+
+    state = fit(jax.vmap(walk, (0, None)), plain_state(keys, jnp.zeros(2)), no_data, steps=3, run=Log())
+    assert state.step.tolist() == [3, 3]
+    drawn = [sum(jax.random.normal(jax.random.fold_in(key, i)) for i in range(3)) for key in keys]
+    np.testing.assert_allclose(state.params, drawn, rtol=1e-5)
 
 
 def test_a_step_may_be_a_rollout():
@@ -816,7 +831,7 @@ def test_a_step_may_be_a_rollout():
         return state._replace(step=state.step + 1, extra={"height": height}), metrics
 
     log, state = Log(), State(jnp.int32(0), {}, {"height": jnp.int32(0)}, (), jax.random.key(0))
-    state = fit(rollout, state, lambda i: {}, steps=5, every=1, run=log)
+    state = fit(rollout, state, no_data, steps=5, every=1, run=log)
     assert state.extra["height"] == 0  # 15 steps, three episodes
     assert [report.get("return") for _, report in log.reports] == [None, 5, None, 5, 5]  # ends at steps 5, 10 and 15
 

@@ -11,6 +11,7 @@ import pytest
 from dl_jax.core.errors import InputError
 from dl_jax.losses import latent
 from dl_jax.losses.latent import LatentModel
+from dl_jax.models.generative.vae import VAE
 
 RNG = np.random.default_rng(0)
 LATENTS, PIXELS, NOISE = 3, 5, 0.7
@@ -342,3 +343,22 @@ def test_two_layers_weight_of_a_sample_is_its_densities():
 def test_elbo_of_two_layers():
     with pytest.raises(InputError, match="elbo: 2 stochastic layers, expected 1, whose KL term is analytic; use the"):
         latent.elbo(TwoLayers().model(), jnp.zeros((1, 1)), jax.random.key(0))
+
+
+def test_the_latent_model_of_networks():
+    """Its encoder and its density are those of the networks, by default of the pixels' logits."""
+    model = VAE(latents=3, hidden=(4,), shape=(2, 5, 1))
+    x = jnp.asarray(RNG.random((6, 2, 5, 1)), jnp.float32)
+    variables = model.init(jax.random.key(0), x, train=False)
+    variables = jax.tree.map(lambda leaf: leaf + 0.3 * RNG.normal(size=leaf.shape).astype(np.float32), variables)
+    z = jnp.asarray(RNG.normal(size=(2, 6, 3)), jnp.float32)
+    logits, mean, log_var = model.apply(variables, x, train=False)
+    found = latent.of_networks(model, variables)
+    np.testing.assert_array_equal(found.encode(x), (mean, log_var))
+    decoded = np.float64(model.apply(variables, z, method=model.decode))
+    np.testing.assert_array_equal(model.apply(variables, mean, method=model.decode), logits)
+    expected = (x * decoded - np.log1p(np.exp(decoded))).sum((2, 3, 4))
+    np.testing.assert_allclose(found.log_conditional(x, z), expected, rtol=1e-5)
+    other = latent.of_networks(model, variables, lambda decoded, x: (decoded - 2 * x).sum((2, 3, 4)))
+    np.testing.assert_allclose(other.log_conditional(x, z), (decoded - 2 * x).sum((2, 3, 4)), rtol=1e-4, atol=1e-5)
+    assert found.above == ()

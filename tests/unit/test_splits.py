@@ -2,10 +2,41 @@
 
 import jax
 import numpy as np
+import pytest
 
-from dl_jax import splits
+from dl_jax import data, splits
+from dl_jax.core.errors import InputError
 
 TRAIN = np.array([[1, 1, 1, 0], [0, 1, 1, 1]], bool)  # two splits of four rows
+
+
+def table(test):
+    return data.Regression(np.zeros((4, 1), np.float32), np.arange(4, dtype=np.float32), np.array(test, bool))
+
+
+def test_tables_are_called_by_the_last_part_of_their_names(monkeypatch):
+    given = {"a/boston": table([[1, 0, 0, 0], [0, 1, 0, 0]]), "b/yacht": table([[0, 0, 0, 1]])}
+    monkeypatch.setattr(splits.data, "regression", given.__getitem__)
+    found = splits.tables(tuple(given), 1)
+    assert {name: each.test.tolist() for name, each in found.items()} == {
+        "boston": [[True, False, False, False]],
+        "yacht": [[False, False, False, True]],
+    }
+
+
+def test_two_sets_of_one_name_are_refused_before_either_is_read(monkeypatch):
+    monkeypatch.setattr(splits.data, "regression", None)
+    expected = "^data sets a/boston and b/c/boston would both be called boston, expected names that differ after the"
+    with pytest.raises(InputError, match=expected):
+        splits.tables(("a/boston", "yacht", "b/c/boston"), 1)
+
+
+def test_splits_of_different_sizes_are_refused(monkeypatch):
+    """Their networks would take as many steps, which are fewer epochs for some of them."""
+    monkeypatch.setattr(splits.data, "regression", lambda name: table([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 1]]))
+    assert len(splits.tables(("a",), 2)["a"].test) == 2
+    with pytest.raises(InputError, match=r"^the splits of a have 2 to 3 training rows, expected as many in each, as"):
+        splits.tables(("a",), 3)
 
 
 def test_each_network_has_what_its_split_has():

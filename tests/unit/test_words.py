@@ -96,3 +96,14 @@ def test_docstrings_are_prose():
     """`Args:` may explain arguments; what a function returns and raises are sentences."""
     places = found_in(SOURCES, sections)
     assert not places, f"\n{places}"
+
+
+def test_the_guide_has_each_experiment_with_a_step_of_its_own_as_an_example():
+    guide = (ROOT / "docs" / "guide.md").read_text()
+    section = guide.partition("\n## Other kinds of steps\n")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`experiments/([a-z]+/\w+)\.py`", section))
+    there = {
+        str(path.relative_to(ROOT / "experiments").with_suffix("")) for path in SOURCES if "experiments" in path.parts
+    }
+    assert named <= there
+    assert {name for name in there if name.startswith(("generative/", "learning/", "tabular/"))} <= named

@@ -31,8 +31,8 @@ class DenseAutoencoder(nn.Module):
 
     def setup(self) -> None:
         require_positive({"hidden": min(self.hidden, default=1), "latents": self.latents})
-        self.encoder = layers((*self.hidden, self.latents), self.dtype)
-        self.decoder = layers((*reversed(self.hidden), math.prod(self.shape)), self.dtype)
+        self.encoder = dense_layers((*self.hidden, self.latents), self.dtype)
+        self.decoder = dense_layers((*reversed(self.hidden), math.prod(self.shape)), self.dtype)
 
     def encode(self, image: jax.Array) -> jax.Array:  # [B, H, W, C] -> [B, L]
         if image.shape[1:] != self.shape:
@@ -49,7 +49,7 @@ class DenseAutoencoder(nn.Module):
         return self.decode(self.encode(image))
 
 
-def layers(units: Sequence[int], dtype: DTypeLike) -> list[nn.Dense]:
+def dense_layers(units: Sequence[int], dtype: DTypeLike) -> list[nn.Dense]:
     return [nn.Dense(n, dtype=dtype) for n in units]
 
 

@@ -2,9 +2,9 @@
 
     python pair.py COORDINATOR PROCESS_ID FOLDER EXPERIMENT...
 
-trains a small network in FOLDER/trained, runs the smoke preset of each EXPERIMENT in a folder of its name, and trains
-again, in FOLDER/told, until it is told to end. What an experiment prints goes to FOLDER/<its name>.<process>. With no
-experiment process 1 fails at step 3 of the first training.
+trains a small network in FOLDER/trained, fits without data in FOLDER/doubled, runs the smoke preset of each EXPERIMENT
+in a folder of its name, and trains again, in FOLDER/told, until it is told to end. What an experiment prints goes to
+FOLDER/<its name>.<process>. With no experiment process 1 fails at step 3 of the first training.
 """
 
 import sys
@@ -29,7 +29,8 @@ from etils import epath
 
 from dl_jax import data, losses
 from dl_jax.core.fit import fit
-from dl_jax.core.step import init_state, make_step
+from dl_jax.core.step import init_state, make_step, plain_state
+from dl_jax.core.stream import no_data
 from dl_jax.harness import machine
 from dl_jax.harness.alive import Alive
 from dl_jax.harness.launch import leave
@@ -63,6 +64,14 @@ def train(folder: Path, steps: int, peers: Peers | None, before: Callable[[int],
     return np.asarray(state.params["w"].addressable_data(0)).tolist()
 
 
+def doubled(folder: Path) -> list:
+    """What a step without data makes of two numbers in three steps, after which the state is saved."""
+    step = lambda state, batch: (state._replace(step=state.step + 1, params=2 * state.params), {})
+    with contextlib.closing(Run(epath.Path(folder), Settings())) as run:
+        state = fit(step, plain_state(jax.random.key(0), jnp.arange(2.0)), no_data, steps=3, run=run)
+    return np.asarray(state.params).tolist()
+
+
 def experiment(name: str, folder: Path, address: str, process: int) -> None:
     """As from its command line, but that this process has joined the other before and does not leave it."""
     script = str(ROOT / "experiments" / f"{name}.py")
@@ -92,6 +101,7 @@ def main(address: str, process: int, folder: Path, experiments: Sequence[str]) -
         print(error, file=sys.stderr, flush=True)
         leave(1, peers, False, str(error))
     (folder / f"weights.{process}").write_text(json.dumps(weights))
+    (folder / f"doubled.{process}").write_text(json.dumps(doubled(folder / "doubled")))
     joined, jax.distributed.initialize = jax.distributed.initialize, lambda *given, **options: None
     free, machine._require_free = machine._require_free, lambda coordinator: None  # the port is ours
     left, jax.distributed.shutdown = jax.distributed.shutdown, lambda: None
