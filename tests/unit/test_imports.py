@@ -28,6 +28,7 @@ SHELVES = {
     "rbm",
     "cluster",
     "blackbox",
+    "search",
     "splits",
     "data",
     "compress",
@@ -74,6 +75,7 @@ SLOW = {
     "onnxruntime",
     "sacrebleu",
     "numpyro",
+    "optuna",
     "scipy",
 }
 FOREIGN = {"tensorflow", "torch"}
