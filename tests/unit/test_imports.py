@@ -29,6 +29,7 @@ SHELVES = {
     "cluster",
     "blackbox",
     "search",
+    "clean",
     "splits",
     "data",
     "compress",
@@ -76,6 +77,8 @@ SLOW = {
     "sacrebleu",
     "numpyro",
     "optuna",
+    "cleanlab",
+    "mlxtend",
     "scipy",
 }
 FOREIGN = {"tensorflow", "torch"}
