@@ -29,6 +29,8 @@ SHELVES = {
     "cluster",
     "blackbox",
     "control",
+    "search",
+    "clean",
     "splits",
     "data",
     "compress",
@@ -75,6 +77,9 @@ SLOW = {
     "onnxruntime",
     "sacrebleu",
     "numpyro",
+    "optuna",
+    "cleanlab",
+    "mlxtend",
     "scipy",
 }
 FOREIGN = {"tensorflow", "torch"}

@@ -1,0 +1,111 @@
+"""What is wrong with a data set: labels, copies, missing values and features that say nothing; and folds without leaks.
+
+`experiments/learning/cleaning.py` plants such mistakes and finds them. Labels need `pip install 'dl_jax[clean]'`.
+"""
+
+import numpy as np
+
+from dl_jax.core.errors import InputError
+
+NEAR = 0.13  # of the median distance to the nearest row: two rows that are nearer are copies, as for cleanlab's Datalab
+
+
+def folds(labels: np.ndarray, parts: int, seed: int, groups: np.ndarray | None = None) -> np.ndarray:
+    """The fold of each row, int [N], by scikit-learn's stratified splits of labels int [N].
+
+    Rows of one group, int [N], are in one fold. Raises InputError for fewer than two folds, for labels of one class,
+    and for a class with fewer rows, or with fewer groups, than folds.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+    classes, rows = np.unique(labels, return_counts=True)
+    if parts < 2 or len(classes) < 2:
+        raise InputError(
+            f"{parts} folds of labels of {len(classes)} classes, expected two or more of both; give more folds or rows"
+        )
+    kind, has = (
+        ("rows", rows) if groups is None else ("groups", np.array([len(set(groups[labels == c])) for c in classes]))
+    )
+    if has.min() < parts:
+        raise InputError(
+            f"class {classes[has.argmin()]} has {has.min()} {kind}, expected {parts} or more, one for each fold; lower "
+            "the number of folds or give more rows"
+        )
+    split = StratifiedKFold if groups is None else StratifiedGroupKFold
+    found = np.empty(len(labels), int)
+    empty = np.empty((len(labels), 0))
+    for i, (_, held) in enumerate(split(parts, shuffle=True, random_state=seed).split(empty, labels, groups)):
+        found[held] = i
+    return found
+
+
+def groups(x: np.ndarray) -> np.ndarray:  # [N, D] -> int [N]
+    """Numbers that rows share with copies of theirs: with the nearest row, if it is `NEAR`, and so with its copies.
+
+    Features have to be on one scale. Raises InputError for a value that is not finite, and for fewer than two rows.
+    """
+    from scipy.sparse import csr_array
+    from scipy.sparse.csgraph import connected_components
+    from sklearn.neighbors import NearestNeighbors
+
+    if len(x) < 2 or not np.isfinite(x).all():
+        raise InputError(
+            f"copies among {len(x)} rows of which {(~np.isfinite(x)).any(1).sum()} have missing values, expected two "
+            "rows or more and finite numbers; fill them in first"
+        )
+    distance, nearest = (each[:, 1] for each in NearestNeighbors(n_neighbors=2).fit(x).kneighbors(x))
+    own = np.arange(len(x))
+    # Of more than two equal rows, the second neighbour may be the row itself: the first is then a copy.
+    close = distance <= NEAR * np.median(distance)
+    graph = csr_array((np.ones(close.sum()), (own[close], nearest[close])), shape=(len(x), len(x)))
+    return connected_components(graph, directed=False)[1]
+
+
+def missing(x: np.ndarray) -> np.ndarray:  # [N, D] -> bool [N, D]
+    """Which values are missing: NaN, or a number that stands for it, such as -999.
+
+    That is the smallest or largest number of a feature, if several rows have it but less than half of them, and if it
+    is further away from all others than any of these from the next. Raises InputError where everything is missing.
+    """
+    found = np.isnan(x)
+    for j, column in enumerate(x.T):
+        for end in (np.min, np.max):
+            known = column[~found[:, j]]
+            code = end(known, initial=np.inf if end is np.min else -np.inf)
+            others = np.unique(known[known != code])
+            several = 1 < (known == code).sum() < len(known) / 2
+            if several and len(others) > 1 and np.abs(others - code).min() > np.diff(others).max():
+                found[:, j] |= column == code
+    if found.all():
+        raise InputError(f"all {found.size} values of the table are missing, expected some; give other data")
+    return found
+
+
+def constant(x: np.ndarray) -> np.ndarray:  # [N, D] -> bool [D]
+    """Which features are the same number, but for rounding, in all rows but a twentieth; NaN is not counted.
+
+    Raises InputError where all features are so.
+    """
+    known = [column[~np.isnan(column)] for column in x.T]
+    spread = [np.ptp(np.quantile(each, [0.025, 0.975])) if len(each) else 0 for each in known]
+    found = np.array([s <= 1e-6 * np.abs(each).max(initial=0) for s, each in zip(spread, known, strict=True)])
+    if found.all():
+        raise InputError(f"all {len(found)} features are constant, expected one that is not; give other data")
+    return found
+
+
+def label_issues(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:  # int [N], [N, C] -> bool [N]
+    """Which labels are wrong, by confident learning (Northcutt et al. 2021, arXiv:1911.00068), with cleanlab.
+
+    The probabilities are of networks that did not learn from the row. A label is wrong if both of cleanlab's rules for
+    pruning say so. Raises InputError where cleanlab is not installed, and for labels of one class.
+    """
+    try:
+        from cleanlab.filter import find_label_issues
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"this needs {error.name}, which is not installed; run: pip install 'dl_jax[clean]'"
+        ) from error
+    if len(np.unique(labels)) < 2:
+        raise InputError(f"labels of the class {labels[0]} alone, expected two classes or more; give more rows")
+    return np.asarray(find_label_issues(labels, probabilities, filter_by="both", n_jobs=1))
