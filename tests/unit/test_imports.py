@@ -28,6 +28,7 @@ SHELVES = {
     "rbm",
     "cluster",
     "blackbox",
+    "privacy",
     "splits",
     "data",
     "compress",
@@ -74,6 +75,7 @@ SLOW = {
     "onnxruntime",
     "sacrebleu",
     "numpyro",
+    "dp_accounting",
     "scipy",
 }
 FOREIGN = {"tensorflow", "torch"}
