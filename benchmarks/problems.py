@@ -1,4 +1,4 @@
-"""The train steps that benchmarks/train_step.py times: sixteen networks, each on one batch.
+"""The train steps that benchmarks/train_step.py times: seventeen networks, each on one batch.
 
 The same networks in PyTorch are in torch_nets.py. The sizes are the usual ones: Hinton's MLP of 1200-1200 units with
 dropout, Kingma's VAE of 500 units and 20 latents, LeNet-5 as published, the CNN of Flax's MNIST example, ResNet-20, the
@@ -7,7 +7,7 @@ textbook net and a small MobileNet on colour images of 32 x 32 pixels, and a lan
 32 words with 18 tags, with and without a chain over the tags, Kim's network on 50 texts of 40 words, and nanoGPT's
 transformer for a CPU. For speech, a convolutional network on 32 waves of half a second, and a TDNN that spells 16
 strings of 20 letters in 1.6 seconds by connectionist temporal classification (CTC). No sequence has padding, which
-PyTorch would have to pack.
+PyTorch would have to pack. A step of DP-SGD is that of a network of 256 units on 600 images.
 """
 
 import functools
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dl_jax import classify, losses
+from dl_jax import classify, losses, privacy
 from dl_jax.core.step import init_state, make_step
 from dl_jax.losses import crf, ctc, latent
 from dl_jax.models import ops
@@ -43,6 +43,7 @@ WORDS, TAGS = 9_000, 18  # of the taggers; Kim's network has as many words
 BLOCK, WIDTH, LAYERS, HEADS = 64, 128, 4, 4  # of the transformer
 MAPS, TAPS, STRIDE = (32, 64, 128, 128), 80, 4  # of the network on waves: its maps, and its first kernel
 LETTERS, CHANNELS = 17, 96  # classes and channels of the TDNN
+SAMPLE, UNITS = 600, 256  # images and hidden units of DP-SGD
 Batch = Mapping[str, np.ndarray]
 
 
@@ -157,6 +158,26 @@ class CNN:
 
 def mlp_step():
     return classifier_step(MLP((1200, 1200), dropout=0.5), losses.cross_entropy)
+
+
+def private_images() -> dict[str, np.ndarray]:
+    """Random images and labels of a Poisson sample that fills its batch, which has a column `mask`."""
+    return {**images(SAMPLE), "mask": np.ones(SAMPLE, np.float32)}
+
+
+def private_step():
+    """A train step by clipped gradients of each example with SGD, and its initial state."""
+    model: Any = MLP((UNITS,))
+    tx = optax.sgd(1e-3, momentum=0.9)
+    variables = jax.jit(lambda key: model.init(key, images(1)["image"], train=False))(jax.random.key(0))
+    step = privacy.private_step(classify.loss(model.apply), tx, clip=1.0, noise=1.0, batch_size=SAMPLE)
+
+    def mean(state, batch):
+        state, metrics = step(state, batch)
+        total, weight = metrics["loss"]
+        return state, {"loss": total / weight, "clipped": metrics["clipped"]}
+
+    return mean, init_state(jax.random.key(1), variables, tx)
 
 
 def lenet_step():
@@ -299,6 +320,7 @@ def _step(loss, variables, tx):
 
 PROBLEMS = {
     "MLP": Problem(images, mlp_step, ">= 2.2"),
+    "DP-SGD": Problem(private_images, private_step, ">= 5"),
     "LeNet-5": Problem(images, lenet_step, ">= 1.0"),
     "CNN": Problem(images, cnn_step, ">= 0.85"),
     "ResNet-20": Problem(colour_images, resnet_step, ">= 0.55"),

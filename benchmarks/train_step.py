@@ -13,7 +13,7 @@ It times, on the networks of problems.py:
 - the work of the host for a step of LeNet-300-100 on 1,024 images, with ten steps per call and the data set on the
   device: computing indices, placing, dispatching and fetching, for a step that computes nothing;
 - every network with `fit`, and its twin in PyTorch, eager and compiled, with fused optimisers; the faster of the two
-  PyTorch variants is reported, with its memory;
+  PyTorch variants is reported, with its memory; DP-SGD's twin computes the gradients of all examples by torch.func;
 - a step of a restricted Boltzmann machine of 500 hidden units by persistent contrastive divergence on 100 images, and
   scikit-learn's; ours also binarises the images and reports its metrics;
 - an iteration of proximal policy optimisation (PPO) on 512 frames of CartPole with `fit`, and with a Python loop over

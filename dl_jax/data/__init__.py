@@ -16,6 +16,7 @@ from dl_jax.data.columns import check_columns, load
 from dl_jax.data.describe import Feature, Info, info
 from dl_jax.data.image import check_images, check_labels, check_two_classes, enlarge, grey_images, images, resized_crop
 from dl_jax.data.objects import objects, padded_objects, scenes, with_area
+from dl_jax.data.poisson import capacity_for, overflow, poisson
 from dl_jax.data.streaming import streamed
 from dl_jax.data.tabular import Regression, held_out, moments, regression
 
@@ -28,6 +29,7 @@ __all__ = [
     "Stream",
     "bucketed",
     "buckets",
+    "capacity_for",
     "check_columns",
     "check_images",
     "check_labels",
@@ -43,8 +45,10 @@ __all__ = [
     "load",
     "moments",
     "objects",
+    "overflow",
     "padded_objects",
     "per_seed",
+    "poisson",
     "ragged",
     "regression",
     "resized_crop",

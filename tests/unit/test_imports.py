@@ -31,6 +31,7 @@ SHELVES = {
     "control",
     "search",
     "clean",
+    "privacy",
     "splits",
     "data",
     "compress",
@@ -80,6 +81,7 @@ SLOW = {
     "optuna",
     "cleanlab",
     "mlxtend",
+    "dp_accounting",
     "scipy",
 }
 FOREIGN = {"tensorflow", "torch"}
