@@ -153,7 +153,12 @@ def of_table(cfg: Config, seed: int) -> Planted:
 
 
 def with_copies(
-    cfg: Config, rng: np.random.Generator, x: np.ndarray, test: np.ndarray, labels: np.ndarray, jitter: np.ndarray
+    cfg: Config,
+    rng: np.random.Generator,
+    x: np.ndarray,
+    test: np.ndarray,
+    labels: np.ndarray,
+    jitter: np.ndarray | np.float32,
 ) -> Planted:
     """Wrong labels, copies of training rows among these, and copies in place of test rows.
 
