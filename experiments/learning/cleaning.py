@@ -4,7 +4,8 @@ Northcutt, Jiang & Chuang 2021, "Confident learning: estimating uncertainty in d
 
     python experiments/learning/cleaning.py --dataset mnist --preset paper --seeds 5 --workdir runs/cleaning
 
-It needs `pip install 'dl_jax[clean]'`. Expected: each kind of mistake with a precision and a recall of 0.9 or more.
+It needs `pip install 'dl_jax[clean]'`. Expected: each kind of mistake with a precision and a recall of 0.9 or
+more, but for the precision of wrong labels of images, which is 0.895.
 
 Each seed takes other rows of MNIST, and all of scikit-learn's table of breast cancer, and plants: labels of another
 class in a fifth of the rows; nearly equal copies of training rows, among the training rows and in place of test rows;
@@ -69,7 +70,10 @@ PRESETS = {
 }  # fmt: skip
 
 KINDS = ("label/images", "label/table", "copy/images", "copy/table", "missing/table", "constant/table")
-PILOT = "A pilot of one seed, with 5,000 of the images before the last 10,000 and 128 units: 0.88."
+PILOT = (
+    "Missed by half a point of a hundred: digits that the network takes for another one count as found. A pilot of one "
+    "seed, with 5,000 of the images before the last 10,000 and 128 units, had 0.88."
+)
 CLAIMS = (
     *(Claim(f"{measure}_{kind}", paper="our bar", locator=f"{measure} of {kind}", at_least=0.9,
             given={"dataset": "mnist"}, note=PILOT if (measure, kind) == ("precision", "label/images") else "")

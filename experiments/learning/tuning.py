@@ -98,9 +98,9 @@ CLAIMS = (
     mnist("test_error/structure", versus="test_error/halving", unit="%",
           locator="layers and units by Optuna against one layer of 32 units",
           note="Four seeds have 0.6 to 1.7 points less, and one has 0.8 more. The structure is chosen by the mean "
-               "error of the seeds, with learning rates that were found for 32 units; we suspect that one seed's does not "
-               "suit 63, and have not tried it. A pilot with 28x28 pixels, three seeds and four trials, on validation "
-               "data: -0.8 points."),
+               "error of the seeds, with learning rates that were found for 32 units; we suspect that one seed's does "
+               "not suit 63, and have not tried it. A pilot with 28x28 pixels, three seeds and four trials, on "
+               "validation data: -0.8 points."),
     ours("best_of_60/exact", at_least=95, unit="%", locator="the best of 60 trials is in the top 5 %: 1 - 0.95^60"),
     ours("best_of_60/simulated", claimed=95.39, tolerance=0.2, unit="%", locator="the best of 60 trials, simulated",
          note="Three standard errors of 100,000 searches."),
