@@ -5,7 +5,7 @@ Northcutt, Jiang & Chuang 2021, "Confident learning: estimating uncertainty in d
     python experiments/learning/cleaning.py --dataset mnist --preset paper --seeds 5 --workdir runs/cleaning
 
 It needs `pip install 'dl_jax[clean]'`. Expected: each kind of mistake with a precision and a recall of 0.9 or
-more, but for the precision of wrong labels of images, which is 0.895.
+more, but for the precision of wrong labels of images, which is 0.895. Five seeds took six minutes on a busy core.
 
 Each seed takes other rows of MNIST, and all of scikit-learn's table of breast cancer, and plants: labels of another
 class in a fifth of the rows; nearly equal copies of training rows, among the training rows and in place of test rows;
@@ -71,8 +71,8 @@ PRESETS = {
 
 KINDS = ("label/images", "label/table", "copy/images", "copy/table", "missing/table", "constant/table")
 PILOT = (
-    "Missed by half a point of a hundred: digits that the network takes for another one count as found. A pilot of one "
-    "seed, with 5,000 of the images before the last 10,000 and 128 units, had 0.88."
+    "Missed by 0.005. We suspect digits that the network takes for another one, and have not counted them. A pilot of "
+    "one seed, with 5,000 of the images before the last 10,000 and 128 units, had 0.88."
 )
 CLAIMS = (
     *(Claim(f"{measure}_{kind}", paper="our bar", locator=f"{measure} of {kind}", at_least=0.9,
