@@ -87,8 +87,8 @@ def constant(x: np.ndarray) -> np.ndarray:  # [N, D] -> bool [D]
     Raises InputError where all features are so.
     """
     known = [column[~np.isnan(column)] for column in x.T]
-    spread = [np.ptp(np.quantile(each, [0.025, 0.975])) if len(each) else 0 for each in known]
-    found = np.array([s <= 1e-6 * np.abs(each).max(initial=0) for s, each in zip(spread, known, strict=True)])
+    ends = [np.quantile(each, [0.025, 0.975]) if len(each) else np.zeros(2) for each in known]
+    found = np.array([np.ptp(each) <= 1e-6 * np.abs(each).max() for each in ends])
     if found.all():
         raise InputError(f"all {len(found)} features are constant, expected one that is not; give other data")
     return found

@@ -41,7 +41,8 @@ def private_step(loss: Loss, tx: optax.GradientTransformation, *, clip: float, n
 
     Args:
       loss: the loss of a batch with one example, such as `classify.loss(model.apply)`. Every example gets a key of its
-        own. It may change no collection.
+        own. It may change no collection, and a product with a gradient of its own making (`jax.custom_vjp`) is
+        differentiated as the product.
       tx: what takes the noisy gradient for the gradient.
       clip: C, the largest norm of an example's gradient.
       noise: σ, the noise multiplier.
@@ -165,12 +166,14 @@ class _Product(NamedTuple):
     leaf: int  # its number
 
     def square(self, x: Array, error: Array) -> Array:
-        """‖xᵀ error‖² from the input and the gradient of the output of one example, whatever is less work."""
+        """‖xᵀ error‖² from the input and the gradient of the output of one example.
+
+        Products of rows with each other, (a aᵀ) · (d dᵀ), would be less work for few rows, but they cancel: a norm that
+        is too small by rounding lets an example's gradient exceed the bound.
+        """
         a, d = self.rows(x, error)  # [T, K], [T, N]
         if len(a) == 1:
             return (a**2).sum() * (d**2).sum()
-        if len(a) * (a.shape[1] + d.shape[1]) < a.shape[1] * d.shape[1]:
-            return ((a @ a.T) * (d @ d.T)).sum()
         return ((a.T @ d) ** 2).sum()
 
     def rows(self, x: Array, error: Array) -> tuple[Array, Array]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dl_jax.core.errors import InputError
 from dl_jax.core.step import Array, Tree
@@ -160,7 +161,7 @@ def acrobot(limit: int | None = 500) -> Environment:
     link, which is final.
     """
     gravity, centre = 9.8, 0.5  # m/s², and m to the centre of a link of 1 m, 1 kg and 1 kg m²
-    fastest = jnp.array([4 * math.pi, 9 * math.pi])
+    fastest = np.array([4 * math.pi, 9 * math.pi], np.float32)  # NumPy's: a JAX array would start the devices
 
     def slope(state: Array, torque: Array) -> Array:
         first, second, speed, other = state

@@ -18,7 +18,7 @@ def poisson(
     """An endless stream of Poisson samples of `records` [N, ...]: each record with probability q = batch_size / N.
 
     A batch has `capacity` rows and a column `mask` float32 that is 0 for those that are padding, which repeat the first
-    record: `batch_size` is what the mask adds up to on average. By default the capacity is that of `capacity`. The
+    record: `batch_size` is what the mask adds up to on average. By default the capacity is `capacity_for`. The
     sample of a step is drawn from (seed, step), [capacity, ...] for one seed and [S, capacity, ...] for S seeds.
 
     Raises InputError for what `shuffled` refuses, for a sampling rate above 1, a capacity below the batch size, records

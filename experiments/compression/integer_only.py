@@ -26,7 +26,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dl_jax import classify, data, optim
@@ -92,7 +91,7 @@ CLAIMS = (
     ),
     on_digits("error/lenet/integer", at_most=10.0, unit="%", note="logistic regression: 10.0 %"),
 )  # fmt: skip
-IMAGE = jnp.zeros((1, 28, 28, 1))
+IMAGE = np.zeros((1, 28, 28, 1), np.float32)
 BITS = 8  # of weights and activations
 
 

@@ -32,7 +32,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dl_jax import classify, data, losses, optim
@@ -83,7 +82,7 @@ CLAIMS = (
     on_digits("regained/4bit", at_least=77, unit="%", note="rounded after training: 0 %"),
 )  # fmt: skip
 KEEPS = ("error.png",)  # files in the run's folder
-IMAGE = jnp.zeros((1, 28, 28, 1))
+IMAGE = np.zeros((1, 28, 28, 1), np.float32)
 LABELS = {"ptq": "rounded after training", "qat": "trained with rounding", "lsq": "trained with learned steps"}
 
 

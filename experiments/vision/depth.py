@@ -81,7 +81,7 @@ KEEPS = ("gradients.png", "accuracy.png")  # files in the run's folder
 
 GLOROT, HE = jax.nn.initializers.glorot_normal(), jax.nn.initializers.he_normal()
 SAMPLE = 1000  # images on which signals and gradients are measured
-IMAGE = jnp.zeros((1, 28, 28, 1))
+IMAGE = np.zeros((1, 28, 28, 1), np.float32)
 
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:

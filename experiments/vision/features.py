@@ -81,7 +81,7 @@ KEEPS = ("attributions.png", "filters.png", "ranks.png")  # files in the run's f
 
 LAYERS = ("Dense_2", "Dense_1", "Dense_0", "conv_4", "conv_3", "conv_2", "conv_1", "stem_conv")  # from the last one on
 MAPS, HIDDEN = (8, 8, 16, 16, 16), (64, 64)  # maps of its convolutions, units of its hidden dense layers
-IMAGE = jnp.zeros((1, 28, 28, 1))
+IMAGE = np.zeros((1, 28, 28, 1), np.float32)
 
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import inspect
 import math
+import subprocess
+import sys
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -124,3 +126,21 @@ def outside(ranges: list[Between], value) -> list:
     return [fill(value, math.nan)] * bool(ranges) + [
         fill(value, end) for end in (low - 1, high + 1) if abs(end) < math.inf
     ]
+
+
+def test_loading_an_experiment_starts_no_device():
+    """`--cpu-devices` and a run of several processes set JAX up after the file is loaded."""
+    program = """
+import importlib.util, pathlib, sys
+from jax._src import xla_bridge
+for i, path in enumerate(sorted(pathlib.Path("experiments").rglob("*.py"))):
+    spec = importlib.util.spec_from_file_location(f"experiment_{i}", path)
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if xla_bridge.backends_are_initialized():
+        sys.exit(f"{path} starts JAX's devices where it is loaded; make the array in a function, or with NumPy")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

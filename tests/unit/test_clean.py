@@ -89,6 +89,13 @@ def test_a_table_without_a_value_is_refused():
         clean.constant(np.ones((3, 2)))
 
 
+@pytest.mark.parametrize("far", [1e7, -999999.0])
+def test_a_single_number_far_away_makes_no_feature_constant(far):
+    x = np.random.default_rng(0).uniform(size=(1000, 2))
+    x[3, 0] = far
+    np.testing.assert_array_equal(clean.constant(x), [False, False])
+
+
 def test_features_that_are_constant():
     x = np.stack([np.full(100, 7.0), 7 + 1e-8 * RNG.normal(size=100), RNG.normal(size=100), np.zeros(100)], 1)
     x[:4, 0] = [1, 100, np.nan, 2]

@@ -73,7 +73,6 @@ def test_the_sum_of_clipped_gradients_is_that_of_each_examples_gradient(model):
 
 
 def test_of_a_sequence_one_row_for_each_step():
-    """Gram matrices of inputs and errors where there are fewer steps than channels, products where there are more."""
     for width, steps in ((9, 3), (3, 7)):
         model = nn.Dense(width)
         x = RNG.normal(size=(4, steps, width)).astype(np.float32)
@@ -87,6 +86,20 @@ def test_of_a_sequence_one_row_for_each_step():
         found = jax.jit(privacy.clipped_sum(loss, 1.0))(params, {}, batch, jax.random.key(0))
         np.testing.assert_allclose(found.norms, norms, rtol=1e-5)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found.total, expected)
+
+
+def test_a_norm_is_not_lost_where_rows_are_nearly_the_same():
+    """Rows that differ little, with errors that cancel over them: sums of products of rows would be all rounding."""
+    x = (100 + 1e-3 * RNG.normal(size=(4, 8, 200))).astype(np.float32)
+    error = RNG.normal(size=(8, 200)).astype(np.float32)
+    error -= error.mean(0)
+    loss = lambda variables, batch, key: (((batch["x"] @ variables["params"]["kernel"]) * error).sum(), ({}, {}))
+    batch = {"x": x, "mask": np.ones(4, np.float32)}
+    found = jax.jit(privacy.clipped_sum(loss, 1.0))(
+        {"kernel": np.zeros((200, 200), np.float32)}, {}, batch, jax.random.key(0)
+    )
+    expected = [np.linalg.norm(np.float64(each).T @ np.float64(error)) for each in x]
+    np.testing.assert_allclose(found.norms, expected, rtol=1e-2)
 
 
 def test_of_a_recurrent_network():
