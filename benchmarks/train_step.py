@@ -55,6 +55,7 @@ from dl_jax.control import environments, ppo
 from dl_jax.core import devices
 from dl_jax.core.fit import fit
 from dl_jax.core.step import Batch, State, Step, init_states, init_variables, make_step, per_seed
+from dl_jax.core.stream import no_data
 from dl_jax.harness.machine import device, git_state, processor, versions
 from dl_jax.models import ops
 from dl_jax.models.vision.lenet import LeNet300
@@ -224,7 +225,7 @@ def cart_pole_agent() -> tuple[ppo.Agent, optax.GradientTransformation, State]:
 def policy_optimisation() -> Block:
     """A block of iterations of PPO with `fit`, with CartPole inside the step."""
     agent, tx, state = cart_pole_agent()
-    return fitted(ppo.step(environments.cart_pole(), agent, tx, ppo.Rule()), state, lambda i: {})
+    return fitted(ppo.step(environments.cart_pole(), agent, tx, ppo.Rule()), state, no_data)
 
 
 def policy_optimisation_in_a_loop() -> Block:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dl_jax.core.errors import InputError
-from dl_jax.core.step import Array, Tree
+from dl_jax.core.step import Array, Batch, Tree
 
 
 class Environment(NamedTuple):
@@ -115,6 +115,20 @@ def returns(environment: Environment, policy: Policy, keys: Array) -> Array:  # 
 
     (episodes, _), _ = jax.lax.scan(one, (episodes, jnp.zeros(len(keys), bool)), jnp.arange(environment.limit))
     return episodes.total
+
+
+def greedy_returns(
+    environment: Environment, scores: Callable[[Tree, Array], Array], variables: Tree, batch: Batch, key: Array
+) -> dict[str, tuple[Array, Array]]:
+    """The metric `return` of episodes in which the action with the highest score is taken, for `evaluator`.
+
+    `scores` is a function (params, observations [E, D]) -> [E, A], such as a policy's logits. The column `episode` of
+    the batch numbers the episodes.
+    """
+    policy = lambda observation, key: scores(variables["params"], observation).argmax(-1)
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(batch["episode"])
+    total = returns(environment, policy, keys)
+    return {"return": ((batch["mask"] * total).sum(), batch["mask"].sum())}
 
 
 def where(which: Array, these: Episode, others: Episode) -> Episode:  # bool [E], leaves [E, ...]

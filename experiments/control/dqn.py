@@ -38,6 +38,7 @@ from dl_jax.core.errors import InputError
 from dl_jax.core.evaluate import evaluator
 from dl_jax.core.fit import fit
 from dl_jax.core.step import Array, Batch, Metrics, State, Step, Tree, init_state, per_seed
+from dl_jax.core.stream import no_data
 from dl_jax.harness import Claim, Fraction, Positive, Probability, Run, curves_figure, launch
 from dl_jax.models.vision.mlp import MLP
 
@@ -91,7 +92,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     states = fit(
         per_seed(q_learning(cfg, environment, values, tx)),
         jax.jit(jax.vmap(start))((key_init, key)),
-        lambda i: {},
+        no_data,
         steps=cfg.steps,
         run=run,
         scan=cfg.scan_steps,
@@ -101,7 +102,7 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     run.figure("return", cfg.steps, lambda: curves_figure(
         {"with random actions": (steps * cfg.episodes, returns)},
         xlabel="frames", ylabel="mean return of the training episodes"))  # fmt: skip
-    measure = functools.partial(greedy, environment, values)
+    measure = functools.partial(environments.greedy_returns, environment, values)
     test_of = evaluator(measure, {"episode": np.arange(cfg.tested)}, cfg.tested, key_test)
     return {"greedy": test_of({"params": states.params})["return"], "return": returns[-1]}
 
@@ -178,14 +179,6 @@ def random_share(cfg: Config, step: Array) -> Array:
 
 def adam(cfg: Config) -> optax.GradientTransformation:
     return optax.adam(optax.linear_schedule(cfg.learning_rate, 0, cfg.steps))
-
-
-def greedy(environment: Environment, values: Values, variables: Tree, batch: Batch, key: Array):
-    """The returns of episodes without random actions."""
-    policy = lambda seen, key: values(variables["params"], seen).argmax(-1)
-    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(batch["episode"])
-    total = environments.returns(environment, policy, keys)
-    return {"return": ((batch["mask"] * total).sum(), batch["mask"].sum())}
 
 
 if __name__ == "__main__":

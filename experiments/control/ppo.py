@@ -35,7 +35,8 @@ from dl_jax.control import environments, ppo
 from dl_jax.core.errors import InputError
 from dl_jax.core.evaluate import evaluator
 from dl_jax.core.fit import fit
-from dl_jax.core.step import Array, Batch, Tree, per_seed
+from dl_jax.core.step import per_seed
+from dl_jax.core.stream import no_data
 from dl_jax.harness import Claim, Distinct, NonNegative, Positive, Probability, Run, curves_figure, launch
 
 Cell = Literal["cartpole", "cartpole_cut", "acrobot"]
@@ -142,7 +143,7 @@ def learn(cfg: Config, run: Run, task: Task) -> Learnt:
     states = fit(
         per_seed(ppo.step(task.environment, agent, tx, rule)),
         jax.jit(lambda keys: jax.lax.map(start, keys))((key_init, key)),
-        lambda i: {},
+        no_data,
         steps=cfg.steps,
         run=run,
         scan=cfg.scan_steps,
@@ -151,7 +152,9 @@ def learn(cfg: Config, run: Run, task: Task) -> Learnt:
     steps, returns = run.history("return")
     _, episodes = run.history("episodes")
     records = {"episode": np.arange(cfg.tested)}
-    tested = evaluator(functools.partial(greedy, task.environment, agent), records, cfg.tested, key_test)
+    tested = evaluator(
+        functools.partial(environments.greedy_returns, task.environment, agent.logits), records, cfg.tested, key_test
+    )
     return Learnt(
         steps * cfg.episodes * cfg.rollout,
         returns,
@@ -174,14 +177,6 @@ def adam(cfg: Config) -> optax.GradientTransformation:
     updates = cfg.epochs * cfg.minibatches
     rate = lambda count: cfg.learning_rate * (1 - (count // updates) / cfg.steps)
     return optax.chain(optax.clip_by_global_norm(0.5), optax.adam(rate, eps=1e-5))
-
-
-def greedy(environment: environments.Environment, agent: ppo.Agent, variables: Tree, batch: Batch, key: Array):
-    """The returns of episodes of the policy that always takes the likeliest action."""
-    policy = lambda observation, key: agent.logits(variables["params"], observation).argmax(-1)
-    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(batch["episode"])
-    total = environments.returns(environment, policy, keys)
-    return {"return": ((batch["mask"] * total).sum(), batch["mask"].sum())}
 
 
 def frames_to(bar: float, frames: np.ndarray, returns: np.ndarray) -> np.ndarray:  # [n], [n, S] -> [S]

@@ -14,6 +14,7 @@ from etils import epath
 from dl_jax.control import environments
 from dl_jax.core.errors import InputError
 from dl_jax.core.fit import fit
+from dl_jax.core.stream import no_data
 from dl_jax.harness.run import Preempted, Run, Settings
 
 RNG = np.random.default_rng(0)
@@ -107,7 +108,7 @@ def test_a_resumed_fit_has_the_same_bits(learner, tmp_path):
     for folder, at in (("whole", 100), ("cut", 11), ("cut", 100)):
         run = Run(epath.Path(tmp_path / folder), Settings(preempted=lambda i, at=at: i == at))
         with contextlib.closing(run), pytest.raises(Preempted) if at == 11 else contextlib.nullcontext():
-            found.append(fit(step, state, lambda i: {}, steps=20, run=run))
+            found.append(fit(step, state, no_data, steps=20, run=run))
     whole, resumed = (state._replace(key=jax.random.key_data(state.key)) for state in found)
     assert (np.asarray(whole.extra["episodes"]["steps"]) > 0).any()
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)

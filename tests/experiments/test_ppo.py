@@ -43,8 +43,8 @@ def test_greedy_episodes_count_once_and_the_others_not(experiment):
     """A policy that always pushes to one side falls in 8 to 11 steps; padding weighs nothing."""
     agent = experiment.ppo.Agent(lambda params, seen: jnp.zeros((len(seen), 2)).at[:, 1].set(1.0), lambda *_: None)
     batch = {"episode": np.arange(20), "mask": np.repeat([1.0, 0.0], [15, 5]).astype(np.float32)}
-    measure = lambda batch: experiment.greedy(
-        environments.cart_pole(), agent, {"params": {}}, batch, jax.random.key(0)
+    measure = lambda batch: environments.greedy_returns(
+        environments.cart_pole(), agent.logits, {"params": {}}, batch, jax.random.key(0)
     )["return"]
     total, weight = measure(batch)
     assert weight == 15

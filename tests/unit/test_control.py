@@ -16,6 +16,7 @@ from dl_jax.control.environments import Environment, Episode, Transition
 from dl_jax.core.errors import InputError
 from dl_jax.core.fit import fit
 from dl_jax.core.step import per_seed
+from dl_jax.core.stream import no_data
 from dl_jax.harness.run import Preempted, Run, Settings
 
 RNG = np.random.default_rng(0)
@@ -284,7 +285,7 @@ def test_networks_are_orthogonal_and_the_policy_is_nearly_even(walkers):
 def test_it_learns_to_walk_where_the_reward_is(walkers):
     """Back and forth between 1 and 2, which is worth 9 before the limit; the way to the end is worth 6."""
     agent, step, states = walkers
-    states = fit(step, states, lambda i: {}, steps=30)
+    states = fit(step, states, no_data, steps=30)
     params = jax.tree.map(lambda leaf: leaf[0], states.params)
     policy = lambda seen, key: agent.logits(params, seen).argmax(-1)
     np.testing.assert_array_equal(environments.returns(corridor(), policy, jax.random.split(jax.random.key(9), 3)), 9)
@@ -298,9 +299,9 @@ def test_a_resumed_fit_has_the_same_bits_and_reports(walkers, tmp_path):
         settings = Settings(seeds=(0, 1), preempted=lambda i, at=at: i == at)
         ends = pytest.raises(Preempted) if name == "cut" else contextlib.nullcontext()
         with ends, contextlib.closing(Run(epath.Path(tmp_path / name), settings)) as run:
-            runs.append((fit(step, states, lambda i: {}, steps=7, every=7, run=run), run.history("return")))
+            runs.append((fit(step, states, no_data, steps=7, every=7, run=run), run.history("return")))
     with contextlib.closing(Run(epath.Path(tmp_path / "cut"), Settings(seeds=(0, 1)))) as run:
-        runs.append((fit(step, states, lambda i: {}, steps=7, every=7, run=run), run.history("return")))
+        runs.append((fit(step, states, no_data, steps=7, every=7, run=run), run.history("return")))
     (whole, reported), (resumed, again) = runs
     assert (np.asarray(whole.extra["episodes"]["steps"]) > 0).any()
     plain = lambda state: state._replace(key=jax.random.key_data(state.key))
