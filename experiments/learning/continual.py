@@ -106,22 +106,22 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     model = MLP(cfg.hidden)
     key_init, key, key_test = run.keys(3)  # [S] each
     variables = init_variables(model, key_init, jnp.zeros((1, 28, 28, 1)))
-    methods, found, last = ways(cfg, model.apply, key_test), {}, cfg.contexts - 1
+    methods, found, last = trainers(cfg, model.apply, key_test), {}, cfg.contexts - 1
     for scenario in cfg.scenarios:
-        questions = posed(scenario, test, last, cfg.contexts)
+        questions = questions_of(scenario, test, last, cfg.contexts)
         test_of = evaluator(functools.partial(by_context, model.apply, cfg.contexts), questions, 1000, key_test)
         curves = {}
         for method in cfg.methods:
-            way = methods[method]
-            step = per_seed(make_step(way.loss, way.tx), one_by_one=True)
-            states = init_states(key, {**variables, **way.extra(variables["params"])}, way.tx)
+            trainer = methods[method]
+            step = per_seed(make_step(trainer.loss, trainer.tx), one_by_one=True)
+            states = init_states(key, {**variables, **trainer.extra(variables["params"])}, trainer.tx)
             for context in range(cfg.contexts):
-                records = posed(scenario, train, context, cfg.contexts)
+                records = questions_of(scenario, train, context, cfg.contexts)
                 old = [digits_of(rows, context, cfg) for rows in stored] if method == "replay" and context else []
                 stream = batches(records, cfg.batch_size, context, run.seeds, old, joint=method == "joint")
                 name = f"{scenario}_{method}_{context + 1}"
                 states = fit(step, states, stream, steps=(context + 1) * cfg.steps, run=run / name, scan=cfg.scan_steps)
-                states = way.keep(states, records, context) if context < last else states
+                states = trainer.keep(states, records, context) if context < last else states
             right = 100 * test_of({"params": states.params})["right"]  # [S, contexts]
             found[f"{scenario}/{method}"] = right.mean(-1)
             curves[method] = np.arange(1, cfg.contexts + 1), right.T
@@ -139,7 +139,9 @@ def require_classes(labels: np.ndarray, contexts: int, split: str) -> None:
         raise InputError(f"{split} has no image of {of}; choose a larger split")
 
 
-def posed(scenario: Scenario, records: Mapping[str, np.ndarray], context: int, contexts: int) -> dict[str, np.ndarray]:
+def questions_of(
+    scenario: Scenario, records: Mapping[str, np.ndarray], context: int, contexts: int
+) -> dict[str, np.ndarray]:
     """The question of the scenario: columns image, context int [N], target int [N], and allowed bool [N, CLASSES].
 
     `target` is the number of the right output, among those that are `allowed` in the training on `context`.
@@ -197,7 +199,7 @@ def batches(
     return data.Stream(len(weight), read, axis=1, records=records)
 
 
-class Way(NamedTuple):
+class Trainer(NamedTuple):
     """A method: what it minimises, and what it keeps of the contexts that are over."""
 
     loss: Loss
@@ -206,28 +208,29 @@ class Way(NamedTuple):
     keep: Callable[[State, Mapping[str, np.ndarray], int], State] = lambda states, records, context: states
 
 
-def ways(cfg: Config, apply: Callable[..., Any], key: Array) -> dict[Method, Way]:
+def trainers(cfg: Config, apply: Callable[..., Any], key: Array) -> dict[Method, Trainer]:
     """Each method by its name."""
     label, adam = label_loss(apply), optax.adam(cfg.learning_rate)
-    plain = Way(label, adam)
+    plain = Trainer(label, adam)
     return {
         "none": plain,
         "replay": plain,
         "joint": plain,
-        "ewc": Way(anchored(label, cfg.ewc), adam, no_anchor, functools.partial(keep_fisher, apply, cfg.fisher, key)),
-        "si": Way(anchored(label, cfg.si), with_work(adam), no_anchor, functools.partial(keep_work, cfg.damping)),
-        "lwf": Way(distilled(apply, label, cfg.temperature), adam, functools.partial(no_teacher, cfg.contexts),
-                   functools.partial(keep_teacher, cfg.contexts)),
+        "ewc": Trainer(anchored(label, cfg.ewc), adam, no_anchor,
+                       functools.partial(keep_fisher, apply, cfg.fisher, key)),
+        "si": Trainer(anchored(label, cfg.si), with_work(adam), no_anchor, functools.partial(keep_work, cfg.damping)),
+        "lwf": Trainer(distilled(apply, label, cfg.temperature), adam, functools.partial(no_teacher, cfg.contexts),
+                       functools.partial(keep_teacher, cfg.contexts)),
     }  # fmt: skip
 
 
 def logits_of(apply: Callable[..., Any], variables: Tree, batch: Batch) -> Array:  # -> [B, CLASSES]
     """Logits, which are so low that their probability is 0 where an output is not allowed."""
     logits = apply({"params": variables["params"]}, classify.to_unit(batch["image"]), train=True)
-    return only(logits, batch["allowed"])
+    return where_allowed(logits, batch["allowed"])
 
 
-def only(logits: Array, allowed: Array) -> Array:  # [..., CLASSES] each
+def where_allowed(logits: Array, allowed: Array) -> Array:  # [..., CLASSES] each
     return jnp.where(allowed, logits, -1e9)
 
 
@@ -359,8 +362,8 @@ def distilled(apply: Callable[..., Any], label: Loss, temperature: float) -> Los
         mine, its = (apply({"params": each["params"]}, image, train=True) for each in (variables, teacher))
 
         def distance(outputs: Array) -> Array:
-            target = jax.nn.softmax(only(its, outputs) / temperature)
-            return temperature**2 * losses.soft_cross_entropy(only(mine, outputs) / temperature, target).mean()
+            target = jax.nn.softmax(where_allowed(its, outputs) / temperature)
+            return temperature**2 * losses.soft_cross_entropy(where_allowed(mine, outputs) / temperature, target).mean()
 
         return (1 - teacher["part"].sum()) * value + teacher["part"] @ jax.vmap(distance)(teacher["outputs"]), aux
 
