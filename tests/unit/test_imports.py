@@ -37,7 +37,10 @@ SHELVES = {
     "compress",
     "export",
 }
-COMMANDS = {"dl_jax.results": "harness"}  # short names for `python -m`, and the room that each opens
+COMMANDS = {
+    "dl_jax.results": "harness",
+    "dl_jax.watch": "harness",
+}  # short names for `python -m`, and the room that each opens
 # `dl_jax.core.<name>` may import the names before its own.
 CORE = (
     "errors",
