@@ -86,7 +86,9 @@ def _show(run: Watched) -> None:
 def _compare(one: Watched, other: Watched) -> None:
     topics = compared(one, other)
     rows = [(topic.name, *row) for topic in topics for row in topic.rows]
-    print_rows(("", "", one.workdir, other.workdir), rows, sentences(topics), texts=4)
+    if rows:
+        print_rows(("", "differs", one.workdir, other.workdir), rows, [], texts=4)
+    print("\n".join(sentences(topics)))
     print_rows(*measured(one, other), [])
 
 

@@ -114,11 +114,12 @@ def svg_plot(title: str, curves: Mapping[str, Curve]) -> str:
     axes = axes_of(curves.values())
     if axes is None:
         return ""
+    name = escape(one_line(f"{title} (logarithmic)" if axes.log else title))
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
         'role="img" font-family="Helvetica, Arial, sans-serif" font-size="11">',
-        f"<title>{escape(one_line(title))}</title>",
-        f'<text x="{LEFT}" y="16" font-size="12">{escape(one_line(title))}</text>',
+        f"<title>{name}</title>",
+        f'<text x="{LEFT}" y="16" font-size="12">{name}</text>',
     ]
     for tick in ticks(axes.low, axes.high, whole=axes.log):
         y = BOTTOM - (tick - axes.low) / (axes.high - axes.low) * (BOTTOM - TOP)

@@ -27,15 +27,16 @@ class Topic(NamedTuple):
 def facts(run: Watched) -> dict[str, Mapping[str, Any] | None]:
     """What can be compared of a run, by topic; None for what its folder does not say.
 
-    Attempts may have run with other code, versions or devices: the values of all are joined.
+    Attempts may have run with other code, versions or devices: the values of all are joined. Those after the result are
+    left out, as they measured nothing.
     """
-    identity, result = run.identity, run.result or {}
-    code = _merged({"commit": each.get("commit"), "clean": each.get("clean")} for each in run.attempts)
+    identity, result, attempts = run.identity, run.result or {}, _attempts(run)
+    code = _merged({"commit": each.get("commit"), "clean": each.get("clean")} for each in attempts)
     script = f"{identity['experiment'].rpartition('/')[2]}.py"
     digest = {f"CRC-32 of {script}": f"{zlib.crc32(run.script):08x}"} if run.script else {}
 
     def recorded(key: str) -> Mapping[str, Any] | None:
-        found = [each[key] for each in (*run.attempts, result) if key in each]
+        found = [each[key] for each in (*attempts, result) if key in each]
         return _merged(each if isinstance(each, dict) else {key: each} for each in found) if found else None
 
     return {
@@ -47,6 +48,11 @@ def facts(run: Watched) -> dict[str, Mapping[str, Any] | None]:
         "versions": recorded("versions"),
         "device": recorded("device"),
     }
+
+
+def _attempts(run: Watched) -> Sequence[Mapping[str, Any]]:
+    """The attempts behind the result; without one, all so far."""
+    return (run.result or {}).get("attempts", run.attempts)
 
 
 def _merged(found: Iterable[Mapping[str, Any]]) -> dict[str, str]:
@@ -71,11 +77,12 @@ def compared(one: Watched, other: Watched) -> list[Topic]:
 
 def sentences(topics: Sequence[Topic]) -> list[str]:
     """What does not differ, and what is not known."""
-    same = [topic.name for topic in topics if not topic.rows and not topic.unknown]
+    same, lost = [topic.name for topic in topics if not topic.rows and not topic.unknown], {}
+    for topic in topics:
+        for workdir in topic.unknown:
+            lost.setdefault(workdir, []).append(topic.name)
     lines = [f"No difference in {', '.join(same)}."] if same else []
-    return lines + [
-        f"Of {topic.name} nothing is recorded in {' and '.join(topic.unknown)}." for topic in topics if topic.unknown
-    ]
+    return lines + [f"Nothing is recorded of {', '.join(names)} in {workdir}." for workdir, names in lost.items()]
 
 
 def measured(one: Watched, other: Watched) -> tuple[Row, list[Row]]:
@@ -116,10 +123,10 @@ def _difference(one: Sequence[float] | None, other: Sequence[float] | None) -> s
 
 def summary(run: Watched, now: float) -> list[tuple[str, str]]:
     """What a run is and how far it has come, as (name, text). `now` is the time in seconds since 1970."""
-    known, result = facts(run), run.result
+    known, result, all_attempts = facts(run), run.result, _attempts(run)
     joined = lambda topic: ", ".join(f"{key} {value}" for key, value in (known[topic] or {}).items())
-    seconds = sum(each.get("seconds") or 0 for each in run.attempts)
-    attempts = f"{len(run.attempts)} attempt{'' if len(run.attempts) == 1 else 's'}"
+    seconds = sum(each.get("seconds") or 0 for each in all_attempts)
+    attempts = f"{len(all_attempts)} attempt{'' if len(all_attempts) == 1 else 's'}"
     last = max((fit.reported for fit in run.fits.values()), default=None)
     ago = "no report" if last is None else f"the last report came {duration(max(0.0, now - last))} ago"
     preset = result["preset"] if result else run.identity["preset"]

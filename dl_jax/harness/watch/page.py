@@ -7,7 +7,7 @@ from html import escape
 from dl_jax.harness.results.record import table_rows
 from dl_jax.harness.watch.draw import STYLES, last_values, svg_plot
 from dl_jax.harness.watch.facts import compared, fit_rows, measured, sentences, summary
-from dl_jax.harness.watch.read import Curve, Watched, curve_name
+from dl_jax.harness.watch.read import Curve, Watched, content, curve_name
 
 LARGEST = 300_000  # bytes of an image that is put into the page
 
@@ -22,6 +22,7 @@ body {{ font-family: Helvetica, Arial, sans-serif; font-size: 14px; margin: 2em;
 table {{ border-collapse: collapse; margin: 1em 0; }}
 th, td {{ text-align: left; vertical-align: top; padding: 3px 12px 3px 0; border-bottom: 1px solid #dddddd; }}
 figure {{ display: inline-block; margin: 0 1em 1em 0; vertical-align: top; }}
+.curve {{ width: 356px; }}
 figcaption {{ font-size: 11px; color: #555555; text-align: center; }}
 img {{ max-width: 100%; }}
 .missed, .damaged {{ color: #c0262d; font-weight: bold; }}
@@ -51,7 +52,7 @@ def page(run: Watched, now: float) -> str:
         parts.append(f"<h3>{escape(fit or 'train')}</h3>")
         parts += [_figure(metric, {run.workdir: curve}) for metric, curve in found.curves.items()]
     parts += ["<h2>Figures</h2>"] if run.images else []
-    parts += [_image(name, file.read_bytes()) for name, file in run.images.items()]
+    parts += [_image(name, content(file)) for name, file in run.images.items()]
     return "\n".join([*parts, "</body>\n</html>\n"])
 
 
@@ -61,7 +62,7 @@ def page_of_two(one: Watched, other: Watched) -> str:
     rows = [(topic.name, *row) for topic in topics for row in topic.rows]
     parts = [
         _head("Two runs", [one, other]),
-        _table(("", "", one.workdir, other.workdir), rows),
+        _table(("", "differs", one.workdir, other.workdir), rows) if rows else "",
         *(f"<p>{escape(sentence)}</p>" for sentence in sentences(topics)),
         "<h2>Measured</h2>",
         _table(*measured(one, other)),
@@ -99,7 +100,8 @@ def _cell(text: str) -> str:
 def _figure(title: str, curves: Mapping[str, Curve]) -> str:
     said = "; ".join(f"{last_values(curve)} at step {curve.steps[-1]}" for curve in curves.values())
     plot = svg_plot(title, curves)
-    return f"<figure>{plot}<figcaption>{'' if plot else f'{escape(title)}: '}{escape(said)}</figcaption></figure>"
+    caption = escape(said if plot else f"{title}: {said}")
+    return f'<figure class="curve">{plot}<figcaption>{caption}</figcaption></figure>'
 
 
 def _image(name: str, png: bytes) -> str:

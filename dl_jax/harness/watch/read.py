@@ -73,34 +73,37 @@ def read(workdir: str) -> Watched:
         images |= {f"{name}/{png}".lstrip("/"): folder / png for png in sorted(names) if png.endswith(".png")}
         if "metrics.jsonl" in names:
             file = folder / "metrics.jsonl"
-            records, wrong = records_of(_content(file))
+            records, wrong = records_of(content(file))
             shown = "/".join(filter(None, (workdir.rstrip("/"), name, "metrics.jsonl")))
             damaged += [f"line {line} of {shown} is damaged ({why}); all other lines are shown" for line, why in wrong]
             if records:
                 fits[name] = fit_of(records)
-    result = _result(directory / "result.json")
-    if result is None and patiently(lambda: exists(directory / "result.json"), workdir):
-        damaged.append(f"{workdir}/result.json is damaged; give the run's command again, which writes it anew")
-    attempts = read_json(directory / "attempts.json")
+    result, attempts = _result(directory / "result.json"), _attempts(directory / "attempts.json")
+    for file, found, then in (
+        ("result.json", result, "give the run's command again, which writes it anew"),
+        ("attempts.json", attempts, "its commits are unknown"),
+    ):
+        if found is None and patiently(lambda file=file: exists(directory / file), workdir):
+            damaged.append(f"{workdir}/{file} is damaged; {then}")
     return Watched(
         workdir=workdir,
         identity=identity,
-        attempts=[each for each in attempts if isinstance(each, dict)] if isinstance(attempts, list) else [],
+        attempts=attempts or [],
         fits=dict(sorted(fits.items(), key=lambda item: item[1].began)),
         result=result,
-        script=_content(directory / f"{identity['experiment'].rpartition('/')[2]}.py"),
+        script=content(directory / f"{identity['experiment'].rpartition('/')[2]}.py"),
         images=images,
         damaged=damaged,
     )
 
 
-def records_of(content: bytes) -> tuple[list[Record], list[tuple[int, str]]]:
+def records_of(lines: bytes) -> tuple[list[Record], list[tuple[int, str]]]:
     """The records in a metrics.jsonl, and (number, what is wrong) of each line that is damaged.
 
     A last line without its end is left out, because a run that is going on may be writing it.
     """
     records, wrong, sizes = [], [], {}
-    for number, line in enumerate(content.splitlines(keepends=True), 1):
+    for number, line in enumerate(lines.splitlines(keepends=True), 1):
         if not line.endswith(b"\n"):
             break
         try:
@@ -167,7 +170,13 @@ def _result(file: epath.Path) -> Result | None:
     return result
 
 
-def _content(file: epath.Path) -> bytes:
+def _attempts(file: epath.Path) -> list[dict[str, Any]] | None:
+    """The content of an attempts.json; None where it is missing or damaged."""
+    found = read_json(file)
+    return found if isinstance(found, list) and all(isinstance(each, dict) for each in found) else None
+
+
+def content(file: epath.Path) -> bytes:
     """What a file holds; nothing where it is missing."""
     try:
         return patiently(file.read_bytes, os.fspath(file))
