@@ -249,6 +249,14 @@ def _point(text: str) -> tuple[float, float]:
     return float(x), float(y)
 
 
+def test_the_last_values_say_what_was_not_finite():
+    said = lambda *values: draw.last_values(Curve(np.array([1, 2]), np.array([values, values], float)))
+    assert said(0.5) == "0.5"
+    assert said(1, 2, 4.5) == "2.5 [1, 4.5] (3)"
+    assert said(1, np.nan, 2) == "1.5 [1, 2] (3, 1 not finite)"
+    assert said(np.inf, np.nan) == "not finite"
+
+
 # --- the record of a run, and of two -----------------------------------------------------------------------------
 
 

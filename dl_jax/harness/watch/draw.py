@@ -156,13 +156,13 @@ def _multiples(low: float, high: float, step: float) -> list[float]:
 
 
 def last_values(curve: Curve) -> str:
-    """The mean of the last values, and the range if there are several: "0.021 [0.019, 0.025] (5)"."""
-    last = curve.values[-1]
+    """The mean of the last values, with their range and number if there are several: "0.021 [0.019, 0.025] (5)"."""
+    n, last = curve.values.shape[1], curve.values[-1]
     last = last[np.isfinite(last)]
     if not len(last):
         return "not finite"
-    spread = f" [{last.min():.4g}, {last.max():.4g}] ({curve.values.shape[1]})" if curve.values.shape[1] > 1 else ""
-    return f"{last.mean():.4g}{spread}"
+    lost = f", {n - len(last)} not finite" if len(last) < n else ""
+    return f"{last.mean():.4g}" + (f" [{last.min():.4g}, {last.max():.4g}] ({n}{lost})" if n > 1 else "")
 
 
 def _finite(curve: Curve) -> Curve:
