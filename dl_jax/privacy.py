@@ -24,7 +24,7 @@ import numpy as np
 import optax
 
 from dl_jax.core.equations import evaluate
-from dl_jax.core.errors import InputError, require_positive
+from dl_jax.core.errors import InputError, not_installed, require_positive
 from dl_jax.core.leaves import at_least_float32
 from dl_jax.core.step import Array, Batch, Loss, Metric, Metrics, State, Step, Tree
 from dl_jax.inspect import LAYER_PRIMITIVES, computed, opened
@@ -228,7 +228,7 @@ class Releases(NamedTuple):
 
     rate: float  # q, the probability that a record is in a sample
     steps: int
-    once: tuple[float, ...] = ()  # noise multipliers of the mechanisms on all records, such as `principal_axes`
+    on_all: tuple[float, ...] = ()  # noise multipliers of the mechanisms on all records, such as `principal_axes`
     overflow: float = 0.0  # a bound on the probability that a sample has no place in a batch (`data.overflow`)
 
 
@@ -240,15 +240,15 @@ def epsilon(noise: float, releases: Releases, delta: float) -> float:
     which (1 + e^ε) p of δ are set aside (Chua et al. 2024, arXiv:2411.04205, has it for samples that are cut). The
     result is infinite where they take all of δ.
 
-    Raises InputError for noise, a rate or a δ outside of their ranges, and where the package is not installed.
+    Raises InputError for noise, a rate, steps or a δ outside of their ranges, and where the package is not installed.
     """
-    require_positive({"noise": noise, "rate": releases.rate})
+    require_positive({"noise": noise, "rate": releases.rate, "steps": releases.steps})
     if not releases.rate <= 1:
         raise InputError(f"the sampling rate is {releases.rate:g}, expected at most 1; lower the batch size")
     if not 0 < delta < 1:
         raise InputError(f"delta is {delta:g}, expected more than 0 and less than 1; 1e-5 is customary")
     dp, accountant = _accountant()
-    gaussian = [dp.GaussianDpEvent(each) for each in releases.once]
+    gaussian = [dp.GaussianDpEvent(each) for each in releases.on_all]
     sampled = dp.PoissonSampledDpEvent(releases.rate, dp.GaussianDpEvent(noise))
     accountant.compose(dp.ComposedDpEvent([*gaussian, dp.SelfComposedDpEvent(sampled, releases.steps)]))
     most = accountant.get_epsilon(delta) + 1  # what it may grow to
@@ -265,7 +265,12 @@ def noise_for(target: float, releases: Releases, delta: float) -> float:
     """
     require_positive({"epsilon": target})
     spent = lambda noise: epsilon(noise, releases, delta)
-    if (least := spent(MOST_NOISE)) > target:
+    if math.isinf(least := spent(MOST_NOISE)) and releases.overflow:
+        raise InputError(
+            f"a batch overflows in one of {releases.steps} steps with a probability of up to "
+            f"{releases.steps * releases.overflow:.1e}, expected far less than delta, {delta:g}; raise the capacity"
+        )
+    if least > target:
         raise InputError(
             f"epsilon is {target:g}, expected at least {least:.3g}, which noise of {MOST_NOISE:g} times the clip norm "
             "gives, with what is published beside the steps; raise it"
@@ -288,30 +293,28 @@ def _accountant() -> tuple[Any, Any]:
         import dp_accounting
         from dp_accounting import pld
     except ModuleNotFoundError as error:
-        raise InputError(
-            f"this needs {error.name}, which is not installed; run: pip install 'dl_jax[private]'"
-        ) from error
+        raise not_installed("an accountant", error, "private") from error
     return dp_accounting, pld.PLDAccountant(value_discretization_interval=1e-3)
 
 
-def unit_rows(x: Any) -> Any:  # [N, ...] -> [N, D], of NumPy or JAX
+def normalised(x: Any) -> Any:  # [N, ...] -> [N, D], of NumPy or JAX
     """Each example as a row of Euclidean norm 1, or 0 where all its numbers are 0."""
     flat = x.reshape(len(x), -1)
     return flat / (((flat**2).sum(-1, keepdims=True)) ** 0.5 + 1e-12)
 
 
 def second_moments(x: np.ndarray) -> np.ndarray:  # [N, ...] -> [D, D]
-    """XᵀX of the `unit_rows` X of N examples. With one example more or less it differs by xxᵀ, whose norm is 1."""
-    rows = unit_rows(np.asarray(x, np.float32))
+    """XᵀX of the `normalised` X of N examples. With one example more or less it differs by xxᵀ, whose norm is 1."""
+    rows = normalised(np.asarray(x, np.float32))
     return rows.T @ rows
 
 
-def principal_axes(moments: np.ndarray, most: int, noise: float, seed: int) -> np.ndarray:
+def principal_axes(moments: np.ndarray, most: int, noise: float, seed: int | Sequence[int]) -> np.ndarray:
     """Private principal axes float32 [D, most] of `second_moments` (arXiv:1607.00133, section 4).
 
     They are eigenvectors of XᵀX + E, where the symmetric E has Gaussian entries of deviation `noise`, drawn from the
-    seed: a Gaussian mechanism with this noise multiplier. Raises InputError for noise that is not positive, and for
-    fewer or more axes than there are.
+    seed, one number or several: a Gaussian mechanism with this noise multiplier. Raises InputError for noise that is
+    not positive, and for fewer or more axes than there are.
     """
     require_positive({"noise": noise})
     features = len(moments)
@@ -345,4 +348,5 @@ def most_true_positives(false: np.ndarray, epsilon: float, delta: float) -> np.n
 
 def most_advantage(epsilon: float, delta: float) -> float:
     """The largest TPR − FPR of any attack: (e^ε − 1 + 2δ) / (e^ε + 1), where both bounds of the rate meet."""
-    return float((np.expm1(epsilon) + 2 * delta) / (np.exp(epsilon) + 1))
+    odds = np.exp(-epsilon)
+    return float(1 - 2 * (1 - delta) * odds / (1 + odds))

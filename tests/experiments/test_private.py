@@ -27,17 +27,18 @@ def task(private, cfg, run, noise=1.0):
     """Of random images, without an accountant."""
     rng = np.random.default_rng(0)
     records = {"image": rng.integers(0, 256, (40, 8, 8, 1)).astype(np.uint8), "label": rng.integers(0, 10, 40)}
-    stream = private.data.poisson(records, 8, run.settings.seeds)
+    stream, member = private.data.poisson(records, 8, run.settings.seeds), np.ones((len(run.settings.seeds), 40), bool)
     releases = private.privacy.Releases(8 / 40, 6, (cfg.axes_noise,))
-    return private.Task(records, stream, 8, 0.5, releases, noise)
+    return private.Task(1, records, member, stream, 8, 0.5, releases, noise)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"members": 33}, "members is 33 and the training split has 64 images, expected twice as many"),
-        ({"few_batch": 33}, "33 of 32 records on average are a sampling rate of 1.03, expected at most 1"),
+        ({"few_batch": 33}, "66 of 64 records on average are a sampling rate of 1.03, expected at most 1"),
         ({"epsilon": 0.1}, "epsilon is 0.1, expected at least 1.99, which noise of 1000 times the clip norm gives"),
+        ({"members": 1}, "members is 1 of 2, of whom the coins of seed 0 draw 2: an attack needs members and others"),
         ({"components": 785}, "785 principal axes of 784 features, expected 1 to 784"),
     ],
 )
@@ -104,6 +105,7 @@ def test_the_network_sees_components_of_images_of_one_norm(private, cfg):
 
 def test_attacks_are_of_members_and_as_many_others(private, cfg, monkeypatch):
     """Of losses that tell members apart for sure, and of those that say the opposite."""
+    member = private.coins(2 * cfg.members, cfg.members, (0, 1))
     cfg = dataclasses.replace(cfg, networks=("few", "plain"), delta=1e-5)
 
     def learnt(cfg, run, task, watch):
@@ -115,9 +117,8 @@ def test_attacks_are_of_members_and_as_many_others(private, cfg, monkeypatch):
 
     def collector(predict, batch_size):
         def losses(variables, records):
-            member = np.arange(len(records["label"])) < cfg.members
-            assert len(member) == 2 * cfg.members
-            return np.stack([1.0 - member if variables["params"]["of"] is None else 1.0 * member] * 2)
+            assert len(records["label"]) == 2 * cfg.members
+            return 1.0 - member if variables["params"]["of"] is None else 1.0 * member
 
         return losses
 
@@ -130,3 +131,45 @@ def test_attacks_are_of_members_and_as_many_others(private, cfg, monkeypatch):
     np.testing.assert_allclose(found["accuracy/few"], 75)
     assert (found["epsilon/few"] <= cfg.epsilon).all()
     assert "epsilon/plain" not in found
+
+
+def test_a_coin_decides_for_each_image_and_another_one_in_each_seed(private):
+    drawn = private.coins(4000, 1000, (0, 1))
+    np.testing.assert_allclose(drawn.mean(1), 0.25, atol=5 * np.sqrt(0.25 * 0.75 / 4000))
+    assert abs(np.corrcoef(drawn)[0, 1]) < 5 / np.sqrt(4000)
+    assert private.coins(30, 30, (0, 1)).all()
+
+
+def test_samples_are_of_members_alone_at_the_rate_of_all(private, cfg):
+    """Each member is in a sample with the probability that the accountant is told, and nobody else is."""
+    cfg = dataclasses.replace(cfg, epsilon=100.0)
+    records = {"x": np.arange(40), "label": np.zeros(40, int)}
+    task = private.task_of(cfg, Run(settings=Settings(seeds=(3, 4))), 1, records, 20, 5, 6, 0.1)
+    assert task.releases.rate == 0.25
+    seen = np.zeros((2, 40))
+    for step in range(2000):
+        batch = task.stream(step)
+        for seed in range(2):
+            np.add.at(seen[seed], batch["x"][seed][batch["mask"][seed] > 0], 1)
+    np.testing.assert_array_equal(seen > 0, task.member)
+    np.testing.assert_allclose(seen[task.member] / 2000, 0.25, atol=5 * np.sqrt(0.25 * 0.75 / 2000))
+    assert 0 < task.member.sum() < 80
+
+
+def test_axes_come_from_members_alone_and_networks_that_are_published_together_share_no_noise(
+    private, cfg, monkeypatch
+):
+    began = []
+    monkeypatch.setattr(private, "fit", lambda step, states, stream, **rest: began.append(states) or states)
+    run = Run(settings=Settings(seeds=(0, 1)))
+    of = lambda **change: private.learnt(cfg, run, task(private, cfg, run)._replace(**change), Watch(6, lambda _: {}))
+    given = task(private, cfg, run)
+    half = np.arange(40) < np.array([[20], [40]])
+    others = {**given.records, "image": np.where(half[0][:, None, None, None], given.records["image"], 7)}
+    of(member=half), of(member=half, records=others), of(number=0)
+    axes = [np.asarray(states.extra["axes"]["kernel"]) for states in began]
+    np.testing.assert_array_equal(axes[0][0], axes[1][0])
+    assert (axes[0][1] != axes[1][1]).any()
+    of()
+    assert (began[-1].extra["axes"]["kernel"] != axes[2]).any()
+    assert (jax.random.key_data(began[-1].key) != jax.random.key_data(began[2].key)).any()

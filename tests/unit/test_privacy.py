@@ -237,11 +237,15 @@ def test_the_noise_for_an_epsilon_is_hardly_more_than_is_needed():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda of: privacy.noise_for(0.2, of._replace(once=(7.0,)), 1e-5), "epsilon is 0.2, expected at least 0.5"),
-        (lambda of: privacy.noise_for(2.0, of._replace(overflow=1e-3), 1e-5), "epsilon is 2, expected at least inf"),
+        (lambda of: privacy.noise_for(0.2, of._replace(on_all=(7.0,)), 1e-5), "epsilon is 0.2, expected at least 0.5"),
+        (
+            lambda of: privacy.noise_for(2.0, of._replace(overflow=1e-3), 1e-5),
+            "one of 2 steps with a probability of up to 2.0e-03, expected far less than delta, 1e-05",
+        ),
         (lambda of: privacy.noise_for(0.0, of, 1e-5), "epsilon is 0.0, expected more than 0"),
         (lambda of: privacy.epsilon(1.0, of._replace(rate=1.5), 1e-5), "the sampling rate is 1.5, expected at most 1"),
         (lambda of: privacy.epsilon(1.0, of._replace(rate=0.0), 1e-5), "rate is 0.0, expected more than 0"),
+        (lambda of: privacy.epsilon(1.0, of._replace(steps=0), 1e-5), "steps is 0, expected more than 0"),
         (lambda of: privacy.epsilon(0.0, of, 1e-5), "noise is 0.0, expected more than 0"),
         (lambda of: privacy.epsilon(1.0, of, 0.0), "delta is 0, expected more than 0 and less than 1"),
         (lambda of: privacy.epsilon(1.0, of, 1.0), "delta is 1, expected more than 0 and less than 1"),
@@ -254,7 +258,7 @@ def test_costs_that_cannot_be(call, message):
 
 def test_without_dp_accounting_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
-    with pytest.raises(InputError, match=r"this needs dp_accounting, .* run: pip install 'dl_jax\[private\]'"):
+    with pytest.raises(InputError, match=r"an accountant needs dp_accounting, .* run: pip install 'dl_jax\[private\]'"):
         privacy.epsilon(1.0, privacy.Releases(0.1, 2), 1e-5)
 
 
@@ -262,7 +266,7 @@ def test_an_example_more_changes_the_second_moments_by_one():
     x = RNG.integers(0, 256, (30, 3, 3, 1)).astype(np.uint8)
     change = privacy.second_moments(x) - privacy.second_moments(x[1:])
     np.testing.assert_allclose(np.linalg.norm(change), 1, rtol=1e-5)
-    np.testing.assert_allclose(privacy.unit_rows(np.zeros((2, 3), np.float32)), 0)
+    np.testing.assert_allclose(privacy.normalised(np.zeros((2, 3), np.float32)), 0)
 
 
 def test_principal_axes_are_eigenvectors_of_noisy_moments():
@@ -313,3 +317,7 @@ def test_bounds_of_attacks_are_those_of_randomised_response(epsilon, delta):
     gain = privacy.most_true_positives(grid, epsilon, delta) - grid
     assert gain.max() == pytest.approx(privacy.most_advantage(epsilon, delta), abs=1e-3)
     assert privacy.most_true_positives(np.array(0.0), epsilon, delta) == pytest.approx(delta)
+
+
+def test_without_privacy_everything_may_be_told():
+    assert privacy.most_advantage(1000.0, 1e-5) == privacy.most_advantage(np.inf, 0.0) == 1
