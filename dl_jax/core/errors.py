@@ -45,6 +45,11 @@ def require_probability(numbers: Mapping[str, float]) -> None:
             raise InputError(f"{name} is {value}, expected a probability of at least 0 and less than 1; use 0 for none")
 
 
+def not_installed(what: str, error: ImportError, extra: str) -> InputError:
+    """The error of `what`, which needs a package of an extra of dl_jax that could not be imported."""
+    return InputError(f"{what} needs {error.name}, which is not installed; run: pip install 'dl_jax[{extra}]'")
+
+
 def one_line(text: object) -> str:
     """`text`, such as an exception's message, with every run of white space as one blank."""
     return " ".join(str(text).split())
