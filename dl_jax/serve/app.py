@@ -6,7 +6,6 @@ import hmac
 import itertools
 import json
 import math
-import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
@@ -175,13 +174,20 @@ class Service:
             )
         model, (logits, *_) = await self._outputs(inputs)
         best = int(logits[0].argmax())
-        shape, copies = occlusion.hidden(found.request, inputs[0][0])
+        hidden = occlusion.hidden(found.request, inputs[0][0])
         falls: list[np.ndarray] = []
-        while part := list(itertools.islice(copies, self.settings.largest)):
-            _, (scores, *_) = await self._outputs([np.stack(part)])
+        while part := list(itertools.islice(hidden.copies, self.settings.largest)):
+            other, (scores, *_) = await self._outputs([np.stack(part)])
+            if other is not model:  # a new file was taken over meanwhile
+                return await self.explain(inputs)
             falls.append(logits[0, best] - scores[:, best])
-        answer = _answers(model, [logits])["answers"][0]
-        return {"model": model.version, "answer": answer, "map": np.concatenate(falls).reshape(shape).tolist()}
+        return {
+            "model": model.version,
+            "answer": _answers(model, [logits])["answers"][0],
+            "map": np.concatenate(falls).reshape(hidden.shape).tolist(),
+            "size": hidden.size,
+            "stride": hidden.stride,
+        }
 
     async def _outputs(self, inputs: Sequence[np.ndarray]) -> tuple[Model, list[np.ndarray]]:
         model, outputs = await asyncio.wrap_future(self._batcher.submit(inputs))
@@ -191,10 +197,10 @@ class Service:
 
     async def _watch(self) -> None:
         """Takes over a new file once it and its record have stopped changing."""
-        known = before = stamp(self.settings.file)
+        known = before = self.model.stamp
         while True:
             await asyncio.sleep(self.settings.poll)
-            now = stamp(self.settings.file)
+            now = runtime.stamp(self.settings.file)
             if now != known and now == before:
                 known = now
                 await self._take_over()
@@ -212,19 +218,6 @@ class Service:
         self.metrics.swaps.labels("taken").inc()
         self.metrics.show(new)
         self.log(f"took over the new {path}: {new.version} instead of {old.version}")
-
-
-def stamp(path: str) -> tuple[tuple[int, int, int] | None, ...]:
-    """What changes when the file or its record is replaced or written to."""
-
-    def of(path: str | Path) -> tuple[int, int, int] | None:
-        try:
-            found = os.stat(path)
-        except OSError:
-            return None
-        return found.st_ino, found.st_size, found.st_mtime_ns
-
-    return of(path), of(record.path_of(path))
 
 
 def app(service: Service) -> FastAPI:

@@ -6,6 +6,7 @@ becomes an unknown one.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,8 +16,17 @@ PARTS = 7  # windows beside each other along the shorter side of an image
 MOMENTS = 16  # windows one after the other in a recording
 
 
-def hidden(request: Request, example: np.ndarray) -> tuple[tuple[int, ...], Iterator[np.ndarray]]:
-    """The shape of the map of an example, and the copies of it in the map's order, one for each of its values.
+class Copies(NamedTuple):
+    """Copies of an example, in each of which one window is hidden."""
+
+    shape: tuple[int, ...]  # of the map: a value for each copy
+    size: int  # of a window
+    stride: int  # from one window to the next
+    copies: Iterator[np.ndarray]
+
+
+def hidden(request: Request, example: np.ndarray) -> Copies:
+    """The copies of an example of such a request, in the order of the map; of arrays there are none.
 
     An image [H, W, C] has overlapping square windows, a seventh of the shorter side, half a window apart; a recording
     [samples] windows of a sixteenth; a text [T] one copy for each of its words.
@@ -25,18 +35,20 @@ def hidden(request: Request, example: np.ndarray) -> tuple[tuple[int, ...], Iter
         case Image():
             height, width = example.shape[:2]
             size = max(1, min(height, width) // PARTS)
-            tops, lefts = (range(0, n - size + 1, max(1, size // 2)) for n in (height, width))
+            stride = max(1, size // 2)
+            tops, lefts = (range(0, n - size + 1, stride) for n in (height, width))
             places = ((slice(top, top + size), slice(left, left + size)) for top in tops for left in lefts)
-            return (len(tops), len(lefts)), (_with(example, place, 0) for place in places)
+            return Copies((len(tops), len(lefts)), size, stride, (_with(example, place, 0) for place in places))
         case Audio():
             size = max(1, len(example) // MOMENTS)
             starts = range(0, len(example) - size + 1, size)
-            return (len(starts),), (_with(example, slice(start, start + size), 0) for start in starts)
+            copies = (_with(example, slice(start, start + size), 0) for start in starts)
+            return Copies((len(starts),), size, size, copies)
         case Text():
             words = int((example != Text.PADDING).sum())
-            return (words,), (_with(example, i, Text.UNKNOWN) for i in range(words))
+            return Copies((words,), 1, 1, (_with(example, i, Text.UNKNOWN) for i in range(words)))
         case Arrays():
-            return (0,), iter(())
+            return Copies((0,), 1, 1, iter(()))
 
 
 def _with(example: np.ndarray, place: object, value: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from dl_jax.export import Input, read, record
 from dl_jax.export.record import Record
 
 Predict = Callable[[Sequence[np.ndarray]], list[np.ndarray]]  # rows of each input -> rows of each output
+Stamp = tuple[tuple[int, int, int] | None, ...]
 
 
 class Model(NamedTuple):
@@ -18,6 +19,7 @@ class Model(NamedTuple):
 
     record: Record
     predict: Predict
+    stamp: Stamp  # of the file, before it was read
 
     @property
     def version(self) -> str:
@@ -36,12 +38,12 @@ def opened(path: str | os.PathLike[str], largest: int, threads: int) -> Model:
     Raises InputError where the file or its record is missing, damaged or not ours, where its runtime is not installed,
     and where it does not give what its record says.
     """
-    found, content = record.load(path), read(path)
+    before, found, content = stamp(path), record.load(path), read(path)
     record.require_same(found, content, path)
     predict = sized(_runtime(found.format, content, path, threads), sizes(found, largest))
     for rows in sizes(found, largest) or (1, largest):
         _require_outputs(found, predict([_zeros(each, rows) for each in found.inputs]), rows, path)
-    return Model(found, predict)
+    return Model(found, predict, before)
 
 
 def taken_over(old: Model, path: str | os.PathLike[str], largest: int, threads: int) -> Model:
@@ -58,6 +60,19 @@ def taken_over(old: Model, path: str | os.PathLike[str], largest: int, threads: 
             "serve it by a process of its own"
         )
     return new
+
+
+def stamp(path: str | os.PathLike[str]) -> Stamp:
+    """What changes when the file or its record is replaced or written to."""
+
+    def of(path: str | os.PathLike[str]) -> tuple[int, int, int] | None:
+        try:
+            found = os.stat(path)
+        except OSError:
+            return None
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
+    return of(path), of(record.path_of(path))
 
 
 def sizes(found: Record, largest: int) -> tuple[int, ...]:
