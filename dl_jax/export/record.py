@@ -260,7 +260,7 @@ def _as_json(record: Record) -> dict[str, Any]:
 
 def _from_json(found: Mapping[str, Any]) -> Record:
     described = lambda inputs: tuple(Input(tuple(each["shape"]), each["dtype"]) for each in inputs)
-    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in found["request"].items()}
+    fields: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in found["request"].items()}
     validation = {**found["validation"], "answers": tuple(found["validation"]["answers"])}
     return Record(
         **{name: found[name] for name in ("format", "bytes", "sha256")},

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import socket
 import sys
 from pathlib import Path
@@ -83,8 +84,9 @@ def listening(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as e:
+        why = reason(e) if isinstance(e, socket.gaierror) or not e.errno else os.strerror(e.errno)  # of a few words
         raise InputError(
-            f"cannot listen on port {port} of {host} ({reason(e)}); choose another --port, or 0 for any that is free"
+            f"cannot listen on port {port} of {host} ({why}); choose another --port, or 0 for any that is free"
         ) from e
 
 

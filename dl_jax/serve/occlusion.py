@@ -6,7 +6,7 @@ becomes an unknown one.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -51,7 +51,7 @@ def hidden(request: Request, example: np.ndarray) -> Copies:
             return Copies((0,), 1, 1, iter(()))
 
 
-def _with(example: np.ndarray, place: object, value: int) -> np.ndarray:
+def _with(example: np.ndarray, place: Any, value: int) -> np.ndarray:
     copy = example.copy()
     copy[place] = value
     return copy
