@@ -1,13 +1,20 @@
 """Small files to serve: a linear classifier of images as ONNX, written in milliseconds, and models without a file."""
 
+import contextlib
+import socket
 import struct
+import threading
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import uvicorn
 
 from dl_jax.export import Input, onnx, record
 from dl_jax.export.record import Record, Validation
+from dl_jax.serve import runtime
+from dl_jax.serve.app import Service, Settings, app
 from dl_jax.serve.runtime import Model, Predict
 
 CLASSES = ("left", "right", "neither")
@@ -85,3 +92,18 @@ def png(pixels: np.ndarray) -> bytes:  # uint8 [H, W] or [H, W, 3]
     header = struct.pack(">IIBBBBB", width, height, 8, 0 if pixels.ndim == 2 else 2, 0, 0, 0)
     parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@contextlib.contextmanager
+def listening(file: Path, token: str | None = None) -> Iterator[int]:
+    """The port of a server of a file in a thread of this process."""
+    service = Service(runtime.opened(file, 32, 1), Settings(str(file), token), print)
+    config = uvicorn.Config(app(service), log_config=None, ws="none", lifespan="on", access_log=False)
+    server, place = uvicorn.Server(config), socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, args=([place],))
+    thread.start()
+    try:
+        yield place.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from serve_files import CLASSES, exported, images, png
+from serve_files import CLASSES, exported, images, listening, png
 
 import dl_jax.serve
 from dl_jax.core.errors import InputError
@@ -168,7 +168,7 @@ def test_the_commands_of_the_guide(tmp_path):
     exported(file)
     (tmp_path / "digit.png").write_bytes(png(np.zeros((8, 8), np.uint8)))
     (tmp_path / "rows.json").write_text(json.dumps({"inputs": images(2).tolist()}))
-    with serving(str(file)) as (_, port, _):
+    with listening(file) as port:
         found = {}
         for line in lines:
             words = shlex.split(re.sub(r"\s+#.*", "", line).replace(":8000", f":{port}"))
