@@ -5,7 +5,7 @@
 
 import numpy as np
 
-from dl_jax.core.errors import InputError
+from dl_jax.core.errors import InputError, not_installed
 
 NEAR = 0.13  # of the median distance to the nearest row: two rows that are nearer are copies, as for cleanlab's Datalab
 
@@ -40,8 +40,9 @@ def folds(labels: np.ndarray, parts: int, seed: int, groups: np.ndarray | None =
 
 
 def groups(x: np.ndarray) -> np.ndarray:  # [N, D] -> int [N]
-    """Numbers that rows share with copies of theirs: with the nearest row, if it is `NEAR`, and so with its copies.
+    """A number for each row, which is the same for rows that are copies of each other, and for copies of copies.
 
+    A row is a copy of the row nearest to it if their distance is at most `NEAR` times the median of such distances.
     Features have to be on one scale. Raises InputError for a value that is not finite, and for fewer than two rows.
     """
     from scipy.sparse import csr_array
@@ -65,7 +66,9 @@ def missing(x: np.ndarray) -> np.ndarray:  # [N, D] -> bool [N, D]
     """Which values are missing: NaN, or a number that stands for it, such as -999.
 
     That is the smallest or largest number of a feature, if several rows have it but less than half of them, and if it
-    is further away from all others than any of these from the next. Raises InputError where everything is missing.
+    is further away from all others than any of these from the next. A number that stands for it within the range of the
+    others, such as 0, is not found, and the second one of an end is not either. Raises InputError where everything is
+    missing.
     """
     found = np.isnan(x)
     for j, column in enumerate(x.T):
@@ -103,9 +106,7 @@ def label_issues(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:  
     try:
         from cleanlab.filter import find_label_issues
     except ModuleNotFoundError as error:
-        raise InputError(
-            f"this needs {error.name}, which is not installed; run: pip install 'dl_jax[clean]'"
-        ) from error
+        raise not_installed("the search for wrong labels", error, "clean") from error
     if len(np.unique(labels)) < 2:
         raise InputError(f"labels of the class {labels[0]} alone, expected two classes or more; give more rows")
     return np.asarray(find_label_issues(labels, probabilities, filter_by="both", n_jobs=1))

@@ -24,7 +24,7 @@ import numpy as np
 import optax
 
 from dl_jax.core.equations import evaluate
-from dl_jax.core.errors import InputError, require_positive
+from dl_jax.core.errors import InputError, not_installed, require_positive
 from dl_jax.core.leaves import at_least_float32
 from dl_jax.core.step import Array, Batch, Loss, Metric, Metrics, State, Step, Tree
 from dl_jax.inspect import LAYER_PRIMITIVES, computed, opened
@@ -228,7 +228,7 @@ class Releases(NamedTuple):
 
     rate: float  # q, the probability that a record is in a sample
     steps: int
-    once: tuple[float, ...] = ()  # noise multipliers of the mechanisms on all records, such as `principal_axes`
+    on_all: tuple[float, ...] = ()  # noise multipliers of the mechanisms on all records, such as `principal_axes`
     overflow: float = 0.0  # a bound on the probability that a sample has no place in a batch (`data.overflow`)
 
 
@@ -248,7 +248,7 @@ def epsilon(noise: float, releases: Releases, delta: float) -> float:
     if not 0 < delta < 1:
         raise InputError(f"delta is {delta:g}, expected more than 0 and less than 1; 1e-5 is customary")
     dp, accountant = _accountant()
-    gaussian = [dp.GaussianDpEvent(each) for each in releases.once]
+    gaussian = [dp.GaussianDpEvent(each) for each in releases.on_all]
     sampled = dp.PoissonSampledDpEvent(releases.rate, dp.GaussianDpEvent(noise))
     accountant.compose(dp.ComposedDpEvent([*gaussian, dp.SelfComposedDpEvent(sampled, releases.steps)]))
     most = accountant.get_epsilon(delta) + 1  # what it may grow to
@@ -293,9 +293,7 @@ def _accountant() -> tuple[Any, Any]:
         import dp_accounting
         from dp_accounting import pld
     except ModuleNotFoundError as error:
-        raise InputError(
-            f"this needs {error.name}, which is not installed; run: pip install 'dl_jax[private]'"
-        ) from error
+        raise not_installed("an accountant", error, "private") from error
     return dp_accounting, pld.PLDAccountant(value_discretization_interval=1e-3)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
-from dl_jax.core.errors import InputError, one_line
+from dl_jax.core.errors import InputError, not_installed, one_line
 
 if TYPE_CHECKING:
     import optuna
@@ -109,7 +109,7 @@ def study(file: Path | None, name: str, facts: Mapping[str, Any]) -> "optuna.Stu
     """An Optuna study that minimises, kept in the journal `file`, or in memory where it is None.
 
     If the file exists, the study goes on. `facts` say in types of JSON what the trials depend on. What a process that
-    was killed has left is mended: a line without an end, and a lock; who calls this has to be the only one that uses
+    was killed has left is repaired: a line without an end, and a lock; who calls this has to be the only one that uses
     the folder, as a run is.
 
     Raises InputError where Optuna is not installed, for a file that is damaged or holds another study, and for several
@@ -120,7 +120,7 @@ def study(file: Path | None, name: str, facts: Mapping[str, Any]) -> "optuna.Stu
         from optuna.storages import InMemoryStorage, JournalStorage
         from optuna.storages.journal import JournalFileBackend
     except ModuleNotFoundError as error:
-        raise InputError(f"this needs {error.name}, which is not installed; run: pip install 'dl_jax[tune]'") from error
+        raise not_installed("a study", error, "tune") from error
     if jax.process_count() > 1:
         raise InputError(f"a study in {jax.process_count()} processes, expected one; start it on one host")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -129,7 +129,7 @@ def study(file: Path | None, name: str, facts: Mapping[str, Any]) -> "optuna.Stu
         found = optuna.create_study(storage=InMemoryStorage(), study_name=name)
         found.set_user_attr("facts", facts)
         return found
-    lines = mended(file)
+    lines = repaired(file)
     try:
         storage = JournalStorage(JournalFileBackend(str(file)))
         names = optuna.get_all_study_names(storage)
@@ -153,7 +153,7 @@ def study(file: Path | None, name: str, facts: Mapping[str, Any]) -> "optuna.Stu
     return found
 
 
-def mended(file: Path) -> int:
+def repaired(file: Path) -> int:
     """The lines of a journal, 0 where there is none, after what a killed process has left is removed.
 
     Raises InputError for any other damage.
@@ -184,7 +184,8 @@ def minimise(
     `objective(trial, i)` asks `trial` for the choices of trial i and returns its score; what is not finite counts as
     infinite. Each trial has a TPE sampler of its own (Bergstra et al. 2011), seeded from (seed, i), because
     the state of a sampler is not in the journal. The choices of a trial are therefore a function of the seed and of
-    the trials before it: a study that was killed goes on as it would have, and its last trial begins anew.
+    the trials before it: a study that was killed goes on as it would have, and its last trial begins anew. The first
+    ten trials are random, as is Optuna's default.
     """
     import optuna
 

@@ -92,26 +92,25 @@ def rollout(
         action = policy(jax.vmap(environment.observe)(episodes.state), key_action)
         later, seen = jax.vmap(functools.partial(step, environment))(episodes, action)
         fresh = jax.vmap(functools.partial(begin, environment))(jax.random.split(key_reset, len(action)))
-        return where(seen.ended, fresh, later), seen
+        return select(seen.ended, fresh, later), seen
 
     return jax.lax.scan(one, episodes, jax.random.split(key, steps))
 
 
-def returns(environment: Environment, policy: Policy, keys: Array) -> Array:  # [E] -> float32 [E]
-    """The sums of the rewards of E whole episodes, of which each begins with its own key.
+def returns(environment: Environment, policy: Policy, keys: Array, key: Array) -> Array:  # [E], [] -> float32 [E]
+    """The sums of the rewards of E whole episodes, of which each begins with its own key; `key` is the policy's.
 
     Raises InputError for an environment without a limit of steps.
     """
     if environment.limit is None:
         raise InputError("the environment has no limit of steps, so that an episode might never end; give it a limit")
     episodes = jax.vmap(functools.partial(begin, environment))(keys)
-    key_policy = jax.random.fold_in(keys[0], 1)
 
     def one(carry: tuple[Episode, Array], i: Array) -> tuple[tuple[Episode, Array], None]:
         episodes, ended = carry
-        action = policy(jax.vmap(environment.observe)(episodes.state), jax.random.fold_in(key_policy, i))
+        action = policy(jax.vmap(environment.observe)(episodes.state), jax.random.fold_in(key, i))
         later, seen = jax.vmap(functools.partial(step, environment))(episodes, action)
-        return (where(ended, episodes, later), ended | seen.ended), None
+        return (select(ended, episodes, later), ended | seen.ended), None
 
     (episodes, _), _ = jax.lax.scan(one, (episodes, jnp.zeros(len(keys), bool)), jnp.arange(environment.limit))
     return episodes.total
@@ -127,14 +126,29 @@ def greedy_returns(
     """
     policy = lambda observation, key: scores(variables["params"], observation).argmax(-1)
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(batch["episode"])
-    total = returns(environment, policy, keys)
+    total = returns(environment, policy, keys, key)  # the policy draws nothing
     return {"return": ((batch["mask"] * total).sum(), batch["mask"].sum())}
 
 
-def where(which: Array, these: Episode, others: Episode) -> Episode:  # bool [E], leaves [E, ...]
+def select(which: Array, these: Episode, others: Episode) -> Episode:  # bool [E], leaves [E, ...]
     """`these` episodes where `which` is true, and the others elsewhere."""
     choose = lambda which, *two: jax.tree.map(functools.partial(jnp.where, which), *two)
     return jax.vmap(choose)(which, these, others)
+
+
+def require_reports(environment: Environment, steps: int, every: int, rollout: int = 1) -> None:
+    """Raises InputError unless every report of `fit` sees the end of an episode.
+
+    That takes reports after as many steps of each episode as one may have, up to the last of the train steps, each of
+    which is a `rollout` of so many steps.
+    """
+    if steps % every:
+        raise InputError(f"report_every is {every}, expected a divisor of the {steps} steps; change one of them")
+    if environment.limit and every * rollout < environment.limit:
+        raise InputError(
+            f"report_every is {every}, of steps that are {rollout} of each episode, expected {environment.limit} steps "
+            "of an episode or more, as many as it may have; raise it"
+        )
 
 
 def cart_pole(limit: int | None = 500) -> Environment:

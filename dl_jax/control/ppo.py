@@ -104,14 +104,15 @@ def improved(
 ) -> tuple[Tree, Tree, dict[str, Array]]:
     """Parameters and the optimiser's state after the epochs on a rollout, leaves [T, E, ...], and the mean losses.
 
-    Raises InputError where the minibatches do not divide the T E transitions.
+    Raises InputError where the minibatches do not divide the T E transitions, or have a single one, whose advantage
+    has no deviation.
     """
     shape = seen.reward.shape
     n = shape[0] * shape[1]
-    if n % rule.minibatches:
+    if n % rule.minibatches or n == rule.minibatches:
         raise InputError(
             f"minibatches is {rule.minibatches} and a rollout of {shape[0]} steps of {shape[1]} episodes has {n} "
-            "transitions, expected a divisor; change one of them"
+            "transitions, expected a divisor that leaves each two or more; change one of them"
         )
     flat = jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), seen)
     value, following = agent.value(params, jnp.concatenate([flat.observation, flat.following])).reshape(2, *shape)

@@ -69,8 +69,8 @@ def capacity_for(n: int, batch_size: int) -> int:
 def overflow(n: int, batch_size: int, capacity: int) -> float:
     """A bound on the probability that a Poisson sample has more than `capacity` rows: exp(−n KL(m / n ‖ q)).
 
-    m is capacity + 1, and q = batch_size / n (Chernoff 1952). It is 0 where the capacity is n, and 1 where it is no
-    more than the batch size.
+    m is capacity + 1, and q = batch_size / n (Chernoff 1952). It is 0 where the capacity is n or more, and 1 where it
+    is less than the batch size.
     """
     q, p = batch_size / n, (capacity + 1) / n
     if capacity >= n:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from dl_jax.core import cores
-from dl_jax.core.errors import InputError
+from dl_jax.core.errors import InputError, not_installed
 from dl_jax.export import Input, check, read, write
 
 TYPES = {  # ONNX Runtime's name -> numpy's
@@ -85,7 +85,7 @@ def export(
 
         nodes.register()
     except ImportError as e:
-        raise _missing(e) from e
+        raise not_installed("ONNX", e, "export") from e
 
     function, shapes = baked(apply, variables), signature(inputs, batch)
     with _quiet(), _restored(jnp):
@@ -103,7 +103,7 @@ def require() -> None:
     """Raises InputError where a package that writes or runs ONNX files is missing: to ask before a long training."""
     for name in ("jax2onnx", "onnx", "onnxruntime"):
         if importlib.util.find_spec(name) is None:
-            raise _missing(ImportError(name=name))
+            raise not_installed("ONNX", ImportError(name=name), "export")
 
 
 def load(path: str | os.PathLike[str], threads: int | None = None) -> Callable[..., Any]:
@@ -163,7 +163,7 @@ def quantized(
         from onnxruntime import quantization
         from onnxruntime.quantization.shape_inference import quant_pre_process
     except ImportError as e:
-        raise _missing(e) from e
+        raise not_installed("ONNX", e, "export") from e
 
     class Feeds(quantization.CalibrationDataReader):
         def get_next(self) -> Any:
@@ -266,7 +266,7 @@ def _session(data: bytes, threads: int | None = None) -> tuple[Any, dict[str, In
     try:
         import onnxruntime
     except ImportError as e:
-        raise _missing(e) from e
+        raise not_installed("ONNX", e, "export") from e
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
     # By default there are as many threads as the machine has cores, also where the process may use fewer.
@@ -365,7 +365,3 @@ def _restored(module: ModuleType) -> Iterator[None]:
         yield
     finally:
         vars(module).update(before)
-
-
-def _missing(error: ImportError) -> InputError:
-    return InputError(f"ONNX needs {error.name}, which is not installed; run: pip install 'dl_jax[export]'")

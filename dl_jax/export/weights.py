@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dl_jax.core.errors import InputError, nearest, reason
+from dl_jax.core.errors import InputError, nearest, not_installed, reason
 from dl_jax.export import read, write
 
 Path = tuple[str, ...]  # of a module in our variables
@@ -313,5 +313,5 @@ def _safetensors() -> Any:
     try:
         import safetensors.numpy
     except ImportError as e:
-        raise InputError(f"weights need {e.name}, which is not installed; run: pip install 'dl_jax[export]'") from e
+        raise not_installed("a file of weights", e, "export") from e
     return safetensors.numpy

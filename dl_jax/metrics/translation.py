@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dl_jax.core.errors import InputError
+from dl_jax.core.errors import InputError, not_installed
 
 
 class Bleu(NamedTuple):
@@ -24,7 +24,7 @@ def bleu(hypotheses: Sequence[str], references: Sequence[str | Sequence[str]]) -
     try:
         from sacrebleu.metrics.bleu import BLEU
     except ModuleNotFoundError as error:
-        raise InputError(f"BLEU needs {error.name}, which is not installed; run: pip install 'dl_jax[text]'") from error
+        raise not_installed("BLEU", error, "text") from error
     if isinstance(hypotheses, str) or isinstance(references, str) or len(hypotheses) != len(references):
         counts = ["a text" if isinstance(x, str) else f"{len(x)} texts" for x in (hypotheses, references)]
         raise InputError(f"bleu: hypotheses are {counts[0]}, references {counts[1]}, expected two lists of one length")

@@ -162,7 +162,7 @@ CLAIMS = (
     on_digits("error/int8", at_most=6.3, unit="%", note="logistic regression: 10.0 %"),
     on_digits("times_smaller/encoded", at_least=24.9, unit="x", note="nothing compressed: 1"),
 )  # fmt: skip
-KEEPS = ("table.md", "costs.png", "files/seed*/*")  # files in the run's folder
+KEEPS = ("table.md", "costs.png", "files/seed*/*", "files/seed*/*.onnx.json")  # files in the run's folder
 TEACHER, INT8, BASELINE, SMALL, SMALL_INT8 = "teacher", "int8", "int8 by ONNX Runtime", "small", "small int8"
 XLA, ONNX, ENCODED = "StableHLO", "ONNX", "encoded"  # file formats: for XLA, for ONNX Runtime, compressed
 SUFFIXES = {XLA: "stablehlo", ONNX: "onnx", ENCODED: "dlj"}

@@ -14,9 +14,11 @@ target network that is a copy of it from time to time. There are four episodes a
 four frames, as in the paper. The buffer is an array on the device, and together with target, environments and running
 episodes a part of the state, so that a run that was killed goes on with the same bits.
 
-Two things differ. Adam takes the place of RMSProp. The error is not clipped to [-1, 1], with which the values of pilots
-grew to thousands, where 100 is the most; we suspect that the few large errors at falls then count for too little. An
-episode that is truncated after 500 steps is bootstrapped from its last state.
+Sizes and rates aside, five things differ. Adam, with a rate that falls to 0, takes the place of RMSProp. The error is
+not clipped to [-1, 1], with which the values of pilots grew to thousands, where 100 is the most; we suspect that the
+few large errors at falls then count for too little. Learning begins at once, from what the buffer holds, and not after
+50,000 frames. A state is a single observation, and not the last four. An episode that is truncated after 500 steps is
+bootstrapped from its last state.
 
 `greedy` is the mean return of 100 episodes after the last step without random actions, `return` that of the training
 episodes that ended in the last 500 steps, of which one action in twenty is random. The figure `return` shows it over
@@ -34,7 +36,6 @@ import optax
 
 from dl_jax.control import environments, replay
 from dl_jax.control.environments import Environment, Episode, Transition
-from dl_jax.core.errors import InputError
 from dl_jax.core.evaluate import evaluator
 from dl_jax.core.fit import fit
 from dl_jax.core.step import Array, Batch, Metrics, State, Step, Tree, init_state, per_seed
@@ -80,7 +81,7 @@ Values = Callable[[Tree, Array], Array]  # (params, observations [B, D]) -> the 
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     environment = environments.cart_pole()
-    require_whole_episodes(cfg, environment)
+    environments.require_reports(environment, cfg.steps, cfg.report_every)
     model, tx = MLP((cfg.hidden, cfg.hidden), environment.actions), adam(cfg)
     values: Values = lambda params, seen: jnp.asarray(model.apply({"params": params}, seen, train=False))
     key_init, key, key_test = run.keys(3)  # [S] each
@@ -105,15 +106,6 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     measure = functools.partial(environments.greedy_returns, environment, values)
     test_of = evaluator(measure, {"episode": np.arange(cfg.tested)}, cfg.tested, key_test)
     return {"greedy": test_of({"params": states.params})["return"], "return": returns[-1]}
-
-
-def require_whole_episodes(cfg: Config, environment: Environment) -> None:
-    """Raises InputError where no episode may end between two reports, which then have no return."""
-    if environment.limit and cfg.report_every < environment.limit:
-        raise InputError(
-            f"report_every is {cfg.report_every} steps, expected {environment.limit} or more, as many as an episode "
-            "may have; raise it"
-        )
 
 
 def begin(cfg: Config, environment: Environment, tx: optax.GradientTransformation, params: Tree, key: Array) -> State:

@@ -32,7 +32,6 @@ import numpy as np
 import optax
 
 from dl_jax.control import environments, ppo
-from dl_jax.core.errors import InputError
 from dl_jax.core.evaluate import evaluator
 from dl_jax.core.fit import fit
 from dl_jax.core.step import per_seed
@@ -110,7 +109,7 @@ TASKS: Mapping[Cell, Task] = {
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     for name in cfg.cells:
-        require_whole_episodes(cfg, TASKS[name].environment)
+        environments.require_reports(TASKS[name].environment, cfg.steps, cfg.report_every, cfg.rollout)
     found, curves = {}, {}
     for name in cfg.cells:
         learnt = learn(cfg, run / name, TASKS[name])
@@ -161,15 +160,6 @@ def learn(cfg: Config, run: Run, task: Task) -> Learnt:
         np.average(returns[-cfg.last :], 0, episodes[-cfg.last :]),
         tested({"params": states.params})["return"],
     )
-
-
-def require_whole_episodes(cfg: Config, environment: environments.Environment) -> None:
-    """Raises InputError where no episode may end between two reports, which then have no return."""
-    if environment.limit and cfg.report_every * cfg.rollout < environment.limit:
-        raise InputError(
-            f"report_every is {cfg.report_every} and a rollout has {cfg.rollout} steps, expected {environment.limit} "
-            "steps or more between reports, as many as an episode may have; raise one of them"
-        )
 
 
 def adam(cfg: Config) -> optax.GradientTransformation:

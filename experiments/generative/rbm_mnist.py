@@ -94,6 +94,7 @@ CLAIMS = (
 KEEPS = ("filters.png", "*/samples.png")  # files in the run's folder
 
 CLASSES = 10
+AT_A_TIME = 100  # annealed chains: all at once took a slow core longer than a run may make no step
 
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
@@ -106,14 +107,15 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     for name in cfg.methods:
         chains = cfg.batch_size if name == "pcd" else 0
         machines = learnt(cfg, run / name, stream, cfg.steps, cfg.gibbs, started(cfg, base, cfg.hidden, chains, key))
-        anneal = collector(functools.partial(annealed, cfg, base), cfg.chains)
+        anneal = collector(functools.partial(annealed, cfg, base), min(cfg.chains, AT_A_TIME))
         chains = anneal((machines, key_ais), {"chain": np.arange(cfg.chains)})  # [S, M, ...]
+        exact = partitions(machines, {"once": np.zeros(1)})[:, 0] if cfg.hidden <= rbm.MOST_HIDDEN else None  # [S]
         samples = chains["visible"][0].reshape(-1, 28, 28, 1)
         (run / name).images(cfg.steps, lambda samples=samples: {"samples": samples[:100]})
         # The rest is computed by each process on its own host.
         for i, params in enumerate(seeds.split(machines)):
             energy = mean_energy(params, test["image"], key_test[i])
-            values = likelihood(energy, {part: each[i] for part, each in chains.items()})
+            values = likelihood(energy, chains["log_weight"][i], None if exact is None else float(exact[i]))
             for metric, value in values.items():
                 found[f"{metric}/{name}"].append(value)
     measured = {name: np.array(values) for name, values in found.items()}
@@ -144,13 +146,16 @@ def learnt(cfg: Config, run: Run, stream: data.Stream, steps: int, k: int, state
 
 
 def annealed(cfg: Config, base: np.ndarray, machine: tuple[rbm.Params, Array], batch: Batch) -> dict[str, Array]:
-    """What annealed importance sampling finds with the M chains of a batch, and, for few units, the exact log Z [M]."""
+    """What annealed importance sampling finds with the M chains of a batch."""
     params, key = machine
-    chains = len(batch["chain"])
+    key = jax.random.fold_in(key, batch["chain"][0])
     betas = jnp.asarray(rbm.temperatures(cfg.temperatures))
-    found = rbm.annealed_importance(params, jnp.asarray(base), key, betas, chains)
-    exact = {"log_partition": jnp.full(chains, rbm.log_partition(params))} if cfg.hidden <= rbm.MOST_HIDDEN else {}
-    return {"log_weight": found.log_weights, "visible": found.visible, **exact}
+    found = rbm.annealed_importance(params, jnp.asarray(base), key, betas, len(batch["chain"]))
+    return {"log_weight": found.log_weights, "visible": found.visible}
+
+
+# The exact log Z of machines, by one row of any data set: [S, 1].
+partitions = collector(lambda params, batch: rbm.log_partition(params)[None], 1)
 
 
 def mean_energy(params: rbm.Params, image: np.ndarray, key: Array) -> float:  # uint8 [N, 28, 28, 1]
@@ -164,13 +169,12 @@ def energies(params: rbm.Params, image: Array, key: Array) -> Array:  # -> [N]
     return rbm.free_energy(params, rbm.binarised(key, rbm.unit_rows(image)))
 
 
-def likelihood(energy: float, chains: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Mean log likelihoods in nats of images of this mean free energy, by what `annealed` found."""
-    estimate, error = rbm.log_partition_estimate(chains["log_weight"])
+def likelihood(energy: float, log_weight: np.ndarray, exact: float | None) -> dict[str, float]:  # [M]
+    """Mean log likelihoods in nats of images of this mean free energy, by log Z as `annealed` found it and exactly."""
+    estimate, error = rbm.log_partition_estimate(log_weight)
     values = {"ais_log_likelihood": -energy - estimate, "ais_std": error}
-    if "log_partition" not in chains:
+    if exact is None:
         return values
-    exact = float(chains["log_partition"][0])
     return values | {"log_likelihood": -energy - exact, "ais_error": abs(estimate - exact)}
 
 

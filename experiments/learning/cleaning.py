@@ -87,8 +87,8 @@ KEEPS = ("labels.png",)  # files in the run's folder
 
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     sets = {
-        "images": [ready(cfg, of_images(cfg, seed), seed, of_pixels=True) for seed in run.seeds],
-        "table": [ready(cfg, of_table(cfg, seed), seed, of_pixels=False) for seed in run.seeds],
+        "images": [prepared(cfg, of_images(cfg, seed), seed, of_pixels=True) for seed in run.seeds],
+        "table": [prepared(cfg, of_table(cfg, seed), seed, of_pixels=False) for seed in run.seeds],
     }
     measured = {}
     for name, steps in (("images", cfg.image_steps), ("table", cfg.table_steps)):
@@ -201,7 +201,7 @@ def with_copies(
     )
 
 
-class Ready(NamedTuple):
+class Prepared(NamedTuple):
     """What is found without networks, and the folds that they need."""
 
     planted: Planted
@@ -214,8 +214,9 @@ class Ready(NamedTuple):
     grouped: np.ndarray  # int [N], the same, and copies in one fold
 
 
-def ready(cfg: Config, planted: Planted, seed: int, of_pixels: bool) -> Ready:
+def prepared(cfg: Config, planted: Planted, seed: int, of_pixels: bool) -> Prepared:
     """The set with what is found of its mistakes. Pixels that are always white are left as they are."""
+    require_planted(planted, of_pixels)
     rows = len(planted.labels)
     missing = clean.missing(planted.x)
     x = np.where(missing, np.float32(np.nan), planted.x)
@@ -223,7 +224,16 @@ def ready(cfg: Config, planted: Planted, seed: int, of_pixels: bool) -> Ready:
     numbers = clean.groups(filled(x, scale(x[:rows], constant, of_pixels)))
     folds = functools.partial(clean.folds, planted.labels, cfg.folds, seed)
     copies = np.isin(numbers[rows:], numbers[:rows])
-    return Ready(planted, x[:rows], of_pixels, missing, constant, copies, folds(), folds(numbers[:rows]))
+    return Prepared(planted, x[:rows], of_pixels, missing, constant, copies, folds(), folds(numbers[:rows]))
+
+
+def require_planted(planted: Planted, of_pixels: bool) -> None:
+    """Raises InputError for a kind of mistake of which there is none to be found."""
+    kinds = {"noise": planted.wrong} if of_pixels else {"noise": planted.wrong, "missing": planted.missing}
+    for name, truth in kinds.items():
+        if not truth.any():
+            where = "images" if of_pixels else "table"
+            raise InputError(f"{name} plants nothing in {truth.size} places of the {where}; raise --{name}")
 
 
 Scale = Mapping[str, np.ndarray]
@@ -258,7 +268,7 @@ def parts_of(cfg: Config, classes: int) -> Parts:
     return Parts(model, tx, per_seed(make_step(functools.partial(loss, model), tx)), predict)
 
 
-def wrong_labels(cfg: Config, sets: list[Ready], steps: int, run: Run) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def wrong_labels(cfg: Config, sets: list[Prepared], steps: int, run: Run) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Which labels of each seed are wrong, bool [N], and the class probabilities [N, C] of the last round.
 
     After the first round networks learn from the rows whose labels were not found to be wrong.
@@ -272,7 +282,7 @@ def wrong_labels(cfg: Config, sets: list[Ready], steps: int, run: Run) -> tuple[
 
 
 def out_of_fold(
-    cfg: Config, parts: Parts, sets: list[Ready], kept: list[np.ndarray], steps: int, run: Run
+    cfg: Config, parts: Parts, sets: list[Prepared], kept: list[np.ndarray], steps: int, run: Run
 ) -> list[np.ndarray]:
     """Class probabilities [N, C] of the training rows of each seed, by the network that did not learn from them.
 

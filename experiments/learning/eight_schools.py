@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dl_jax.core.errors import InputError
+from dl_jax.core.errors import not_installed
 from dl_jax.core.fit import fit
 from dl_jax.core.step import Array, Batch, Tree, init_states, make_step, per_seed
 from dl_jax.core.stream import no_data
@@ -112,9 +112,7 @@ def posterior() -> Posterior:
         from numpyro import distributions as dist
         from numpyro.infer.util import constrain_fn, potential_energy
     except ModuleNotFoundError as error:
-        raise InputError(
-            f"this needs {error.name}, which is not installed; run: pip install 'dl_jax[bayes]'"
-        ) from error
+        raise not_installed("the model of the schools", error, "bayes") from error
 
     def schools() -> None:
         mu = numpyro.sample("mu", dist.Normal(0, 5))

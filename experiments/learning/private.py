@@ -206,7 +206,7 @@ def of_members(stream: data.Stream, member: np.ndarray) -> data.Stream:  # bool 
 
 def learnt(cfg: Config, run: Run, task: Task, watch: Watch) -> State:
     """The states after training."""
-    steps, (axes_noise,) = task.releases.steps, task.releases.once
+    steps, (axes_noise,) = task.releases.steps, task.releases.on_all
     model, tx = MLP((cfg.hidden,)), optax.sgd(optim.warmup_cosine(task.rate, steps), cfg.momentum)
     clip, noise = (NO_CLIP, 0.0) if task.noise is None else (cfg.clip, task.noise)
     loss = classify.loss(functools.partial(logits_of, cfg))

@@ -44,7 +44,7 @@ def test_what_is_planted_is_there(cleaning, cfg):
 
 def test_networks_do_not_learn_from_their_fold(cleaning, cfg, monkeypatch):
     """Neither do their scales; copies of a row are left out with it; rows that are not kept are left out too."""
-    sets = [cleaning.ready(cfg, cleaning.of_table(cfg, seed), seed, of_pixels=False) for seed in (0, 1)]
+    sets = [cleaning.prepared(cfg, cleaning.of_table(cfg, seed), seed, of_pixels=False) for seed in (0, 1)]
     seen = []
 
     def shuffled(columns, batch_size, seed):
@@ -85,6 +85,8 @@ def test_precision_and_recall(cleaning):
         ({"copies": 41}, "copies is 41, expected at most 40, as there are few rows; lower --copies"),
         ({"folds": 1}, "1 folds of labels of 10 classes, expected two or more of both"),
         ({"folds": 60}, "class . has .* rows, expected 60 or more, one for each fold"),
+        ({"noise": 1e-3}, "noise plants nothing in 205 places of the images; raise --noise"),
+        ({"missing": 1e-9}, "missing plants nothing in .* places of the table; raise --missing"),
         ({"missing": 1.0}, "all 32 features are constant, expected one that is not; give other data"),
     ],
 )

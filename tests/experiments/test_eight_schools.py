@@ -71,6 +71,7 @@ def test_a_distance_is_in_combined_standard_errors(schools):
 def test_without_numpyro_it_says_what_to_install(schools, monkeypatch):
     monkeypatch.setitem(sys.modules, "numpyro", None)
     with pytest.raises(
-        InputError, match=r"this needs numpyro, which is not installed; run: pip install 'dl_jax\[bayes"
+        InputError,
+        match=r"the model of the schools needs numpyro, .* run: pip install 'dl_jax\[bayes",
     ):
         schools.posterior()

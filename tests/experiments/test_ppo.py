@@ -55,11 +55,17 @@ def test_greedy_episodes_count_once_and_the_others_not(experiment):
 
 def test_reports_are_as_long_as_an_episode(experiment):
     config = dataclasses.replace(experiment.PRESETS["smoke"], rollout=128)
-    with pytest.raises(InputError, match="report_every is 2 and a rollout has 128 steps, expected 500 steps or more"):
+    with pytest.raises(InputError, match="report_every is 2, of steps that are 128 of each episode, expected 500"):
         experiment.main(config, Run())
 
 
 def test_minibatches_divide_a_rollout(experiment):
     config = dataclasses.replace(experiment.PRESETS["smoke"], minibatches=3)
     with pytest.raises(InputError, match="minibatches is 3 and a rollout of 256 steps of 2 episodes has 512"):
+        experiment.main(config, Run())
+
+
+def test_a_minibatch_has_a_deviation(experiment):
+    config = dataclasses.replace(experiment.PRESETS["smoke"], minibatches=512)
+    with pytest.raises(InputError, match=r"minibatches is 512 .* expected a divisor that leaves each two or more"):
         experiment.main(config, Run())

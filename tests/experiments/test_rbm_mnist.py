@@ -46,7 +46,7 @@ def test_each_seed_draws_its_own_labelled_digits_and_both_classifiers_learn_from
 
 def test_without_steps_the_likelihood_is_that_of_each_pixel_by_itself(experiment):
     """The weights are tiny then, and both likelihoods agree. A machine of many units has the estimate alone."""
-    changes = {"train_split": "train", "test_split": "test", "steps": 0, "layers": ()}
+    changes = {"train_split": "train", "test_split": "test", "steps": 0, "layers": (), "chains": 100}
     config = dataclasses.replace(experiment.PRESETS["smoke"], **changes)
     found = experiment.main(config, Run(settings=Settings(seeds=(0, 1))))
     np.testing.assert_allclose(found["log_likelihood/pcd"], -241.8, atol=3)
@@ -89,3 +89,14 @@ def test_filters_are_grey_where_a_weight_is_zero(experiment):
     assert found.shape == (3, 28, 28, 1)
     np.testing.assert_array_equal(found[:, 0, 0, 0], [1, 0, 1])
     assert (found.reshape(3, -1)[:, 1:] == 0.5).all()
+
+
+def test_chains_that_are_annealed_in_several_batches_differ(experiment, monkeypatch):
+    """Each batch has a key of its own."""
+    monkeypatch.setattr(experiment, "AT_A_TIME", 3)
+    config = dataclasses.replace(experiment.PRESETS["smoke"], methods=("cd",), layers=(), chains=8)
+    seen = []
+    monkeypatch.setattr(experiment, "likelihood", lambda energy, log_weight, exact: seen.append(log_weight) or {})
+    experiment.main(config, Run())
+    (weights,) = seen
+    assert len(set(weights)) == len(weights) == 8

@@ -164,9 +164,9 @@ def test_new_episodes_differ():
 def test_returns_of_whole_episodes():
     """To the right an episode of the corridor is 1 + 2 + 3; there and back it is truncated at 6 steps."""
     keys = jax.random.split(jax.random.key(0), 4)
-    right = environments.returns(corridor(), lambda seen, key: jnp.ones(len(seen), int), keys)
+    right = environments.returns(corridor(), lambda seen, key: jnp.ones(len(seen), int), keys, keys[0])
     np.testing.assert_array_equal(right, 6)
-    back = environments.returns(corridor(), lambda seen, key: (seen[:, 0] < 1).astype(int), keys)
+    back = environments.returns(corridor(), lambda seen, key: (seen[:, 0] < 1).astype(int), keys, keys[0])
     np.testing.assert_array_equal(back, 3)
 
 
@@ -175,7 +175,7 @@ def test_an_environment_without_an_end_is_refused():
     with pytest.raises(InputError, match="neither a limit of steps nor final states, so that no episode would end"):
         environments.begin(endless._replace(final=None), jax.random.key(0))
     with pytest.raises(InputError, match="no limit of steps, so that an episode might never end"):
-        environments.returns(endless, at_random(endless), jax.random.split(jax.random.key(0), 2))
+        environments.returns(endless, at_random(endless), jax.random.split(jax.random.key(0), 2), jax.random.key(1))
     with pytest.raises(InputError, match="limit of an episode is 0 steps, expected 1 or more"):
         environments.begin(corridor(limit=0), jax.random.key(0))
     episode, seen = environments.step(endless, environments.begin(endless, jax.random.key(0)), jnp.int32(1))
@@ -288,7 +288,8 @@ def test_it_learns_to_walk_where_the_reward_is(walkers):
     states = fit(step, states, no_data, steps=30)
     params = jax.tree.map(lambda leaf: leaf[0], states.params)
     policy = lambda seen, key: agent.logits(params, seen).argmax(-1)
-    np.testing.assert_array_equal(environments.returns(corridor(), policy, jax.random.split(jax.random.key(9), 3)), 9)
+    keys = jax.random.split(jax.random.key(9), 3)
+    np.testing.assert_array_equal(environments.returns(corridor(), policy, keys, jax.random.key(0)), 9)
 
 
 def test_a_resumed_fit_has_the_same_bits_and_reports(walkers, tmp_path):

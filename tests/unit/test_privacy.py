@@ -237,7 +237,7 @@ def test_the_noise_for_an_epsilon_is_hardly_more_than_is_needed():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda of: privacy.noise_for(0.2, of._replace(once=(7.0,)), 1e-5), "epsilon is 0.2, expected at least 0.5"),
+        (lambda of: privacy.noise_for(0.2, of._replace(on_all=(7.0,)), 1e-5), "epsilon is 0.2, expected at least 0.5"),
         (
             lambda of: privacy.noise_for(2.0, of._replace(overflow=1e-3), 1e-5),
             "one of 2 steps with a probability of up to 2.0e-03, expected far less than delta, 1e-05",
@@ -258,7 +258,7 @@ def test_costs_that_cannot_be(call, message):
 
 def test_without_dp_accounting_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
-    with pytest.raises(InputError, match=r"this needs dp_accounting, .* run: pip install 'dl_jax\[private\]'"):
+    with pytest.raises(InputError, match=r"an accountant needs dp_accounting, .* run: pip install 'dl_jax\[private\]'"):
         privacy.epsilon(1.0, privacy.Releases(0.1, 2), 1e-5)
 
 
