@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +55,13 @@ class Refused(Exception):
         self.headers = {} if wait is None else {"Retry-After": str(math.ceil(wait))}
 
 
+class Replaced(Exception):
+    """Another model answered than the one for which a request was decoded."""
+
+
+Work = Callable[[Model, list[np.ndarray]], Awaitable[dict[str, Any]]]  # a model and inputs for it -> what is answered
+
+
 class Service:
     """A model that answers, and what is known of its requests."""
 
@@ -63,7 +70,7 @@ class Service:
         self._window = Window(model.record)
         self._rates = Rates(settings.rate) if settings.rate else None
         self._running = 0
-        self.metrics = Metrics(lambda: self._window.drift())
+        self.metrics = Metrics(lambda: self._window.drift(), lambda: self._running)
         self.metrics.show(model)
         self._batcher: Batcher
 
@@ -106,26 +113,30 @@ class Service:
         if token is not None and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
             raise Refused(401, "the request shows no token, or another one; send Authorization: Bearer TOKEN")
 
-    async def answer(self, request: Request, work: Callable[[list[np.ndarray]], Awaitable[dict[str, Any]]]) -> Response:
+    async def answer(self, request: Request, work: Work) -> Response:
         """What `work` makes of the inputs of a request, or a line that says why there is no answer."""
         began, path = time.monotonic(), request.url.path
-        with self.metrics.running.track_inprogress(), self._counted():
+        self._running += 1
+        try:
             response = await self._answer(request, work)
+        finally:
+            self._running -= 1
         self.metrics.requests.labels(path, response.status_code).inc()
         self.metrics.seconds.labels(path).observe(time.monotonic() - began)
         return response
 
-    async def _answer(
-        self, request: Request, work: Callable[[list[np.ndarray]], Awaitable[dict[str, Any]]]
-    ) -> Response:
+    async def _answer(self, request: Request, work: Work) -> Response:
         limits = self.settings
         try:
             self._admit(request)
             async with asyncio.timeout(limits.timeout):
                 body = await _body(request, limits.max_bytes)
                 kind = request.headers.get("content-type", "")
-                inputs = await asyncio.to_thread(decoded, body, kind, self.model.record, limits.largest)
-                return _json(await work(inputs))
+                while True:
+                    model = self.model
+                    inputs = await asyncio.to_thread(decoded, body, kind, model.record, limits.largest)
+                    with contextlib.suppress(Replaced):  # the new model may have other words: decoded anew for it
+                        return _json(await work(model, inputs))
         except Refused as error:
             return _refusal(error)
         except TimeoutError:
@@ -150,36 +161,26 @@ class Service:
         if self._running > self.settings.concurrency:
             raise Refused(503, f"{self.settings.concurrency} requests are being answered; try again later", 1)
 
-    @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
-        self._running += 1
-        try:
-            yield
-        finally:
-            self._running -= 1
-
-    async def predict(self, inputs: list[np.ndarray]) -> dict[str, Any]:
-        """The answers to the rows of a request."""
-        model, outputs = await self._outputs(inputs)
+    async def predict(self, model: Model, inputs: list[np.ndarray]) -> dict[str, Any]:
+        """The answers of the model to the rows of a request."""
+        outputs = await self._outputs(model, inputs)
         if model is self.model:
             self._window.add(inputs[0], outputs[0])
         return {"model": model.version, **_answers(model, outputs)}
 
-    async def explain(self, inputs: list[np.ndarray]) -> dict[str, Any]:
+    async def explain(self, model: Model, inputs: list[np.ndarray]) -> dict[str, Any]:
         """The answer to one row, and by how much its logit falls where parts of the row are hidden."""
-        found = self.model.record
+        found = model.record
         if not found.classes or found.request.KIND == record.Arrays.KIND or len(inputs[0]) != 1:
             raise InputError(
                 "only a single image, recording or text that has a class can be explained; send one to a classifier"
             )
-        model, (logits, *_) = await self._outputs(inputs)
+        logits, *_ = await self._outputs(model, inputs)
         best = int(logits[0].argmax())
         hidden = occlusion.hidden(found.request, inputs[0][0])
         falls: list[np.ndarray] = []
         while part := list(itertools.islice(hidden.copies, self.settings.largest)):
-            other, (scores, *_) = await self._outputs([np.stack(part)])
-            if other is not model:  # a new file was taken over meanwhile
-                return await self.explain(inputs)
+            scores, *_ = await self._outputs(model, [np.stack(part)])
             falls.append(logits[0, best] - scores[:, best])
         return {
             "model": model.version,
@@ -189,11 +190,14 @@ class Service:
             "stride": hidden.stride,
         }
 
-    async def _outputs(self, inputs: Sequence[np.ndarray]) -> tuple[Model, list[np.ndarray]]:
-        model, outputs = await asyncio.wrap_future(self._batcher.submit(inputs))
+    async def _outputs(self, model: Model, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Raises Replaced where another model answered, and InputError where the answer is not finite."""
+        other, outputs = await asyncio.wrap_future(self._batcher.submit(inputs))
+        if other is not model:
+            raise Replaced
         if not all(np.isfinite(each).all() for each in outputs):
             raise InputError("the answer is not finite; send inputs like those that the model was trained with")
-        return model, outputs
+        return outputs
 
     async def _watch(self) -> None:
         """Takes over a new file once it and its record have stopped changing."""

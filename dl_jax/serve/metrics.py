@@ -23,13 +23,13 @@ DRIFT = {  # field of Drift -> help
 class Metrics:
     """Counters of one service, in a registry of its own."""
 
-    def __init__(self, drift: Callable[[], Drift]) -> None:
+    def __init__(self, drift: Callable[[], Drift], running: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()
         own = {"namespace": "dl_jax", "registry": self.registry}
         self.requests = Counter("requests", "requests that ended, by HTTP status", ["path", "status"], **own)
         self.seconds = Histogram("request_seconds", "time until the answer", ["path"], buckets=SECONDS, **own)
         self.rows = Histogram("batch_rows", "rows of a call of the model", buckets=ROWS, **own)
-        self.running = Gauge("requests_running", "requests that were not answered yet", **own)
+        Gauge("requests_running", "requests that were not answered yet", **own).set_function(running)
         self.swaps = Counter("swaps", "new files, by whether they were taken over", ["result"], **own)
         self._model = Gauge("model", "1 for the file that answers", ["version", "format"], **own)
         for field, text in DRIFT.items():

@@ -272,6 +272,42 @@ def test_a_new_file_is_taken_over_without_a_lost_request_and_a_damaged_one_is_no
     ]
 
 
+def bag(words):
+    """A classifier of texts that counts words by their ids."""
+    count = lambda x: np.stack([(x == i).sum(1) for i in (2, 3, 1)], 1).astype(np.float32)
+    return model(lambda inputs: [count(inputs[0])], (5,), "int32", record.Text(words), ("good", "bad", "other"))
+
+
+def test_words_that_made_the_answer():
+    text = {"content": b"so bad bad good", "headers": {"content-type": "text/plain"}}
+    (found,) = asked(service(bag(("good", "bad"))), ("POST", "/explain", text))
+    assert found.json()["answer"]["class"] == "bad"
+    assert found.json()["map"] == [0, 1, 1, 0]
+
+
+def test_a_request_that_waits_while_the_words_change_is_answered_by_the_new_ones():
+    go, old, new = threading.Event(), bag(("good", "bad")), bag(("bad", "good"))
+
+    def predict(inputs):
+        go.wait(10)
+        return old.predict(inputs)
+
+    of = service(old._replace(predict=predict), largest=1)
+    text = {"content": b"good", "headers": {"content-type": "text/plain"}}
+
+    async def ask():
+        async with client(of) as here:
+            asked = [asyncio.create_task(here.post("/predict", **text)) for _ in range(3)]
+            await asyncio.sleep(0.1)  # one is being computed, two wait
+            of.model = new._replace(record=new.record._replace(sha256="1" * 64, classes=("bad", "good", "other")))
+            go.set()
+            return await asyncio.gather(*asked)
+
+    found = [each.json() for each in asyncio.run(ask())]
+    assert {each["answers"][0]["class"] for each in found} == {"good"}
+    assert sorted(each["model"][0] for each in found) == ["0", "1", "1"]
+
+
 def test_the_page_asks_nobody_else():
     page, about = asked(service(), ("GET", "/", {}), ("GET", "/model", {}))
     assert page.headers["content-type"] == "text/html; charset=utf-8"
