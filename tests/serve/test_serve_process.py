@@ -60,7 +60,7 @@ def kept_open(port: int):
 
 
 def test_what_was_asked_before_sigterm_is_answered(tmp_path):
-    """Requests wait for each other when the signal comes; connections that are only kept open do not hold it up."""
+    """Requests wait for each other when the signal comes; a connection that is only kept open does not hold it up."""
     exported(tmp_path / "net.onnx")
     (tmp_path / "token").write_text("hidden-word\n")
     body = json.dumps({"inputs": images(1).tolist()}).encode()
@@ -81,6 +81,9 @@ def test_what_was_asked_before_sigterm_is_answered(tmp_path):
                 break
         assert not any(each.done() for each in asked)
         process.send_signal(signal.SIGTERM)
+        idle.request("GET", "/health")  # an open connection may send one more
+        last = idle.getresponse()
+        assert (last.status, last.getheader("connection")) == (200, "close")
         assert {each.result()[0] for each in asked} == {200}
         rest, _ = process.communicate(timeout=20)
         assert process.returncode == 0
