@@ -12,6 +12,7 @@ import tyro
 from dl_jax.core.errors import BAD_INPUT, InputError, lasting_output, not_installed, reason, require_positive
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+LONGEST = 3600  # seconds of a request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,9 @@ class Flags:
 def checked(flags: Flags) -> str | None:
     """The token of the flags. Raises InputError for bad ones."""
     at_least_one = {"--batch": flags.batch, "--concurrency": flags.concurrency, "--threads": flags.threads}
-    require_positive({**at_least_one, "--timeout": flags.timeout, "--max-bytes": flags.max_bytes})
+    require_positive({**at_least_one, "--max-bytes": flags.max_bytes})
+    if not 0 < flags.timeout <= LONGEST:
+        raise InputError(f"--timeout is {flags.timeout:g} s, expected more than 0 and at most {LONGEST}; give another")
     if flags.rate is not None:
         require_positive({"--rate": flags.rate})
     if not 0 <= flags.wait < 1000 * flags.timeout:

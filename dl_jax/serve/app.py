@@ -166,7 +166,10 @@ class Service:
         outputs = await self._outputs(model, inputs)
         if model is self.model:
             self._window.add(inputs[0], outputs[0])
-        return {"model": model.version, **_answers(model, outputs)}
+        found = _answers(model, outputs)
+        for each in found.get("answers", ()):
+            self.metrics.answers.labels(each["class"]).inc()
+        return {"model": model.version, **found}
 
     async def explain(self, model: Model, inputs: list[np.ndarray]) -> dict[str, Any]:
         """The answer to one row, and by how much its logit falls where parts of the row are hidden."""

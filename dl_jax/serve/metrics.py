@@ -30,6 +30,7 @@ class Metrics:
         self.seconds = Histogram("request_seconds", "time until the answer", ["path"], buckets=SECONDS, **own)
         self.rows = Histogram("batch_rows", "rows of a call of the model", buckets=ROWS, **own)
         Gauge("requests_running", "requests that were not answered yet", **own).set_function(running)
+        self.answers = Counter("answers", "rows that were answered by this class", ["class"], **own)
         self.swaps = Counter("swaps", "new files, by whether they were taken over", ["result"], **own)
         self._model = Gauge("model", "1 for the file that answers", ["version", "format"], **own)
         for field, text in DRIFT.items():

@@ -234,6 +234,7 @@ def test_requests_at_once_share_a_call_and_are_counted():
     assert value("batch_rows_sum") == 8
     assert value("request_seconds_count", path="/predict") == 9
     assert value("requests_running") == 0
+    assert sum(value("answers_total", **{"class": name}) or 0 for name in CLASSES) == 8
     assert value("drift_examples") == 8
     assert value("drift_mean") == pytest.approx(0.5, abs=0.05)
     assert 0 <= value("drift_answers") <= 1

@@ -124,6 +124,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):
         (good, "--host", "256.0.0.1", "--token", "a"): "cannot listen on port 8000 of 256.0.0.1",
         (good, "--batch", "0"): "--batch is 0, expected more than 0",
         (good, "--rate", "-1"): "--rate is -1.0, expected more than 0",
+        (good, "--timeout", "inf"): "--timeout is inf s, expected more than 0 and at most 3600",
         (good, "--wait", "20000"): "--wait is 20000 ms, expected 0 or more and less than --timeout",
         (good, "--token", "a", "--token-file", "b"): "both --token and --token-file are given",
         (good, "--token-file", str(tmp_path / "no")): "cannot be read (No such file or directory)",
