@@ -85,7 +85,7 @@ class Service:
             yield
         finally:
             watch.cancel()
-            await asyncio.to_thread(self._batcher.close)
+            await asyncio.to_thread(self._batcher.close, self.settings.timeout)
 
     def health(self) -> dict[str, Any]:
         ready = self._batcher.alive and self._running < self.settings.concurrency

@@ -78,10 +78,10 @@ class Batcher:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    def close(self) -> None:
-        """Answers what was submitted before, and ends the thread."""
+    def close(self, seconds: float) -> None:
+        """Answers what was submitted before, and ends the thread; does not wait longer for a call that hangs."""
         self._jobs.put(None)
-        self._thread.join()
+        self._thread.join(seconds)
 
     def _take(self, seconds: float) -> Job | None:
         try:

@@ -85,12 +85,22 @@ def test_every_job_gets_its_own_rows_and_a_failure_is_told_to_all():
     with pytest.raises(ValueError, match="negative"):
         bad.result(10)
     last = batcher.submit([given_[1]])
-    batcher.close()
+    batcher.close(10)
     assert last.done()
     assert not batcher.alive
     assert seen == calls
     assert sum(calls) == 11 + 6 + 3  # what was cancelled is not computed
     assert max(calls) <= 6
+
+
+def test_a_call_that_hangs_does_not_keep_it_from_ending():
+    go = threading.Event()
+    batcher = batching.Batcher(lambda: model(lambda inputs: [inputs[0] * go.wait(10)]), 4, 0.0, lambda rows: None)
+    asked = batcher.submit([np.ones((1, 2))])
+    batcher.close(0.01)
+    assert batcher.alive
+    go.set()
+    asked.result(10)
 
 
 def test_the_rows_of_a_call_are_padded_to_a_size_that_the_file_takes():
