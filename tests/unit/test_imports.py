@@ -36,6 +36,7 @@ SHELVES = {
     "data",
     "compress",
     "export",
+    "serve",
 }
 COMMANDS = {"dl_jax.results": "harness"}  # short names for `python -m`, and the room that each opens
 # `dl_jax.core.<name>` may import the names before its own.
