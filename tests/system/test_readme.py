@@ -20,6 +20,11 @@ ELSEWHERE = {
     "pip install -e '.[export]'",
     "pip install -e '.[test]' && python -m pytest",
     "python -m dl_jax.models",  # test_summary runs it
+    "pip install -e '.[serve]'",
+    # test_serve_process serves a file
+    "python experiments/compression/pipeline.py --preset smoke --seeds 1 --workdir runs/files",
+    "python -m dl_jax.serve runs/files/files/seed0/int8.onnx --port 8000",
+    "curl -s http://127.0.0.1:8000/model",
     # test_plans runs such commands, where libtpu is installed
     "python experiments/generative/vae_mnist.py --preset paper --batch-size 20480 --plan v6e:16x16",
 }
