@@ -20,7 +20,7 @@ from dl_jax import classify, data
 from dl_jax.compress import distill, fold, quantize, structure
 from dl_jax.core.fit import fit
 from dl_jax.core.step import init_state, make_step
-from dl_jax.export import onnx
+from dl_jax.export import onnx, record
 
 
 def compressed(
@@ -32,6 +32,8 @@ def compressed(
     steps: int = 1000,  # of distillation, on batches of 100 images
 ) -> dict[str, float]:
     """Writes float.onnx, the classifier as it is, small.onnx and int8.onnx to `folder`, and prints what stays and why.
+
+    Each has its record beside it, with which it can be served.
 
     Returns the share of the images that each file classifies as the classifier does.
     """
@@ -59,4 +61,8 @@ def compressed(
         found = classify.outputs(lambda some: predict(np.asarray(classify.to_unit(some))), images)
         return float((found.argmax(1) == logits.argmax(1)).mean())
 
-    return {name: agreement(onnx.load(folder / f"{name}.onnx")) for name in ("float", "small", "int8")}
+    files = {name: onnx.load(folder / f"{name}.onnx") for name in ("float", "small", "int8")}
+    classes = [str(i) for i in range(logits.shape[1])]
+    for name, predict in files.items():  # for `python -m dl_jax.serve`; better of images that no step has seen
+        record.write(folder / f"{name}.onnx", predict, [(image,)], request=record.Image(), classes=classes)
+    return {name: agreement(predict) for name, predict in files.items()}

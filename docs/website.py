@@ -106,7 +106,10 @@ def packages() -> list[str]:
     top = ROOT / "dl_jax"
     folders = [path.parent for path in top.rglob("__init__.py") if path.parent != top]
     single = [path.with_suffix("") for path in top.glob("*.py") if not path.name.startswith("_")]
-    return sorted(dotted(path) for path in (*folders, *single))
+    parts = {"core": 0, "harness": 2}  # as docs/design.md lists them, with the shelves between the two
+    return sorted(
+        (dotted(path) for path in (*folders, *single)), key=lambda name: (parts.get(name.split(".")[1], 1), name)
+    )
 
 
 def dotted(path: Path) -> str:

@@ -29,8 +29,9 @@ import numpy as np
 from jax.interpreters import mlir
 
 from dl_jax.core.errors import InputError, reason
-from dl_jax.export import Input, baked, read, signature
+from dl_jax.export import Input, read
 from dl_jax.export.plain import plain
+from dl_jax.export.traced import baked, signature
 
 PROGRAM, WEIGHTS = "Data/com.apple.CoreML/model.mlmodel", "Data/com.apple.CoreML/weights/weight.bin"
 KEY = b"dl_jax.crc32"

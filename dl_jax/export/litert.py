@@ -27,8 +27,9 @@ import numpy as np
 from jax import lax
 
 from dl_jax.core.errors import InputError, reason
-from dl_jax.export import Input, baked, check, difference, read, require_same, signature, write
+from dl_jax.export import Input, check, read, write
 from dl_jax.export.plain import Forms, Integers, Rounding, plain
+from dl_jax.export.traced import baked, difference, require_same, signature
 
 CONVERTER = "0.5.0"  # the version of litert-converter, whose module has no documented interface
 COMMANDS = {
@@ -86,7 +87,12 @@ def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
     written by `export`, and where the runtime is missing. The function raises it for inputs of other shapes or types,
     another batch size among them.
     """
-    return _predictor(_content(path))
+    return opened(read(path), path)
+
+
+def opened(data: bytes, path: str | os.PathLike[str]) -> Callable[..., Any]:
+    """As `load`, of a file that was read already; `path` is what messages call it."""
+    return _predictor(_content(data, path))
 
 
 def require() -> None:
@@ -184,9 +190,8 @@ def _with_digest(content: bytes) -> bytes:
     return HEAD.pack(root + DIGEST.size, kind) + DIGEST.pack(MAGIC, VERSION, zlib.crc32(content)) + content[HEAD.size :]
 
 
-def _content(path: str | os.PathLike[str]) -> bytes:
-    """The model in the file `path`, without its digest. Raises InputError where the two differ."""
-    data = read(path)
+def _content(data: bytes, path: str | os.PathLike[str]) -> bytes:
+    """The model in a file, without its digest. Raises InputError where the two differ."""
     begin = HEAD.size + DIGEST.size
     if len(data) < begin or data[HEAD.size :][: len(MAGIC)] != MAGIC:
         raise InputError(f"{path} is not a LiteRT file of dl_jax; export the model with dl_jax.export.litert")

@@ -17,14 +17,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dl_jax.core import cores
 from dl_jax.core.errors import InputError, not_installed
-from dl_jax.export import Input, baked, check, difference, nodes, read, require_same, signature, write
-from dl_jax.export.plain import plain
+from dl_jax.export import Input, check, read, write
 
 TYPES = {  # ONNX Runtime's name -> numpy's
     "tensor(float)": "float32",
@@ -76,6 +73,13 @@ def export(
     """
     if not FIRST_OPSET <= opset <= OPSET:
         raise InputError(f"opset is {opset}, expected {FIRST_OPSET} to {OPSET}; take the newest that the runtime knows")
+    import jax
+    import jax.numpy as jnp
+
+    from dl_jax.export import nodes
+    from dl_jax.export.plain import plain
+    from dl_jax.export.traced import baked, difference, require_same, signature
+
     try:
         import jax2onnx
 
@@ -113,7 +117,12 @@ def load(path: str | os.PathLike[str], threads: int | None = None) -> Callable[.
     """
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}, expected at least 1")
-    return _predictor(*_opened(path, _content(path), threads))
+    return opened(read(path), path, threads)
+
+
+def opened(data: bytes, path: str | os.PathLike[str], threads: int | None = None) -> Callable[..., Any]:
+    """As `load`, of a file that was read already; `path` is what messages call it."""
+    return _predictor(*_opened(path, _content(data, path), threads))
 
 
 def quantized(
@@ -135,7 +144,7 @@ def quantized(
     or not an ONNX model, where a package is missing, where fewer than half of the weights of convolutions and dense
     layers became int8 (nothing is written then), and where `out` cannot be written.
     """
-    content = _content(path)
+    content = _content(read(path), path)
     _, expected = _opened(path, content)
     feeds = [_named(expected, batch) for batch in batches]
     if not feeds:
@@ -297,9 +306,8 @@ def _opened(path: str | os.PathLike[str], content: bytes, threads: int | None = 
         raise InputError(f"{path} is not an ONNX model that ONNX Runtime can open; export the model again") from e
 
 
-def _content(path: str | os.PathLike[str]) -> bytes:
-    """The content of the file `path`, without the entry of its digest. Raises InputError where the two differ."""
-    data = read(path)
+def _content(data: bytes, path: str | os.PathLike[str]) -> bytes:
+    """The content of a file, without the entry of its digest. Raises InputError where the two differ."""
     content = data[len(_entry(b"")) :]
     if data == _entry(content) + content:
         return content

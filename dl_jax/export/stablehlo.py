@@ -20,7 +20,8 @@ import jax
 import jax.export
 
 from dl_jax.core.errors import InputError
-from dl_jax.export import Input, baked, check, difference, read, require_same, signature, write
+from dl_jax.export import Input, check, read, write
+from dl_jax.export.traced import baked, difference, require_same, signature
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 HEADER = struct.Struct("<8sII")
@@ -68,7 +69,11 @@ def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
     one cannot read, a newer one or one of more than six months ago. The function raises InputError for inputs of other
     shapes or types.
     """
-    content = read(path)
+    return opened(read(path), path)
+
+
+def opened(content: bytes, path: str | os.PathLike[str]) -> Callable[..., Any]:
+    """As `load`, of a file that was read already; `path` is what messages call it."""
     header, data = content[: HEADER.size], content[HEADER.size :]
     if header[: len(MAGIC)] != MAGIC or len(header) < HEADER.size:
         raise InputError(f"{path} is not a StableHLO file of dl_jax; export the model with dl_jax.export.stablehlo")

@@ -45,7 +45,7 @@ from dl_jax.compress.comparison import Comparison, File, Images, Name
 from dl_jax.core import seeds
 from dl_jax.core.fit import fit
 from dl_jax.core.step import Tree, init_states, make_step, per_seed, start
-from dl_jax.export import onnx, stablehlo
+from dl_jax.export import onnx, record, stablehlo
 from dl_jax.harness import (
     Claim,
     NonNegative,
@@ -162,7 +162,7 @@ CLAIMS = (
     on_digits("error/int8", at_most=6.3, unit="%", note="logistic regression: 10.0 %"),
     on_digits("times_smaller/encoded", at_least=24.9, unit="x", note="nothing compressed: 1"),
 )  # fmt: skip
-KEEPS = ("table.md", "costs.png", "files/seed*/*")  # files in the run's folder
+KEEPS = ("table.md", "costs.png", "files/seed*/*", "files/seed*/*.onnx.json")  # files in the run's folder
 TEACHER, INT8, BASELINE, SMALL, SMALL_INT8 = "teacher", "int8", "int8 by ONNX Runtime", "small", "small int8"
 XLA, ONNX, ENCODED = "StableHLO", "ONNX", "encoded"  # file formats: for XLA, for ONNX Runtime, compressed
 SUFFIXES = {XLA: "stablehlo", ONNX: "onnx", ENCODED: "dlj"}
@@ -171,6 +171,7 @@ ROWS = (
     *((SMALL, XLA), (SMALL, ONNX), (SMALL_INT8, ONNX), (SMALL_INT8, ENCODED)),
 )
 WEIGHT_BITS = 7  # stored in 8: with all 8, sums of two products saturate on x86 CPUs without VNNI
+RECORDED = 1000  # validation images whose statistics stand in the record of a file
 BATCHES = (1, 128)  # batch sizes of the calls that are timed
 
 
@@ -184,7 +185,9 @@ class Network(NamedTuple):
 def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
     onnx.require()
     train, validation, test = (images(cfg, each) for each in (cfg.train_split, cfg.validation_split, cfg.test_split))
-    classes = data.info(cfg.dataset).classes or 1 + int(train["label"].max())
+    described = data.info(cfg.dataset)
+    classes = described.classes or 1 + int(train["label"].max())
+    names = described.class_names or [str(i) for i in range(classes)]
     model = MODELS[cfg.model](classes)
     key_init, key, key_small = run.keys(3)  # [S] each
     tx = optim.clipped_sgd(cfg.learning_rate, cfg.steps, cfg.momentum, cfg.clip)
@@ -201,7 +204,11 @@ def main(cfg: Config, run: Run) -> Mapping[str, np.ndarray]:
             files = written(Path(folder), teacher, small, inputs(train, cfg.calibration))
             found.append(comparison.costs(files, validation, test, BATCHES, cfg.rounds))
             for file in files.values():
-                (run / "files" / f"seed{seed}").keep(file.path.name, file.path.read_bytes())
+                if file.runs:
+                    some = [(inputs(validation, RECORDED),)]
+                    record.write(file.path, file.predict, some, request=record.Image(), classes=names)
+            for path in Path(folder).iterdir():
+                (run / "files" / f"seed{seed}").keep(path.name, path.read_bytes())
     of = Comparison(TEACHER, found)
     best = comparison.recommended(of, cfg.max_loss)
     publish(run, of, best, cfg)

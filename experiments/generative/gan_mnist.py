@@ -22,7 +22,9 @@ D(x) is the logit (Mescheder, Geiger & Nowozin 2018, "Which Training Methods for
 9), from the same start, on the same batches, with the same noise. `margin` is by how much the samples score more than
 100 real digits, and `below` is 1 for a seed in which they score less. Our bars: no seed of ten is below with the
 penalty, and one or more are without it. A step of a seed takes a core 12 ms without the penalty and 14 ms with it.
-γ = 1.25 is the paper's 10 for a loss that is half of the paper's and pixels in [0, 1] instead of [-1, 1].
+γ = 0.1 was chosen among 0.02, 0.1, 0.3 and 1 with four other seeds on digits that are not trained on, where it left one
+of four below 100 real digits after 10,000 steps, and 0.3 two. The paper's 10 would be 1.25 here, for a loss that
+is half of the paper's and pixels in [0, 1] instead of [-1, 1].
 
 The score is the mean log density of the test digits under a Parzen window: Gaussians around 10,000 samples, whose width
 is chosen on 1,000 digits that are not trained on. This score says little (Theis et al. 2016, "A note on the evaluation
@@ -67,7 +69,7 @@ class Config:
     generator_hidden: tuple[Positive[int], ...] = (1200, 1200)  # ReLU units of each hidden layer of the generator
     discriminator_hidden: tuple[Positive[int], ...] = (240, 240)  # maxout units of each layer of the discriminator
     nets: Distinct[Net] = ("gan",)  # without and with the R1 penalty
-    gamma: Positive[float] = 1.25  # weight γ of the R1 penalty
+    gamma: Positive[float] = 0.1  # weight γ of the R1 penalty
     pieces: Positive[int] = 5  # linear functions per maxout unit
     steps: Positive[int] = 125_000  # train steps of each network: 250 epochs of 50,000 digits
     batch_size: Positive[int] = 100  # real images per step and seed, over all devices, and as many generated ones
@@ -105,7 +107,8 @@ CLAIMS = (
           note="The paper's own ± 2 is over test digits. The length of its run is not given, and its authors warn "
           "that other hardware needs other hyper-parameters."),
     Claim("margin/r1", paper="our bar", locator="10,000 samples against 100 real digits", at_least=0.0, unit="nats",
-          worst=True, preset="r1", seeds=10, given={"dataset": "mnist"}),
+          worst=True, preset="r1", seeds=10, given={"dataset": "mnist"},
+          note="Pilots of four other seeds: 105, 106, 70 and -138 nats."),
     Claim("below/gan", paper="our bar", locator="share of ten seeds that score less than 100 real digits",
           at_least=0.1, preset="r1", seeds=10, given={"dataset": "mnist"}),
     ours(versus="parzen/untrained", locator="samples after the last step against samples before the first"),

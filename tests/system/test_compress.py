@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dl_jax.core.errors import InputError
-from dl_jax.export import onnx
+from dl_jax.export import onnx, record
 
 PAGE = Path(__file__).parents[2] / "docs" / "compress.py"
 compressed = runpy.run_path(str(PAGE))["compressed"]
@@ -108,6 +108,10 @@ def test_a_strangers_network(network, tmp_path, capsys):
     sizes = [(tmp_path / f"{name}.onnx").stat().st_size for name in agreement]
     assert [*agreement] == ["float", "small", "int8"]
     assert sizes[0] > sizes[1] > sizes[2]
+    for name in agreement:
+        found = record.load(tmp_path / f"{name}.onnx")
+        record.require_same(found, (tmp_path / f"{name}.onnx").read_bytes(), name)
+        assert (found.inputs[0].shape, found.outputs[0].shape) == ((None, 16, 16, 1), (None, 10))
     counts = elements(tmp_path / "int8.onnx")
     assert counts["int8"] > 4 * counts["float32"]  # the weights of every layer are integers
     classes = lambda predict: np.argmax(np.asarray(predict(IMAGES / np.float32(255))), 1)

@@ -33,8 +33,10 @@ SHORT = "--seeds 2 --steps 8 --distorted-steps 8 --watch-every 8"
 RUN_BY = {
     "first-hour.md": {
         "python experiments/vision/lenet.py --workdir runs/first": "test_the_first_hour",
+        "python -m dl_jax.watch runs/first": "test_the_first_hour",
         "python experiments/vision/lenet.py --help": "test_the_first_hour",
         "python experiments/vision/lenet.py --learning-rate 0.03 --workdir runs/faster": "test_the_first_hour",
+        "python -m dl_jax.watch runs/first runs/faster": "test_the_first_hour",
         "python export.py": "test_the_first_hour",
     },
     "reproduce.md": {
@@ -110,8 +112,13 @@ def problem(words: list[str], text: str, load_experiment) -> str:
 
 
 def unknown(flags: list[str], file: Path) -> str:
-    """Flags, but for those of tyro's, stand in the sources with dashes, or as a parameter's name with underscores."""
+    """Flags stand in the file, or one that it imports, with dashes, or as a parameter's name with underscores."""
     text = file.read_text()
+    text += "".join(
+        path.read_text()
+        for name in re.findall(r"^from (dl_jax\S*) import", text, re.M)
+        if (path := ROOT.joinpath(*name.split(".")).with_suffix(".py")).exists()
+    )
     names = [flag.partition("=")[0] for flag in flags if flag.startswith("--")]
     gone = [name for name in names if name not in text and name[2:].replace("-", "_") not in text]
     return f"{file.name} has no {gone[0]}" if gone else ""
@@ -197,23 +204,28 @@ def programs(name: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page(name), re.S)
 
 
-def test_the_first_hour(tmp_path):
-    """In its order, then the guide's program that predicts. Runs are cut down; the last finds its folder finished."""
-    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+def first_hour(folder: Path) -> list[str]:
+    """Prepares `folder` for the commands of first-hour.md; gives these, with the runs cut down to seconds."""
+    (folder / "experiments").symlink_to(ROOT / "experiments")
+    (folder / "export.py").write_text(programs("first-hour.md")[0])
+    (folder / "predict.py").write_text(programs("guide.md")[0] + "print(digits.shape, step)\n")
+    (folder / "runs").mkdir()
+    (folder / "runs" / "lenet").symlink_to("first")  # as the guide's program calls it
     lines = re.findall(r"^python .*$", page("first-hour.md"), re.M)
-    compare, export = programs("first-hour.md")
-    (tmp_path / "compare.py").write_text(compare)
-    (tmp_path / "export.py").write_text(export)
-    (tmp_path / "predict.py").write_text(programs("guide.md")[0] + "print(digits.shape, step)\n")
-    at = lines.index("python experiments/vision/lenet.py --learning-rate 0.03 --workdir runs/faster") + 1
-    lines.insert(at, "python compare.py")
-    short = [f"{line} {SHORT}" if "--workdir" in line else line for line in lines]
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "lenet").symlink_to("first")
-    out = follow(tmp_path, *short, "python predict.py")
+    return [f"{line} {SHORT}" if "--workdir" in line else line for line in lines]
+
+
+def test_the_first_run_is_watched_and_the_guides_program_predicts_with_it(tmp_path):
+    out = follow(tmp_path, *first_hour(tmp_path)[:2], "python predict.py")
+    assert all(part in out for part in ("── distorted ─", "test_error/distorted", "state     finished"))
     assert "(360,) 8" in out
-    assert "first: test_error/distorted" in out
-    assert "faster: test_error/plain" in out
+
+
+@pytest.mark.slow
+def test_the_first_hour(tmp_path):
+    """In its order; the last run finds its folder finished."""
+    out = follow(tmp_path, *first_hour(tmp_path))
+    assert "learning_rate" in out
     assert "step 8: " in out
     assert "--learning-rate" in out
     assert (tmp_path / "digits.onnx").exists()

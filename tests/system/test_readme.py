@@ -20,6 +20,7 @@ ELSEWHERE = {
     "pip install -e '.[export]'",
     "pip install -e '.[test]' && python -m pytest",
     "python experiments/compression/pipeline.py",  # test_experiments runs it in small
+    "python -m dl_jax.watch runs/lenet",  # test_pages watches the first run
 }
 PAPER = "python experiments/vision/lenet.py --dataset mnist --preset paper --seeds 5 --workdir runs/lenet"
 SHORTER = (  # flags that cut it down to seconds

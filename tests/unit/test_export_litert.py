@@ -51,7 +51,7 @@ def test_a_digest_lies_within_the_file_and_notices_every_damage(tmp_path):
     whole = litert._with_digest(content)
     assert litert.HEAD.unpack_from(whole) == (48, b"TFL3")  # the root moved with the rest
     file.write_bytes(whole)
-    assert litert._content(file) == content
+    assert litert._content(file.read_bytes(), file) == content
     damaged = [whole[:size] for size in (0, 7, 23, 24, 100, len(whole) - 1)] + [whole + b"\0", content]
     for place in range(len(whole)):
         flipped = bytearray(whole)

@@ -36,8 +36,10 @@ SHELVES = {
     "data",
     "compress",
     "export",
+    "serve",
 }
-COMMANDS = {"dl_jax.results": "harness"}  # short names for `python -m`, and the room that each opens
+# Short names for `python -m`, and the room that each opens.
+COMMANDS = {"dl_jax.results": "harness", "dl_jax.watch": "harness"}
 # `dl_jax.core.<name>` may import the names before its own.
 CORE = (
     "errors",

@@ -171,14 +171,17 @@ class LeNetCaffe(nn.Module):
     Kernels are initialised uniformly in ±sqrt(3 / fan-in), Caffe's "xavier".
 
     Raises InputError for an image smaller than 16 x 16 pixels or with other channels or another size than the
-    parameters are for.
+    parameters are for, and for a layer without units.
     """
 
     classes: int = 10
+    maps: tuple[int, int] = (20, 50)  # of each convolution
+    hidden: int = 500  # units of the hidden dense layer
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, image: jax.Array, *, train: bool) -> jax.Array:
+        require_positive({"maps": min(self.maps), "hidden": self.hidden, "classes": self.classes})
         layers.require_image(self, image, 16, ("Conv_0",))
         init = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
         conv = functools.partial(
@@ -190,10 +193,10 @@ class LeNetCaffe(nn.Module):
             conv_general_dilated=ops.conv_general_dilated,
         )
         dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=init)
-        x = ops.max_pool(conv(20)(image), 2)  # [B, 12, 12, 20]
-        x = ops.max_pool(conv(50)(x), 2)  # [B, 4, 4, 50]
+        x = ops.max_pool(conv(self.maps[0])(image), 2)  # [B, 12, 12, maps] of 28 x 28 pixels
+        x = ops.max_pool(conv(self.maps[1])(x), 2)  # [B, 4, 4, maps]
         layers.require_values(self, x, ("Dense_0",))
-        x = nn.relu(dense(500)(x.reshape(x.shape[0], -1)))
+        x = nn.relu(dense(self.hidden)(x.reshape(x.shape[0], -1)))
         return dense(self.classes)(x).astype(jnp.float32)
 
 

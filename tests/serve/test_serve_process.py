@@ -1,0 +1,186 @@
+"""The server as a process: its end under load, bad input, and the commands of the guide."""
+
+import concurrent.futures
+import contextlib
+import http.client
+import json
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from serve_files import CLASSES, exported, images, listening, png
+
+import dl_jax.serve
+from dl_jax.core.errors import InputError
+from dl_jax.export import record
+from dl_jax.serve import __main__ as command
+
+ROOT = Path(__file__).parents[2]
+# Starts the command line, and says at its end whether JAX was imported.
+PROGRAM = """
+import sys
+from dl_jax.serve.__main__ import main
+status = main()
+print("jax" in sys.modules)
+sys.exit(status)
+"""
+
+
+@contextlib.contextmanager
+def serving(*flags: str):
+    """A process that serves, and its port."""
+    words = [sys.executable, "-c", PROGRAM, *flags, "--port", "0"]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        assert process.stdout
+        line = process.stdout.readline()
+        assert " at http://127.0.0.1:" in line, line + process.stdout.read()
+        yield process, int(line.rpartition(":")[2]), line
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def post(port: int, body: bytes, **headers: str) -> tuple[int, dict]:
+    with kept_open(port) as connection:
+        connection.request("POST", "/predict", body, {"Content-Type": "application/json", **headers})
+        response = connection.getresponse()
+        return response.status, json.loads(response.read())
+
+
+def kept_open(port: int):
+    return contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20))
+
+
+def test_what_was_asked_before_sigterm_is_answered(tmp_path):
+    """Requests wait for each other when the signal comes; a connection that is only kept open does not hold it up."""
+    exported(tmp_path / "net.onnx")
+    (tmp_path / "token").write_text("hidden-word\n")
+    body = json.dumps({"inputs": images(1).tolist()}).encode()
+    flags = (str(tmp_path / "net.onnx"), "--wait", "700", "--token-file", str(tmp_path / "token"))
+    with (
+        serving(*flags) as (process, port, first),
+        concurrent.futures.ThreadPoolExecutor(12) as threads,
+        kept_open(port) as idle,
+        kept_open(port) as metrics,
+    ):
+        idle.request("GET", "/health")
+        assert idle.getresponse().read()
+        asked = [threads.submit(post, port, body, Authorization="Bearer hidden-word") for _ in range(12)]
+        until = time.monotonic() + 10
+        while time.monotonic() < until:  # all have arrived, none is answered
+            metrics.request("GET", "/metrics", headers={"Authorization": "Bearer hidden-word"})
+            if b"dl_jax_requests_running 12.0" in metrics.getresponse().read():
+                break
+        assert not any(each.done() for each in asked)
+        process.send_signal(signal.SIGTERM)
+        idle.request("GET", "/health")  # an open connection may send one more
+        last = idle.getresponse()
+        assert (last.status, last.getheader("connection")) == (200, "close")
+        assert {each.result()[0] for each in asked} == {200}
+        rest, _ = process.communicate(timeout=20)
+        assert process.returncode == 0
+        with pytest.raises(ConnectionRefusedError):
+            post(port, body)
+    assert rest == "ended\nFalse\n"  # an ONNX file is served without JAX
+    assert "hidden-word" not in first + rest
+
+
+def refused(capsys, *flags: str) -> str:
+    """The one line of the command line, which ends with status 2."""
+    before, sys.argv = sys.argv, ["serve", *flags]
+    try:
+        assert command.main() == 2
+    finally:
+        sys.argv = before
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):
+    file = tmp_path / "net.onnx"
+    exported(file)
+    good = str(file)
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = str(taken.getsockname()[1])
+        assert f"cannot listen on port {port} of 127.0.0.1 (Address already in use)" in refused(
+            capsys, good, "--port", port
+        )
+    (tmp_path / "empty").touch()
+    for flags, expected in {
+        (str(tmp_path / "none.onnx"),): "none.onnx has no record",
+        (good, "--port", "70000"): "--port is 70000, expected 0 to 65535",
+        (good, "--host", "0.0.0.0"): "--host 0.0.0.0 is open to others, expected a token",
+        (good, "--host", "256.0.0.1", "--token", "a"): "cannot listen on port 8000 of 256.0.0.1",
+        (good, "--batch", "0"): "--batch is 0, expected more than 0",
+        (good, "--rate", "-1"): "--rate is -1.0, expected more than 0",
+        (good, "--timeout", "inf"): "--timeout is inf s, expected more than 0 and at most 3600",
+        (good, "--wait", "20000"): "--wait is 20000 ms, expected 0 or more and less than --timeout",
+        (good, "--token", "a", "--token-file", "b"): "both --token and --token-file are given",
+        (good, "--token-file", str(tmp_path / "no")): "cannot be read (No such file or directory)",
+        (good, "--token-file", str(tmp_path / "empty")): "is empty, expected a token",
+        (good, "--token", "a b"): "the token has blanks",
+    }.items():
+        found = refused(capsys, *flags)
+        assert expected in found
+        assert "a b" not in found
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "it was not exported by dl_jax, or is damaged" in refused(capsys, good, "--port", "0")
+
+
+@pytest.mark.parametrize(
+    ("module", "suffix", "expected"),
+    [
+        ("onnxruntime", "onnx", r"ONNX needs onnxruntime, which is not installed; run: pip install 'dl_jax\[export\]'"),
+        ("ai_edge_litert.interpreter", "tflite", r"LiteRT needs ai-edge-litert, which is not installed; run: pip"),
+        ("uvicorn", "onnx", r"a server needs uvicorn, which is not installed; run: pip install 'dl_jax\[serve\]'"),
+    ],
+)
+def test_a_missing_runtime_is_told_with_its_extra(tmp_path, monkeypatch, module, suffix, expected):
+    from dl_jax.export import litert
+
+    exported(tmp_path / "net.onnx")
+    file = tmp_path / f"net.{suffix}"
+    if suffix == "tflite":
+        file.write_bytes(litert._with_digest(litert.HEAD.pack(32, b"TFL3") + b"x" * 100))
+        record.write(file, lambda x: x, [(images(2),)], batch=1)
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, "dl_jax.serve.server", raising=False)
+    monkeypatch.delattr(dl_jax.serve, "server", raising=False)
+    with pytest.raises(InputError, match=expected):
+        command.serve(command.Flags(str(file), port=0))
+
+
+def test_the_commands_of_the_guide(tmp_path):
+    """The lines with curl in docs/guide.md are run as they stand, on another port."""
+    guide = (ROOT / "docs/guide.md").read_text()
+    section = guide[guide.index("## Serve a file") :]
+    section = section[: section.index("\n## ", 1)]
+    lines = [line for line in section.splitlines() if line.startswith("curl ")]
+    assert len(lines) >= 4
+    file = tmp_path / "net.onnx"
+    exported(file)
+    (tmp_path / "digit.png").write_bytes(png(np.zeros((8, 8), np.uint8)))
+    (tmp_path / "rows.json").write_text(json.dumps({"inputs": images(2).tolist()}))
+    with listening(file) as port:
+        found = {}
+        for line in lines:
+            words = shlex.split(re.sub(r"\s+#.*", "", line).replace(":8000", f":{port}"))
+            done = subprocess.run([*words, "--max-time", "20"], cwd=tmp_path, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            found[line] = done.stdout
+    assert all('"error"' not in each for each in found.values())
+    predicted = [json.loads(out) for line, out in found.items() if "/predict" in line]
+    assert [len(each["answers"]) for each in predicted] == [1, 2]
+    assert {answer["class"] for each in predicted for answer in each["answers"]} <= set(CLASSES)
+    assert any("dl_jax_requests_total" in out for out in found.values())
