@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 # Pages that lie elsewhere in the repository, by their place on the site.
 FROM_ROOT = {"index.md": "README.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
 SHOWN = {".py": "python", ".toml": "toml", ".yaml": "yaml", ".sh": "bash", ".sbatch": "bash"}  # as pages with the text
+FOREIGN = re.compile(r'<(?:script|img|iframe|link)\b[^>]*\s(?:src|href)="((?:https?:)?//[^"]*)"')
 LINK = re.compile(r"\]\((?P<path>[^)\s#:]+)(?P<anchor>#[^)\s]*)?\)")
 
 
@@ -57,6 +58,15 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Turns links to files of the repository into links to their places on the site."""
     name = page.file.src_uri
     return relinked(name, markdown).replace("<details>", '<details markdown="1">')  # whose content is Markdown too
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Refuses a page that loads a script, style or image from another host."""
+    from properdocs.exceptions import PluginError
+
+    if found := FOREIGN.search(output):
+        raise PluginError(f"{page.file.src_uri} loads {found[1]}, expected a file of the site; copy it, or link to it")
+    return output
 
 
 def relinked(name: str, text: str) -> str:

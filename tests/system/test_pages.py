@@ -84,7 +84,7 @@ def simple(line: str) -> list[list[str]]:
 def problem(words: list[str], text: str, load_experiment) -> str:
     """What is wrong with a command of the page with this text, "" if nothing is."""
     match words:
-        case ["python" | "python3", "-m", "venv" | "pytest" | "ruff" | "pyright", *rest]:
+        case ["python" | "python3", "-m", "venv" | "http.server" | "pytest" | "ruff" | "pyright", *rest]:
             missing = [path for path in rest if path.startswith("tests/") and not (ROOT / path).exists()]
             return f"there is no {missing[0]}" if missing else ""
         case ["python", "-m", module, *rest] if module.startswith("dl_jax."):
@@ -340,6 +340,40 @@ def test_names_that_a_package_gives_its_users_are_linked(website):
     found = website.reexported(ROOT / "dl_jax" / "losses" / "__init__.py")
     assert "[`huber`][dl_jax.losses.regression.huber]" in found
     assert website.reexported(ROOT / "dl_jax" / "control" / "__init__.py") == []
+
+
+def test_comments_that_say_shapes_come_to_the_api(tmp_path):
+    griffe = pytest.importorskip("griffe")
+    source = '''
+import typing
+
+class State(typing.NamedTuple):
+    """All."""
+
+    step: int  # int32 [], or [S]
+    key: int
+
+def f(
+    x: str = "#",  # [B, T]
+    # one more
+    y: int = 0,
+) -> int:  # -> [B]
+    """Doubles."""
+    return 2  # not this
+
+def g(x): return x  # [B]
+
+def h(x):
+    return x  # nor this
+'''
+    (tmp_path / "shaped.py").write_text(source)
+    extensions = griffe.load_extensions(str(DOCS / "comments.py"))
+    module = griffe.load("shaped", extensions=extensions, search_paths=[tmp_path], allow_inspection=False)
+    said = lambda name: module[name].docstring and module[name].docstring.value
+    assert said("State.step") == "int32 [], or [S]"
+    assert said("State.key") is None
+    assert said("f") == 'Doubles.\n\n```python\nx: str = "#",  # [B, T]\n) -> int:  # -> [B]\n```'
+    assert said("h") is None
 
 
 def test_every_page_has_its_place_in_the_navigation():
