@@ -1,6 +1,7 @@
 """Files of every release are read by this tree: those in tests/golden, and those that it would write itself."""
 
 import contextlib
+import re
 import shutil
 from pathlib import Path
 
@@ -64,5 +65,7 @@ def test_the_compressed_model_is_decoded(folder):
         np.testing.assert_array_equal(found[name], expected, strict=True)
 
 
-def test_the_files_are_small(folder):
-    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 100_000
+def test_the_files_are_small_and_name_no_file_of_a_machine(folder):
+    contents = [path.read_bytes() for path in folder.rglob("*") if path.is_file()]
+    assert sum(map(len, contents)) < 100_000
+    assert not [found for content in contents for found in re.findall(rb"[\w/.-]+\.py\b", content)]
