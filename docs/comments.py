@@ -1,4 +1,4 @@
-"""Brings the comments of signatures and fields, which say shapes and units, to the pages of the API (properdocs.yml)."""
+"""Brings comments of signatures and fields, which say shapes and units, to the pages of the API (properdocs.yml)."""
 
 import io
 import tokenize
