@@ -343,13 +343,13 @@ async def takeover(server: Server, some: Sequence[bytes], new: Path, place: Path
 
 
 async def restart(server: Server, some: Sequence[bytes], file: Path, seconds: float) -> tuple[Load, float]:
-    """What clients saw while another process took the place of the server, and the seconds between the two.
+    """What clients saw while another process took the place of the server.
 
-    The time is that from the end of the old process until the new one takes connections.
+    Also the seconds from the signal until the new process takes connections. It is started once the old one has ended.
     """
     async with asking(server.port, some, seconds) as found:
-        await asyncio.to_thread(end, server)
         began = time.monotonic()
+        await asyncio.to_thread(end, server)
         log = server.log.with_suffix(".second")
         starting = asyncio.create_task(asyncio.to_thread(started, file, log, (), server.port))
         gap = await _connected(server.port) - began
@@ -408,7 +408,7 @@ def drawn(n: int, some: Sequence[bytes]) -> list[bytes]:
         derandomize=True,
         deadline=None,
         phases=[hypothesis.Phase.generate],
-        suppress_health_check=list(hypothesis.HealthCheck),
+        suppress_health_check=[*hypothesis.HealthCheck],
     )
     @hypothesis.given(st.one_of(wellformed, wellformed, odd, cut, st.binary(max_size=300)))
     def collect(each: bytes) -> None:
@@ -506,10 +506,11 @@ def lasting(files: Mapping[str, Path], folder: Path, sizes: Sizes) -> Found:
         Goal(f"a new file: lost of {swapped.requests:,} answers", swapped.wrong, 0),
         Goal(f"SIGTERM and a new process: lost of {restarted.requests:,} answers", restarted.wrong, 0),
     ]
+    again = restarted.again
     notes = [
         f"Memory of the server: {held[0]:.1f} MiB after {sizes.every:,} requests, {held[-1]:.1f} MiB after the last.",
         f"A new file: {swapped.again} requests were sent once more.",
-        f"SIGTERM and a new process: {restarted.again} requests were sent once more; no connections for {gap:.2f} s.",
+        f"SIGTERM and a new process: {again} requests were sent once more; {gap:.2f} s from one to the other.",
     ]
     return Found([], notes, goals)
 
@@ -572,10 +573,10 @@ def main() -> None:
     parser.add_argument("--files", type=Path, help=f"a folder with {' and '.join(FILES.values())}, and their records")
     parser.add_argument("--write", action="store_true", help=f"put the output into {PAGE.relative_to(ROOT)}")
     given = parser.parse_args()
-    sizes, code = QUICK if given.quick else FULL, git_state(ROOT)
+    sizes, code, before = QUICK if given.quick else FULL, git_state(ROOT), os.getloadavg()[0]
     used = {name: importlib.metadata.version(name) for name in ("onnxruntime", "fastapi", "uvicorn", "hypothesis")}
     heading = [
-        f"{len(os.sched_getaffinity(0))} cores of {processor()}, load average {os.getloadavg()[0]:.1f} before the start",
+        f"{len(os.sched_getaffinity(0))} cores of {processor()}, load average {before:.1f} before the start",
         f"commit {code['commit']}{'' if code['clean'] else ' with uncommitted changes'}",
         ", ".join(f"{name} {version}" for name, version in {**versions(), **used}.items()),
     ]

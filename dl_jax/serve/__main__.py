@@ -36,7 +36,7 @@ class Flags:
     batch: int = 32
     """Rows of a call of the model, and of a request."""
     wait: float = 2.0
-    """Milliseconds that a request waits for others to be answered together."""
+    """Milliseconds that a request waits for others that are under way, to be answered together."""
     timeout: float = 10.0
     """Seconds until a request is given up."""
     max_bytes: int = 4_000_000
@@ -96,23 +96,25 @@ def listening(host: str, port: int) -> socket.socket:
 def serve(flags: Flags) -> None:
     """Answers requests until it is asked to end. Raises InputError for bad flags or a bad file."""
     token = checked(flags)
-    try:
-        from dl_jax.serve import app, runtime, server
-    except ImportError as e:
-        raise not_installed("a server", e, "serve") from e
+    with contextlib.closing(
+        listening(flags.host, flags.port)
+    ) as place:  # connections wait for the imports, of a second
+        try:
+            from dl_jax.serve import app, runtime, server
+        except ImportError as e:
+            raise not_installed("a server", e, "serve") from e
 
-    settings = app.Settings(
-        file=flags.file,
-        token=token,
-        largest=flags.batch,
-        wait=flags.wait / 1000,
-        timeout=flags.timeout,
-        max_bytes=flags.max_bytes,
-        concurrency=flags.concurrency,
-        rate=flags.rate,
-        threads=flags.threads,
-    )
-    with contextlib.closing(listening(flags.host, flags.port)) as place:
+        settings = app.Settings(
+            file=flags.file,
+            token=token,
+            largest=flags.batch,
+            wait=flags.wait / 1000,
+            timeout=flags.timeout,
+            max_bytes=flags.max_bytes,
+            concurrency=flags.concurrency,
+            rate=flags.rate,
+            threads=flags.threads,
+        )
         model = runtime.opened(flags.file, flags.batch, flags.threads)
         server.run(app.Service(model, settings, _log), place)
 
