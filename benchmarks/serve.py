@@ -60,6 +60,7 @@ SENDERS = 8  # clients where the rate is not measured
 STRANGERS = 32  # clients that send malformed requests
 QUIET = 0.5  # seconds
 IMAGES = 16  # different ones, asked for in turn
+STATUS = re.compile(rb"(?:HTTP/1.1 1.*?\r\n\r\n)*HTTP/1.1 ([2-5]..) ", re.DOTALL)  # the first but "100 Continue"
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -439,7 +440,8 @@ async def malformed(port: int, requests: Sequence[bytes]) -> collections.Counter
                 if not reading.done():
                     writer.write_eof()
                 content = await asyncio.wait_for(reading, PATIENCE)
-            statuses[content[9:12].decode() if content.startswith(b"HTTP/1.1 ") else "none"] += 1
+            status = STATUS.match(content)
+            statuses[status[1].decode() if status else "none"] += 1
             writer.close()
 
     await asyncio.gather(*(client() for _ in range(STRANGERS)))
@@ -469,7 +471,8 @@ class Found(NamedTuple):
 
 def speed(files: Mapping[str, Path], folder: Path, sizes: Sizes) -> Found:
     """The rates of each file, with batching and without."""
-    found = Found([], [], [])
+    note = f"Of a server: one client, and the largest rate at which 95 % of the answers take at most {WITHIN:g} ms."
+    found = Found([], [note], [])
     for name, file in files.items():
         alone = bare(file, sizes.requests)
         found.rows.append((name, "bare loop", *cells(alone)))

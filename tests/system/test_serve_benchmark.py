@@ -79,6 +79,15 @@ def test_what_the_server_prints_of_errors_is_counted(tmp_path):
     assert serve.complaints(serve.Server(None, 0, log)) == 2
 
 
+def test_the_status_of_an_answer():
+    line = b"HTTP/1.1 400 \r\nX: y\r\n\r\nHTTP/1.1 200 OK"
+    for content in (line, b"HTTP/1.1 100 \r\n\r\n" + line):
+        found = serve.STATUS.match(content)
+        assert found
+        assert found[1] == b"400"
+    assert not serve.STATUS.match(b"HTTP/1.1 100 \r\n\r\n")
+
+
 def test_growth_is_that_of_the_second_half():
     assert serve.growth([0, 50, 70, 80, 80, 81, 82, 83]) == pytest.approx(3)
     assert serve.growth([50, 60, 70, 70, 70, 70]) == pytest.approx(0)
