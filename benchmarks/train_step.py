@@ -2,7 +2,8 @@
 
     python benchmarks/train_step.py            some twenty minutes on 2 cores; with PyTorch if torch is installed
     python benchmarks/train_step.py --quick    a minute, to see that it runs; its ratios mean little
-    python benchmarks/train_step.py Tagger     this network against PyTorch, and nothing else; several may be named
+    python benchmarks/train_step.py Tagger     this network against PyTorch, and nothing else; several may be named,
+                                               also comparisons without PyTorch: RBM, PPO, table, seeds, disk, ...
 
 It times, on the networks of problems.py:
 
@@ -299,23 +300,6 @@ def fits(networks: Iterable[str]) -> dict[str, Contestant]:
     return {f"{name} fit": functools.partial(with_fit, name) for name in networks}
 
 
-def mine() -> dict[str, Contestant]:
-    """Our own contestants by name."""
-    return {
-        **{f"{name} bare": functools.partial(bare, name) for name in ("MLP", "LeNet-5")},
-        **fits(PROBLEMS),
-        "LeNet-5 fit from disk": from_disk,
-        "pipeline alone": pipeline_alone,
-        "LeNet-5 five seeds": five_seeds,
-        "RBM fit": boltzmann,
-        "RBM scikit-learn": boltzmann_of_sklearn,
-        "PPO fit": policy_optimisation,
-        "PPO NumPy's CartPole": policy_optimisation_in_a_loop,
-        "one table network": functools.partial(of_table, 1),
-        "all table networks": functools.partial(of_table, NETWORKS),
-    }
-
-
 def of_torch(networks: Iterable[str]) -> dict[str, Contestant]:
     """The contestants of PyTorch for these networks, by name."""
     from benchmarks import torch_nets
@@ -336,25 +320,50 @@ class Row(NamedTuple):
     memory: str = ""  # peak memory in MiB, of PyTorch and of ours
 
 
-def rows(times: dict[str, Times]) -> list[Row]:
-    """The rows of the table that compare our own contestants."""
-    table = [
-        Row(f"fit / bare step, {name}", f"{ratio(times[f'{name} fit'], times[f'{name} bare']):.3f}", "<= 1.03")
-        for name in ("MLP", "LeNet-5")
-    ]
-    per_epoch = ratio(times["LeNet-5 fit from disk"], times["LeNet-5 bare"])
-    table.append(Row(f"epoch of LeNet-5 from disk / {EPOCH} bare steps", f"{per_epoch:.3f}", "<= 1.1"))
-    supply = ratio(times["LeNet-5 bare"], times["pipeline alone"])
-    table.append(Row("examples/s of the pipeline / of the LeNet-5 step", f"{supply:.1f}", "> 1"))
-    seeds = ratio(times["LeNet-5 five seeds"], times["LeNet-5 fit"]) / SEEDS
-    table.append(Row(f"{SEEDS} seeds of LeNet-5 at once / {SEEDS} runs", f"{seeds:.3f}", "<= 1.05"))
-    machines = ratio(times["RBM scikit-learn"], times["RBM fit"])
-    table.append(Row("RBM, persistent CD: scikit-learn / fit", f"{machines:.2f}", ">= 1.5"))
-    frames = ratio(times["PPO NumPy's CartPole"], times["PPO fit"])
-    table.append(Row("PPO, frames/s: fit / loop over NumPy's CartPole", f"{frames:.2f}", ">= 2"))
-    together = ratio(times["all table networks"], times["one table network"]) / NETWORKS
-    table.append(Row(f"{NETWORKS} networks of a table at once / {NETWORKS} runs", f"{together:.3f}", "<= 0.5"))
-    return table
+class Comparison(NamedTuple):
+    """Contestants of which none is PyTorch's network, by name, and the row of the table that compares them."""
+
+    entrants: dict[str, Contestant]
+    row: Callable[[Mapping[str, Times]], Row]
+
+
+def compared(what: str, goal: str, entrants: dict[str, Contestant], digits: int = 2, times: float = 1) -> Comparison:
+    """The ratio of the first to the second contestant, multiplied by `times`."""
+    first, second = entrants
+    measured = lambda found: f"{times * ratio(found[first], found[second]):.{digits}f}"
+    return Comparison(entrants, lambda found: Row(what, measured(found), goal))
+
+
+def comparisons() -> dict[str, Comparison]:
+    """The comparisons without PyTorch by the names that select them."""
+    bare_lenet = {"LeNet-5 bare": functools.partial(bare, "LeNet-5")}
+    return {
+        **{
+            f"loop of {name}": compared(
+                f"fit / bare step, {name}", "<= 1.03",
+                fits([name]) | {f"{name} bare": functools.partial(bare, name)}, 3)
+            for name in ("MLP", "LeNet-5")
+        },
+        "disk": compared(
+            f"epoch of LeNet-5 from disk / {EPOCH} bare steps", "<= 1.1",
+            {"LeNet-5 fit from disk": from_disk} | bare_lenet, 3),
+        "pipeline": compared(
+            "examples/s of the pipeline / of the LeNet-5 step", "> 1",
+            bare_lenet | {"pipeline alone": pipeline_alone}, 1),
+        "seeds": compared(
+            f"{SEEDS} seeds of LeNet-5 at once / {SEEDS} runs", "<= 1.05",
+            {"LeNet-5 five seeds": five_seeds} | fits(["LeNet-5"]), 3, 1 / SEEDS),
+        "RBM": compared(
+            "RBM, persistent CD: scikit-learn / fit", ">= 1.5",
+            {"RBM scikit-learn": boltzmann_of_sklearn, "RBM fit": boltzmann}),
+        "PPO": compared(
+            "PPO, frames/s: fit / loop over NumPy's CartPole", ">= 2",
+            {"PPO NumPy's CartPole": policy_optimisation_in_a_loop, "PPO fit": policy_optimisation}),
+        "table": compared(
+            f"{NETWORKS} networks of a table at once / {NETWORKS} runs", "<= 0.5",
+            {"all table networks": functools.partial(of_table, NETWORKS),
+             "one table network": functools.partial(of_table, 1)}, 3, 1 / NETWORKS),
+    }  # fmt: skip
 
 
 def rows_against_torch(times: dict[str, Times], networks: Iterable[str]) -> list[Row]:
@@ -371,29 +380,33 @@ def rows_against_torch(times: dict[str, Times], networks: Iterable[str]) -> list
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="run few and short rounds, without PyTorch")
-    parser.add_argument("networks", nargs="*", metavar="NETWORK", help="compare only these with PyTorch")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a network, or a comparison: measure only these")
     args = parser.parse_args()
-    quick, networks = args.quick, args.networks or [*PROBLEMS]
-    if unknown := {*networks} - PROBLEMS.keys():
+    quick, own = args.quick, comparisons()
+    names = args.names or [*PROBLEMS, *own]
+    if unknown := {*names} - PROBLEMS.keys() - own.keys():
         quoted = lambda names: ", ".join(map(repr, names))
-        parser.error(f"there is no network {quoted(sorted(unknown))}, expected some of {quoted(PROBLEMS)}")
+        parser.error(f"there is no {quoted(sorted(unknown))}, expected some of {quoted([*PROBLEMS, *own])}")
+    networks, chosen = [name for name in names if name in PROBLEMS], [own[name] for name in names if name in own]
     torch = importlib.util.find_spec("torch") is not None and not quick
-    if args.networks and not torch:
-        parser.error("there is no PyTorch to compare them with; install torch, and leave --quick out")
+    if args.names and networks and not torch:
+        parser.error("there is no PyTorch to compare networks with; install torch, and leave --quick out")
     print(f"{os.cpu_count()} cores of {processor()}, load average {os.getloadavg()[0]:.1f} before the start")
     print(f"steps on {device()}")
     code, used = git_state(Path(__file__).parent), versions()
     used |= {"torch": importlib.metadata.version("torch")} if torch else {}
     print(f"commit {code['commit']}{'' if code['clean'] else ' with uncommitted changes'}")
     print(", ".join(f"{name} {version}" for name, version in used.items()) + "\n")
-    ours = fits(networks) if args.networks else mine()
-    entrants = {**ours, **(of_torch(networks) if torch else {})}
+    entrants = fits(networks)
+    for each in chosen:
+        entrants |= each.entrants
+    entrants |= of_torch(networks) if torch else {}
     times = compete(entrants, *((5, 2) if quick else (50, 9)), most_seconds=MOST_SECONDS)
     for name, (seconds, peak) in times.items():
         print(f"{name:<26} {1e3 * np.median(seconds):8.2f} ms/step {peak:6.0f} MiB at most")
-    table = [] if args.networks else rows(times)
+    table = [each.row(times) for each in chosen]
     table += rows_against_torch(times, networks) if torch else []
-    if not args.networks:
+    if not args.names:
         table.append(Row("host's ms per step, 10 in a call", f"{host_milliseconds():.3f}", "<= 0.1"))
         table.append(Row("seconds from start to first step", f"{first_step_seconds():.2f}", "<= 2.5"))
         table.append(Row("seconds to initialise ResNet-50", f"{initialising_seconds():.2f}", "<= 5"))

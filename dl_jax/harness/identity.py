@@ -13,16 +13,21 @@ def is_identity(content: Any) -> bool:
     return isinstance(content, dict) and content.keys() >= {"experiment", "preset", "config"}
 
 
-def differences(found: Identity, wanted: Identity, there: str, here: str = "in this command") -> list[str]:
-    """A phrase for each field that differs, such as "batch_size is 128 in the folder, 64 in this command"."""
-    lines = []
+def differing(found: Identity, wanted: Identity) -> list[tuple[str, Any, Any]]:
+    """The key and both values of each field that differs, also of nested ones; "not set" is the value of none."""
+    pairs = []
     for key in sorted({*found, *wanted}):
         one, other = found.get(key, "not set"), wanted.get(key, "not set")
         if isinstance(one, Mapping) and isinstance(other, Mapping):
-            lines += differences(one, other, there, here)
+            pairs += differing(one, other)
         elif one != other:
-            lines.append(f"{key} is {one} {there}, {other} {here}")
-    return lines
+            pairs.append((key, one, other))
+    return pairs
+
+
+def differences(found: Identity, wanted: Identity, there: str, here: str = "in this command") -> list[str]:
+    """A phrase for each field that differs, such as "batch_size is 128 in the folder, 64 in this command"."""
+    return [f"{key} is {one} {there}, {other} {here}" for key, one, other in differing(found, wanted)]
 
 
 def read_by_both(found: Identity, wanted: Identity) -> tuple[Identity, Identity]:

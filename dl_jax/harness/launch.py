@@ -136,7 +136,9 @@ def run_experiment(
         work_directory(
             common.workdir, identity, script, peers and peers.meet, common.restart, alive.give_up
         ) as directory,
-        attempt(directory, code, clock.spent) as so_far,
+        attempt(
+            directory, {**code, "versions": same["versions"], "device": device(), "data": read}, clock.spent
+        ) as so_far,
     ):
         settings = Settings(
             seeds=seeds,

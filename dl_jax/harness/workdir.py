@@ -74,9 +74,11 @@ def work_directory(
 
 @contextlib.contextmanager
 def attempt(
-    directory: epath.Path | None, code: Mapping[str, Any], spent: Callable[[], Mapping[str, float]]
+    directory: epath.Path | None, facts: Mapping[str, Any], spent: Callable[[], Mapping[str, float]]
 ) -> Iterator[Callable[[], list[dict[str, Any]]]]:
-    """Records in attempts.json the commit that runs in this folder and the seconds that were `spent`, by on what.
+    """Records in attempts.json what runs in this folder, `facts`, and the seconds that were `spent`, by on what.
+
+    `facts` has at least the commit and whether it is clean, and is read anew each time.
 
     Yields a function that writes and returns all attempts so far, with this one last. It is called when a checkpoint
     is saved, so that a killed attempt has the seconds until its last one.
@@ -86,7 +88,7 @@ def attempt(
 
     def so_far() -> list[dict[str, Any]]:
         found = {name: round(seconds, 1) for name, seconds in spent().items()}
-        attempts = [*earlier, {**code, "seconds": found["all"], "spent": found}]
+        attempts = [*earlier, {**facts, "seconds": found["all"], "spent": found}]
         if file:
             with spared(f"{file} cannot be written", "the next attempt will not know of this one", failures(file)):
                 write_json(file, attempts)
@@ -257,7 +259,7 @@ def has_begun(directory: epath.Path) -> bool:
     def found() -> bool:
         return exists(directory / "result.json") or any(
             "metrics.jsonl" in names or ("checkpoints" in names and bool(steps(folder / "checkpoints")))
-            for folder, names in _folders_of_fits(directory)
+            for folder, names in folders_of_fits(directory)
         )
 
     return patiently(found, str(directory))
@@ -275,7 +277,7 @@ def known_identity(directory: epath.Path) -> dict[str, Any] | None:
         return None
 
     def found() -> dict[str, Any] | None:
-        roots = (folder / "checkpoints" for folder, names in _folders_of_fits(directory) if "checkpoints" in names)
+        roots = (folder / "checkpoints" for folder, names in folders_of_fits(directory) if "checkpoints" in names)
         owners = (meta.get("owner") for root in roots for meta in metas(root).values())
         return next(filter(is_identity, owners), None)
 
@@ -285,14 +287,14 @@ def known_identity(directory: epath.Path) -> dict[str, Any] | None:
     return owner and {name: owner[name] for name in FIELDS if name in owner}
 
 
-def _folders_of_fits(folder: epath.Path, depth: int = 0) -> Iterator[tuple[epath.Path, set[str]]]:
+def folders_of_fits(folder: epath.Path, depth: int = 0) -> Iterator[tuple[epath.Path, set[str]]]:
     """The folder of the run and those of its children, each with the names of what it holds."""
     paths = entries(folder)
     yield folder, {path.name for path in paths}
     for path in paths:
         child = depth < DEEPEST and path.name not in ("checkpoints", "profile") and not path.name.startswith(BEFORE)
         if child and is_folder(path):
-            yield from _folders_of_fits(path, depth + 1)
+            yield from folders_of_fits(path, depth + 1)
 
 
 def require_shared(directory: epath.Path) -> None:

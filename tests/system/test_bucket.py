@@ -38,6 +38,7 @@ from dl_jax.harness.checkpoint.store import Checkpoints, load
 from dl_jax.harness.launch import launch
 from dl_jax.harness.report import writers
 from dl_jax.harness.report.writers import JsonLines, TensorBoard
+from dl_jax.harness.watch.read import read
 
 HERE = Path(__file__).parent
 NAMES = iter(range(10**6))
@@ -582,6 +583,11 @@ def test_a_run_in_a_bucket_resumes_and_is_that_of_a_folder(call, address, tmp_pa
     assert kept(address) == kept(here)
     assert len(json.loads((address / "attempts.json").read_text())) == 2
     assert set(names(address)) >= {"config.json", "result.json", "w.txt", "test_bucket.py"}
+    watched, beside = read(str(address)), read(str(here))
+    assert (watched.damaged, list(watched.fits)) == ([], ["fit"])
+    assert watched.script == beside.script
+    for metric, curve in beside.fits["fit"].curves.items():
+        np.testing.assert_array_equal(watched.fits["fit"].curves[metric].values, curve.values)
 
     assert call("--workdir", str(address), "--restart")[0] == 0
     assert kept(address / "before-restart") == kept(here) == kept(address)

@@ -29,6 +29,7 @@ from dl_jax.harness.fields import Positive
 from dl_jax.harness.flags import command, parse
 from dl_jax.harness.identity import differences
 from dl_jax.harness.launch import launch, name_of
+from dl_jax.harness.machine import device, versions
 from dl_jax.harness.results.claims import Claim
 from dl_jax.harness.run import Run, Settings
 
@@ -247,6 +248,7 @@ def test_every_attempt_is_part_of_the_evidence(call, tmp_path, monkeypatch):
         patched.setitem(ELSEWHERE, "poison", 6)
         assert call(*flags)[0] == 2
     (first,) = json.loads((tmp_path / "attempts.json").read_text())
+    assert (first["versions"], first["device"]) == (versions(), device())
     killed = {"commit": "0" * 40, "clean": False, "seconds": None}
     (tmp_path / "attempts.json").write_text(json.dumps([first, killed]))
     assert call(*flags)[0] == 0
@@ -417,6 +419,11 @@ def test_a_result_of_other_data_is_not_replaced(call, tmp_path, monkeypatch):
             launch(reads_late(version), PRESETS, CLAIMS[:0])
         assert ended.value.code == status
     assert json.loads((tmp_path / "result.json").read_text())["data"] == {"digits test": "1"}
+    assert [each["data"]["digits test"] for each in json.loads((tmp_path / "attempts.json").read_text())] == [
+        "1",
+        "1",
+        "2",
+    ]
 
 
 def test_checkpoints_of_another_child_are_refused(call, tmp_path):

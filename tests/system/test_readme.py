@@ -39,6 +39,7 @@ SHORTER = {  # flags that cut a command down to seconds
     "python experiments/vision/lenet.py --help": "",
     "python experiments/compression/pipeline.py": "--preset smoke --seeds 2",
     "python -m dl_jax.data prepare mnist": "",
+    "python -m dl_jax.watch runs/lenet": "",
     "python benchmarks/train_step.py": "--quick",
     "./tpu_setup.sh --dry-run install": "",
 }
@@ -76,7 +77,7 @@ def test_every_command_of_the_readme_is_known_here():
     assert set(commands(README)) - ELSEWHERE == set(SHORTER) - {"python experiments/vision/lenet.py --dataset digits"}
 
 
-def test_the_first_run_and_the_guides_program_that_predicts_with_it(tmp_path, monkeypatch):
+def test_the_first_run_is_watched_and_the_guides_program_predicts_with_it(tmp_path, monkeypatch, capsys):
     command = "python experiments/vision/lenet.py --dataset digits"
     done = run(command, tmp_path, *SHORTER[command].split())
     assert done.returncode == 0, done.stderr
@@ -87,6 +88,9 @@ def test_the_first_run_and_the_guides_program_that_predicts_with_it(tmp_path, mo
     found = runpy.run_path("program.py")
     assert found["digits"].shape == (len(found["images"]),)
     assert found["step"] == 8
+    assert within("python -m dl_jax.watch runs/lenet", monkeypatch) == 0
+    out = capsys.readouterr().out
+    assert all(part in out for part in ("── distorted ─", "test_error/distorted", "state     finished"))
 
 
 def test_help(monkeypatch, capsys):

@@ -38,7 +38,8 @@ SHELVES = {
     "export",
     "serve",
 }
-COMMANDS = {"dl_jax.results": "harness"}  # short names for `python -m`, and the room that each opens
+# Short names for `python -m`, and the room that each opens.
+COMMANDS = {"dl_jax.results": "harness", "dl_jax.watch": "harness"}
 # `dl_jax.core.<name>` may import the names before its own.
 CORE = (
     "errors",

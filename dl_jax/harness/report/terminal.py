@@ -107,9 +107,9 @@ class Progress:
         if speed and self._examples:
             parts["examples"] = f"{_short(speed * self._examples)} examples/s"
         if ends:
-            parts["time"] = f"in {_duration(seconds)}"
+            parts["time"] = f"in {duration(seconds)}"
         elif speed:
-            parts["time"] = f"{_duration((self._total - self._step) / speed)} left"
+            parts["time"] = f"{duration((self._total - self._step) / speed)} left"
         return parts
 
 
@@ -139,7 +139,7 @@ def _short(x: float) -> str:
     return f"{x:.3g}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Minutes and seconds, "12:34", or with hours, "1:02:03"."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
