@@ -199,6 +199,15 @@ def test_the_commands_of_the_guide(tmp_path):
     assert any("dl_jax_requests_total" in out for out in found.values())
 
 
+def test_connections_do_not_keep_the_body_of_an_answer_back():
+    with (
+        command.listening("127.0.0.1", 0) as place,
+        socket.create_connection(place.getsockname()),
+        place.accept()[0] as accepted,
+    ):
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_connections_wait_while_a_server_starts(tmp_path):
     """It listens before its slow imports, so that who asks during a restart waits instead of being refused."""
     (tmp_path / "fastapi.py").write_text(
