@@ -78,7 +78,11 @@ class Service:
     async def running(self, _: FastAPI) -> AsyncIterator[None]:
         """A context in which requests are answered and the file is looked after."""
         self._batcher = Batcher(
-            lambda: self.model, self.settings.largest, self.settings.wait, self.metrics.rows.observe
+            lambda: self.model,
+            self.settings.largest,
+            self.settings.wait,
+            self.metrics.rows.observe,
+            lambda: self._running,
         )
         watch = asyncio.create_task(self._watch())
         try:

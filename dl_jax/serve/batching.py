@@ -1,4 +1,4 @@
-"""Calls a model for several requests at once: a thread waits until a batch is large enough, or its deadline is here."""
+"""Calls a model for several requests at once: a thread waits for a large batch, or all requests, or a deadline."""
 
 import concurrent.futures
 import queue
@@ -32,16 +32,19 @@ def collected(
     largest: int,
     wait: float,
     clock: Callable[[], float],
+    under_way: Callable[[], int],
 ) -> tuple[list[Job], Job | None]:
     """The jobs of one call, `first` and those after it, and the job that no longer fits, if there is one.
 
     A call has `largest` rows at most, unless the first job alone has more. It is due `wait` seconds after the first job
-    arrived; what waits already when this is over goes with it. `take(seconds)` gives the next job, or None where there
-    is none after so many seconds. `clock` tells the time in seconds.
+    arrived, or once it has a job for each of the `under_way()` requests that are not answered yet, so that a request
+    alone does not wait. What waits already when it is due goes with it. `take(seconds)` gives the next job, or None
+    where there is none after so many seconds. `clock` tells the time in seconds.
     """
     jobs, rows = [first], first.rows
     while rows < largest:
-        job = take(max(0.0, first.arrived + wait - clock()))
+        others = under_way() > len(jobs)
+        job = take(max(0.0, first.arrived + wait - clock()) if others else 0.0)
         if job is None:
             break
         if rows + job.rows > largest:
@@ -59,10 +62,18 @@ class Batcher:
       largest: rows of a call.
       wait: seconds that a job waits for others.
       seen: is told the rows of each call.
+      under_way: how many requests are not answered yet, those that have not submitted their job included.
     """
 
-    def __init__(self, model: Callable[[], Model], largest: int, wait: float, seen: Callable[[int], None]) -> None:
-        self._model, self._largest, self._wait, self._seen = model, largest, wait, seen
+    def __init__(
+        self,
+        model: Callable[[], Model],
+        largest: int,
+        wait: float,
+        seen: Callable[[int], None],
+        under_way: Callable[[], int],
+    ) -> None:
+        self._model, self._largest, self._wait, self._seen, self._under_way = model, largest, wait, seen, under_way
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()  # None ends the thread
         self._ended = False
         self._thread = threading.Thread(target=self._work, name="predict", daemon=True)
@@ -97,7 +108,7 @@ class Batcher:
             first = held or self._jobs.get()
             if first is None:
                 return
-            jobs, held = collected(first, self._take, self._largest, self._wait, time.monotonic)
+            jobs, held = collected(first, self._take, self._largest, self._wait, time.monotonic, self._under_way)
             _answer(self._model(), [job for job in jobs if job.future.set_running_or_notify_cancel()], self._seen)
 
 

@@ -242,6 +242,13 @@ def test_requests_at_once_share_a_call_and_are_counted():
     assert 'dl_jax_model{format="onnx",version="000000000000"} 1.0' in text
 
 
+def test_requests_that_are_all_here_do_not_wait_for_more():
+    began = time.monotonic()
+    found = asked(service(wait=5.0), ("POST", "/predict", rows(images(1))), ("POST", "/predict", rows(images(1, 2))))
+    assert [each.status_code for each in found] == [200, 200]
+    assert time.monotonic() - began < 4
+
+
 def test_a_new_file_is_taken_over_without_a_lost_request_and_a_damaged_one_is_not(tmp_path):
     path, lines = tmp_path / "net.onnx", []
     exported(path)

@@ -40,20 +40,23 @@ class Simulated:
 
 
 @pytest.mark.parametrize(
-    ("jobs", "now", "rows", "left", "until"),
+    ("jobs", "under_way", "now", "rows", "left", "until"),
     [
-        ([(1, 0.0)], 0.0, [1], 0, 0.01),  # alone, it goes when its time is over
-        ([(1, 0.0), (1, 0.004), (1, 0.02)], 0.0, [1, 1], 1, 0.01),  # one more comes in time
-        ([(3, 0.0), (5, 0.001), (1, 0.002)], 0.0, [3, 5], 1, 0.001),  # the batch is full at once
-        ([(6, 0.0), (4, 0.001), (1, 0.002)], 0.0, [6], 2, 0.001),  # the next one does not fit and is held
-        ([(1, 0.0), (1, 0.1), (1, 0.2), (1, 0.9)], 0.5, [1, 1, 1], 1, 0.5),  # late: what waits goes with it
-        ([(9, 0.0), (1, 0.0)], 0.0, [9], 1, 0.0),  # more than a batch goes alone
+        ([(1, 0.0)], 1, 0.0, [1], 0, 0.0),  # alone, it does not wait
+        ([(1, 0.0)], 2, 0.0, [1], 0, 0.01),  # another one is under way, for longer than it waits
+        ([(1, 0.0), (1, 0.004)], 2, 0.0, [1, 1], 0, 0.004),  # both are here
+        ([(1, 0.0), (1, 0.0), (1, 0.004)], 1, 0.0, [1, 1], 1, 0.0),  # what waits already goes with it
+        ([(1, 0.0), (1, 0.004), (1, 0.02)], 3, 0.0, [1, 1], 1, 0.01),  # one more comes in time
+        ([(3, 0.0), (5, 0.001), (1, 0.002)], 9, 0.0, [3, 5], 1, 0.001),  # the batch is full at once
+        ([(6, 0.0), (4, 0.001), (1, 0.002)], 9, 0.0, [6], 2, 0.001),  # the next one does not fit and is held
+        ([(1, 0.0), (1, 0.1), (1, 0.2), (1, 0.9)], 9, 0.5, [1, 1, 1], 1, 0.5),  # late: what waits goes with it
+        ([(9, 0.0), (1, 0.0)], 2, 0.0, [9], 1, 0.0),  # more than a batch goes alone
     ],
 )
-def test_batches_in_simulated_time(jobs, now, rows, left, until):
+def test_batches_in_simulated_time(jobs, under_way, now, rows, left, until):
     jobs = [job(*each) for each in jobs]
     waiting = Simulated(jobs[1:], now)
-    found, held = batching.collected(jobs[0], waiting.take, 8, 0.01, lambda: waiting.now)
+    found, held = batching.collected(jobs[0], waiting.take, 8, 0.01, lambda: waiting.now, lambda: under_way)
     assert [each.rows for each in found] == rows
     assert len(waiting.jobs) + (held is not None) == left
     assert waiting.now == pytest.approx(until)
@@ -72,7 +75,7 @@ def test_every_job_gets_its_own_rows_and_a_failure_is_told_to_all():
 
     given_ = [np.full((n, 2), i, np.float32) for i, n in enumerate((1, 3, 2, 4, 1))]
     seen = []
-    batcher = batching.Batcher(lambda: model(predict), 6, 0.0, seen.append)
+    batcher = batching.Batcher(lambda: model(predict), 6, 0.0, seen.append, lambda: 9)
     first = [batcher.submit([each]) for each in given_]
     bad = batcher.submit([np.full((6, 2), -1, np.float32)])
     cancelled = batcher.submit([given_[0]])
@@ -95,7 +98,8 @@ def test_every_job_gets_its_own_rows_and_a_failure_is_told_to_all():
 
 def test_a_call_that_hangs_does_not_keep_it_from_ending():
     go = threading.Event()
-    batcher = batching.Batcher(lambda: model(lambda inputs: [inputs[0] * go.wait(10)]), 4, 0.0, lambda rows: None)
+    hangs = model(lambda inputs: [inputs[0] * go.wait(10)])
+    batcher = batching.Batcher(lambda: hangs, 4, 0.0, lambda rows: None, lambda: 1)
     asked = batcher.submit([np.ones((1, 2))])
     batcher.close(0.01)
     assert batcher.alive

@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import http.client
 import json
+import os
 import re
 import shlex
 import signal
@@ -60,7 +61,10 @@ def kept_open(port: int):
 
 
 def test_what_was_asked_before_sigterm_is_answered(tmp_path):
-    """Requests wait for each other when the signal comes; a connection that is only kept open does not hold it up."""
+    """Requests wait for another one, half of which was sent, when the signal comes; the rest of it comes later.
+
+    A connection that is only kept open does not hold the end up.
+    """
     exported(tmp_path / "net.onnx")
     (tmp_path / "token").write_text("hidden-word\n")
     body = json.dumps({"inputs": images(1).tolist()}).encode()
@@ -70,19 +74,28 @@ def test_what_was_asked_before_sigterm_is_answered(tmp_path):
         concurrent.futures.ThreadPoolExecutor(12) as threads,
         kept_open(port) as idle,
         kept_open(port) as metrics,
+        kept_open(port) as half,
     ):
+        half.putrequest("POST", "/predict")
+        for name, value in {"Content-Type": "application/json", "Authorization": "Bearer hidden-word"}.items():
+            half.putheader(name, value)
+        half.putheader("Content-Length", str(len(body)))
+        half.endheaders(body[:100])
         idle.request("GET", "/health")
         assert idle.getresponse().read()
         asked = [threads.submit(post, port, body, Authorization="Bearer hidden-word") for _ in range(12)]
         until = time.monotonic() + 10
         while time.monotonic() < until:  # all have arrived, none is answered
             metrics.request("GET", "/metrics", headers={"Authorization": "Bearer hidden-word"})
-            if b"dl_jax_requests_running 12.0" in metrics.getresponse().read():
+            if b"dl_jax_requests_running 13.0" in metrics.getresponse().read():
                 break
         assert not any(each.done() for each in asked)
         process.send_signal(signal.SIGTERM)
         idle.request("GET", "/health")  # an open connection may send one more
         last = idle.getresponse()
+        assert (last.status, last.getheader("connection")) == (200, "close")
+        half.send(body[100:])
+        last = half.getresponse()
         assert (last.status, last.getheader("connection")) == (200, "close")
         assert {each.result()[0] for each in asked} == {200}
         rest, _ = process.communicate(timeout=20)
@@ -184,3 +197,35 @@ def test_the_commands_of_the_guide(tmp_path):
     assert [len(each["answers"]) for each in predicted] == [1, 2]
     assert {answer["class"] for each in predicted for answer in each["answers"]} <= set(CLASSES)
     assert any("dl_jax_requests_total" in out for out in found.values())
+
+
+def test_connections_do_not_keep_the_body_of_an_answer_back():
+    with (
+        command.listening("127.0.0.1", 0) as place,
+        socket.create_connection(place.getsockname()),
+        place.accept()[0] as accepted,
+    ):
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_connections_wait_while_a_server_starts(tmp_path):
+    """It listens before its slow imports, so that who asks during a restart waits instead of being refused."""
+    (tmp_path / "fastapi.py").write_text(
+        "import sys\nsys.stdin.readline()\nraise ImportError('none', name='fastapi')\n"
+    )
+    exported(tmp_path / "net.onnx")
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
+        port = free.getsockname()[1]
+    words = [sys.executable, "-c", PROGRAM, str(tmp_path / "net.onnx"), "--port", str(port)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
+    with subprocess.Popen(words, env=environment, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        until = time.monotonic() + 20
+        while True:  # the import of fastapi lasts until a line is sent
+            with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
+                break
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        assert process.poll() is None
+        _, err = process.communicate(b"go on\n", timeout=20)
+    assert process.returncode == 2
+    assert b"a server needs fastapi" in err
