@@ -269,9 +269,11 @@ def test_a_model_and_an_experiment_are_added(tmp_path):
     assert (tmp_path / "runs/smoke/result.json").exists()
 
 
-def test_what_is_added_has_the_style_of_the_rest(tmp_path):
+def test_whole_programs_on_pages_have_the_style_of_the_rest(tmp_path):
     added(tmp_path)
-    new = ["dl_jax/models/vision/gated.py", "experiments/vision/gated.py"]
+    new = ["dl_jax/models/vision/gated.py", "experiments/vision/gated.py", "mine.py", "export.py"]
+    (tmp_path / "mine.py").write_text(programs("own-model.md")[0])
+    (tmp_path / "export.py").write_text(programs("first-hour.md")[0])
     for arguments in (["check"], ["format", "--check"]):
         command = [sys.executable, "-m", "ruff", *arguments, *new]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
