@@ -194,14 +194,14 @@ def batches(
 ) -> data.Stream:
     """Batches of the context, of all contexts up to it (`joint`), or of it and as many of `old` rows, for each seed.
 
-    The column `weight` gives each context the same part of the loss.
+    The column `weight`, whose mean is 1, gives each context the same part of the loss.
     """
     own = records["context"] <= context if joint else records["context"] == context
     streams, weight = [data.shuffled({"row": np.flatnonzero(own)}, batch_size, seeds)], np.ones(batch_size, np.float32)
     if old:
         of_seeds = [data.shuffled({"row": rows}, batch_size, seed) for rows, seed in zip(old, seeds, strict=True)]
         streams.append(data.per_seed(of_seeds))
-        weight = np.concatenate([weight / (context + 1), weight * context / (context + 1)])
+        weight = np.concatenate([weight, weight * context]) * np.float32(2 / (context + 1))
 
     def read(step: int, rows: slice) -> data.Columns:
         index = np.concatenate([stream(step)["row"] for stream in streams], 1)  # [S, B]
@@ -247,11 +247,11 @@ def where_allowed(logits: Array, allowed: Array) -> Array:  # [..., CLASSES] eac
 
 
 def label_loss(apply: Callable[..., Any]) -> Loss:
-    """Cross-entropy of the allowed outputs, a mean with the batch's weights."""
+    """Cross-entropy of the allowed outputs, the mean of its products with the batch's weights."""
 
     def loss(variables: Tree, batch: Batch, key: Array):
         nats = losses.cross_entropy(logits_of(apply, variables, batch), batch["target"])
-        return (batch["weight"] * nats).sum() / batch["weight"].sum(), ({}, {})
+        return (batch["weight"] * nats).mean(), ({}, {})
 
     return loss
 
