@@ -63,7 +63,7 @@ def rand_augment(operations: int = 2, magnitude: float = 9, fill: Colour = 0.5) 
 
 
 def operated(images: Array, operation: Array, strength: Array, fill: Colour = 0.5) -> Array:
-    """Each image after one operation: [B, H, W, C], the index in OPERATIONS int [B], strength in [-1, 1] [B]."""
+    """Each image after one operation: [B, H, W, C], the index in OPERATIONS int [B], strength [B] in [-1, 1]."""
     is_ = lambda name: operation == OPERATIONS.index(name)  # [B]
     if_ = lambda name, value: jnp.where(is_(name), value, 0)
     images = resample(images, _source(if_, strength, *images.shape[1:3]), fill)

@@ -17,8 +17,9 @@ import pytest
 from dl_jax.core.errors import InputError
 from dl_jax.harness import Claim, on_digits
 from dl_jax.harness.results import page as results
-from dl_jax.harness.results.answers import experiments
+from dl_jax.harness.results.answers import experiments, sections
 from dl_jax.harness.results.claims import judge, summary
+from dl_jax.harness.results.gallery import GALLERY, gallery
 from dl_jax.harness.results.page import CHART, PAGE, render
 from dl_jax.harness.results.papers import papers
 from dl_jax.harness.results.record import answer_cells, claim_of, claimed_cells, read, table_rows, tolerance_cell
@@ -221,7 +222,7 @@ def test_the_page_lists_every_experiment_and_every_claim(repository: None) -> No
     assert text[text.index("Runs have") :].startswith(before)
     assert text.endswith(after)
     for word in ("reproduced", "better than claimed", "ordering only", "not reproduced"):
-        assert f"\n  - *{word}*: " in text[text.index("## How to read the tables") : text.index("## Experiments")]
+        assert f"\n    - *{word}*: " in text[text.index("## How to read the tables") : text.index("## Experiments")]
     assert chart_rows() == ["error: reproduced", "error − baseline: reproduced"]
 
 
@@ -371,6 +372,25 @@ def test_figures_stand_in_the_section_of_their_result(repository: None) -> None:
     ]
     assert "\n<sub>error rates (lenet)</sub>\n" in section
     assert text.count("![") == 4  # the chart, too
+
+
+def test_the_gallery_has_figure_claim_verdicts_and_command_of_every_experiment(repository: None) -> None:
+    files = gallery(sections("results", "experiments"))
+    chart = PAGE.parent / "gallery" / "vision-lenet.svg"
+    assert set(files) == {GALLERY, chart}
+    assert {element.text for element in ET.fromstring(files[chart]).iter()} >= {"vision/lenet", "error"}
+    text = files[GALLERY]
+    assert re.findall("^## (.*)$", text, re.M) == ["kmeans", "vision/lenet"]
+    card = text.partition("## vision/lenet\n")[2]
+    assert "LeNet \\| reaches 1 % test error." in card
+    assert "```sh\npython experiments/vision/lenet.py --preset paper\n```" in card
+    assert "**Claims:** 2 reproduced, 2 not run ([the numbers](results.md#visionlenet))" in card
+    assert "](gallery/vision-lenet.svg)" in card
+    assert "**Claims:** it makes no claim" in text
+    Path("results/lenet.a_b.png").touch()
+    files = gallery(sections("results", "experiments"))
+    assert set(files) == {GALLERY}
+    assert "![a b (lenet)](../results/lenet.a_b.png)" in files[GALLERY]
 
 
 @pytest.mark.parametrize("name", ["lenett.a.png", "lenet.png", "lenet.a.b.png"])

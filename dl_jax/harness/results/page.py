@@ -40,13 +40,13 @@ _READING = """\
   mean (Student's t). Differences are paired by seed. Only runs of the preset and the data that the claim names count,
   with at least as many seeds as it asks for.
 - **Verdict**, with a link to the file that holds every value:
-  - *reproduced*: the mean is within the tolerance. For a difference, the interval must exclude 0 on the claimed side,
-    and the mean must be within the tolerance if a size is claimed; for "no loss", the worse end of the interval must be
-    within the tolerance. For a bar, the mean (or the worst seed) must reach it. For a number of cells, the intervals of
-    that many differences must exclude 0 on the better side.
-  - *better than claimed*: outside the tolerance on the better side. The protocols differ; the note should say how.
-  - *ordering only*: the interval excludes 0 on the claimed side, but the size is missed.
-  - *not reproduced*: anything else. A seed that failed (a value that is not finite) makes a claim, or a cell, missed.
+    - *reproduced*: the mean is within the tolerance. For a difference, the interval must exclude 0 on the claimed side,
+      and the mean must be within the tolerance if a size is claimed; for "no loss", the worse end of the interval must
+      be within the tolerance. For a bar, the mean (or the worst seed) must reach it. For a number of cells, the
+      intervals of that many differences must exclude 0 on the better side.
+    - *better than claimed*: outside the tolerance on the better side. The protocols differ; the note should say how.
+    - *ordering only*: the interval excludes 0 on the claimed side, but the size is missed.
+    - *not reproduced*: anything else. A seed that failed (a value that is not finite) makes a claim, or a cell, missed.
 - Claims about the quick presets, which are small runs on the bundled digits, are not listed; a run with
   `--preset quick` prints them. Names of measurements, such as `bits/test_anew`, are explained in the experiment's file.
 
@@ -84,7 +84,7 @@ def _counts(found: Sequence[Section]) -> str:
 
 def _missed(found: Sequence[Section]) -> list[str]:
     rows = [
-        (f"{_experiment(each.entry)}<br>**{_escape(label(answer.claim))}**", *_numbers(answer), _why(answer))
+        (f"{_experiment(each.entry)}<br>**{escaped(label(answer.claim))}**", *_numbers(answer), _why(answer))
         for each in found
         for answer in each.answers
         if answer.verdict in MISSED
@@ -116,9 +116,8 @@ def _experiment(entry: Entry) -> str:
 
 def _section(section: Section) -> str:
     entry, results = section.entry, section.results
-    commands = [one_line(result["command"]) for result in results.values()] or [f"python {entry.path.as_posix()}"]
-    parts = [f"## {entry.name}\n\nClaim: {_escape(entry.title)} ([file]({_link(entry.path)}))\n"]
-    parts.append("```sh\n" + "".join(f"{command}\n" for command in commands) + "```\n")
+    parts = [f"## {entry.name}\n\nClaim: {escaped(entry.title)} ([file]({link(entry.path)}))\n"]
+    parts.append("```sh\n" + "".join(f"{command}\n" for command in commands(section)) + "```\n")
     if section.answers:
         header, names = _claims_column([answer.claim for answer in section.answers])
         rows = [
@@ -126,7 +125,7 @@ def _section(section: Section) -> str:
             for name, answer in zip(names, section.answers, strict=True)
         ]
         parts.append(_markdown((header, "claimed", "measured", "verdict", "note"), rows))
-    parts += [f"![{caption}]({_link(figure)})\n\n<sub>{caption}</sub>\n" for figure, caption in _captions(section)]
+    parts += [f"![{caption}]({link(figure)})\n\n<sub>{caption}</sub>\n" for figure, caption in captions(section)]
     parts += [f"<sub>{_provenance(path, result, entry)}</sub>\n" for path, result in results.items()]
     if section.unanswered:
         header, names = _claims_column(section.unanswered)
@@ -136,6 +135,12 @@ def _section(section: Section) -> str:
     if not section.answers and not section.unanswered:
         parts.append("It makes no claim.\n")
     return "\n".join(parts)
+
+
+def commands(section: Section) -> list[str]:
+    """Those of the section's results, or the one that there is without any."""
+    given = [one_line(result["command"]) for result in section.results.values()]
+    return given or [f"python {section.entry.path.as_posix()}"]
 
 
 def _claims_column(claims: Sequence[Claim]) -> tuple[str, list[str]]:
@@ -154,11 +159,11 @@ def _source(claim: Claim) -> list[str]:
 
 
 def _name(claim: Claim) -> str:
-    return f"**{_escape(claim.quantity)}**"
+    return f"**{escaped(claim.quantity)}**"
 
 
 def _claimed(claim: Claim) -> str:
-    return _two_lines(_escape(claimed_cells(claim)[2]), tolerance_cell(claim))
+    return _two_lines(escaped(claimed_cells(claim)[2]), tolerance_cell(claim))
 
 
 def _numbers(answer: Answer) -> tuple[str, str]:
@@ -168,12 +173,12 @@ def _numbers(answer: Answer) -> tuple[str, str]:
 
 
 def _two_lines(text: str, small: str) -> str:
-    return f"{text}<br><sub>{_escape(small)}</sub>" if small else text
+    return f"{text}<br><sub>{escaped(small)}</sub>" if small else text
 
 
 def _verdict(answer: Answer) -> str:
     shown = f"**{answer.verdict}**" if answer.verdict in MISSED else answer.verdict
-    return f"[{shown}]({_link(answer.path)}){_uncommitted(answer)}"
+    return f"[{shown}]({link(answer.path)}){_uncommitted(answer)}"
 
 
 def _uncommitted(answer: Answer) -> str:
@@ -182,13 +187,13 @@ def _uncommitted(answer: Answer) -> str:
 
 def _note(claim: Claim) -> str:
     cells = ", ".join(f"{metric} − {versus}" for metric, versus in claim.cells)
-    return _escape("; ".join(part for part in (cells, claim.note) if part))
+    return escaped("; ".join(part for part in (cells, claim.note) if part))
 
 
-def _captions(section: Section) -> list[tuple[Path, str]]:
+def captions(section: Section) -> list[tuple[Path, str]]:
     """The figures of a section, "results/lenet.error_rates.png" with the caption "error rates (lenet)"."""
     named = [(figure, *figure.name.rsplit(".", 2)) for figure in section.figures]
-    return [(figure, _escape(f"{name.replace('_', ' ')} ({stem})")) for figure, stem, name, _ in named]
+    return [(figure, escaped(f"{name.replace('_', ' ')} ({stem})")) for figure, stem, name, _ in named]
 
 
 def _not_attempted(all_papers: Sequence[Paper], entries: Iterable[Entry]) -> list[str]:
@@ -204,12 +209,12 @@ def _not_attempted(all_papers: Sequence[Paper], entries: Iterable[Entry]) -> lis
                     f"{paper.path}: cell.{i}.locator {cell.locator!r} is claimed in {experiment} too; take it out here"
                 )
             number = amount(cell.number, cell.unit) + ("" if cell.verified else " (unverified)")
-            rows.append(tuple(map(_escape, (cell.locator, cell.quantity, number, cell.read_in))))
-        notes = "".join(f"- {_escape(f'{cell.locator}: {cell.note}')}\n" for cell in paper.cells if cell.note)
+            rows.append(tuple(map(escaped, (cell.locator, cell.quantity, number, cell.read_in))))
+        notes = "".join(f"- {escaped(f'{cell.locator}: {cell.note}')}\n" for cell in paper.cells if cell.note)
         parts += [
             f"<details>\n<summary>{escape(paper.paper)}: {_count(len(rows), 'cell')}</summary>\n",
-            f"{_escape(paper.authors)} ({paper.year}), [{_escape(paper.title)}]({paper.url}) "
-            f"([file]({_link(paper.path)}))\n",
+            f"{escaped(paper.authors)} ({paper.year}), [{escaped(paper.title)}]({paper.url}) "
+            f"([file]({link(paper.path)}))\n",
             _markdown(("cell", "quantity", "claimed", "read in"), rows),
             *([notes] if notes else []),
             "</details>\n",
@@ -219,10 +224,10 @@ def _not_attempted(all_papers: Sequence[Paper], entries: Iterable[Entry]) -> lis
 
 def _provenance(path: Path, result: Result, entry: Entry) -> str:
     facts = [
-        f"[{path.stem}]({_link(path)})",
+        f"[{path.stem}]({link(path)})",
         f"commit {result['commit'][:12]}" + ("" if result["clean"] else " **with uncommitted changes**"),
         f"seeds {', '.join(map(str, result['seeds']))}",
-        f"{_duration(result)} on {_escape(result['device'])}",
+        f"{_duration(result)} on {escaped(result['device'])}",
         ", ".join(f"{name} {version}" for name, version in result["versions"].items()),
     ]
     fields, removed = changed_fields(entry, result)
@@ -245,11 +250,12 @@ def _count(number: int, thing: str) -> str:
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
-def _link(path: str | PurePath) -> str:
+def link(path: str | PurePath) -> str:
+    """The address of a file of the repository, relative to the folder of PAGE."""
     return quote(Path(os.path.relpath(path, PAGE.parent)).as_posix())
 
 
-def _escape(text: str) -> str:
+def escaped(text: str) -> str:
     """`text` as Markdown that shows it as it is, on one line and within a cell; "_" within a word needs no escape."""
     special = r"[\\`*\[\]|~$]|<(?=[A-Za-z/!?])|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])"
     return re.sub(special, r"\\\g<0>", one_line(text))
