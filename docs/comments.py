@@ -2,7 +2,6 @@
 
 import io
 import tokenize
-from collections.abc import Sequence
 from typing import Any
 
 import griffe
@@ -35,9 +34,9 @@ def source(thing: griffe.Object) -> list[str]:
     return thing.lines_collection[thing.filepath][thing.lineno - 1 : thing.endlineno]  # type: ignore[index]
 
 
-def commented(lines: Sequence[str]) -> list[str]:
+def commented(lines: list[str]) -> list[str]:
     """Those of the lines that end with a comment, without their indentation; lines that are a comment are left out."""
-    tokens = []
+    tokens: list[tokenize.TokenInfo] = []
     try:
         for token in tokenize.generate_tokens(io.StringIO("\n".join(lines) + "\n").readline):
             tokens.append(token)
