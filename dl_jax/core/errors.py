@@ -7,7 +7,7 @@ import os
 import select
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TextIO
 
 BAD_INPUT, UNAVAILABLE = 2, 75  # exit statuses after InputError and Unavailable; 75 is EX_TEMPFAIL of sysexits.h
@@ -91,6 +91,19 @@ def lasting_output() -> Iterator[None]:
     _fill_standard_descriptors()
     with _lasting("stdout", sys.stderr), _lasting("stderr", sys.stdout):
         yield
+
+
+def exit_status(command: Callable[[], int | None]) -> int:
+    """Calls `command`, in whose output to print never fails, and returns its exit status, 0 for None.
+
+    After InputError and Unavailable it is theirs, and their line is printed.
+    """
+    with lasting_output():
+        try:
+            return command() or 0
+        except (InputError, Unavailable) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return UNAVAILABLE if isinstance(error, Unavailable) else BAD_INPUT
 
 
 def _fill_standard_descriptors() -> None:

@@ -4,7 +4,7 @@ import sys
 
 import tyro
 
-from dl_jax.core.errors import BAD_INPUT, UNAVAILABLE, InputError, Unavailable, lasting_output
+from dl_jax.core.errors import InputError, exit_status
 from dl_jax.data.prepare import prepare
 from dl_jax.data.source import BUNDLED, DERIVED, DOWNLOADED, Prepared, data_folder, prepared, split_sizes
 
@@ -43,14 +43,8 @@ def _summary(found: Prepared) -> str:
 
 
 def main() -> int:
-    with lasting_output():
-        try:
-            commands = {"prepare": prepare_set, "list": list_sets}
-            tyro.extras.subcommand_cli_from_dict(commands, prog="python -m dl_jax.data")
-        except (InputError, Unavailable) as e:
-            print(f"error: {e}", file=sys.stderr)
-            return UNAVAILABLE if isinstance(e, Unavailable) else BAD_INPUT
-        return 0
+    commands = {"prepare": prepare_set, "list": list_sets}
+    return exit_status(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="python -m dl_jax.data"))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dl_jax.core.errors import BAD_INPUT, InputError, lasting_output
+from dl_jax.core.errors import exit_status
 from dl_jax.models import summary
 
 WIDE = 200  # columns of what is not printed on a terminal
@@ -71,13 +71,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: int) -
 
 
 def main() -> int:
-    with lasting_output():
-        try:
-            tyro.cli(show, prog="python -m dl_jax.models")
-        except InputError as e:
-            print(f"error: {e}", file=sys.stderr)
-            return BAD_INPUT
-        return 0
+    return exit_status(lambda: tyro.cli(show, prog="python -m dl_jax.models"))
 
 
 if __name__ == "__main__":

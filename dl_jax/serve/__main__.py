@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tyro
 
-from dl_jax.core.errors import BAD_INPUT, InputError, lasting_output, not_installed, reason, require_positive
+from dl_jax.core.errors import InputError, exit_status, not_installed, reason, require_positive
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 LONGEST = 3600  # seconds of a request
@@ -130,13 +130,7 @@ def _log(line: str) -> None:
 
 
 def main() -> int:
-    with lasting_output():
-        try:
-            serve(tyro.cli(Flags, prog="python -m dl_jax.serve"))
-        except InputError as e:
-            print(f"error: {e}", file=sys.stderr)
-            return BAD_INPUT
-        return 0
+    return exit_status(lambda: serve(tyro.cli(Flags, prog="python -m dl_jax.serve")))
 
 
 if __name__ == "__main__":

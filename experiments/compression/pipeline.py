@@ -345,31 +345,20 @@ def remarks(of: Comparison, best: Name | None, cfg: Config) -> Iterator[str]:
     )
     for kind, runtime in {XLA: "XLA", ONNX: "ONNX Runtime"}.items():
         for batch in BATCHES:
-            words = ", ".join(
-                f"{model} {compared(comparison.times_faster(of, (model, kind), batch))}"
-                for model, own in ROWS
-                if own == kind and model != TEACHER
-            )
-            yield f"{runtime}, batch size {batch}, against the float32 teacher on this device: {words}."
+            speeds = comparison.speeds(of, kind, batch)
+            yield f"{runtime}, batch size {batch}, against the float32 teacher on this device: {speeds}."
     if not best:
         yield f"Chosen: none. No file is smaller and faster and loses at most {cfg.max_loss:g} points in validation."
         return
-    speeds = " and ".join(f"{np.median(comparison.times_faster(of, best, batch)):.1f}" for batch in BATCHES)
+    gains = " and ".join(f"{np.median(comparison.times_faster(of, best, batch)):.1f}" for batch in BATCHES)
     yield (
-        f"Chosen: {file_name(best)}, {comparison.times_smaller(of, best).mean():.1f} times smaller and {speeds} times "
+        f"Chosen: {file_name(best)}, {comparison.times_smaller(of, best).mean():.1f} times smaller and {gains} times "
         f"faster than the teacher's, for {comparison.points_lost(of, best).mean():+.2f} points of test error."
     )
 
 
 def file_name(name: Name) -> str:
     return f"{name[0].replace(' ', '_')}.{SUFFIXES[name[1]]}"
-
-
-def compared(ratios: np.ndarray) -> str:  # [S]
-    ratio = np.median(ratios)
-    if 0.95 < ratio < 1.05:
-        return "as fast"
-    return f"{ratio:.1f} times faster" if ratio > 1 else f"{1 / ratio:.1f} times SLOWER"
 
 
 def costs_figure(of: Comparison, best: Name | None) -> "Figure":

@@ -175,6 +175,17 @@ def test_the_file_that_the_pipeline_recommends(load_experiment, changes, best):
     np.testing.assert_allclose(metrics["accuracy_to_spare/chosen"], 0.2 - (expected[4] - teacher[4]))
 
 
+def test_the_speeds_of_files_in_words(load_experiment):
+    """Of two seeds the median counts; what is within a twentieth is as fast."""
+    module = load_experiment("compression/pipeline")
+    each = {"small_onnx": (5e4, 40, 200, 5, 5), "int8_onnx": (5e4, 98, 96, 5, 5)}
+    other = {**each, "small_onnx": (5e4, 50, 200, 5, 5)}
+    of = comparison.Comparison(module.TEACHER, [costs_of(module, **changes) for changes in (each, other)])
+    rest = f"{module.BASELINE} as fast, small {{}}, small int8 as fast"
+    assert comparison.speeds(of, module.ONNX, 1) == "int8 as fast, " + rest.format("2.2 times faster")
+    assert comparison.speeds(of, module.ONNX, 128) == "int8 as fast, " + rest.format("2.0 times SLOWER")
+
+
 def test_the_pipelines_networks_are_those_of_its_flag_and_a_teacher_has_no_normalisation(load_experiment):
     module = load_experiment("compression/pipeline")
     assert set(module.MODELS) == set(get_args(get_type_hints(module.Config)["model"]))

@@ -389,7 +389,7 @@ def test_the_wheel_is_made_of_the_source_distribution_and_serves(tmp_path):
     python = str(tmp_path / "fresh/bin/python")
     row = "py311-jax010" if sys.version_info < (3, 12) else "py312-latest"
     pinned = ["--constraint", str(ROOT / f"constraints-{row}.txt")]
-    subprocess.run([python, "-m", "pip", "install", "--quiet", *pinned, f"{wheel}[serve]"], check=True)
+    subprocess.run([python, "-I", "-m", "pip", "install", "--quiet", *pinned, f"{wheel}[serve]"], check=True)
     where = [python, "-I", "-c", "import dl_jax; print(dl_jax.__version__, dl_jax.__file__)"]
     found = subprocess.run(where, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
     assert found[0] == dl_jax.__version__

@@ -7,7 +7,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from dl_jax.compress import codec
+from dl_jax.core.step import State
 from dl_jax.export import onnx, record, stablehlo
 from dl_jax.harness.checkpoint.store import Checkpoints
 
@@ -27,18 +28,8 @@ INPUTS = np.asarray([[1, 2], [3, -4], [0, 0]], np.float32)
 OUTPUTS = np.asarray([[2.5, 1.25, 3.5], [0, 0, 0], [1, 0, 0.5]], np.float32)  # relu(x W + b), by hand
 
 
-class State(NamedTuple):
-    """As `core.step.State`, of leaves of several types."""
-
-    step: Any
-    params: Any
-    extra: Any
-    opt_state: Any
-    key: Any
-
-
 def state() -> State:
-    """What the checkpoint holds."""
+    """What the checkpoint holds: leaves of several types."""
     params = {**jax.tree.map(jnp.asarray, PARAMS), "half": jnp.arange(3).astype(jnp.bfloat16)}
     extra = {"a.b/c": jnp.array([True, False]), "none": jnp.zeros((0, 4)), "steps": jnp.array([1, -2], jnp.int32)}
     keys = jax.random.wrap_key_data(jnp.arange(4, dtype=jnp.uint32).reshape(2, 2), impl="threefry2x32")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tyro
 
-from dl_jax.core.errors import BAD_INPUT, UNAVAILABLE, InputError, Unavailable, lasting_output, reason
+from dl_jax.core.errors import BAD_INPUT, InputError, exit_status, reason
 from dl_jax.core.files import absolute, write_whole
 from dl_jax.harness.report.tables import print_rows
 from dl_jax.harness.report.terminal import print_table
@@ -65,12 +65,7 @@ def watch(
 
 
 def main() -> int:
-    with lasting_output():
-        try:
-            return tyro.cli(watch, prog="python -m dl_jax.watch")
-        except (InputError, Unavailable) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return UNAVAILABLE if isinstance(error, Unavailable) else BAD_INPUT
+    return exit_status(lambda: tyro.cli(watch, prog="python -m dl_jax.watch"))
 
 
 def _show(run: Watched) -> None:
