@@ -24,28 +24,26 @@ on) and with `--batch 1 --wait 0` (off), and asked for one PNG image a request.
 
 import argparse
 import asyncio
-import collections
 import contextlib
 import functools
 import importlib.metadata
-import io
 import itertools
-import json
 import os
-import re
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.serve_clients import Load, client, closed, load, messages, repeated
+from benchmarks.serve_malformed import drawn, malformed
+from benchmarks.serve_process import PATIENCE, Server, complaints, end, serving, started
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "serve.txt"
@@ -55,13 +53,7 @@ CLIENTS = (1, 2, 4, 8, 16, 32, 64)  # the last: --concurrency of the server
 WITHIN = 50.0  # ms in which 95 % of the requests have to be answered
 OVERHEAD, GROWTH = 2.0, 1.0  # goals: ms at the median, MiB in the second half of the requests
 PAUSE = 2.0  # seconds before a client asks once more
-PATIENCE = 60.0  # seconds for a process to start or to end
 SENDERS = 8  # clients where the rate is not measured
-STRANGERS = 32  # clients that send malformed requests
-QUIET = 0.5  # seconds
-IMAGES = 16  # different ones, asked for in turn
-STATUS = re.compile(rb"(?:HTTP/1.1 1.*?\r\n\r\n)*HTTP/1.1 ([2-5]..) ", re.DOTALL)  # the first but "100 Continue"
-TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Sizes(NamedTuple):
@@ -78,169 +70,6 @@ class Sizes(NamedTuple):
 
 FULL = Sizes(300, CLIENTS, 4000, 100_000, 1000, 3.0, 5000)
 QUICK = Sizes(5, (1, 8), 100, 400, 50, 0.5, 100)
-
-
-class Server(NamedTuple):
-    """A process that serves."""
-
-    process: subprocess.Popen[bytes]
-    port: int
-    log: Path  # what it printed
-
-    def cpu(self) -> float:
-        """Seconds of CPU time until now, of all threads."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / TICKS
-
-    def mebibytes(self) -> float:
-        """Resident memory."""
-        found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text())
-        assert found
-        return int(found[1]) / 1024
-
-
-def started(file: Path, log: Path, flags: Sequence[str] = (), port: int = 0) -> Server:
-    """A server that listens. What it prints goes to `log`."""
-    words = [sys.executable, "-m", "dl_jax.serve", str(file), "--port", str(port), *flags]
-    with open(log, "wb") as out:
-        process = subprocess.Popen(words, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
-    until = time.monotonic() + PATIENCE
-    while not (found := re.search(r" at http://[^ ]*:(\d+)\n", log.read_text())):
-        if process.poll() is not None or time.monotonic() > until:
-            process.kill()
-            process.wait()
-            raise RuntimeError(f"the server did not start: {log.read_text()}")
-        time.sleep(0.01)
-    return Server(process, int(found[1]), log)
-
-
-def end(server: Server) -> None:
-    server.process.send_signal(signal.SIGTERM)
-    try:
-        server.process.wait(PATIENCE)
-    finally:
-        server.process.kill()
-        server.process.wait()
-
-
-@contextlib.contextmanager
-def serving(file: Path, log: Path, flags: Sequence[str] = ()) -> Iterator[Server]:
-    server = started(file, log, flags)
-    try:
-        yield server
-    finally:
-        end(server)
-
-
-class Load:
-    """What clients saw."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []  # of each request until its answer
-        self.statuses: collections.Counter[int] = collections.Counter()
-        self.versions: collections.Counter[str] = collections.Counter()  # of the models that answered
-        self.again = 0  # requests that were sent once more
-        self.lost = 0  # requests without an answer
-
-    @property
-    def requests(self) -> int:
-        return self.statuses.total() + self.lost
-
-    @property
-    def wrong(self) -> int:
-        """Requests without the answer that they should get."""
-        return self.lost + sum(n for status, n in self.statuses.items() if status != 200)
-
-    def milliseconds(self, percent: float) -> float:
-        return 1000 * float(np.percentile(self.seconds, percent))
-
-
-class Answer(NamedTuple):
-    status: int
-    body: bytes
-    last: bool  # of its connection
-
-
-Link = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-
-
-async def ask(link: Link, message: bytes) -> Answer:
-    """The answer to a request over an open connection. Raises OSError or EOFError where it ends before."""
-    reader, writer = link
-    writer.write(message)
-    head = (await reader.readuntil(b"\r\n\r\n")).lower()
-    length = re.search(rb"content-length: (\d+)", head)
-    assert length
-    body = await reader.readexactly(int(length[1]))
-    return Answer(int(head[9:12]), body, b"connection: close" in head)
-
-
-async def load(port: int, messages: Iterable[bytes], clients: int, pause: float | None = None) -> Load:
-    """Sends all messages, from so many clients at a time.
-
-    With `pause`, a request without an answer is sent once more after so many seconds, over a new connection.
-    """
-    found, shared = Load(), iter(messages)
-    await asyncio.gather(*(_client(port, shared, found, pause) for _ in range(clients)))
-    return found
-
-
-async def _client(port: int, messages: Iterator[bytes], found: Load, pause: float | None) -> None:
-    link: Link | None = None
-    for message in messages:
-        began = time.perf_counter()
-        for attempt in range(1 if pause is None else 2):
-            if attempt:
-                found.again += 1
-                await asyncio.sleep(pause or 0)
-            try:
-                link = link or await asyncio.open_connection("127.0.0.1", port)
-                answer = await ask(link, message)
-            except (OSError, EOFError):
-                link = _closed(link)
-                continue
-            found.seconds.append(time.perf_counter() - began)
-            found.statuses[answer.status] += 1
-            if version := re.match(rb'{"model": "(\w+)"', answer.body):
-                found.versions[version[1].decode()] += 1
-            link = _closed(link) if answer.last else link
-            break
-        else:
-            found.lost += 1
-    _closed(link)
-
-
-def _closed(link: Link | None) -> None:
-    if link:
-        link[1].close()
-
-
-def messages(file: Path) -> list[bytes]:
-    """Requests for an image each."""
-    shape = json.loads(Path(f"{file}.json").read_text())["inputs"][0]["shape"]
-    return [request("POST", "/predict", "image/png", body) for body in pngs(*shape[1:])]
-
-
-def pngs(height: int, width: int, channels: int) -> list[bytes]:
-    import PIL.Image
-
-    draw, found = np.random.default_rng(0), []
-    for _ in range(IMAGES):
-        pixels = draw.integers(0, 256, (height, width, channels), np.uint8)
-        PIL.Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(file := io.BytesIO(), "PNG")
-        found.append(file.getvalue())
-    return found
-
-
-def request(method: str, path: str, kind: str, body: bytes, more: str = "") -> bytes:
-    head = (
-        f"{method} {path} HTTP/1.1\r\nHost: here\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n{more}\r\n"
-    )
-    return head.encode("latin-1") + body
-
-
-def repeated(some: Sequence[bytes], n: int) -> Iterator[bytes]:
-    return itertools.islice(itertools.cycle(some), n)
 
 
 class Rate(NamedTuple):
@@ -316,7 +145,7 @@ async def asking(port: int, some: Sequence[bytes], seconds: float) -> AsyncItera
     """A context within which clients ask, also for `seconds` before it begins and after it has ended."""
     found, over = Load(), asyncio.Event()
     shared = itertools.takewhile(lambda _: not over.is_set(), itertools.cycle(some))
-    tasks = [asyncio.create_task(_client(port, shared, found, PAUSE)) for _ in range(SENDERS)]
+    tasks = [asyncio.create_task(client(port, shared, found, PAUSE)) for _ in range(SENDERS)]
     try:
         await asyncio.sleep(seconds)
         yield found
@@ -366,91 +195,9 @@ async def _connected(port: int) -> float:
     async with asyncio.timeout(PATIENCE):
         while True:
             with contextlib.suppress(OSError):
-                _closed(await asyncio.open_connection("127.0.0.1", port))
+                closed(await asyncio.open_connection("127.0.0.1", port))
                 return time.monotonic()
             await asyncio.sleep(0.01)
-
-
-def drawn(n: int, some: Sequence[bytes]) -> list[bytes]:
-    """What Hypothesis draws, the same at each call: requests that are mostly not as they should be.
-
-    `some` are good requests, whose images are damaged.
-    """
-    import hypothesis
-    from hypothesis import strategies as st
-
-    images = [each.partition(b"\r\n\r\n")[2] for each in some]
-    words = st.text(st.characters(min_codepoint=33, max_codepoint=255), max_size=20)
-    values = st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=9), st.lists)
-    rows = st.one_of(values.map(lambda x: json.dumps({"inputs": x})), values.map(json.dumps)).map(str.encode)
-    damaged = st.tuples(st.sampled_from(images), st.integers(0, 2000), st.binary(max_size=9)).map(
-        lambda x: x[0][: x[1]] + x[2] + x[0][x[1] + len(x[2]) :]
-    )
-    bodies = st.one_of(st.binary(max_size=300), rows, damaged, damaged.map(lambda x: x[: len(x) // 2]))
-    paths = st.sampled_from(["/predict", "/explain", "/model", "/health", "/metrics", "/"]) | words.map("/".__add__)
-    kinds = st.sampled_from(["application/json", "image/png", "audio/wav", "text/plain", ""]) | words
-    close = "Connection: close\r\n"
-    wellformed = st.builds(
-        request, st.sampled_from(["POST"] * 5 + ["GET", "PUT", "HEAD"]), paths, kinds, bodies, st.just(close)
-    )
-    more = words.map(lambda x: f"X: {x}\r\n") | st.sampled_from(
-        [
-            "Transfer-Encoding: chunked\r\n",
-            "Content-Length: -1\r\n",
-            "Expect: 100-continue\r\n",
-            "Upgrade: websocket\r\n",
-        ]
-    )
-    odd = st.builds(request, st.sampled_from(["POST"]) | words, paths, kinds, bodies, more.map(close.__add__))
-    cut = st.tuples(wellformed, st.integers(0, 400)).map(lambda x: x[0][: x[1]])
-    found: list[bytes] = []
-
-    @hypothesis.settings(
-        max_examples=n,
-        database=None,
-        derandomize=True,
-        deadline=None,
-        phases=[hypothesis.Phase.generate],
-        suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
-    )
-    @hypothesis.given(st.one_of(wellformed, wellformed, odd, cut, st.binary(max_size=300)))
-    def collect(each: bytes) -> None:
-        found.append(each)
-
-    collect()
-    return found
-
-
-async def malformed(port: int, requests: Sequence[bytes]) -> collections.Counter[str]:
-    """How many requests got each status; "none" is that of a connection that was closed without one.
-
-    A connection is half closed by the client once it has heard nothing for `QUIET` seconds: much of this is unfinished.
-    """
-    statuses: collections.Counter[str] = collections.Counter()
-    shared = iter(requests)
-
-    async def client() -> None:
-        for each in shared:
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(each)
-            reading = asyncio.create_task(reader.read())
-            await asyncio.wait([reading], timeout=QUIET)
-            content = b""
-            with contextlib.suppress(OSError):
-                if not reading.done():
-                    writer.write_eof()
-                content = await asyncio.wait_for(reading, PATIENCE)
-            status = STATUS.match(content)
-            statuses[status[1].decode() if status else "none"] += 1
-            writer.close()
-
-    await asyncio.gather(*(client() for _ in range(STRANGERS)))
-    return statuses
-
-
-def complaints(server: Server) -> int:
-    """Lines that the server printed of errors, such as the first of a traceback."""
-    return len(re.findall("^.*(?:traceback|exception|error).*$", server.log.read_text(), re.IGNORECASE | re.MULTILINE))
 
 
 class Goal(NamedTuple):
@@ -492,7 +239,7 @@ def strange(file: Path, folder: Path, sizes: Sizes) -> Found:
     """What malformed requests do."""
     some = messages(file)
     with serving(file, folder / "log") as server:
-        statuses = asyncio.run(malformed(server.port, drawn(sizes.malformed, some)))
+        statuses = asyncio.run(malformed(server.port, drawn(sizes.malformed, some), PATIENCE))
         after = asyncio.run(load(server.port, some, 1))
     told = ", ".join(f"{n:,} with {status}" for status, n in sorted(statuses.items()))
     failed = sum(n for status, n in statuses.items() if status.startswith("5"))

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import serve
+from benchmarks import serve, serve_clients, serve_malformed, serve_process
 from dl_jax.export import onnx, record
 
 SIZES = serve.QUICK._replace(clients=(1, 4), requests=20, remembered=40, every=10, seconds=0.1, malformed=40)
@@ -46,8 +46,8 @@ def write(path, seed):
 def served(files, tmp_path_factory):
     """A server of the first file, and requests for it."""
     file, log = files / serve.FILES["float"], tmp_path_factory.mktemp("log") / "log"
-    with serve.serving(file, log, ("--timeout", "3")) as server:
-        yield server, serve.messages(file)
+    with serve_process.serving(file, log, ("--timeout", "3")) as server:
+        yield server, serve_clients.messages(file)
 
 
 def test_rates(served):
@@ -56,36 +56,36 @@ def test_rates(served):
     assert found[0].clients == 1
     assert all(0 < each.p50 <= each.p95 and each.client > 0 for each in found)
     assert found[0].rate == pytest.approx(1000 / found[0].p50, rel=0.9)  # of one client that always asks
-    assert len(set(some)) == serve.IMAGES
+    assert len(set(some)) == serve_clients.IMAGES
 
 
 def test_memory_and_malformed_requests(served):
     server, some = served
-    requests = serve.drawn(SIZES.malformed, some)
-    assert requests == serve.drawn(SIZES.malformed, some)
-    statuses = asyncio.run(serve.malformed(server.port, requests))
+    requests = serve_malformed.drawn(SIZES.malformed, some)
+    assert requests == serve_malformed.drawn(SIZES.malformed, some)
+    statuses = asyncio.run(serve_malformed.malformed(server.port, requests, serve_process.PATIENCE))
     assert statuses.total() == len(requests) == SIZES.malformed
     assert statuses["400"]
     assert not [status for status in statuses if status.startswith("5")], statuses
     held = asyncio.run(serve.memory(server, some, SIZES.remembered, SIZES.every))
     assert len(held) == 4
     assert 20 < min(held) <= max(held) < 1000
-    assert serve.complaints(server) == 0
+    assert serve_process.complaints(server) == 0
 
 
 def test_what_the_server_prints_of_errors_is_counted(tmp_path):
     log = tmp_path / "log"
     log.write_text("serving\nerror: a request failed: KeyError\nTraceback (most recent call last):\n")
-    assert serve.complaints(serve.Server(None, 0, log)) == 2
+    assert serve_process.complaints(serve_process.Server(None, 0, log)) == 2
 
 
 def test_the_status_of_an_answer():
     line = b"HTTP/1.1 400 \r\nX: y\r\n\r\nHTTP/1.1 200 OK"
     for content in (line, b"HTTP/1.1 100 \r\n\r\n" + line):
-        found = serve.STATUS.match(content)
+        found = serve_malformed.STATUS.match(content)
         assert found
         assert found[1] == b"400"
-    assert not serve.STATUS.match(b"HTTP/1.1 100 \r\n\r\n")
+    assert not serve_malformed.STATUS.match(b"HTTP/1.1 100 \r\n\r\n")
 
 
 def test_growth_is_that_of_the_second_half():
@@ -131,7 +131,7 @@ def test_lost_answers_are_counted(told, pause, statuses, again, lost, wrong):
         listener = Listener(told)
         async with await asyncio.start_server(listener, "127.0.0.1", 0) as server:
             port = server.sockets[0].getsockname()[1]
-            found = await serve.load(port, [serve.request("GET", "/", "", b"")] * 2, 1, pause)
+            found = await serve_clients.load(port, [serve_clients.request("GET", "/", "", b"")] * 2, 1, pause)
             assert listener.asked == len(told)
             return found
 
