@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TODAY = datetime.date.today().isoformat()
 CHANGELOG = (
     "# Changelog\n\n## [0.2.0] - unreleased\n\n### Added\n\n- A thing.\n\n## [0.1.0] - 2026-01-02\n\n- Another.\n"
 )
@@ -68,11 +68,14 @@ def refusal(repository: Path, *words: str, **environment: str) -> str:
 
 
 def test_a_release_is_prepared_committed_and_checked(repository):
+    before = datetime.date.today()
     done = release(repository, "prepare", "0.2.0")
     assert done.returncode == 0, done.stderr
+    [day] = re.findall(r"date-released: (.+)", (repository / "CITATION.cff").read_text())
+    assert before <= datetime.date.fromisoformat(day) <= datetime.date.today()
     assert (repository / "dl_jax/__init__.py").read_text() == '__version__ = "0.2.0"\n'
-    assert (repository / "CHANGELOG.md").read_text() == CHANGELOG.replace("unreleased", TODAY)
-    assert (repository / "CITATION.cff").read_text() == f"cff-version: 1.2.0\nversion: 0.2.0\ndate-released: {TODAY}\n"
+    assert (repository / "CHANGELOG.md").read_text() == CHANGELOG.replace("unreleased", day)
+    assert (repository / "CITATION.cff").read_text() == f"cff-version: 1.2.0\nversion: 0.2.0\ndate-released: {day}\n"
     assert (repository / "tests/golden/0.2.0/a").exists()
     commit(repository)
     done = release(repository, "check")
@@ -106,7 +109,7 @@ def edited(name: str, old: str, new: str) -> Callable[[Path], None]:
         (lambda _: None, "0.1.0", "the version is 0.1.0, expected one after v0.1.0"),
         (lambda repository: git(repository, "tag", "v0.10.0"), "0.9.0", "expected one after v0.10.0"),
         (edited("CHANGELOG.md", "- A thing.", ""), "0.2.0", "the section 0.2.0 of CHANGELOG.md is empty"),
-        (edited("CHANGELOG.md", "unreleased", TODAY), "0.2.0", "of CHANGELOG.md has a date"),
+        (edited("CHANGELOG.md", "unreleased", "2026-01-03"), "0.2.0", "of CHANGELOG.md has a date"),
         (edited("CHANGELOG.md", "## [", "## "), "0.2.0", "CHANGELOG.md has no section"),
     ],
 )
@@ -120,7 +123,10 @@ def test_what_is_not_ready_to_be_prepared(repository, edit, version, expected):
     [
         (lambda repository: (repository / "b").touch(), "1 files are not committed, such as b"),
         (edited("dl_jax/__init__.py", "0.2.0", "0.3.0"), "CHANGELOG.md begins with 0.2.0, expected 0.3.0"),
-        (edited("CHANGELOG.md", f"[0.2.0] - {TODAY}", "[0.2.0] - unreleased"), "is unreleased, expected its date"),
+        (
+            lambda repository: git(repository, "checkout", "HEAD~", "--", "CHANGELOG.md") + str(commit(repository)),
+            "is unreleased, expected its date",
+        ),
         (edited("CITATION.cff", "version: 0.2.0", "version: 0.1.0"), "CITATION.cff has version 0.1.0, expected 0.2.0"),
         (lambda repository: git(repository, "rm", "-rq", "tests/golden") + str(commit(repository)), "is not there"),
     ],

@@ -1,10 +1,12 @@
 """`python -m dl_jax.watch`: what is read of a folder, what is drawn of it, and what differs between two."""
 
 import html.parser
+import itertools
 import json
 import math
 import re
 import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
@@ -34,8 +36,12 @@ Make = Callable[..., str]
 
 @pytest.fixture
 def make(tmp_path, monkeypatch) -> Make:
-    """A function that makes the folder of a run below the working directory and returns its relative path."""
+    """A function that makes the folder of a run below the working directory and returns its relative path.
+
+    Its reports come 0.01 s apart: those of one millisecond would have no order.
+    """
     monkeypatch.chdir(tmp_path)
+    clock = itertools.count(time.time(), 0.01)
 
     def made(name: str, *, attempts: list[Any] | None = None, error: list[float] | None = None, **identity: Any) -> str:
         folder = Path(name)
@@ -46,10 +52,12 @@ def make(tmp_path, monkeypatch) -> Make:
         (folder / "net.py").write_text("STEPS = 1\n")
         for child in ("plain", "distorted/late"):
             lines = JsonLines(folder / child / "metrics.jsonl", 0)
-            for step in (100, 200, 300):
-                loss = [1 / step, math.nan if step == 200 else 2 / step]
-                lines.write(step, {"loss": loss, "steps_per_second": step, "data_wait": 0.25})
-            lines.write(300, {"watch/error": 0.5})
+            with monkeypatch.context() as patched:
+                patched.setattr("time.time", lambda: next(clock))
+                for step in (100, 200, 300):
+                    loss = [1 / step, math.nan if step == 200 else 2 / step]
+                    lines.write(step, {"loss": loss, "steps_per_second": step, "data_wait": 0.25})
+                lines.write(300, {"watch/error": 0.5})
             lines.close()
         (folder / "plain" / "digits.png").write_bytes(sheet_png(np.zeros((1, 8, 8, 1))))
         if error is not None:
