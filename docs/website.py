@@ -159,9 +159,8 @@ def page(package: str) -> str:
         parts.append(f"`{package}` itself has {', '.join(names)}.\n")
     for path in files:
         module = dotted(path.with_suffix(""))
-        parts.append(
-            f"## {module}\n\n[Source]({from_api(path)})\n\n::: {module}\n    options: {{show_root_heading: false}}\n"
-        )
+        parts.append(f"## {module} {{#{module}}}\n\n[Source]({from_api(path)})\n")
+        parts.append(f"::: {module}\n    options: {{show_root_heading: false, show_root_toc_entry: false}}\n")
     return "\n".join(parts)
 
 

@@ -387,7 +387,7 @@ def h(x):
     said = lambda name: module[name].docstring and module[name].docstring.value
     assert said("State.step") == "int32 [], or [S]"
     assert said("State.key") is None
-    assert said("f") == 'Doubles.\n\n```python\nx: str = "#",  # [B, T]\n) -> int:  # -> [B]\n```'
+    assert said("f") == "Doubles.\n\n`x: [B, T]`\n\n`-> [B]`"
     assert said("h") is None
 
 
