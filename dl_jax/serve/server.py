@@ -70,8 +70,8 @@ def run(service: Service, place: socket.socket) -> None:
     )
     config = uvicorn.Config(
         app(service),
-        loop="asyncio",
-        http="h11",
+        loop="auto",  # uvloop where it is installed
+        http="httptools",
         ws="none",
         lifespan="on",
         log_config=None,

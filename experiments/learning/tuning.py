@@ -108,7 +108,8 @@ CLAIMS = (
             locator=f"Figure 1, the order with {k} of 3 dimensions that matter, 64 points")
       for better, worse, k in (("random", "grid", 1), ("random", "grid", 2))),
     ours("regret/grid_3", versus="regret/random_3", locator="the order where all of 3 dimensions matter"),
-    on_digits("test_error/halving", at_most=10.0, unit="%", note="logistic regression: 10.0 %"),
+    on_digits("test_error/halving", at_most=10.0, unit="%",
+              note="logistic regression: 10.0 %; five seeds of the searches had 12.7 ± 1.9 %"),
 )  # fmt: skip
 KEEPS = ("search.png", "structures.journal")  # files in the run's folder
 
