@@ -101,7 +101,8 @@ CLAIMS = (
     *(headline(f"class/{name}", at_most=25.0, locator=f"that {name} forgets classes") for name in ("ewc", "si", "lwf")),
     headline("class/replay", at_least=88.0, locator="that rehearsal keeps classes",
              note="The paper's rehearsal is of generated digits, 90.79 %; of stored ones it has iCaRL, 94.57 %."),
-    on_digits("class/replay", at_least=90.0, unit="%", note="without rehearsal: 20 %"),
+    on_digits("class/replay", at_least=90.0, unit="%",
+              note="without rehearsal: 20 %; five seeds had 88.7 ± 1.1 %, and joint training 91.0 ± 0.7 %"),
 )  # fmt: skip
 KEEPS = ("*.png",)  # files in the run's folder
 
