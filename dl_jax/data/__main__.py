@@ -1,6 +1,7 @@
 """`python -m dl_jax.data prepare NAME` and `python -m dl_jax.data list`."""
 
 import sys
+from typing import Annotated
 
 import tyro
 
@@ -9,7 +10,9 @@ from dl_jax.data.prepare import prepare
 from dl_jax.data.source import BUNDLED, DERIVED, DOWNLOADED, Prepared, data_folder, prepared, split_sizes
 
 
-def prepare_set(name: tyro.conf.Positional[str], data_dir: str | None = None) -> None:
+def prepare_set(
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")], data_dir: str | None = None
+) -> None:
     """Download and prepare a data set, in array_record format.
 
     Args:

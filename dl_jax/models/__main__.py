@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Sequence
+from typing import Annotated
 
 import tyro
 from rich.box import SIMPLE_HEAD
@@ -15,7 +16,9 @@ from dl_jax.models import summary
 WIDE = 200  # columns of what is not printed on a terminal
 
 
-def show(name: tyro.conf.Positional[str | None] = None, batch_size: int = 1) -> None:
+def show(
+    name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[NAME]")] = None, batch_size: int = 1
+) -> None:
     """List the published models, or print the layers of one: shapes, parameters and operations.
 
     Operations are the multiplications and additions in matrix products and convolutions. Nothing is computed.

@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -23,7 +24,7 @@ class Flags:
     inputs is taken over while requests are answered; SIGTERM answers what was asked and ends.
     """
 
-    file: tyro.conf.Positional[str]
+    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
     """The file, with its record beside it (FILE.json)."""
     port: int = 8000
     """Port to listen on; 0 for any that is free."""
@@ -102,9 +103,8 @@ def listening(host: str, port: int) -> socket.socket:
 def serve(flags: Flags) -> None:
     """Answers requests until it is asked to end. Raises InputError for bad flags or a bad file."""
     token = checked(flags)
-    with contextlib.closing(
-        listening(flags.host, flags.port)
-    ) as place:  # connections wait for the imports, of a second
+    # Connections wait for the imports, which take a second.
+    with contextlib.closing(listening(flags.host, flags.port)) as place:
         try:
             from dl_jax.serve import app, runtime, server
         except ImportError as e:

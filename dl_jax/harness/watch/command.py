@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -19,18 +20,15 @@ from dl_jax.harness.watch.page import page, page_of_two
 from dl_jax.harness.watch.read import Curve, Watched, chosen, read
 
 REDRAW_EVERY = 5.0  # seconds
-HEIGHT, NARROWEST, MOST, GAP = (
-    6,
-    38,
-    4,
-    2,
-)  # lines of a plot; its columns at least; plots beside each other; between them
+HEIGHT = 6  # lines of a plot
+NARROWEST, GAP = 38, 2  # columns of a plot at least, and between two
+MOST = 4  # plots beside each other
 WIDE = 120  # columns of what is not printed on a terminal
 
 
 def watch(
-    workdir: tyro.conf.Positional[str],
-    other: tyro.conf.Positional[str | None] = None,
+    workdir: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="WORKDIR")],
+    other: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[OTHER]")] = None,
     html: str | None = None,
     only: str = "*",
     follow: bool = False,
