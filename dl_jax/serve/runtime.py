@@ -38,7 +38,7 @@ def opened(path: str | os.PathLike[str], largest: int, threads: int) -> Model:
     Raises InputError where the file or its record is missing, damaged or not ours, where its runtime is not installed,
     and where it does not give what its record says.
     """
-    before, found, content = stamp(path), record.load(path), read(path)
+    before, content, found = stamp(path), read(path), record.load(path)
     record.require_same(found, content, path)
     predict = sized(_runtime(found.format, content, path, threads), sizes(found, largest))
     for rows in sizes(found, largest) or (1, largest):

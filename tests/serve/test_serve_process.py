@@ -131,7 +131,9 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):
         )
     (tmp_path / "empty").touch()
     for flags, expected in {
-        (str(tmp_path / "none.onnx"),): "none.onnx has no record",
+        (str(tmp_path / "none.onnx"),): "none.onnx (No such file or directory)",
+        (str(tmp_path),): "(Is a directory)",
+        (str(tmp_path / "empty"),): "empty has no record",
         (good, "--port", "70000"): "--port is 70000, expected 0 to 65535",
         (good, "--host", "0.0.0.0"): "--host 0.0.0.0 is open to others, expected a token",
         (good, "--host", "256.0.0.1", "--token", "a"): "cannot listen on port 8000 of 256.0.0.1",
