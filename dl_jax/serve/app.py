@@ -92,8 +92,10 @@ class Service:
             await asyncio.to_thread(self._batcher.close, self.settings.timeout)
 
     def health(self) -> dict[str, Any]:
-        ready = self._batcher.alive and self._running < self.settings.concurrency
-        return {"live": True, "ready": ready, "model": self.model.version}
+        """Whether it is live: no call of the model has stopped or hangs; and ready: live, and not at its limit."""
+        live = self._batcher.alive(self.settings.timeout)
+        ready = live and self._running < self.settings.concurrency
+        return {"live": live, "ready": ready, "model": self.model.version}
 
     def described(self) -> dict[str, Any]:
         """What a client has to know of the model."""
@@ -257,6 +259,11 @@ def app(service: Service) -> FastAPI:
     async def health() -> Response:
         found = service.health()
         return _json(found, 200 if found["ready"] else 503)
+
+    @made.get("/health/live")
+    async def live() -> Response:
+        found = service.health()
+        return _json(found, 200 if found["live"] else 503)
 
     @made.get("/metrics")
     async def metrics(request: Request) -> Response:

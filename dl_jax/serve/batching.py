@@ -76,6 +76,7 @@ class Batcher:
         self._model, self._largest, self._wait, self._seen, self._under_way = model, largest, wait, seen, under_way
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()  # None ends the thread
         self._ended = False
+        self._began: float | None = None  # when the call that is made began, by the monotonic clock
         self._thread = threading.Thread(target=self._work, name="predict", daemon=True)
         self._thread.start()
 
@@ -85,9 +86,10 @@ class Batcher:
         self._jobs.put(job)
         return job.future
 
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
+    def alive(self, within: float) -> bool:
+        """Whether the thread works, and is in no call that has taken more than `within` seconds already."""
+        began = self._began
+        return self._thread.is_alive() and (began is None or time.monotonic() - began <= within)
 
     def close(self, seconds: float) -> None:
         """Answers what was submitted before, and ends the thread; does not wait longer for a call that hangs."""
@@ -109,7 +111,9 @@ class Batcher:
             if first is None:
                 return
             jobs, held = collected(first, self._take, self._largest, self._wait, time.monotonic, self._under_way)
+            self._began = time.monotonic()
             _answer(self._model(), [job for job in jobs if job.future.set_running_or_notify_cancel()], self._seen)
+            self._began = None
 
 
 def _answer(model: Model, jobs: Sequence[Job], seen: Callable[[int], None]) -> None:

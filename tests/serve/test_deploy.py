@@ -202,15 +202,13 @@ def test_the_pod_serves_a_mounted_file_with_a_mounted_token(tmp_path):
 
 
 def test_the_probes_ask_for_what_needs_no_token(tmp_path):
-    """And a pod that is only busy is not restarted: what its liveness is asked of answers 200."""
-
     exported(tmp_path / "net.onnx")
     _, found = container()
     with listening(tmp_path / "net.onnx", TOKEN) as port:
         for name in ("startupProbe", "readinessProbe", "livenessProbe"):
             path = found[name]["httpGet"]["path"]
             assert urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10).status == 200
-    assert found["livenessProbe"]["httpGet"]["path"] != "/health"
+    assert found["livenessProbe"]["httpGet"]["path"] == "/health/live"  # a busy pod is not restarted
 
 
 def test_the_pod_has_limits_and_few_rights():

@@ -176,12 +176,12 @@ def test_more_requests_than_may_be_under_way_are_refused_and_it_is_not_ready():
             asked = [asyncio.create_task(here.post("/predict", **rows(images(1)))) for _ in range(5)]
             while sum(each.done() for each in asked) < 2:
                 await asyncio.sleep(0.01)
-            ready = await here.get("/health")
+            ready, live = await here.get("/health"), await here.get("/health/live")
             go.set()
-            return ready, await asyncio.gather(*asked)
+            return ready, live, await asyncio.gather(*asked)
 
-    ready, found = asyncio.run(ask())
-    assert ready.status_code == 503
+    ready, live, found = asyncio.run(ask())
+    assert (ready.status_code, live.status_code) == (503, 200)
     assert ready.json()["live"]
     assert not ready.json()["ready"]
     assert sorted(each.status_code for each in found) == [200] * 3 + [503] * 2
@@ -189,12 +189,16 @@ def test_more_requests_than_may_be_under_way_are_refused_and_it_is_not_ready():
 
 
 def test_a_request_is_given_up_after_its_time_and_the_next_one_is_answered():
+    """While the call hangs, the service is not live."""
     go = threading.Event()
     of = service(held(go), timeout=0.05)
 
     async def ask():
         async with client(of) as here:
             late = await here.post("/predict", **rows(images(1)))
+            while (hung := await here.get("/health/live")).status_code == 200:
+                await asyncio.sleep(0.01)
+            assert hung.json() == {"live": False, "ready": False, "model": "0" * 12}
             go.set()
             return late, await here.post("/predict", **rows(images(1)))
 
@@ -332,7 +336,7 @@ KINDS = [JSON, "image/png", "", "text/plain; charset=\xff", "application/json;;;
 VALUES = st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5), st.lists)
 REQUESTS = st.tuples(
     st.sampled_from(["POST", "GET", "PUT"]),
-    st.sampled_from(["/predict", "/explain", "/model", "/health", "/x"]),
+    st.sampled_from(["/predict", "/explain", "/model", "/health", "/health/live", "/x"]),
     st.one_of(st.binary(max_size=300), VALUES.map(lambda x: json.dumps({"inputs": x}).encode())),
     st.sampled_from(KINDS),
 )

@@ -90,7 +90,7 @@ def test_every_job_gets_its_own_rows_and_a_failure_is_told_to_all():
     last = batcher.submit([given_[1]])
     batcher.close(10)
     assert last.done()
-    assert not batcher.alive
+    assert not batcher.alive(10)
     assert seen == calls
     assert sum(calls) == 11 + 6 + 3  # what was cancelled is not computed
     assert max(calls) <= 6
@@ -102,7 +102,8 @@ def test_a_call_that_hangs_does_not_keep_it_from_ending():
     batcher = batching.Batcher(lambda: hangs, 4, 0.0, lambda rows: None, lambda: 1)
     asked = batcher.submit([np.ones((1, 2))])
     batcher.close(0.01)
-    assert batcher.alive
+    assert batcher.alive(10)
+    assert not batcher.alive(0)
     go.set()
     asked.result(10)
 
