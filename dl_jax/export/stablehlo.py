@@ -10,10 +10,11 @@ A file is `HEADER` (magic, version of this layout, CRC-32 of the rest) followed 
 serialises. The checksum is needed because `jax.export` does not detect a flipped bit in a weight.
 """
 
+import contextlib
 import os
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -52,11 +53,23 @@ def export(
       tolerance: the largest difference allowed.
     """
     function, shapes = baked(apply, variables), signature(inputs)
-    data = bytes(jax.export.export(jax.jit(function), platforms=PLATFORMS)(*shapes).serialize())
+    with _without_locations():
+        data = bytes(jax.export.export(jax.jit(function), platforms=PLATFORMS)(*shapes).serialize())
     error = difference(jax.jit(jax.export.deserialize(bytearray(data)).call), apply, variables, inputs, shapes)
     require_same(error, tolerance, "The StableHLO file", path)
     write(path, HEADER.pack(MAGIC, VERSION, zlib.crc32(data)) + data)
     return error
+
+
+@contextlib.contextmanager
+def _without_locations() -> Iterator[None]:
+    """Within it a program is lowered without the paths and lines of the sources, which are nobody else's matter."""
+    limit = jax.config.jax_traceback_in_locations_limit  # type: ignore[attr-defined]
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", limit)
 
 
 def load(path: str | os.PathLike[str]) -> Callable[..., Any]:

@@ -5,7 +5,6 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +39,6 @@ def dense(params: Any, x: jax.Array) -> jax.Array:  # [B, 2] -> [B, 3]
     return jax.nn.relu(x @ params["kernel"] + params["bias"])
 
 
-@contextlib.contextmanager
-def without_locations() -> Iterator[None]:
-    """Within it, traces do not hold the paths of this machine's files."""
-    limit = jax.config.jax_traceback_in_locations_limit  # type: ignore[attr-defined]
-    jax.config.update("jax_traceback_in_locations_limit", 0)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_traceback_in_locations_limit", limit)
-
-
 def write(folder: Path) -> None:
     """Writes all files to `folder`, which must not exist."""
     folder.mkdir(parents=True)
@@ -60,8 +48,7 @@ def write(folder: Path) -> None:
         note.unlink()  # it names the folder it was written to, and no reader needs it on a local disk
     for suffix, format in FORMATS.items():
         file = folder / f"dense.{suffix}"
-        with without_locations():
-            format.export(dense, PARAMS, [INPUTS], file)
+        format.export(dense, PARAMS, [INPUTS], file)
         record.write(file, format.load(file), [(INPUTS,)], classes=CLASSES)
     (folder / "dense.dlj").write_bytes(codec.encode(PARAMS))
 

@@ -197,6 +197,11 @@ def test_stablehlo_is_for_three_platforms_with_a_plain_convolution_beside_the_on
     assert set(convolutions) == {"tensor<?x28x28x1xf32>", "tensor<?x12x12x20xf32>"}
 
 
+def test_stablehlo_does_not_name_the_files_of_the_program(tmp_path):
+    stablehlo.export(lambda params, x: jax.jit(jnp.sin)(x) + params, 1.0, [np.ones((2, 3))], tmp_path / "f")
+    assert b".py" not in (tmp_path / "f").read_bytes()
+
+
 def test_stablehlo_keeps_trees_of_results(tmp_path):
     file = tmp_path / "model"
     stablehlo.export(lambda v, x: {"sum": x.sum(-1), "pair": (x + v, x)}, 1.0, (np.ones((2, 3), np.float32),), file)
