@@ -30,7 +30,9 @@ def drawn(n: int, some: Sequence[bytes]) -> list[bytes]:
         lambda x: x[0][: x[1]] + x[2] + x[0][x[1] + len(x[2]) :]
     )
     bodies = st.one_of(st.binary(max_size=300), rows, damaged, damaged.map(lambda x: x[: len(x) // 2]))
-    paths = st.sampled_from(["/predict", "/explain", "/model", "/health", "/health/live", "/metrics", "/"]) | words.map("/".__add__)
+    paths = st.sampled_from(["/predict", "/explain", "/model", "/health", "/health/live", "/metrics", "/"]) | words.map(
+        "/".__add__
+    )
     kinds = st.sampled_from(["application/json", "image/png", "audio/wav", "text/plain", ""]) | words
     close = "Connection: close\r\n"
     wellformed = st.builds(

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from dl_jax.core.errors import InputError
+from dl_jax.core.errors import InputError, reason
 from dl_jax.core.files import sealed, unsealed
 from dl_jax.export import Input, read
 from dl_jax.export import write as write_file
@@ -127,7 +127,8 @@ def write(
     outputs = [leaves(predict(*inputs)) for inputs in batches]
     first = np.concatenate([each[0] for each in outputs])
     inputs = [np.concatenate(each) for each in zip(*batches, strict=True)]
-    _require_fitting(request, inputs)
+    described = lambda arrays: tuple(Input((batch, *each.shape[1:]), each.dtype.name) for each in arrays)
+    _require_fitting(request, described(inputs))
     if classes and first.shape[1:] != (len(classes),):
         raise InputError(
             f"the file gives {first.shape}, expected logits [B, {len(classes)}] for {len(classes)} classes; name all"
@@ -135,7 +136,6 @@ def write(
     if isinstance(request, Image):
         request = Image(filled(inputs[0]))
     content = read(path)
-    described = lambda arrays: tuple(Input((batch, *each.shape[1:]), each.dtype.name) for each in arrays)
     found = Record(
         FORMATS[path.suffix],
         len(content),
@@ -151,17 +151,30 @@ def write(
 
 
 def load(path: str | os.PathLike[str]) -> Record:
-    """The record of the file `path`. Raises InputError where there is none, or it is damaged or of another layout."""
+    """The record of the file `path`.
+
+    Raises InputError where there is none, where it is damaged or of another layout, and where it contradicts itself.
+    """
     place = path_of(path)
     if not place.exists():
-        raise InputError(f"{path} has no record {place}: it was not exported by dl_jax; write one by export.record")
+        raise InputError(
+            f"{path} has no record {place.name} beside it; copy it too, or write it by export.record.write"
+        )
     try:
         found = unsealed(read(place))
     except ValueError as e:
         raise InputError(f"{place} is damaged ({e}); copy it again, or write it anew by export.record") from e
     if found.get("schema") != SCHEMA:
         raise InputError(f"{place} has layout {found.get('schema')}, expected {SCHEMA}; write it anew by export.record")
-    return _from_json(found)
+    try:
+        record = _from_json(found)
+        _require_fitting(record.request, record.inputs)
+        _require_classes(record)
+    except InputError as e:
+        raise InputError(f"{place} is wrong: {e}") from e
+    except Exception as e:  # what another program wrote takes any form
+        raise InputError(f"{place} is no record ({type(e).__name__}: {reason(e)}); write it by export.record") from e
+    return record
 
 
 def require_same(record: Record, content: bytes, path: str | os.PathLike[str]) -> None:
@@ -223,16 +236,28 @@ def _span(ink: np.ndarray) -> np.ndarray:  # [B, n] -> [B]
     return np.where(ink.any(1), 1 - (ink.argmax(1) + ink[:, ::-1].argmax(1)) / ink.shape[1], 0)
 
 
-def _require_fitting(request: Request, inputs: Sequence[np.ndarray]) -> None:
+def _require_fitting(request: Request, inputs: Sequence[Input]) -> None:
+    if not inputs:
+        raise InputError("the file takes nothing, expected an input; export another function")
     if isinstance(request, Arrays):
         return
     rank, dtype = RANKS[type(request)]
-    if len(inputs) != 1 or inputs[0].ndim != rank or inputs[0].dtype != dtype:
-        found = ", ".join(str(Input(each.shape, each.dtype.name)) for each in inputs)
+    if len(inputs) != 1 or len(inputs[0].shape) != rank or inputs[0].dtype != dtype:
+        found = ", ".join(map(str, inputs))
         raise InputError(
             f"the file takes {found}, expected one {dtype} array of {rank} axes for requests of kind {request.KIND}; "
             "leave out `request`"
         )
+
+
+def _require_classes(record: Record) -> None:
+    """Raises InputError where the first output has not a logit for each class, or a type is none of NumPy's."""
+    for each in (*record.inputs, *record.outputs):
+        np.dtype(each.dtype)
+    if record.classes and record.outputs[0].shape[1:] != (n := len(record.classes),):
+        raise InputError(f"the first output is {record.outputs[0]}, expected logits of {n} classes; name all")
+    if len(record.validation.answers) != len(record.classes):
+        raise InputError(f"it has shares of {len(record.validation.answers)} classes, expected {len(record.classes)}")
 
 
 def _validation(request: Request, inputs: np.ndarray, logits: np.ndarray | None) -> Validation:

@@ -6,14 +6,18 @@ import os
 import socket
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from dl_jax.core.errors import InputError, exit_status, not_installed, reason, require_positive
 
+if TYPE_CHECKING:
+    from dl_jax.serve.app import Settings
+
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 LONGEST = 3600  # seconds of a request
+MOST = {"--batch": 4096, "--concurrency": 65_536, "--threads": 256}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +58,9 @@ def checked(flags: Flags) -> str | None:
     """The token of the flags. Raises InputError for bad ones."""
     at_least_one = {"--batch": flags.batch, "--concurrency": flags.concurrency, "--threads": flags.threads}
     require_positive({**at_least_one, "--max-bytes": flags.max_bytes})
+    for name, given in at_least_one.items():
+        if given > MOST[name]:
+            raise InputError(f"{name} is {given}, expected at most {MOST[name]}; give fewer")
     if not 0 < flags.timeout <= LONGEST:
         raise InputError(f"--timeout is {flags.timeout:g} s, expected more than 0 and at most {LONGEST}; give another")
     if flags.rate is not None:
@@ -90,11 +97,15 @@ def listening(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
+        socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as e:
+        raise InputError(f"--host {host} is no address ({reason(e)}); give one of this machine, or 0.0.0.0") from e
+    try:
         place = socket.create_server((host, port), family=family, backlog=2048)
         place.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it
         return place
     except OSError as e:
-        why = reason(e) if isinstance(e, socket.gaierror) or not e.errno else os.strerror(e.errno)  # of a few words
+        why = os.strerror(e.errno) if e.errno else reason(e)  # of a few words
         raise InputError(
             f"cannot listen on port {port} of {host} ({why}); choose another --port, or 0 for any that is free"
         ) from e
@@ -110,19 +121,25 @@ def serve(flags: Flags) -> None:
         except ImportError as e:
             raise not_installed("a server", e, "serve") from e
 
-        settings = app.Settings(
-            file=flags.file,
-            token=token,
-            largest=flags.batch,
-            wait=flags.wait / 1000,
-            timeout=flags.timeout,
-            max_bytes=flags.max_bytes,
-            concurrency=flags.concurrency,
-            rate=flags.rate,
-            threads=flags.threads,
-        )
         model = runtime.opened(flags.file, flags.batch, flags.threads)
-        server.run(app.Service(model, settings, _log), place)
+        server.run(app.Service(model, settings(flags, token), _log), place)
+
+
+def settings(flags: Flags, token: str | None) -> "Settings":
+    """What the flags say, for a service."""
+    from dl_jax.serve.app import Settings
+
+    return Settings(
+        file=flags.file,
+        token=token,
+        largest=flags.batch,
+        wait=flags.wait / 1000,
+        timeout=flags.timeout,
+        max_bytes=flags.max_bytes,
+        concurrency=flags.concurrency,
+        rate=flags.rate,
+        threads=flags.threads,
+    )
 
 
 def _log(line: str) -> None:

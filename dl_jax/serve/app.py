@@ -1,6 +1,7 @@
 """The service: the routes, what is refused, and a new file that takes the place of the old one."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import hmac
 import itertools
@@ -28,6 +29,7 @@ from dl_jax.serve.metrics import Metrics
 from dl_jax.serve.runtime import Model
 
 PAGE = Path(__file__).with_name("page.html")
+DECODERS = 2  # requests that are decoded at a time, each with all the memory that an image takes
 POLICY = "default-src 'self'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src 'self' blob: data:"
 
 
@@ -35,24 +37,23 @@ class Settings(NamedTuple):
     """What a service is told."""
 
     file: str
-    token: str | None = None  # that a request has to show
-    largest: int = 32  # rows of a call, and of a request
-    wait: float = 0.002  # seconds that a request waits for others
-    timeout: float = 10.0  # seconds until a request is given up
-    max_bytes: int = 4_000_000  # of a body
-    concurrency: int = 64  # requests that are worked on
-    rate: float | None = None  # requests a second of a client
-    threads: int = 1  # of ONNX Runtime
+    token: str | None  # that a request has to show
+    largest: int  # rows of a call, and of a request
+    wait: float  # seconds that a request waits for others
+    timeout: float  # seconds until a request is given up
+    max_bytes: int  # of a body
+    concurrency: int  # requests that are worked on
+    rate: float | None  # requests a second of a client
+    threads: int  # of ONNX Runtime
     poll: float = 1.0  # seconds between two looks at the file
 
 
 class Refused(Exception):
     """A request that gets this status and one line."""
 
-    def __init__(self, status: int, line: str, wait: float | None = None) -> None:
+    def __init__(self, status: int, line: str, headers: dict[str, str]) -> None:
         super().__init__(line)
-        self.status = status
-        self.headers = {} if wait is None else {"Retry-After": str(math.ceil(wait))}
+        self.status, self.headers = status, headers
 
 
 class Replaced(Exception):
@@ -73,6 +74,7 @@ class Service:
         self.metrics = Metrics(lambda: self._window.drift(), lambda: self._running)
         self.metrics.show(model)
         self._batcher: Batcher
+        self._decoders: concurrent.futures.ThreadPoolExecutor
 
     @contextlib.asynccontextmanager
     async def running(self, _: FastAPI) -> AsyncIterator[None]:
@@ -84,11 +86,13 @@ class Service:
             self.metrics.rows.observe,
             lambda: self._running,
         )
+        self._decoders = concurrent.futures.ThreadPoolExecutor(DECODERS, "decode")
         watch = asyncio.create_task(self._watch())
         try:
             yield
         finally:
             watch.cancel()
+            self._decoders.shutdown(wait=False, cancel_futures=True)
             await asyncio.to_thread(self._batcher.close, self.settings.timeout)
 
     def health(self) -> dict[str, Any]:
@@ -117,7 +121,8 @@ class Service:
         """Raises Refused for a request without the token."""
         given, token = request.headers.get("authorization", ""), self.settings.token
         if token is not None and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-            raise Refused(401, "the request shows no token, or another one; send Authorization: Bearer TOKEN")
+            line = "the request shows no token, or another one; send Authorization: Bearer TOKEN"
+            raise Refused(401, line, {"WWW-Authenticate": "Bearer"})
 
     async def answer(self, request: Request, work: Work) -> Response:
         """What `work` makes of the inputs of a request, or a line that says why there is no answer."""
@@ -140,7 +145,8 @@ class Service:
                 kind = request.headers.get("content-type", "")
                 while True:
                     model = self.model
-                    inputs = await asyncio.to_thread(decoded, body, kind, model.record, limits.largest)
+                    decoding = self._decoders.submit(decoded, body, kind, model.record, limits.largest)
+                    inputs = await asyncio.wrap_future(decoding)
                     with contextlib.suppress(Replaced):  # the new model may have other words: decoded anew for it
                         return _json(await work(model, inputs))
         except Refused as error:
@@ -160,12 +166,14 @@ class Service:
             return _line(500, "the model failed at this request", {})
 
     def _admit(self, request: Request) -> None:
-        self.require_token(request)
-        client = request.client.host if request.client else ""
+        client, limits = request.client.host if request.client else "", self.settings
         if self._rates and (wait := self._rates.wait(client, time.monotonic())):
-            raise Refused(429, f"more than {self.settings.rate:g} requests a second; send fewer", wait)
-        if self._running > self.settings.concurrency:
-            raise Refused(503, f"{self.settings.concurrency} requests are being answered; try again later", 1)
+            later = {"Retry-After": str(math.ceil(wait))}
+            raise Refused(429, f"more than {limits.rate:g} requests a second; send fewer", later)
+        self.require_token(request)
+        if self._running > limits.concurrency:
+            later = {"Retry-After": "1"}
+            raise Refused(503, f"{limits.concurrency} requests are being answered; try again later", later)
 
     async def predict(self, model: Model, inputs: list[np.ndarray]) -> dict[str, Any]:
         """The answers of the model to the rows of a request."""
@@ -230,7 +238,8 @@ class Service:
         old, self.model, self._window = self.model, new, Window(new.record)
         self.metrics.swaps.labels("taken").inc()
         self.metrics.show(new)
-        self.log(f"took over the new {path}: {new.version} instead of {old.version}")
+        what = f"{new.version} instead of {old.version}" if new.version != old.version else "another record"
+        self.log(f"took over the new {path}: {what}")
 
 
 def app(service: Service) -> FastAPI:
@@ -241,7 +250,9 @@ def app(service: Service) -> FastAPI:
 
     @made.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
-        return _line(error.status_code, f"{request.method} {request.url.path[:80]}: {error.detail}", {})
+        return _line(
+            error.status_code, f"{request.method} {request.url.path[:80]}: {error.detail}", dict(error.headers or {})
+        )
 
     @made.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> Response:

@@ -7,6 +7,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from dl_jax.serve.drift import Drift
 from dl_jax.serve.runtime import Model
 
+PATHS = ("/predict", "/explain")
+STATUSES = (200, 400, 500, 503, 504)  # that a server under way may give
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 DRIFT = {  # field of Drift -> help
@@ -27,12 +29,15 @@ class Metrics:
         self.registry = CollectorRegistry()
         own = {"namespace": "dl_jax", "registry": self.registry}
         self.requests = Counter("requests", "requests that ended, by HTTP status", ["path", "status"], **own)
+        for path in PATHS:
+            for status in STATUSES:  # from 0, so that the rate of the first error is seen
+                self.requests.labels(path, status)
         self.seconds = Histogram("request_seconds", "time until the answer", ["path"], buckets=SECONDS, **own)
         self.rows = Histogram("batch_rows", "rows of a call of the model", buckets=ROWS, **own)
         Gauge("requests_running", "requests that were not answered yet", **own).set_function(running)
         self.answers = Counter("answers", "rows that were answered by this class", ["class"], **own)
         self.swaps = Counter("swaps", "new files, by whether they were taken over", ["result"], **own)
-        self._model = Gauge("model", "1 for the file that answers", ["version", "format"], **own)
+        self._model = Gauge("model_info", "1 for the file that answers", ["version", "format"], **own)
         for field, text in DRIFT.items():
             gauge = Gauge(f"drift_{field}", text, **own)
             gauge.set_function(lambda field=field: getattr(drift(), field))

@@ -52,14 +52,17 @@ def taken_over(old: Model, path: str | os.PathLike[str], largest: int, threads: 
     Raises InputError as `opened` does, and where requests for the old file would not be requests for the new one.
     """
     new = opened(path, largest, threads)
-    takes = [([each.shape[1:], each.dtype] for each in model.record.inputs) for model in (old, new)]
-    if list(takes[0]) != list(takes[1]) or old.record.request.KIND != new.record.request.KIND:
-        found, expected = (", ".join(map(str, model.record.inputs)) for model in (new, old))
-        raise InputError(
-            f"{path} takes {new.record.request.KIND} {found}, expected {old.record.request.KIND} {expected} as before; "
-            "serve it by a process of its own"
-        )
+    found, expected = (_takes(model.record) for model in (new, old))
+    if found != expected:
+        raise InputError(f"{path} takes {found}, expected {expected} as before; serve it by a process of its own")
     return new
+
+
+def _takes(found: Record) -> str:
+    """What a request has to be."""
+    inputs = ", ".join(str(each._replace(shape=(None, *each.shape[1:]))) for each in found.inputs)
+    rate = f" at {found.request.rate} Hz" if isinstance(found.request, record.Audio) else ""
+    return f"{found.request.KIND} {inputs}{rate}"
 
 
 def stamp(path: str | os.PathLike[str]) -> Stamp:

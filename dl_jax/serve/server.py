@@ -8,11 +8,36 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from dl_jax.serve.app import Service, app
 
+HEAD = 65_536  # bytes of a request beside its body
 DRAIN = 0.3  # seconds in which connections that are open may still send a request, after a signal
 GRACE = 5.0  # seconds beyond the timeout of a request, after which an end no longer waits for it
+
+
+class Protocol(HttpToolsProtocol):
+    """HTTP whose requests have at most `HEAD` bytes beside the body, such as headers: its parser would take any number.
+
+    Pieces of `chunked` bodies come with some bytes each, which count too.
+    """
+
+    head = 0  # bytes of the request that were read so far and are not of its body
+
+    def data_received(self, data: bytes) -> None:
+        self.head += len(data)
+        super().data_received(data)
+        if self.head > HEAD and not self.transport.is_closing():
+            self.send_400_response(f"a request with more than {HEAD} bytes beside its body; send fewer headers")
+
+    def on_body(self, body: bytes) -> None:
+        self.head -= len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self.head = 0
+        super().on_message_complete()
 
 
 class Server(uvicorn.Server):
@@ -71,7 +96,7 @@ def run(service: Service, place: socket.socket) -> None:
     config = uvicorn.Config(
         app(service),
         loop="auto",  # uvloop where it is installed
-        http="httptools",
+        http=Protocol,
         ws="none",
         lifespan="on",
         log_config=None,

@@ -14,7 +14,8 @@ import uvicorn
 from dl_jax.export import Input, onnx, record
 from dl_jax.export.record import Record, Validation
 from dl_jax.serve import runtime
-from dl_jax.serve.app import Service, Settings, app
+from dl_jax.serve.__main__ import Flags, settings
+from dl_jax.serve.app import Service, app
 from dl_jax.serve.runtime import Model, Predict
 
 CLASSES = ("left", "right", "neither")
@@ -97,7 +98,7 @@ def png(pixels: np.ndarray) -> bytes:  # uint8 [H, W] or [H, W, 3]
 @contextlib.contextmanager
 def listening(file: Path, token: str | None = None) -> Iterator[int]:
     """The port of a server of a file in a thread of this process."""
-    service = Service(runtime.opened(file, 32, 1), Settings(str(file), token), print)
+    service = Service(runtime.opened(file, 32, 1), settings(Flags(str(file)), token), print)
     config = uvicorn.Config(app(service), log_config=None, ws="none", lifespan="on", access_log=False)
     server, place = uvicorn.Server(config), socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([place],))

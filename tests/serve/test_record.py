@@ -71,7 +71,7 @@ def test_how_much_of_an_image_a_drawing_takes():
             lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"),
             r"net\.onnx is damaged: its SHA-256 is not [0-9a-f]{12}",
         ),
-        (lambda path: record.path_of(path).unlink(), r"net\.onnx has no record .*: it was not exported by dl_jax"),
+        (lambda path: record.path_of(path).unlink(), r"net\.onnx has no record net\.onnx\.json beside it; copy it"),
         (lambda path: record.path_of(path).write_text("{}"), r"net\.onnx\.json is damaged \(it does not match its dig"),
         (lambda path: record.path_of(path).write_text("{"), r"net\.onnx\.json is damaged \(it is no JSON object"),
         (
@@ -89,14 +89,32 @@ def test_what_was_damaged_is_refused(tmp_path, change, expected):
     assert "\n" not in str(e.value)
 
 
-def test_another_layout_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"schema": 2}, r"net\.onnx\.json has layout 2, expected 1; write it anew"),
+        ({"classes": ["one"]}, r"is wrong: the first output is float32\[batch, 3\], expected logits of 1 classes"),
+        ({"request": {"kind": "audio", "rate": 8000}}, r"is wrong: the file takes float32\[batch, 8, 8, 1\], expected"),
+        ({"request": {"kind": "smell"}}, r"is no record \(KeyError: 'smell'\)"),
+        ({"inputs": []}, r"is wrong: the file takes nothing"),
+        ({"outputs": []}, r"is no record \(IndexError"),
+        ({"inputs": [{"shape": [None, 8, 8, 1], "dtype": "real"}], "request": {"kind": "arrays"}}, "is no record"),
+        ({"validation": {}}, r"is no record \(KeyError: 'answers'\)"),
+        (
+            {"validation": {"examples": 1, "mean": 0, "std": 0, "answers": [1], "confidence": 1}},
+            "has shares of 1 classes",
+        ),
+    ],
+)
+def test_a_record_that_is_whole_and_wrong_is_refused(tmp_path, change, expected):
     path = tmp_path / "net.onnx"
     exported(path)
     found = json.loads(record.path_of(path).read_text())
     del found["crc32"]
-    record.path_of(path).write_text(json.dumps(record.sealed({**found, "schema": 2})))
-    with pytest.raises(InputError, match=r"net\.onnx\.json has layout 2, expected 1; write it anew"):
+    record.path_of(path).write_text(json.dumps(record.sealed({**found, **change})))
+    with pytest.raises(InputError, match=expected) as e:
         record.load(path)
+    assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +127,7 @@ def test_another_layout_is_refused(tmp_path):
             "net.onnx",
             [(images(2),)],
             {"request": record.Audio(8000)},
-            r"the file takes float32\[2, 8, 8, 1\], expected",
+            r"the file takes float32\[batch, 8, 8, 1\], expected",
         ),
     ],
 )

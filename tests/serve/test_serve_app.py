@@ -15,8 +15,9 @@ from serve_files import CLASSES, SIDE, exported, images, model, png
 
 from dl_jax import attribution
 from dl_jax.export import record
+from dl_jax.serve import __main__ as command
 from dl_jax.serve import runtime
-from dl_jax.serve.app import Service, Settings, app
+from dl_jax.serve.app import Service, app
 from dl_jax.serve.decode import JSON
 
 KERNEL = np.random.default_rng(3).normal(size=(SIDE * SIDE, 3)).astype(np.float32)
@@ -32,7 +33,7 @@ async def client(service, **options):
 
 
 def service(found=LINEAR, file="net.onnx", log=lambda line: None, **changes):
-    return Service(found, Settings(file, **changes), log)
+    return Service(found, command.settings(command.Flags(file), None)._replace(**changes), log)
 
 
 def asked(of, *requests):
@@ -243,7 +244,7 @@ def test_requests_at_once_share_a_call_and_are_counted():
     assert value("drift_mean") == pytest.approx(0.5, abs=0.05)
     assert 0 <= value("drift_answers") <= 1
     text = of.metrics.text().decode()
-    assert 'dl_jax_model{format="onnx",version="000000000000"} 1.0' in text
+    assert 'dl_jax_model_info{format="onnx",version="000000000000"} 1.0' in text
 
 
 def test_requests_that_are_all_here_do_not_wait_for_more():

@@ -3,8 +3,13 @@
 import concurrent.futures
 import io
 import json
+import os
+import subprocess
+import sys
 import threading
+import tracemalloc
 import wave
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +21,7 @@ from dl_jax import attribution
 from dl_jax.core.errors import InputError
 from dl_jax.export import onnx, record
 from dl_jax.serve import batching, drift, limits, occlusion, runtime
+from dl_jax.serve.app import DECODERS
 from dl_jax.serve.decode import JSON, MAX_PIXELS, TooLarge, Unsupported, decoded
 
 NONE = model(lambda inputs: [])
@@ -142,6 +148,14 @@ def test_a_file_is_opened_and_one_of_other_inputs_is_not_taken_over(tmp_path):
         runtime.taken_over(found, path, 4, 1)
 
 
+def test_a_file_for_recordings_of_another_rate_is_not_taken_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "opened", lambda *_: model(list, (6,), request=record.Audio(16_000)))
+    with pytest.raises(
+        InputError, match=r"takes audio float32\[batch, 6\] at 16000 Hz, expected .* at 8000 Hz as before"
+    ):
+        runtime.taken_over(model(list, (6,), request=record.Audio(8000)), tmp_path, 4, 1)
+
+
 def test_a_file_that_is_not_what_its_record_says_is_refused(tmp_path):
     path = tmp_path / "net.onnx"
     path.write_bytes(content(weights()[:, :2]))
@@ -231,7 +245,8 @@ BAD = [
     (GREY, b"[]", JSON, "the JSON is no object with the one key inputs", InputError),
     (GREY, b'{"inputs": [], "more": 1}', JSON, "the JSON is no object with the one key inputs", InputError),
     (GREY, rows([[1, 2], [3]]), JSON, "inputs are no array, expected float32.batch, 8", InputError),
-    (GREY, rows("1"), JSON, "inputs are no numbers", InputError),
+    (GREY, rows("1"), JSON, "inputs have texts, expected float32", InputError),
+    (GREY, rows([{}]), JSON, "inputs are no numbers", InputError),
     (GREY, rows([None]), JSON, "inputs are no numbers", InputError),
     (GREY, rows([True]), JSON, "inputs are no numbers", InputError),
     (GREY, rows([10**400]), JSON, "inputs are no ", InputError),
@@ -251,6 +266,14 @@ BAD = [
     (TEXT, rows([[2**40, 0, 0, 0, 0]]), JSON, "inputs have numbers beyond int32", InputError),
     (TEXT, rows([[4, 0, 0, 0, 0]]), JSON, "values outside .0, 3.", InputError),
 ]
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64", "uint8", "float32", "float16", "bool"])
+def test_arrays_of_any_type_are_taken_as_they_are(dtype):
+    found = model(lambda inputs: [], (2,), dtype, record.Arrays()).record
+    expected = np.array([[0, 1], [1, 0]], dtype)
+    (array,) = decoded(rows(expected.tolist()), JSON, found, 4)
+    np.testing.assert_array_equal(array, expected, strict=True)
 
 
 @pytest.mark.parametrize(("found", "body", "kind", "expected", "error"), BAD, ids=range(len(BAD)))
@@ -346,5 +369,43 @@ def test_hidden_parts_of_recordings_and_texts():
     assert occlusion.hidden(record.Arrays(), wave_).shape == (0,)
 
 
-def test_no_image_is_large_enough_to_fill_the_memory():
-    assert MAX_PIXELS * 4 * 3 < 200e6
+def test_the_largest_image_takes_little_memory():
+    """It is 16 kB as a PNG; of its kind DECODERS are read at a time."""
+    program = """
+import re, sys
+from serve_files import model, png
+from dl_jax.serve.decode import decoded
+import numpy as np, PIL.Image
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+found = model(lambda inputs: [], (28, 28, 3)).record
+decoded(png(np.zeros((28, 28, 4), np.uint8)), "image/png", found, 1)
+before = peak()
+decoded(sys.stdin.buffer.read(), "image/png", found, 1)
+print(peak() - before)
+"""
+    import PIL.Image
+
+    file = io.BytesIO()
+    PIL.Image.new("RGBA", (MAX_PIXELS // 2000, 2000)).save(file, "PNG")
+    path = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        input=file.getvalue(),
+        env={**os.environ, **path},
+        capture_output=True,
+        check=True,
+    )
+    assert 10_000 < int(done.stdout) < 80_000  # kB
+    assert DECODERS <= 2
+
+
+def test_a_long_text_among_numbers_is_refused_before_it_takes_memory():
+    """NumPy would give each of the numbers as much space as the text: 400 MB."""
+    body = rows(["a" * 50_000, *[0] * 2000])
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match="inputs have texts, expected float32"):
+            decoded(body, JSON, GREY, 4)
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()

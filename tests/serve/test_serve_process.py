@@ -22,6 +22,7 @@ import dl_jax.serve
 from dl_jax.core.errors import InputError
 from dl_jax.export import record
 from dl_jax.serve import __main__ as command
+from dl_jax.serve import server
 
 ROOT = Path(__file__).parents[2]
 # Starts the command line, and says at its end whether JAX was imported.
@@ -106,6 +107,29 @@ def test_what_was_asked_before_sigterm_is_answered(tmp_path):
     assert "hidden-word" not in first + rest
 
 
+def test_headers_without_an_end_are_refused_before_they_take_memory(tmp_path):
+    exported(tmp_path / "net.onnx")
+    with serving(str(tmp_path / "net.onnx")) as (process, port, _):
+        memory = lambda: int(re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())[0])
+        before = memory()
+        for many in (b"X: " + b"a" * 20_000_000, b"X: a\r\n" * 3_000_000, b"POST / HTTP/1.1\r\n" * 2_000_000):
+            with (
+                contextlib.closing(socket.create_connection(("127.0.0.1", port), timeout=20)) as link,
+                pytest.raises(OSError, match=r"reset|[Bb]roken"),  # it is closed before all is sent
+            ):
+                link.sendall(b"GET /health HTTP/1.1\r\nHost: here\r\n" + many)
+        assert memory() < before + 8000  # kB
+        with contextlib.closing(socket.create_connection(("127.0.0.1", port), timeout=20)) as link:
+            link.sendall(b"GET /health HTTP/1.1\r\nHost: here\r\nX: " + b"a" * server.HEAD)
+            assert link.recv(1000).endswith(b"more than 65536 bytes beside its body; send fewer headers")
+        body = json.dumps({"inputs": images(32).tolist()}).encode()
+        with kept_open(port) as link:
+            for _ in range(9):  # bodies of any size, and many requests over a connection, are no headers
+                link.request("POST", "/predict", body, {"Content-Type": "application/json", "X": "a" * 9000})
+                answer = link.getresponse()
+                assert (answer.status, len(json.loads(answer.read())["answers"])) == (200, 32)
+
+
 def refused(capsys, *flags: str) -> str:
     """The one line of the command line, which ends with status 2."""
     before, sys.argv = sys.argv, ["serve", *flags]
@@ -133,10 +157,13 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):
     for flags, expected in {
         (str(tmp_path / "none.onnx"),): "none.onnx (No such file or directory)",
         (str(tmp_path),): "(Is a directory)",
-        (str(tmp_path / "empty"),): "empty has no record",
+        (str(tmp_path / "empty"),): "empty has no record empty.json beside it",
         (good, "--port", "70000"): "--port is 70000, expected 0 to 65535",
         (good, "--host", "0.0.0.0"): "--host 0.0.0.0 is open to others, expected a token",
-        (good, "--host", "256.0.0.1", "--token", "a"): "cannot listen on port 8000 of 256.0.0.1",
+        (good, "--host", "256.0.0.1", "--token", "a"): "--host 256.0.0.1 is no address",
+        (good, "--host", "192.0.2.1", "--token", "a"): "cannot listen on port 8000 of 192.0.2.1",
+        (good, "--batch", "1000000000"): "--batch is 1000000000, expected at most 4096",
+        (good, "--threads", "100000"): "--threads is 100000, expected at most 256",
         (good, "--batch", "0"): "--batch is 0, expected more than 0",
         (good, "--rate", "-1"): "--rate is -1.0, expected more than 0",
         (good, "--timeout", "inf"): "--timeout is inf s, expected more than 0 and at most 3600",
