@@ -48,6 +48,6 @@ FROM base AS serve
 COPY --from=build-serve /opt/dl_jax /opt/dl_jax
 EXPOSE 8000
 HEALTHCHECK --interval=30s --timeout=5s --start-period=60s --retries=3 \
-  CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
+  CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health/live', timeout=4)"]
 ENTRYPOINT ["python", "-m", "dl_jax.serve"]
 CMD ["/model/net.onnx", "--host", "0.0.0.0", "--token-file", "/run/secrets/token"]

@@ -77,7 +77,7 @@ def package_version() -> str:
 
 def cited_version() -> str | None:
     """The version in CITATION.cff, if there is one."""
-    found = re.search(r"^version: [\"']?([^\"'\n]+)", CITATION.read_text(), re.M) if CITATION.exists() else None
+    found = re.search(r"^version: (.+)$", CITATION.read_text(), re.M)
     return found[1] if found else None
 
 
@@ -96,9 +96,8 @@ def prepare(version: str) -> None:
     replaced[CHANGELOG] = (re.escape(section[0]), f"## [{version}] - {today}")
     for path, (pattern, line) in replaced.items():
         path.write_text(re.sub(pattern, line, path.read_text(), count=1, flags=re.M))
-    if cited_version():
-        text = re.sub(r"^version: .+$", f"version: {version}", CITATION.read_text(), flags=re.M)
-        CITATION.write_text(re.sub(r"^date-released: .+$", f"date-released: {today}", text, flags=re.M))
+    text = re.sub(r"^version: .+$", f"version: {version}", CITATION.read_text(), flags=re.M)
+    CITATION.write_text(re.sub(r"^date-released: .+$", f"date-released: {today}", text, flags=re.M))
     writer = [sys.executable, "tests/unit/golden_files.py", f"tests/golden/{version}"]
     subprocess.run(writer, cwd=ROOT, check=True)
     print(f"version, changelog and tests/golden/{version} are written ({time.monotonic() - began:.0f} s)")
@@ -115,7 +114,7 @@ def check() -> None:
         raise Refused(f"CHANGELOG.md begins with {section['version']}, expected {version}, the package's; run prepare")
     if section["date"] == UNRELEASED:
         raise Refused(f"the section {version} of CHANGELOG.md is {UNRELEASED}, expected its date; run prepare")
-    if (cited := cited_version()) not in (None, version):
+    if (cited := cited_version()) != version:
         raise Refused(f"CITATION.cff has version {cited}, expected {version}, the package's; run prepare")
     if not (GOLDEN / version).is_dir():
         raise Refused(f"tests/golden/{version} is not there, expected the files of this release; run prepare")

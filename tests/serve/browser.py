@@ -100,5 +100,10 @@ class Browser:
         for kind, (x, y) in moves:
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=1, clickCount=1)
 
+    def choose(self, element: str, file: Path) -> None:
+        """Gives a file to an input of the page."""
+        found = self.call("Runtime.evaluate", expression=element)["result"]["objectId"]
+        self.call("DOM.setFileInputFiles", files=[str(file)], objectId=found)
+
     def screenshot(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))

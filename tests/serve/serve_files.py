@@ -96,9 +96,10 @@ def png(pixels: np.ndarray) -> bytes:  # uint8 [H, W] or [H, W, 3]
 
 
 @contextlib.contextmanager
-def listening(file: Path, token: str | None = None) -> Iterator[int]:
-    """The port of a server of a file in a thread of this process."""
-    service = Service(runtime.opened(file, 32, 1), settings(Flags(str(file)), token), print)
+def listening(served: Path | Model, token: str | None = None) -> Iterator[int]:
+    """The port of a server of a file, or of a model without one, in a thread of this process."""
+    found = served if isinstance(served, Model) else runtime.opened(served, 32, 1)
+    service = Service(found, settings(Flags("none" if isinstance(served, Model) else str(served)), token), print)
     config = uvicorn.Config(app(service), log_config=None, ws="none", lifespan="on", access_log=False)
     server, place = uvicorn.Server(config), socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([place],))

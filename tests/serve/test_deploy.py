@@ -122,12 +122,12 @@ def test_an_image_to_train_begins_with_an_experiment(target):
     assert ("COPY", "experiments experiments") in STAGES[target].lines
 
 
-def test_the_healthcheck_fails_where_nothing_answers_or_what_answers_is_not_ready():
+def test_the_healthcheck_fails_where_nothing_answers_or_what_answers_is_not_live():
     status = 200
 
     class Answers(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(status if self.path == "/health" else 404)
+            self.send_response(status if self.path == "/health/live" else 404)
             self.end_headers()
 
         def log_message(self, format: str, *args: Any) -> None:
@@ -219,7 +219,8 @@ def test_the_pod_has_limits_and_few_rights():
     assert found["securityContext"]["readOnlyRootFilesystem"]
     assert set(found["resources"]["limits"]) == {"cpu", "memory"}
     given = flags(found["args"])
-    assert pod["terminationGracePeriodSeconds"] > DRAIN + given.timeout + GRACE
+    before = found["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert pod["terminationGracePeriodSeconds"] > before + DRAIN + given.timeout + GRACE
 
 
 # The dashboard

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from test_readme import commands
 
+import dl_jax
 from dl_jax.harness.fields import check
 from dl_jax.harness.flags import Common, check_common, parse
 
@@ -399,5 +400,6 @@ def test_every_page_has_its_place_in_the_navigation():
 
 def test_the_citation_has_what_its_format_asks_for():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert {"cff-version", "message", "title", "authors", "date-released"} <= set(citation)
+    assert citation["version"] == dl_jax.__version__
     assert all("name" in author or "family-names" in author for author in citation["authors"])

@@ -128,6 +128,7 @@ def test_what_is_not_ready_to_be_prepared(repository, edit, version, expected):
             "is unreleased, expected its date",
         ),
         (edited("CITATION.cff", "version: 0.2.0", "version: 0.1.0"), "CITATION.cff has version 0.1.0, expected 0.2.0"),
+        (edited("CITATION.cff", "\nversion: 0.2.0", ""), "CITATION.cff has version None, expected 0.2.0"),
         (lambda repository: git(repository, "rm", "-rq", "tests/golden") + str(commit(repository)), "is not there"),
     ],
 )
