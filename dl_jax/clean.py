@@ -1,6 +1,6 @@
 """What is wrong with a data set: labels, copies, missing values and features that say nothing; and folds without leaks.
 
-`experiments/learning/cleaning.py` plants such mistakes and finds them. Labels need `pip install 'dl_jax[clean]'`.
+`experiments/learning/cleaning.py` plants such mistakes and finds them. Labels need `pip install -e '.[clean]'`.
 """
 
 import numpy as np

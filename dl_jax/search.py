@@ -2,7 +2,7 @@
 
 Random points and halving are functions of numbers: what trains many networks, one for each point, as the seed axis of
 one state asks `best` which of them go on (`experiments/learning/tuning.py`). Choices that change the shapes of arrays,
-and so the program, are made one trial at a time by Optuna, which needs `pip install 'dl_jax[tune]'`.
+and so the program, are made one trial at a time by Optuna, which needs `pip install -e '.[tune]'`.
 """
 
 import contextlib

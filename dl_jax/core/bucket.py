@@ -36,8 +36,7 @@ def client() -> Any:
         import gcsfs
     except ImportError as error:
         raise InputError(
-            f"gs:// needs a package ({reason(error)}), expected gcsfs to be installed: pip install 'dl_jax[tpu]' (in a "
-            "clone: pip install -e '.[tpu]')"
+            f"gs:// needs a package ({reason(error)}), expected gcsfs to be installed: pip install -e '.[tpu]'"
         ) from error
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False  # others write there too
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # its errors arrive as exceptions too

@@ -47,7 +47,7 @@ def require_probability(numbers: Mapping[str, float]) -> None:
 
 def not_installed(what: str, error: ImportError, extra: str) -> InputError:
     """The error of `what`, which needs a package of an extra of dl_jax that could not be imported."""
-    return InputError(f"{what} needs {error.name}, which is not installed; run: pip install 'dl_jax[{extra}]'")
+    return InputError(f"{what} needs {error.name}, which is not installed; run: pip install -e '.[{extra}]'")
 
 
 def one_line(text: object) -> str:

@@ -116,8 +116,8 @@ def _reason(name: str, root: Path, e: Exception) -> str:
     hidden = listed if unknown else "tensorflow" in str(e).lower()  # TFDS finds some sets only if TensorFlow is there
     if hidden and importlib.util.find_spec("tensorflow") is None:
         return (
-            f"preparing {name} needs TensorFlow, expected it to be installed: pip install 'dl_jax[prepare]' (in a "
-            "clone: pip install -e '.[prepare]'), then repeat this command; training does not need it"
+            f"preparing {name} needs TensorFlow, expected it to be installed: pip install -e '.[prepare]', "
+            "then repeat this command; training does not need it"
         )
     if unknown:
         return f"data set {name} is unknown to TFDS, expected one of its names{nearest(name, preparable())}"

@@ -1,4 +1,4 @@
-"""Core ML packages (`.mlpackage`, for iOS 18, macOS 15 and newer), in float32. `pip install 'dl_jax[coreml]'`.
+"""Core ML packages (`.mlpackage`, for iOS 18, macOS 15 and newer), in float32. `pip install -e '.[coreml]'`.
 
 They are converted on any system, but only a Mac can run them. So a package is not compared with JAX here: what is
 checked is its specification. Run it on a Mac, by `coremltools.models.MLModel(path).predict({"input_0": x})`, before it
@@ -121,7 +121,7 @@ def require() -> None:
     """Raises InputError where a package that writes Core ML packages is missing: to ask before a long training."""
     for name in ("coremltools", "stablehlo_coreml"):
         if importlib.util.find_spec(name) is None:
-            raise InputError(f"Core ML needs {name}, which is not installed; run: pip install 'dl_jax[coreml]'")
+            raise InputError(f"Core ML needs {name}, which is not installed; run: pip install -e '.[coreml]'")
 
 
 def _converted(function: Callable[..., Any], shapes: Sequence[jax.ShapeDtypeStruct]) -> Any:

@@ -1,6 +1,6 @@
 """LiteRT files (`.tflite`, for phones and microcontrollers), written without TensorFlow or PyTorch.
 
-    pip install 'dl_jax[litert]' && pip install --no-deps litert-converter==0.5.0
+    pip install -e '.[litert]' && pip install --no-deps litert-converter==0.5.0
 
 The runtime is an extra of this package. The converter is installed by itself, since it asks for packages that it does
 not use to convert, one of which contradicts ours. Other versions of it may differ and are refused.
@@ -34,7 +34,7 @@ from dl_jax.export.traced import baked, difference, require_same, signature
 CONVERTER = "0.5.0"  # the version of litert-converter, whose module has no documented interface
 COMMANDS = {
     "litert-converter": f"pip install --no-deps litert-converter=={CONVERTER}",
-    "ai-edge-litert": "pip install 'dl_jax[litert]'",
+    "ai-edge-litert": "pip install -e '.[litert]'",
 }
 HEAD = struct.Struct("<I4s")  # the place of the root table, and "TFL3"
 DIGEST = struct.Struct("<8sII")  # magic, version of this layout, CRC-32; 16 bytes, on which weights are aligned

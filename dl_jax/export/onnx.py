@@ -1,4 +1,4 @@
-"""ONNX files for ONNX Runtime: float, and quantised to int8. `pip install 'dl_jax[export]'`.
+"""ONNX files for ONNX Runtime: float, and quantised to int8. `pip install -e '.[export]'`.
 
 A file begins with an entry `dl_jax.crc32` of the model's metadata, the CRC-32 of the bytes after it, because ONNX
 Runtime does not detect a flipped bit in a weight. Files without such an entry, of older versions or other programs, are

@@ -1,4 +1,4 @@
-"""Weights in safetensors files: our variables, and those of PyTorch networks. `pip install 'dl_jax[export]'`.
+"""Weights in safetensors files: our variables, and those of PyTorch networks. `pip install -e '.[export]'`.
 
     save_variables("net.safetensors", variables)  # params/conv/kernel, ...; every type is kept
     variables = load_variables("net.safetensors")

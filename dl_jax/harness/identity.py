@@ -10,7 +10,12 @@ FIELDS = ("experiment", "preset", "config", "seeds")  # of a run in its folder; 
 
 def is_identity(content: Any) -> bool:
     """Whether `content`, from a JSON file, is that of a run."""
-    return isinstance(content, dict) and content.keys() >= {"experiment", "preset", "config"}
+    kinds = {"experiment": str, "preset": str, "config": dict}
+    return (
+        isinstance(content, dict)
+        and all(isinstance(content.get(key), kind) for key, kind in kinds.items())
+        and isinstance(content.get("seeds", []), list)
+    )
 
 
 def differing(found: Identity, wanted: Identity) -> list[tuple[str, Any, Any]]:

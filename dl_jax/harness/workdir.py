@@ -131,7 +131,7 @@ def read_json(file: epath.Path) -> Any:
     """The content of a JSON file; None where it is missing or damaged. Raises Unavailable where it cannot be read."""
     try:
         return json.loads(patiently(file.read_bytes, str(file)))
-    except (*MISSING, ValueError):
+    except (*MISSING, ValueError, RecursionError):
         return None
 
 

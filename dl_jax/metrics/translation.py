@@ -1,4 +1,4 @@
-"""BLEU of translations, by sacreBLEU. `pip install 'dl_jax[text]'`."""
+"""BLEU of translations, by sacreBLEU. `pip install -e '.[text]'`."""
 
 import itertools
 from collections.abc import Sequence

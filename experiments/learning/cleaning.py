@@ -4,7 +4,7 @@ Northcutt, Jiang & Chuang 2021, "Confident learning: estimating uncertainty in d
 
     python experiments/learning/cleaning.py --dataset mnist --preset paper --seeds 5 --workdir runs/cleaning
 
-It needs `pip install 'dl_jax[clean]'`. Expected: each kind of mistake with a precision and a recall of 0.9 or
+It needs `pip install -e '.[clean]'`. Expected: each kind of mistake with a precision and a recall of 0.9 or
 more, but for the precision of wrong labels of images, which is 0.895. Five seeds took six minutes on a busy core.
 
 Each seed takes other rows of MNIST, and all of scikit-learn's table of breast cancer, and plants: labels of another

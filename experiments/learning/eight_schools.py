@@ -8,7 +8,7 @@ the scores in eight schools, and the standard errors. The model is the non-centr
 
     python experiments/learning/eight_schools.py --preset paper --seeds 5 --workdir runs/eight_schools
 
-It needs `pip install 'dl_jax[bayes]'`. Expected, in four minutes on a busy core: the posterior means of μ, τ and all θ
+It needs `pip install -e '.[bayes]'`. Expected, in four minutes on a busy core: the posterior means of μ, τ and all θ
 by NUTS (Hoffman & Gelman 2014), with NumPyro, are in every seed within three standard errors of posteriordb's. These
 are the Monte-Carlo standard errors of both sides combined: the deviation of the draws, divided by the root of their
 effective number. Mean-field variational inference has a smaller mean of τ than NUTS: its Gaussian factors, one for each

@@ -5,7 +5,7 @@ risk in machine learning" (arXiv:1709.01604), for the attack.
 
     python experiments/learning/private.py --dataset mnist --preset paper --seeds 5 --workdir runs/private
 
-It needs `pip install 'dl_jax[private]'`. Expected: 95 ± 1 % of the test digits are right at ε = 2 and δ = 1e-5. Five
+It needs `pip install -e '.[private]'`. Expected: 95 ± 1 % of the test digits are right at ε = 2 and δ = 1e-5. Five
 seeds took between three and seven minutes of a CPU core.
 
 As in the paper, the input are 60 private principal components of images of norm 1, the network has one hidden layer, a

@@ -6,7 +6,7 @@ hyper-parameter optimization" (JMLR 13).
 
     python experiments/learning/tuning.py --dataset mnist --preset paper --seeds 5 --workdir runs/tuning
 
-It needs `pip install 'dl_jax[tune]'`. Expected: the error of the winner on validation data is at most 0.2 points above
+It needs `pip install -e '.[tune]'`. Expected: the error of the winner on validation data is at most 0.2 points above
 that of the full search. In four of five seeds it was the same network. The structure that Optuna found was better than
 one layer of 32 units in four of five seeds, which is not enough for a claim. The run took 21 minutes at the lowest
 priority of a core with much other work.

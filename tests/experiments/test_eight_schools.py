@@ -72,6 +72,6 @@ def test_without_numpyro_it_says_what_to_install(schools, monkeypatch):
     monkeypatch.setitem(sys.modules, "numpyro", None)
     with pytest.raises(
         InputError,
-        match=r"the model of the schools needs numpyro, .* run: pip install 'dl_jax\[bayes",
+        match=r"the model of the schools needs numpyro, .* run: pip install -e '\.\[bayes",
     ):
         schools.posterior()

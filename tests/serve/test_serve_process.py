@@ -183,9 +183,9 @@ def test_bad_input_is_one_line_and_status_2(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("module", "suffix", "expected"),
     [
-        ("onnxruntime", "onnx", r"ONNX needs onnxruntime, which is not installed; run: pip install 'dl_jax\[export\]'"),
+        ("onnxruntime", "onnx", r"ONNX needs onnxruntime, which is not installed; run: pip install -e '\.\[export\]'"),
         ("ai_edge_litert.interpreter", "tflite", r"LiteRT needs ai-edge-litert, which is not installed; run: pip"),
-        ("uvicorn", "onnx", r"a server needs uvicorn, which is not installed; run: pip install 'dl_jax\[serve\]'"),
+        ("uvicorn", "onnx", r"a server needs uvicorn, which is not installed; run: pip install -e '\.\[serve\]'"),
     ],
 )
 def test_a_missing_runtime_is_told_with_its_extra(tmp_path, monkeypatch, module, suffix, expected):

@@ -180,7 +180,7 @@ def test_without_gcsfs_the_message_names_the_extra(served, monkeypatch):
     try:
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, "gcsfs", None)
-            with pytest.raises(InputError, match=r"expected gcsfs to be installed: pip install 'dl_jax\[tpu\]'"):
+            with pytest.raises(InputError, match=r"expected gcsfs to be installed: pip install -e '\.\[tpu\]'"):
                 bucket.require("gs://emulated/run", "--workdir")
     finally:
         bucket.client.cache_clear()

@@ -81,7 +81,7 @@ def test_preparing_makes_a_set_that_loads(tmp_path):
 @pytest.mark.skipif(bool(__import__("importlib.util").util.find_spec("tensorflow")), reason="TensorFlow is installed")
 @pytest.mark.parametrize("name", ["dl_jax_images", "glue/sst2"])
 def test_missing_tensorflow_is_one_line_with_the_command(tmp_path, name):
-    with pytest.raises(InputError, match=r"needs TensorFlow, .* pip install 'dl_jax\[prepare\]'") as error:
+    with pytest.raises(InputError, match=r"needs TensorFlow, .* pip install -e '\.\[prepare\]'") as error:
         prepare(name, str(tmp_path))
     assert "\n" not in str(error.value)
 

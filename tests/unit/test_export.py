@@ -502,9 +502,9 @@ def test_what_is_no_onnx_model(data, ort, tmp_path):
 def test_a_missing_package_comes_with_the_command(package, small, tmp_path, monkeypatch):
     onnx.require()
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(InputError, match=rf"ONNX needs {package}, .* run: pip install 'dl_jax\[export\]'"):
+    with pytest.raises(InputError, match=rf"ONNX needs {package}, .* run: pip install -e '\.\[export\]'"):
         onnx.require()
-    with pytest.raises(InputError, match=rf"ONNX needs {package}, .* run: pip install 'dl_jax\[export\]'"):
+    with pytest.raises(InputError, match=rf"ONNX needs {package}, .* run: pip install -e '\.\[export\]'"):
         onnx.export(*small, tmp_path / "model.onnx")
 
 

@@ -21,7 +21,7 @@ def apply(w, x, count):
 def test_a_missing_package_comes_with_the_command(tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "coremltools" else find(name))
-    with pytest.raises(InputError, match=r"Core ML needs coremltools, .* run: pip install 'dl_jax\[coreml\]'"):
+    with pytest.raises(InputError, match=r"Core ML needs coremltools, .* run: pip install -e '\.\[coreml\]'"):
         coreml.export(apply, WEIGHTS, [X, np.arange(5)], tmp_path / "net.mlpackage")
     with pytest.raises(InputError, match="Core ML needs coremltools"):
         coreml.specification(tmp_path / "net.mlpackage")

@@ -33,7 +33,7 @@ def test_a_missing_package_comes_with_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", version)
     litert.require()
     for name, command in [
-        ("ai-edge-litert", r"pip install 'dl_jax\[litert\]'"),
+        ("ai-edge-litert", r"pip install -e '\.\[litert\]'"),
         ("litert-converter", "pip install --no-deps litert-converter==0.5.0"),
     ]:
         monkeypatch.delitem(found, name)

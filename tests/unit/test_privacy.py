@@ -258,7 +258,7 @@ def test_costs_that_cannot_be(call, message):
 
 def test_without_dp_accounting_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
-    with pytest.raises(InputError, match=r"an accountant needs dp_accounting, .* run: pip install 'dl_jax\[private\]'"):
+    with pytest.raises(InputError, match=r"an accountant needs dp_accounting, .* run: pip install -e '\.\[private\]'"):
         privacy.epsilon(1.0, privacy.Releases(0.1, 2), 1e-5)
 
 

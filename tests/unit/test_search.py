@@ -224,7 +224,7 @@ def test_a_damaged_file_is_refused(tmp_path, damage, message):
 
 def test_without_optuna_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(InputError, match=r"a study needs optuna, .* run: pip install 'dl_jax\[tune"):
+    with pytest.raises(InputError, match=r"a study needs optuna, .* run: pip install -e '\.\[tune"):
         search.study(None, "structures", {})
 
 

@@ -111,6 +111,7 @@ WHOLE = b'{"step": 1, "time": 5.0, "loss": [1.0, null]}\n'
     [
         (b'{"step": 2, "ti\n', "it is no JSON"),
         (b"\n", "it is no JSON"),
+        (b"[" * 100_000 + b"\n", "it is nested too deeply"),
         (b"\xff\xfe\n", "it is no JSON"),
         (b"3\n", "it has no step and time"),
         (b'{"step": "2", "time": 5.0}\n', "it has no step and time"),
@@ -374,6 +375,31 @@ def test_damage_is_said_and_the_rest_is_drawn(make, call):
     assert err.splitlines() == [f"error: {each}" for each in damage]
     assert "── plain ─" in out
     assert all(f'<p class="damaged">{html.escape(each)}</p>' in Path("run.html").read_text() for each in damage)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("config.json", {"experiment": 3}, "run holds no run"),
+        ("config.json", {"config": [1]}, "run holds no run"),
+        ("config.json", {"seeds": 5}, "run holds no run"),
+        ("result.json", {"attempts": 3}, "run/result.json is damaged"),
+        ("result.json", {"attempts": "x"}, "run/result.json is damaged"),
+        ("result.json", {"attempts": None}, "run/result.json is damaged"),
+        ("result.json", {"attempts": [{"seconds": "1"}]}, "run/result.json is damaged"),
+        ("result.json", {"command": 3}, "run/result.json is damaged"),
+        ("result.json", {"claims": [3]}, "run/result.json is damaged"),
+        ("result.json", {"measured": 3}, "run/result.json is damaged"),
+    ],
+)
+def test_a_value_of_another_type_is_damage(make, call, file, change, said):
+    folder = Path(make("run", error=[1.0, 2.0]))
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**content, **change}))
+    status, _, err = call("run")
+    assert status == 2
+    [line] = err.splitlines()
+    assert said in line
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,6 @@ def _library() -> Any:
         import tokenizers.trainers
     except ImportError as e:
         raise InputError(
-            "byte-pair encoding needs tokenizers, expected it to be installed: pip install 'dl_jax[text]'"
+            "byte-pair encoding needs tokenizers, expected it to be installed: pip install -e '.[text]'"
         ) from e
     return tokenizers

@@ -110,6 +110,8 @@ def records_of(lines: bytes) -> tuple[list[Record], list[tuple[int, str]]]:
             records.append(_record(line, sizes))
         except ValueError as error:
             wrong.append((number, str(error)))
+        except RecursionError:
+            wrong.append((number, "it is nested too deeply"))
     return records, wrong
 
 
@@ -165,15 +167,23 @@ def _result(file: epath.Path) -> Result | None:
     result = read_json(file)
     try:
         table_rows(result)
+        whole = _are_attempts(result.get("attempts", [])) and isinstance(result.get("command", ""), str)
     except Exception:  # damage takes any form
         return None
-    return result
+    return result if whole else None
 
 
 def _attempts(file: epath.Path) -> list[dict[str, Any]] | None:
     """The content of an attempts.json; None where it is missing or damaged."""
     found = read_json(file)
-    return found if isinstance(found, list) and all(isinstance(each, dict) for each in found) else None
+    return found if _are_attempts(found) else None
+
+
+def _are_attempts(found: Any) -> bool:
+    """Whether it is a list of objects, whose seconds, where they are known, are numbers."""
+    if not isinstance(found, list):
+        return False
+    return all(isinstance(each, dict) and _is_number(each.get("seconds") or 0) for each in found)
 
 
 def content(file: epath.Path) -> bytes:
