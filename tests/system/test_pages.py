@@ -1,8 +1,10 @@
 """The pages of docs/: every command on them is run by a test or checked, and tutorials are followed word for word."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
+import json
 import os
 import re
 import runpy
@@ -11,8 +13,11 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import urllib.request
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from test_readme import commands
@@ -52,6 +57,7 @@ RUN_BY = {
         "python experiments/vision/lenet.py --learning-rate 0.03 --workdir runs/faster": "test_the_first_hour",
         "python -m dl_jax.watch runs/first runs/faster": "test_the_first_hour",
         "python export.py": "test_the_first_hour",
+        "python -m dl_jax.serve digits.onnx": "test_the_first_hour",
     },
     "reproduce.md": {
         "python experiments/compression/filter_prune.py --preset paper --seeds 1 --workdir runs/filters": (
@@ -225,7 +231,7 @@ def first_hour(folder: Path) -> list[str]:
     (folder / "predict.py").write_text(programs("guide.md")[0] + "print(digits.shape, step)\n")
     (folder / "runs").mkdir()
     (folder / "runs" / "lenet").symlink_to("first")  # as the guide's program calls it
-    lines = re.findall(r"^python .*$", page("first-hour.md"), re.M)
+    lines = [line for line in re.findall(r"^python .*$", page("first-hour.md"), re.M) if ".serve " not in line]
     return [f"{line} {SHORT}" if "--workdir" in line else line for line in lines]
 
 
@@ -235,6 +241,42 @@ def test_the_first_run_is_watched_and_the_guides_program_predicts_with_it(tmp_pa
     assert "(360,) 8" in out
 
 
+@contextlib.contextmanager
+def serving(flags: Sequence[str], folder: Path) -> Iterator[str]:
+    """The address of a server that is started in `folder`, at a port that is free."""
+    words = [sys.executable, "-m", "dl_jax.serve", *flags, "--port", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(words, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        yield process.stdout.readline().split()[-1]
+        process.terminate()
+        assert process.wait(20) == 0
+
+
+@pytest.mark.slow
+def test_a_file_of_the_pipeline_is_served_as_the_guide_says(tmp_path):
+    text = page("guide.md")
+    section = text[text.index("## Serve a file") :]
+    section = section[: section.index("\n## ", 1)]
+    train, serve = re.findall(r"^python (?:experiments|-m).*$", section, re.M)
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    [_, inputs] = re.findall(r"```python\n(.*?)```", section, re.S)
+    (tmp_path / "inputs.py").write_text(inputs)
+    follow(tmp_path, train, "python inputs.py")
+    curls = [
+        shlex.split(line, comments=True) for line in re.findall(r"^curl .*8000/(?:predict|explain)$", section, re.M)
+    ]
+    assert len(curls) >= 2
+    _, _, _, *flags = shlex.split(serve)
+    with serving(flags[: flags.index("--port")], tmp_path) as address:
+        for words in curls:
+            words = [word.replace("http://127.0.0.1:8000", address) for word in words]
+            done = subprocess.run(
+                [*words, "--max-time", "20"], cwd=tmp_path, capture_output=True, text=True, check=True
+            )
+            assert json.loads(done.stdout).keys() & {"answers", "answer"}
+
+
 @pytest.mark.slow
 def test_the_first_hour(tmp_path):
     """In its order; the last run finds its folder finished."""
@@ -242,7 +284,10 @@ def test_the_first_hour(tmp_path):
     assert "learning_rate" in out
     assert "step 8: " in out
     assert "--learning-rate" in out
-    assert (tmp_path / "digits.onnx").exists()
+    with serving(["digits.onnx"], tmp_path) as address:
+        body = json.dumps({"inputs": np.zeros((1, 28, 28, 1)).tolist()}).encode()
+        asked = urllib.request.Request(f"{address}/predict", body, {"Content-Type": "application/json"})
+        assert len(json.loads(urllib.request.urlopen(asked, timeout=20).read())["answers"]) == 1
 
 
 def added(folder: Path) -> list[str]:
