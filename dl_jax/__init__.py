@@ -1,3 +1,3 @@
 """Deep learning experiments in JAX: pure functions from data to a paper's number."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
