@@ -124,6 +124,18 @@ def test_what_the_model_looked_at_is_the_occlusion_of_attribution():
 def test_a_request_that_is_refused_gets_a_status_and_a_line(changes, request_, status, expected):
     (found,) = asked(service(**changes), request_)
     assert (found.status_code, expected in line(found)) == (status, True), found.text
+    needed = {401: {"www-authenticate": "Bearer"}, 405: {"allow": "POST"}}.get(status, {})  # by RFC 9110
+    assert needed.items() <= dict(found.headers).items()
+
+
+def test_guesses_of_the_token_are_limited_too():
+    found = asked(service(token="a-secret", rate=2), *[("POST", "/predict", rows(images(1)))] * 4)
+    assert sorted(each.status_code for each in found) == [401, 401, 429, 429]
+
+
+def test_errors_are_counted_from_zero():
+    (found,) = asked(service(), ("GET", "/metrics", {}))
+    assert 'dl_jax_requests_total{path="/predict",status="500"} 0.0' in found.text
 
 
 def test_a_body_without_a_length_is_cut_off():
