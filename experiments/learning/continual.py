@@ -6,7 +6,9 @@ van de Ven & Tolias 2019, "Three scenarios for continual learning" (arXiv:1904.0
 
 Expected, of the mean test accuracy over the five contexts after the last: where the network is not told the context and
 has to name the digit (class-incremental), 25 % or less with penalties on the weights and with distillation, and 88 % or
-more with rehearsal; where it is told (task-incremental), near 99 % with both.
+more with rehearsal; where it is told (task-incremental), near 99 % with both. Of the cells of the paper's table,
+distillation in class-incremental learning is missed: no seed remembers a class before the last two. The run took two and
+a half hours, first on one core and then on two, with other work beside it.
 
 A context is two digits, for which the network is trained before it comes to the next two. In the scenario `task` it
 is told the context of a test image and chooses one of two digits, in `domain` it is not told and answers whether the
@@ -88,7 +90,7 @@ headline = functools.partial(Claim, paper=PAPER, unit="%", given=MNIST)
 RECALLED = (  # scenario/method, mean, and twice the standard error of a mean of 5 by that of the paper's 20 seeds, or 1
     ("task/none", 87.19, 3.8), ("domain/none", 59.21, 8.2), ("class/none", 19.90, 1.0),
     ("task/si", 99.09, 1.0), ("domain/si", 65.36, 6.3), ("class/si", 19.99, 1.0),
-    ("task/lwf", 99.57, 1.0), ("domain/lwf", 71.50, 6.5), ("class/lwf", 23.85, 1.8),
+    ("task/lwf", 99.57, 1.0), ("domain/lwf", 71.50, 6.5),
     ("task/joint", 99.66, 1.0), ("domain/joint", 98.42, 1.0), ("class/joint", 97.94, 1.0),
 )  # fmt: skip
 CLAIMS = (
@@ -98,6 +100,9 @@ CLAIMS = (
     table("class/ewc", claimed=20.01, tolerance=1.5, locator="Table 4, split MNIST, EWC, class"),
     *(table(metric, claimed=mean, tolerance=tolerance, locator="Table 4, split MNIST, " + metric, verified=False)
       for metric, mean, tolerance in RECALLED),
+    table("class/lwf", claimed=23.85, tolerance=1.8, locator="Table 4, split MNIST, class/lwf", verified=False,
+          note="In all seeds only the last two digits are right, as without distillation. We have not found what "
+               "keeps some images of the others right in the paper."),
     *(headline(f"class/{name}", at_most=25.0, locator=f"that {name} forgets classes") for name in ("ewc", "si", "lwf")),
     headline("class/replay", at_least=88.0, locator="that rehearsal keeps classes",
              note="The paper's rehearsal is of generated digits, 90.79 %; of stored ones it has iCaRL, 94.57 %."),
