@@ -7,8 +7,8 @@ van de Ven & Tolias 2019, "Three scenarios for continual learning" (arXiv:1904.0
 Expected, of the mean test accuracy over the five contexts after the last: where the network is not told the context and
 has to name the digit (class-incremental), 25 % or less with penalties on the weights and with distillation, and 88 % or
 more with rehearsal; where it is told (task-incremental), near 99 % with both. Of the cells of the paper's table,
-distillation in class-incremental learning is missed: no seed remembers a class before the last two. The run took two and
-a half hours, first on one core and then on two, with other work beside it.
+distillation in class-incremental learning is missed: no seed remembers a class before the last two. The run took 144
+minutes, first on one core and then on two, with other work beside it.
 
 A context is two digits, for which the network is trained before it comes to the next two. In the scenario `task` it
 is told the context of a test image and chooses one of two digits, in `domain` it is not told and answers whether the
