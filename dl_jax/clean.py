@@ -42,10 +42,9 @@ def folds(labels: np.ndarray, parts: int, seed: int, groups: np.ndarray | None =
 def groups(x: np.ndarray) -> np.ndarray:  # [N, D] -> int [N]
     """A number for each row, which is the same for rows that are copies of each other, and for copies of copies.
 
-    A row is a copy of the row nearest to it if their distance is at most `NEAR` times the median of such distances.
+    Two rows are copies if their distance is at most `NEAR` times the median of the distances to the nearest row.
     Features have to be on one scale. Raises InputError for a value that is not finite, and for fewer than two rows.
     """
-    from scipy.sparse import csr_array
     from scipy.sparse.csgraph import connected_components
     from sklearn.neighbors import NearestNeighbors
 
@@ -54,12 +53,10 @@ def groups(x: np.ndarray) -> np.ndarray:  # [N, D] -> int [N]
             f"copies among {len(x)} rows of which {(~np.isfinite(x)).any(1).sum()} have missing values, expected two "
             "rows or more and finite numbers; fill them in first"
         )
-    distance, nearest = (each[:, 1] for each in NearestNeighbors(n_neighbors=2).fit(x).kneighbors(x))
-    own = np.arange(len(x))
-    # Of more than two equal rows, the second neighbour may be the row itself: the first is then a copy.
-    close = distance <= NEAR * np.median(distance)
-    graph = csr_array((np.ones(close.sum()), (own[close], nearest[close])), shape=(len(x), len(x)))
-    return connected_components(graph, directed=False)[1]
+    distance, _ = NearestNeighbors(n_neighbors=1).fit(x).kneighbors()  # to another row than itself
+    distinct, number = np.unique(x, axis=0, return_inverse=True)  # thousands of equal rows would be millions of pairs
+    near = NearestNeighbors(radius=NEAR * np.median(distance)).fit(distinct).radius_neighbors_graph()
+    return connected_components(near, directed=False)[1][number.ravel()]
 
 
 def missing(x: np.ndarray) -> np.ndarray:  # [N, D] -> bool [N, D]

@@ -61,6 +61,22 @@ def test_copies_have_one_number():
     assert len(set(found)) == 57
 
 
+@pytest.mark.parametrize("features", [2, 8, 30])
+def test_many_copies_of_a_row_have_one_number(features):
+    """Also where the nearest row of each is another copy than that of the others, and where many are equal."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(300, features))
+    x[250:] = np.repeat(x[:10], 5, 0) + 1e-5 * rng.normal(size=(50, features))
+    x = np.concatenate([x, np.repeat(x[20:21], 50, 0)])
+    found = clean.groups(x)
+    for i in range(10):
+        assert len(set(found[[i, *range(250 + 5 * i, 255 + 5 * i)]])) == 1
+    assert len(set(found[[20, *range(300, 350)]])) == 1
+    assert len(set(found)) == 250
+    folds = clean.folds(np.arange(350) % 2, 5, 0, found)
+    assert all(len(set(folds[found == each])) == 1 for each in found)
+
+
 @pytest.mark.parametrize("rows", [[[1.0, 2.0]], [[1.0, np.nan], [2.0, 1.0]]])
 def test_rows_that_cannot_be_compared_are_refused(rows):
     with pytest.raises(InputError, match=r"copies among . rows of which . have missing values, expected two rows"):
