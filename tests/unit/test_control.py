@@ -10,9 +10,11 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
+from scipy import stats
 
 from dl_jax.control import environments, ppo, replay
 from dl_jax.control.environments import Environment, Episode, Transition
+from dl_jax.control.returns import interquartile, labelled
 from dl_jax.core.errors import InputError
 from dl_jax.core.fit import fit
 from dl_jax.core.step import per_seed
@@ -349,3 +351,21 @@ def test_a_replay_buffer_that_is_too_small_is_refused():
         replay.empty(0, jnp.zeros(3))
     with pytest.raises(InputError, match="3 rows for a replay buffer of 2, expected no more than it holds"):
         replay.pushed(replay.empty(2, jnp.zeros([])), jnp.zeros(3))
+
+
+def test_the_interquartile_mean_is_that_of_scipy_and_ignores_a_quarter_at_each_end():
+    values = np.random.default_rng(1).normal(400, 50, 12)
+    found = interquartile(values)
+    mean = functools.partial(stats.trim_mean, proportiontocut=0.25)
+    wanted = stats.bootstrap((values,), mean, n_resamples=20_000, method="percentile", rng=2).confidence_interval
+    np.testing.assert_allclose(found.mean, np.sort(values)[3:9].mean())
+    np.testing.assert_allclose((found.low, found.high), wanted, atol=2)
+    failed = np.where(np.argsort(np.argsort(values)) < 3, 0, values)
+    assert interquartile(failed).mean == found.mean
+    assert interquartile(values) == found
+
+
+def test_the_interquartile_mean_of_one_seed_and_of_a_failed_one():
+    assert interquartile(np.array([7.0])) == (7, 7, 7)
+    assert np.isnan(interquartile(np.array([7.0, np.nan, 8.0, 9.0]))).all()
+    assert labelled("cart", np.full(4, 500.0)) == "cart, IQM 500.0 [500.0, 500.0]"
