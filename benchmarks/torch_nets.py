@@ -535,11 +535,7 @@ def train_block(name: str, compiled: bool) -> Callable[[int], None]:
 
 
 def private_block(compiled: bool) -> Callable[[int], None]:
-    """A function n -> None that trains for n steps of DP-SGD with the gradients of all examples by `torch.func`.
-
-    Opacus, which has norms without gradients too, is no rival here: version 1.6.0 installs a package `benchmarks`,
-    which hides this one.
-    """
+    """A function n -> None that trains for n steps of DP-SGD with the gradients of all examples by `torch.func`."""
     twin, batch = TWINS["DP-SGD"], PROBLEMS["DP-SGD"].batch()
     image, label = (tensor(batch[name]) for name in ("image", "label"))
     model = twin.model().to(DEVICE)

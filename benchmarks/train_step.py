@@ -3,7 +3,7 @@
     python benchmarks/train_step.py            some twenty minutes on 2 cores; with PyTorch if torch is installed
     python benchmarks/train_step.py --quick    a minute, to see that it runs; its ratios mean little
     python benchmarks/train_step.py Tagger     this network against PyTorch, and nothing else; several may be named,
-                                               also comparisons without PyTorch: RBM, PPO, table, seeds, disk, ...
+                                               also other comparisons: RBM, PPO, Opacus, table, seeds, disk, ...
 
 It times, on the networks of problems.py:
 
@@ -15,6 +15,7 @@ It times, on the networks of problems.py:
   device: computing indices, placing, dispatching and fetching, for a step that computes nothing;
 - every network with `fit`, and its twin in PyTorch, eager and compiled, with fused optimisers; the faster of the two
   PyTorch variants is reported, with its memory; DP-SGD's twin computes the gradients of all examples by torch.func;
+- where Opacus is installed, DP-SGD by its ghost clipping, which like ours computes the gradient of no single example;
 - a step of a restricted Boltzmann machine of 500 hidden units by persistent contrastive divergence on 100 images, and
   scikit-learn's; ours also binarises the images and reports its metrics;
 - an iteration of proximal policy optimisation (PPO) on 512 frames of CartPole with `fit`, and with a Python loop over
@@ -311,6 +312,13 @@ def of_torch(networks: Iterable[str]) -> dict[str, Contestant]:
     }
 
 
+def of_opacus() -> dict[str, Contestant]:
+    """The contestant of Opacus, which must be installed."""
+    from benchmarks import opacus_net
+
+    return {"DP-SGD Opacus": opacus_net.train_block}
+
+
 class Row(NamedTuple):
     """A row of the printed table."""
 
@@ -321,7 +329,7 @@ class Row(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Contestants of which none is PyTorch's network, by name, and the row of the table that compares them."""
+    """Contestants by name, of which none is a network's twin, and the row of the table that compares them."""
 
     entrants: dict[str, Contestant]
     row: Callable[[Mapping[str, Times]], Row]
@@ -335,7 +343,7 @@ def compared(what: str, goal: str, entrants: dict[str, Contestant], digits: int 
 
 
 def comparisons() -> dict[str, Comparison]:
-    """The comparisons without PyTorch by the names that select them."""
+    """The comparisons with other things than twins in PyTorch, by the names that select them."""
     bare_lenet = {"LeNet-5 bare": functools.partial(bare, "LeNet-5")}
     return {
         **{
@@ -363,6 +371,8 @@ def comparisons() -> dict[str, Comparison]:
             f"{NETWORKS} networks of a table at once / {NETWORKS} runs", "<= 0.5",
             {"all table networks": functools.partial(of_table, NETWORKS),
              "one table network": functools.partial(of_table, 1)}, 3, 1 / NETWORKS),
+        **({"Opacus": compared("DP-SGD: Opacus's ghost clipping / fit", ">= 1.0", of_opacus() | fits(["DP-SGD"]))}
+           if importlib.util.find_spec("opacus") else {}),
     }  # fmt: skip
 
 

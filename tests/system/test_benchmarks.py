@@ -8,7 +8,7 @@ import pytest
 from benchmarks import compressed
 from benchmarks.cart_pole import CartPoles
 from benchmarks.problems import CNN, PROBLEMS, images, labelled_texts, sentences, spoken, text, waves, windows
-from dl_jax import losses
+from dl_jax import classify, losses, privacy
 from dl_jax.compress import measure, structure
 from dl_jax.control import environments
 from dl_jax.losses import crf
@@ -81,6 +81,27 @@ def test_networks_that_are_compressed(torch, name):
     cut = torch_compression.cut(twin, image, 0.5)
     assert small(fewer, image, train=False).shape == torch_compression.predictor(cut)(image).shape == (3, 10)
     assert measure.counts(fewer["params"]).parameters == sum(p.numel() for p in cut.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook:UserWarning")  # of the first layer, whose input is given
+def test_private_steps(torch, twins):
+    """Opacus's step without noise is that of the sum of our clipped gradients, some of which are clipped."""
+    pytest.importorskip("opacus")
+    from benchmarks import opacus_net
+
+    model, batch = MLP((30,)), images(40)
+    params = shifted(model, batch["image"])
+    gradient = privacy.clipped_sum(classify.loss(model.apply), 1.0)
+    found = jax.jit(gradient)(params, {}, {**batch, "mask": np.ones(40, np.float32)}, jax.random.key(0))
+    assert 0 < (found.norms > 1).sum() < 40
+    expected = jax.tree.map(lambda leaf, total: np.asarray(leaf - total / 40), params, found.total)
+    twin, wanted = twins.MLP((30,)), twins.MLP((30,))
+    twin.load(params)
+    wanted.load(expected)
+    step = opacus_net.private_step(twin, torch.optim.SGD(twin.parameters(), lr=1.0), noise=0.0, batch_size=40)
+    step(twins.tensor(batch["image"]), twins.tensor(batch["label"]))
+    for ours, theirs in zip(wanted.parameters(), twin.parameters(), strict=True):
+        np.testing.assert_allclose(theirs.detach(), ours.detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_vae(twins):

@@ -1,0 +1,1 @@
+"""Benchmarks. Without this file an installed package of the same name, such as that of Opacus, would hide them."""
