@@ -149,7 +149,10 @@ def study(file: Path | None, name: str, facts: Mapping[str, Any]) -> "optuna.Stu
     if known is None and not found.trials:
         found.set_user_attr("facts", facts)
     elif known != facts:
-        raise InputError(f"{file} holds a study of {known}, expected {facts}; move it away to begin the search anew")
+        known = known if isinstance(known, dict) else {}
+        other = [fact for fact in {**known, **facts} if known.get(fact) != facts.get(fact)]
+        of = lambda facts: ", ".join(f"{fact} {facts[fact]}" if fact in facts else f"no {fact}" for fact in other)
+        raise InputError(f"{file} holds a study of {of(known)}, expected {of(facts)}; move it away to begin anew")
     return found
 
 

@@ -5,8 +5,8 @@ Sener & Koltun 2018, "Multi-task learning as multi-objective optimization" (arXi
     python experiments/learning/multi_task.py --dataset mnist --preset paper --seeds 5 --workdir runs/multi_task
 
 Expected of MGDA-UB: 97.26 ± 0.8 % of the left and 95.90 ± 0.8 % of the right digits, more than with the sum of losses;
-and no more than 0.5 points less for images and for names together than apart. Of the right digits it had fewer: it gave
-the left ones more weight than the sum does. Five seeds took 52 minutes of a busy CPU core.
+and no more than 0.5 points less for images and for names together than apart. Of the right digits it had fewer: the
+shortest combination has more of the shorter gradient, that of the left ones. Five seeds took 52 minutes of a busy core.
 
 The first three methods read two digits, of which one is laid over the other, shifted by six pixels: the tasks are
 `left`, the upper left digit, and `right`, the lower right one. Both tasks have a head of their own.
@@ -102,14 +102,21 @@ FOUND = {
     "uniform": {"left": 96.2, "right": 94.9},
     "mgda": {"left": 96.2, "right": 94.9},
 }  # accuracy in the pilot, %
+WHY = {
+    ("mgda", "right"): " The left digit's gradient is shorter, and so has a weight above one half. The authors' code "
+    "weights the heads' losses too, and may divide gradients by their lengths and losses: pilots of two seeds with "
+    "either had no higher accuracy of right digits than the sum of losses. AdamW, which a gradient's scale "
+    "hardly changes, is in place of their SGD; that was not tried."
+}  # why a claim is missed
 PILOTS = {"images": "97.6 together, 97.6 % apart.", "names": "97.1 together, 97.2 % apart."}
 claim = functools.partial(Claim, unit="%", better="higher", given={"dataset": "mnist"})
 paper = functools.partial(claim, paper="Sener & Koltun 2018", verified=False)
 CLAIMS = (
     *(paper(f"{method}/{task}", locator=f"MultiMNIST, {method}, {task} digit", claimed=value, tolerance=0.8,
-            note=f"The paper's pairs are not known. {PILOT}{FOUND[method][task]} %.")
+            note=f"The paper's pairs are not known. {PILOT}{FOUND[method][task]} %.{WHY.get((method, task), '')}")
       for method, row in TABLE.items() for task, value in row.items()),
-    *(paper(f"{method}/{task}", versus=f"uniform/{task}", locator=f"MultiMNIST, {method} is better than uniform")
+    *(paper(f"{method}/{task}", versus=f"uniform/{task}", locator=f"MultiMNIST, {method} is better than uniform",
+            note=WHY.get((method, task), "").strip())
       for method in ("mgda", "single") for task in ("left", "right")),
     *(claim(f"together/{task}", paper="our bar", versus=f"apart/{task}", claimed=0, tolerance=0.5,
             locator=f"{task}, one head for both kinds", note=PILOT + said) for task, said in PILOTS.items()),

@@ -92,6 +92,9 @@ CLAIMS = (
           locator="successive halving loses nothing to the full search",
           note=PILOTS + "the same winner in each. An error of 5 % has a standard error of 0.22 points on 10,000 "
                "images, so that these data cannot tell networks apart that differ by less."),
+    mnist("same_winner", at_least=1, locator="the winner of successive halving is that of the full search",
+          note="In four of five seeds. In the fifth its winner was 0.02 points worse on validation data, two images of "
+               "10,000, and 0.19 points better in the test."),
     mnist("steps_share", at_most=100 / 3, unit="%", locator="steps of halving, of those of the full search"),
     mnist("test_error/halving", versus="test_error/full", claimed=0, tolerance=0.4, unit="%",
           locator="the winners in the test", note="Two standard errors of the test set."),
@@ -101,9 +104,9 @@ CLAIMS = (
                "error of the seeds, with learning rates that were found for 32 units; we suspect that one seed's does "
                "not suit 63, and have not tried it. A pilot with 28x28 pixels, three seeds and four trials, on "
                "validation data: -0.8 points."),
-    ours("best_of_60/exact", at_least=95, unit="%", locator="the best of 60 trials is in the top 5 %: 1 - 0.95^60"),
-    ours("best_of_60/simulated", claimed=95.39, tolerance=0.2, unit="%", locator="the best of 60 trials, simulated",
-         note="Three standard errors of 100,000 searches."),
+    ours("best_of_60/simulated", claimed=95.39, tolerance=0.2, unit="%",
+         locator="the best of 60 trials is in the top 5 %, simulated",
+         note="By calculation it is 1 - 0.95^60. The tolerance is three standard errors of 100,000 searches."),
     *(Claim(f"regret/{better}_{k}", versus=f"regret/{worse}_{k}", paper="Bergstra & Bengio 2012",
             locator=f"Figure 1, the order with {k} of 3 dimensions that matter, 64 points")
       for better, worse, k in (("random", "grid", 1), ("random", "grid", 2))),
@@ -296,8 +299,7 @@ DIMENSIONS, EACH = 3, 4  # of the synthetic search, and the numbers that its gri
 def simulated(searches: int, seeds: Sequence[int]) -> dict[str, np.ndarray]:
     """How often the rule of 60 trials holds, in per cent, and what random search and a grid miss the best value by."""
     each = [simulated_once(searches, np.random.default_rng(seed)) for seed in seeds]
-    hit = np.full(len(seeds), 100 * (1 - (1 - TOP) ** TRIALS))
-    return {"best_of_60/exact": hit, **{name: np.array([one[name] for one in each]) for name in each[0]}}
+    return {name: np.array([one[name] for one in each]) for name in each[0]}
 
 
 def simulated_once(searches: int, rng: np.random.Generator) -> dict[str, float]:

@@ -1,16 +1,19 @@
 """experiments/learning/continual.py: the questions of the scenarios, what is stored, and what each method keeps."""
 
+import contextlib
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 
 from dl_jax.core.errors import InputError
 from dl_jax.core.step import State, make_step
-from dl_jax.harness.run import Run
+from dl_jax.harness.run import Preempted, Run, Settings
 
 RNG = np.random.default_rng(0)
 LABELS = np.arange(100) % 10
@@ -196,3 +199,23 @@ def test_bad_input_is_a_line_before_any_training(experiment, monkeypatch, change
     monkeypatch.setattr(experiment, "fit", lambda *args, **options: pytest.fail("a network was trained"))
     with pytest.raises(InputError, match=message):
         experiment.main(dataclasses.replace(experiment.PRESETS["smoke"], **change), Run())
+
+
+def test_a_run_that_is_stopped_in_its_second_context_goes_on_to_the_same_bits(experiment, tmp_path, monkeypatch):
+    """With what the first leaves for it: an anchor, and what the optimiser has added up."""
+    cfg = dataclasses.replace(experiment.PRESETS["smoke"], steps=4, methods=("si",))
+    fit, calls, trained = experiment.fit, itertools.count(1), []
+
+    def recorded(*args, **options):
+        trained.append(fit(*args, **options))
+        return trained[-1]
+
+    monkeypatch.setattr(experiment, "fit", recorded)
+    never, fourth = Settings(seeds=(0,)), Settings(seeds=(0,), preempted=lambda step: next(calls) == 4)
+    for name, settings in (("whole", never), ("part", fourth), ("part", never)):
+        stops = pytest.raises(Preempted) if settings is fourth else contextlib.nullcontext()
+        with stops, contextlib.closing(Run(epath.Path(tmp_path) / name, settings)) as run:
+            experiment.main(cfg, run)
+    first, whole, stopped, again, resumed = (jax.device_get((s.params, s.extra, s.opt_state)) for s in trained)
+    for found, expected in ((stopped, first), (again, first), (resumed, whole)):
+        jax.tree.map(np.testing.assert_array_equal, found, expected)

@@ -36,9 +36,16 @@ def task(private, cfg, run, noise=1.0):
     ("change", "message"),
     [
         ({"members": 33}, "members is 33 and the training split has 64 images, expected twice as many"),
-        ({"few_batch": 33}, "66 of 64 records on average are a sampling rate of 1.03, expected at most 1"),
+        ({"few_batch": 33}, "--few-batch is 33 of 32 images, a sampling rate of 1.03, expected at most 1; lower it"),
+        (
+            {"networks": ("whole",), "batch_size": 65},
+            "--batch-size is 65 of 64 images, a sampling rate of 1.02, expected at most 1; lower it",
+        ),
         ({"epsilon": 0.1}, "epsilon is 0.1, expected at least 1.99, which noise of 1000 times the clip norm gives"),
-        ({"members": 1}, "members is 1 of 2, of whom the coins of seed 0 draw 2: an attack needs members and others"),
+        (
+            {"members": 1, "few_batch": 1},
+            "members is 1 of 2, of whom the coins of seed 0 draw 2: an attack needs",
+        ),
         ({"components": 785}, "785 principal axes of 784 features, expected 1 to 784"),
     ],
 )

@@ -199,8 +199,8 @@ def test_another_study_is_refused(tmp_path):
     completed(tmp_path / "file", 2)
     with pytest.raises(InputError, match="file holds the study structures, expected other; move it away"):
         search.study(tmp_path / "file", "other", FACTS)
-    with pytest.raises(InputError, match=r"file holds a study of .*'seeds': \[0, 1\].*, expected .*'seeds': \[5\]"):
-        search.study(tmp_path / "file", "structures", {**FACTS, "seeds": (5,)})
+    with pytest.raises(InputError, match=r"file holds a study of seeds \[0, 1\], no eta, expected seeds \[5\], eta 3;"):
+        search.study(tmp_path / "file", "structures", {"eta": 3, **FACTS, "seeds": (5,)})
 
 
 @pytest.mark.parametrize(
