@@ -36,7 +36,7 @@ from dl_jax.core.devices import fetched
 from dl_jax.core.errors import InputError
 from dl_jax.core.evaluate import collector
 from dl_jax.core.fit import fit
-from dl_jax.core.step import Array, Batch, Step, Tree, make_step, per_seed, start
+from dl_jax.core.step import Array, Batch, State, Step, Tree, make_step, per_seed, start
 from dl_jax.harness import Claim, Fraction, NonNegative, Positive, Probability, Run, launch, on_digits
 from dl_jax.models.vision.mlp import MLP
 
@@ -250,19 +250,21 @@ def filled(x: Any, scale: Scale) -> Any:  # [n, D] -> [n, D]
 
 
 class Parts(NamedTuple):
-    """What the networks of a set have in common. They are compiled once for all rounds."""
+    """What the networks of all rounds have in common, which is compiled once."""
 
-    model: MLP
-    tx: optax.GradientTransformation
+    states: State  # before training, one for each fold of each seed
     step: Step
     predict: Callable[[Tree, data.Columns], Any]
 
 
-def parts_of(cfg: Config, classes: int) -> Parts:
+def parts_of(cfg: Config, sets: list[Prepared], run: Run) -> Parts:
+    classes = int(max(one.planted.labels.max() for one in sets)) + 1
     model = MLP((cfg.hidden,), classes=classes, dropout=cfg.dropout)
     tx, apply = optax.adamw(cfg.learning_rate, weight_decay=cfg.weight_decay), functools.partial(logits_of, model)
+    keys = (splits.numbered(key, cfg.folds) for key in run.keys(2))
+    states = start(model, tx, *keys, np.zeros((1, sets[0].x.shape[1]), np.float32))
     predict = collector(lambda variables, batch: jax.nn.softmax(apply(variables, batch["x"], train=False)), 1000)
-    return Parts(model, tx, per_seed(make_step(functools.partial(loss, model), tx)), predict)
+    return Parts(states, per_seed(make_step(functools.partial(loss, model), tx)), predict)
 
 
 def wrong_labels(cfg: Config, sets: list[Prepared], steps: int, run: Run) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -270,7 +272,7 @@ def wrong_labels(cfg: Config, sets: list[Prepared], steps: int, run: Run) -> tup
 
     After the first round networks learn from the rows whose labels were not found to be wrong.
     """
-    parts = parts_of(cfg, int(max(one.planted.labels.max() for one in sets)) + 1)
+    parts = parts_of(cfg, sets, run)
     wrong, probabilities = [np.zeros(len(one.x), bool) for one in sets], []
     for i in range(cfg.rounds):
         probabilities = out_of_fold(cfg, parts, sets, [~each for each in wrong], steps, run / f"round{i}")
@@ -290,9 +292,7 @@ def out_of_fold(
     scales = [scale(one.x[rows], one.constant, one.of_pixels) for one, rows, _ in learn]
     columns = lambda one, rows: {"x": one.x[rows], "label": one.planted.labels[rows]}
     stream = data.per_seed([data.shuffled(columns(one, rows), cfg.batch_size, seed) for one, rows, seed in learn])
-    keys = (splits.numbered(key, cfg.folds) for key in run.keys(2))
-    states = start(parts.model, parts.tx, *keys, np.zeros((1, sets[0].x.shape[1]), np.float32))
-    states = states._replace(extra={"scale": jax.tree.map(lambda *each: np.stack(each), *scales)})
+    states = parts.states._replace(extra={"scale": jax.tree.map(lambda *each: np.stack(each), *scales)})
     states = fit(parts.step, states, stream, steps=steps, run=run)
     shaped = lambda leaf: leaf.reshape(len(sets), cfg.folds, *leaf.shape[1:])
     of_seeds = seeds.split(jax.tree.map(shaped, fetched(states.variables)))

@@ -55,8 +55,8 @@ def test_networks_do_not_learn_from_their_fold(cleaning, cfg, monkeypatch):
     monkeypatch.setattr(cleaning.data, "shuffled", shuffled)
     monkeypatch.setattr(cleaning, "fit", lambda step, states, *_, **__: states)
     kept = [np.arange(len(one.x)) % 3 > 0 for one in sets]
-    parts = cleaning.parts_of(cfg, 2)
-    found = cleaning.out_of_fold(cfg, parts, sets, kept, 1, Run(settings=Settings(seeds=(0, 1))))
+    run = Run(settings=Settings(seeds=(0, 1)))
+    found = cleaning.out_of_fold(cfg, cleaning.parts_of(cfg, sets, run), sets, kept, 1, run)
     assert len(seen) == 4
     for i, (one, rows) in enumerate(zip(sets, kept, strict=True)):
         np.testing.assert_allclose(found[i].sum(1), 1)
