@@ -78,7 +78,7 @@ class Config:
 
 PRESETS = {
     "paper": Config(),
-    "quick": Config(dataset="digits", hidden=(100, 100), steps=200, fisher=100, budget=200, scenarios=("class",)),
+    "quick": Config(dataset="digits", hidden=(100, 100), steps=200, fisher=100, budget=400, scenarios=("class",)),
     "smoke": Config(dataset="digits", train_split="train[:100]", test_split="test[:50]", contexts=2, hidden=(4,),
                     steps=2, batch_size=16, fisher=16, budget=20, scan_steps=2, scenarios=("class",),
                     methods=("ewc", "replay")),
@@ -111,7 +111,7 @@ CLAIMS = (
     headline("class/replay", at_least=88.0, locator="that rehearsal keeps classes",
              note="The paper's rehearsal is of generated digits, 90.79 %; of stored ones it has iCaRL, 94.57 %."),
     on_digits("class/replay", at_least=90.0, unit="%",
-              note="without rehearsal: 20 %; five seeds had 88.7 ± 1.1 %, and joint training 91.0 ± 0.7 %"),
+              note="without rehearsal: 20 %; five seeds had 89.3 ± 0.9 %, and joint training 91.0 ± 0.7 %"),
 )  # fmt: skip
 KEEPS = ("*.png",)  # files in the run's folder
 
