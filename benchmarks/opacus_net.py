@@ -1,6 +1,7 @@
 """DP-SGD by Opacus: the network of problems.py, with norms of gradients from the inputs and errors of its layers.
 
-That is Opacus's "ghost clipping", which computes the gradient of no single example, as ours does not.
+That is Opacus's "ghost clipping". Like ours it computes the gradient of a kernel for no single example. It is not
+compiled: it works by hooks.
 """
 
 from collections.abc import Callable

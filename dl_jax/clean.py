@@ -21,7 +21,8 @@ def folds(labels: np.ndarray, parts: int, seed: int, groups: np.ndarray | None =
     classes, rows = np.unique(labels, return_counts=True)
     if parts < 2 or len(classes) < 2:
         raise InputError(
-            f"{parts} folds of labels of {len(classes)} classes, expected two or more of both; give more folds or rows"
+            f"the number of folds is {parts} and that of classes {len(classes)}, expected two or more of both; give "
+            "more folds or rows"
         )
     kind, has = (
         ("rows", rows) if groups is None else ("groups", np.array([len(set(groups[labels == c])) for c in classes]))

@@ -148,23 +148,36 @@ def study(file: Path | None, name: str, facts: Mapping[str, Any]) -> "optuna.Stu
         raise InputError(f"{file} holds {held}, expected {name}; move it away to begin the search anew")
     if known is None and not found.trials:
         found.set_user_attr("facts", facts)
+    elif not isinstance(known, dict):
+        raise InputError(f"{file} holds trials and not what they depend on; move it away to begin the search anew")
     elif known != facts:
-        known = known if isinstance(known, dict) else {}
-        other = [fact for fact in {**known, **facts} if known.get(fact) != facts.get(fact)]
-        of = lambda facts: ", ".join(f"{fact} {facts[fact]}" if fact in facts else f"no {fact}" for fact in other)
-        raise InputError(f"{file} holds a study of {of(known)}, expected {of(facts)}; move it away to begin anew")
+        held, expected = differences(known, facts)
+        raise InputError(f"{file} holds a study of {held}, expected {expected}; move it away to begin the search anew")
     return found
+
+
+def differences(known: Mapping[str, Any], facts: Mapping[str, Any]) -> tuple[str, str]:
+    """What of `known` is not in `facts`, and of `facts` not in `known`, as texts."""
+    same = {name for name in known.keys() & facts.keys() if known[name] == facts[name]}
+    other = [name for name in {**known, **facts} if name not in same]
+
+    def text(of: Mapping[str, Any]) -> str:
+        return ", ".join(f"{name} {of[name]}" if name in of else f"no {name}" for name in other)
+
+    return text(known), text(facts)
 
 
 def repaired(file: Path) -> int:
     """The lines of a journal, 0 where there is none, after what a killed process has left is removed.
 
-    Raises InputError for any other damage.
+    Raises InputError for any other damage, and for what cannot be read.
     """
-    Path(f"{file}.lock").unlink(missing_ok=True)
-    content = file.read_bytes() if file.exists() else b""
+    try:
+        content = file.read_bytes() if file.exists() else b""
+    except OSError as error:
+        raise InputError(f"{file} cannot be read, expected a journal of Optuna ({one_line(error)}); move it") from error
     whole = content[: content.rfind(b"\n") + 1]
-    lines = whole.splitlines()
+    lines, rest = whole.splitlines(), content[len(whole) :]
     for number, line in enumerate(lines, 1):
         with contextlib.suppress(ValueError):
             if isinstance(json.loads(line), dict):
@@ -173,7 +186,10 @@ def repaired(file: Path) -> int:
             f"line {number} of {file} is damaged, expected an object of JSON, as Optuna writes them; move the file "
             "away to begin the search anew"
         )
-    if len(whole) < len(content):
+    if rest and not rest.startswith(b"{"):  # no line that a process did not live to end
+        raise InputError(f"the end of {file} is no line of Optuna's journal; move it away to begin the search anew")
+    Path(f"{file}.lock").unlink(missing_ok=True)
+    if rest:
         with file.open("r+b") as opened:
             opened.truncate(len(whole))
     return len(lines)

@@ -5,7 +5,9 @@ Northcutt, Jiang & Chuang 2021, "Confident learning: estimating uncertainty in d
     python experiments/learning/cleaning.py --dataset mnist --preset paper --seeds 5 --workdir runs/cleaning
 
 It needs `pip install -e '.[clean]'`. Expected: each kind of mistake with a precision and a recall of 0.9 or
-more. With 8,000 images and 800 steps in place of 20,000 and 2,000 the precision of wrong labels of images was 0.895.
+more on average over the seeds, but for the precision of wrong labels of images, which is 0.895: networks that learn
+from 8,000 images take some digits for others. With 20,000 images (`--preset large --seed 10 --seeds 5`) it is above
+0.9. Five seeds took MINUTES of a core of a Xeon.
 
 Each seed takes other rows of MNIST, and all of scikit-learn's table of breast cancer, and plants: labels of another
 class in a fifth of the rows; nearly equal copies of training rows, among the training rows and in place of test rows;
@@ -46,7 +48,7 @@ class Config:
     dataset: str = "mnist"  # TFDS name of a set of ten classes of 28x28 or 8x8 grey images
     train_split: str = "train"  # TFDS split to learn from
     test_split: str = "test[:1000]"  # TFDS split in which copies are looked for
-    images: Positive[int] = 20_000  # that a seed takes of the first
+    images: Positive[int] = 8000  # that a seed takes of the first
     noise: Fraction = 0.2  # share of the labels that are wrong
     copies: Positive[int] = 50  # of training rows, among these and in the test
     missing: Fraction = 0.02  # share of the table's values that are missing
@@ -55,7 +57,7 @@ class Config:
     rounds: Positive[int] = 2  # of learning; after the first, from labels that were not found to be wrong
     hidden: Positive[int] = 256  # units of the hidden layer
     dropout: Probability = 0.5  # probability that a hidden unit is dropped
-    image_steps: Positive[int] = 2000  # train steps of a network of images
+    image_steps: Positive[int] = 800  # train steps of a network of images
     table_steps: Positive[int] = 60  # train steps of a network of the table
     batch_size: Positive[int] = 64  # rows per step and network
     learning_rate: Positive[float] = 1e-3  # of AdamW
@@ -64,19 +66,27 @@ class Config:
 
 PRESETS = {
     "paper": Config(),
+    "large": Config(images=20_000, image_steps=2000),
     "quick": Config(dataset="digits", test_split="test", images=1200, image_steps=300),
     "smoke": Config(dataset="digits", test_split="test[:40]", images=200, copies=5, constant=2, folds=2, hidden=4,
                     image_steps=1, table_steps=1, batch_size=8),
 }  # fmt: skip
 
 KINDS = ("label/images", "label/table", "copy/images", "copy/table", "missing/table", "constant/table")
-PILOT = "A pilot of two other seeds on the first 50,000 images: 0.924. With 8,000 images in place of 20,000: 0.887."
+MISSED = (
+    "Missed by 0.005, as networks that learn from so few images take some digits for others: the preset large, of "
+    "20,000 images, is above 0.9."
+)
+PILOT = "A pilot of two other seeds on the first 50,000 images: "
+LARGE = {"precision": PILOT + "0.924; 0.887 with 8,000 of them.", "recall": PILOT + "0.962; 0.939 with 8,000 of them."}
 CLAIMS = (
     *(Claim(f"{measure}_{kind}", paper="our bar", locator=f"{measure} of {kind}", at_least=0.9,
-            given={"dataset": "mnist"}, note=PILOT if (measure, kind) == ("precision", "label/images") else "")
+            given={"dataset": "mnist"}, note=MISSED if (measure, kind) == ("precision", "label/images") else "")
       for kind in KINDS for measure in ("precision", "recall")),
     Claim("leak/grouped", paper="our bar", locator="no copy is in another fold than its original", at_most=0,
           worst=True, given={"dataset": "mnist"}),
+    *(Claim(f"{measure}_label/images", paper="our bar", locator=f"{measure} of label/images, of 20,000", at_least=0.9,
+            preset="large", given={"dataset": "mnist"}, note=note) for measure, note in LARGE.items()),
     on_digits("recall_label/images", at_least=0.9, unit="", note="chance: 0.2"),
 )  # fmt: skip
 KEEPS = ("labels.png",)  # files in the run's folder

@@ -1,4 +1,4 @@
-"""Digits are learned with differential privacy, and an attack that reads membership off the loss then learns little.
+"""Digits are learned with differential privacy, and of few images an attack on membership then learns less.
 
 Abadi et al. 2016, "Deep learning with differential privacy" (arXiv:1607.00133), section 5.2; Yeom et al. 2018, "Privacy
 risk in machine learning" (arXiv:1709.01604), for the attack.
@@ -23,7 +23,8 @@ a member. `auc` is the area below the curve of true against false positive rates
 `advantage` the largest difference of the two rates, which (ε, δ)-differential privacy bounds by
 (e^ε − 1 + 2δ) / (e^ε + 1): 0.76 for ε = 2. The bound holds for every attack on every set. Of this attack the advantage
 without privacy is below it too, so that it is the difference of the two networks that shows what privacy does; but its
-curve crosses the bound of the rates where hardly a member is missed.
+curve crosses the bound of the rates where hardly a member is missed. From so few images the private network learns
+little at this ε, 37 % of the test digits, where the other has 82 %: that is the price, and a part of the difference.
 """
 
 import dataclasses
@@ -90,7 +91,7 @@ CLAIMS = (
           given={"dataset": "mnist", "delta": 1e-5, "epsilon": 2.0}, note="By another accountant."),
     ours("auc/plain", at_least=0.55, worst=True, locator="the attack without privacy", note=FIXED + "0.665 ± 0.004."),
     ours("advantage/few", at_most=privacy.most_advantage(2, 1e-5), worst=True, locator="the bound of ε = 2",
-         note=FIXED + "0.09 ± 0.03."),
+         note=FIXED + "0.09 ± 0.03. A fault of noise or accounting would show; plain is within the bound too."),
     ours("auc/few", versus="auc/plain", better="lower", locator="the attack with privacy and without",
          note=FIXED + "0.537 ± 0.019 against 0.665 ± 0.004."),
     on_digits("accuracy/whole", at_least=37, unit="%", note="chance: 10 %"),
@@ -149,7 +150,7 @@ def require_rate(flag: str, batch_size: int, members: int) -> None:
     if batch_size > members:
         raise InputError(
             f"{flag} is {batch_size} of {members} images, a sampling rate of {batch_size / members:.3g}, expected at "
-            "most 1; lower it"
+            "most 1; lower it, or give more images"
         )
 
 

@@ -7,9 +7,10 @@ hyper-parameter optimization" (JMLR 13).
     python experiments/learning/tuning.py --dataset mnist --preset paper --seeds 5 --workdir runs/tuning
 
 It needs `pip install -e '.[tune]'`. Expected: the error of the winner on validation data is at most 0.2 points above
-that of the full search. In four of five seeds it was the same network. The structure that Optuna found was better than
-one layer of 32 units in four of five seeds, which is not enough for a claim. The run took two minutes of a core of a
-Xeon.
+that of the full search. It was the same network in four of five seeds, and was claimed to be in all. Random search
+with as many steps had an error of 6.1 % in the test where halving had 5.1. The structure that Optuna found was better
+than one layer of 32 units in four of five seeds, so that this order is missed too. The run took two minutes of a core
+of a Xeon.
 
 A seed draws 27 random points of learning rate, weight decay and momentum. The full search trains a network for each for
 2,700 steps. Halving compares all after 390 steps, goes on with nine, and after 1,170 with three. The networks are the
@@ -90,29 +91,27 @@ mnist = functools.partial(ours, given={"dataset": "mnist"})
 CLAIMS = (
     mnist("validation_error/halving", versus="validation_error/full", claimed=0, tolerance=0.2, unit="%",
           locator="successive halving loses nothing to the full search",
-          note=PILOTS + "the same winner in each. An error of 5 % has a standard error of 0.22 points on 10,000 "
-               "images, so that these data cannot tell networks apart that differ by less."),
+          note=PILOTS + "the same winner in each. 0.2 points are 20 of 10,000 images."),
     mnist("same_winner", at_least=1, locator="the winner of successive halving is that of the full search",
-          note="In four of five seeds. In the fifth its winner was 0.02 points worse on validation data, two images of "
-               "10,000, and 0.19 points better in the test."),
+          note="Declared after the first run. It is so in four of five seeds. In the fifth its winner was 0.02 points "
+               "worse on validation data, two images of 10,000, and 0.19 points better in the test."),
     mnist("steps_share", at_most=100 / 3, unit="%", locator="steps of halving, of those of the full search"),
     mnist("test_error/halving", versus="test_error/full", claimed=0, tolerance=0.4, unit="%",
-          locator="the winners in the test", note="Two standard errors of the test set."),
+          locator="the winners in the test", note="They are 40 of 10,000 images."),
     mnist("test_error/structure", versus="test_error/halving", unit="%",
           locator="layers and units by Optuna against one layer of 32 units",
           note="Four seeds have 0.6 to 1.7 points less, and one has 0.8 more. The structure is chosen by the mean "
                "error of the seeds, with learning rates that were found for 32 units; we suspect that one seed's does "
                "not suit 63, and have not tried it. A pilot with 28x28 pixels, three seeds and four trials, on "
                "validation data: -0.8 points."),
-    ours("best_of_60/simulated", claimed=95.39, tolerance=0.2, unit="%",
-         locator="the best of 60 trials is in the top 5 %, simulated",
-         note="By calculation it is 1 - 0.95^60. The tolerance is three standard errors of 100,000 searches."),
+    ours("best_of_60/simulated", at_least=95, unit="%", locator="the best of 60 trials is in the top 5 %, simulated",
+         note="By calculation it is 1 - 0.95^60 = 95.4 %."),
     *(Claim(f"regret/{better}_{k}", versus=f"regret/{worse}_{k}", paper="Bergstra & Bengio 2012",
             locator=f"Figure 1, the order with {k} of 3 dimensions that matter, 64 points")
       for better, worse, k in (("random", "grid", 1), ("random", "grid", 2))),
     ours("regret/grid_3", versus="regret/random_3", locator="the order where all of 3 dimensions matter"),
     on_digits("test_error/halving", at_most=10.0, unit="%",
-              note="logistic regression: 10.0 %"),
+              note="logistic regression: 10.0 %; five seeds of the searches had 9.8 ± 0.8 %"),
 )  # fmt: skip
 KEEPS = ("search.png", "structures.journal")  # files in the run's folder
 

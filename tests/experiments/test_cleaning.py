@@ -83,7 +83,7 @@ def test_precision_and_recall(cleaning):
     [
         ({"images": 2000}, "images is 2000, expected at most 1437, as train has; lower --images"),
         ({"copies": 41}, "copies is 41, expected at most 40, as there are few rows; lower --copies"),
-        ({"folds": 1}, "1 folds of labels of 10 classes, expected two or more of both"),
+        ({"folds": 1}, "the number of folds is 1 and that of classes 10, expected two or more of both"),
         ({"folds": 60}, "class . has .* rows, expected 60 or more, one for each fold"),
         ({"noise": 1e-3}, "noise plants nothing in 205 places of the images; raise --noise"),
         ({"missing": 1e-9}, "missing plants nothing in .* places of the table; raise --missing"),

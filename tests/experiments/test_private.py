@@ -36,7 +36,10 @@ def task(private, cfg, run, noise=1.0):
     ("change", "message"),
     [
         ({"members": 33}, "members is 33 and the training split has 64 images, expected twice as many"),
-        ({"few_batch": 33}, "--few-batch is 33 of 32 images, a sampling rate of 1.03, expected at most 1; lower it"),
+        (
+            {"few_batch": 33},
+            "--few-batch is 33 of 32 images, a sampling rate of 1.03, expected at most 1; lower it, or",
+        ),
         (
             {"networks": ("whole",), "batch_size": 65},
             "--batch-size is 65 of 64 images, a sampling rate of 1.02, expected at most 1; lower it",

@@ -37,8 +37,8 @@ def test_a_group_is_in_one_fold():
 @pytest.mark.parametrize(
     ("labels", "parts", "groups", "message"),
     [
-        ([3] * 9, 3, None, "3 folds of labels of 1 classes, expected two or more of both"),
-        ([0, 1] * 4, 1, None, "1 folds of labels of 2 classes, expected two or more of both"),
+        ([3] * 9, 3, None, "the number of folds is 3 and that of classes 1, expected two or more of both"),
+        ([0, 1] * 4, 1, None, "the number of folds is 1 and that of classes 2, expected two or more of both"),
         ([0] * 9 + [1, 1], 3, None, "class 1 has 2 rows, expected 3 or more, one for each fold; lower the number"),
         ([0, 1] * 6, 3, [0, 1] * 6, "class 0 has 1 groups, expected 3 or more"),
     ],

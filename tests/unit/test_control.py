@@ -365,6 +365,12 @@ def test_the_interquartile_mean_is_that_of_scipy_and_ignores_a_quarter_at_each_e
     assert interquartile(values) == found
 
 
+def test_a_quarter_of_the_seeds_is_rounded_down():
+    values = np.array([9.0, 0, 1, 2, 3, 4, 5, 6, 7, 8])
+    np.testing.assert_allclose(interquartile(values).mean, np.arange(2, 8).mean())
+    np.testing.assert_allclose(interquartile(values[:7]).mean, np.sort(values[:7])[1:6].mean())
+
+
 def test_the_interquartile_mean_of_one_seed_and_of_a_failed_one():
     assert interquartile(np.array([7.0])) == (7, 7, 7)
     assert np.isnan(interquartile(np.array([7.0, np.nan, 8.0, 9.0]))).all()

@@ -203,6 +203,27 @@ def test_another_study_is_refused(tmp_path):
         search.study(tmp_path / "file", "structures", {"eta": 3, **FACTS, "seeds": (5,)})
 
 
+def test_nothing_is_not_the_same_as_none():
+    assert search.differences({"a": 1, "b": 2}, {"a": 1, "c": None}) == ("b 2, no c", "no b, c None")
+
+
+def test_what_is_no_journal_is_refused_and_kept(tmp_path):
+    (tmp_path / "file").write_bytes(b"SQLite format 3\0")
+    with pytest.raises(InputError, match=r"the end of .*file is no line of Optuna's journal; move it away"):
+        search.study(tmp_path / "file", "structures", FACTS)
+    assert (tmp_path / "file").read_bytes() == b"SQLite format 3\0"
+    with pytest.raises(InputError, match="cannot be read, expected a journal of Optuna"):
+        search.study(tmp_path, "structures", FACTS)
+
+
+def test_trials_that_do_not_say_what_they_depend_on_are_refused(tmp_path):
+    completed(tmp_path / "file", 2)
+    lines = (tmp_path / "file").read_text().splitlines(keepends=True)
+    (tmp_path / "file").write_text("".join(line for line in lines if '"facts"' not in line))
+    with pytest.raises(InputError, match="file holds trials and not what they depend on; move it away"):
+        search.study(tmp_path / "file", "structures", FACTS)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
