@@ -8,7 +8,7 @@ whose documentation has the returns of its ppo.py in Gymnasium's CartPole-v1 and
 
 Expected: a mean return of 490 ± 15 in CartPole, with and without bootstrapping, and of -86.4 ± 3 in Acrobot. With
 bootstrapping the return in CartPole is higher at the end; whether it takes fewer frames to learn was not told by twenty
-seeds. These took five and a half minutes of a core of a Xeon.
+seeds. These took five minutes of a core of a Xeon.
 
 The environments are pure functions of our own (`dl_jax/control/environments.py`), so that a train step is a whole
 iteration: a rollout, the advantages, and 16 updates. The states of the environments and the episodes that go on are
