@@ -14,7 +14,7 @@ from torch import nn
 
 from benchmarks.contest import Block
 from benchmarks.problems import PROBLEMS, SAMPLE
-from benchmarks.torch_nets import DEVICE, TWINS, tensor
+from benchmarks.torch_nets import DEVICE, TWINS, repeated, tensor
 
 
 def train_block() -> Block:
@@ -23,15 +23,7 @@ def train_block() -> Block:
     image, label = (tensor(PROBLEMS["DP-SGD"].batch()[name]) for name in ("image", "label"))
     model = twin.model().to(DEVICE)
     step = private_step(model, twin.optimizer(model.parameters()), noise=1.0, batch_size=SAMPLE)
-
-    def block(n: int) -> None:
-        for _ in range(n):
-            step(image, label)
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-
-    block(5)
-    return block
+    return repeated(lambda: step(image, label))
 
 
 def private_step(

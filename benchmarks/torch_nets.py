@@ -521,12 +521,21 @@ def train_block(name: str, compiled: bool) -> Callable[[int], None]:
     loss = functools.partial(twin.loss, model)
     objective = torch.compile(loss) if compiled else loss
 
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        objective(tensors).backward()
+        nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        optimizer.step()
+
+    return repeated(step)
+
+
+def repeated(step: Callable[[], None]) -> Callable[[int], None]:
+    """A function n -> None that calls `step` n times and waits until the device is done. It is warm."""
+
     def block(n: int) -> None:
         for _ in range(n):
-            optimizer.zero_grad(set_to_none=True)
-            objective(tensors).backward()
-            nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-            optimizer.step()
+            step()
         if DEVICE == "cuda":
             torch.cuda.synchronize()
 
@@ -550,18 +559,15 @@ def private_block(compiled: bool) -> Callable[[int], None]:
 
     objective = torch.compile(clipped) if compiled else clipped
 
-    def block(n: int) -> None:
-        params = dict(model.named_parameters())
-        for _ in range(n):
-            total = objective({name: each.detach() for name, each in params.items()})
-            for name, each in params.items():
-                each.grad = (total[name] + torch.randn_like(each)) / SAMPLE
-            optimizer.step()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+    params = dict(model.named_parameters())
 
-    block(5)
-    return block
+    def step() -> None:
+        total = objective({name: each.detach() for name, each in params.items()})
+        for name, each in params.items():
+            each.grad = (total[name] + torch.randn_like(each)) / SAMPLE
+        optimizer.step()
+
+    return repeated(step)
 
 
 def _loss_of_one(model: nn.Module, params: Tensors, image: torch.Tensor, label: torch.Tensor) -> torch.Tensor:

@@ -313,13 +313,6 @@ def of_torch(networks: Iterable[str]) -> dict[str, Contestant]:
     }
 
 
-def of_opacus() -> dict[str, Contestant]:
-    """The contestant of Opacus, which must be installed."""
-    from benchmarks import opacus_net
-
-    return {"DP-SGD Opacus": opacus_net.train_block}
-
-
 class Row(NamedTuple):
     """A row of the printed table."""
 
@@ -343,8 +336,8 @@ def compared(what: str, goal: str, entrants: dict[str, Contestant], digits: int 
     return Comparison(entrants, lambda found: Row(what, measured(found), goal))
 
 
-def comparisons() -> dict[str, Comparison]:
-    """The comparisons with other things than twins in PyTorch, by the names that select them."""
+def comparisons(torch: bool) -> dict[str, Comparison]:
+    """The comparisons with other things than twins, by the names that select them; with PyTorch's only if `torch`."""
     bare_lenet = {"LeNet-5 bare": functools.partial(bare, "LeNet-5")}
     return {
         **{
@@ -372,15 +365,26 @@ def comparisons() -> dict[str, Comparison]:
             f"{NETWORKS} networks of a table at once / {NETWORKS} runs", "<= 0.5",
             {"all table networks": functools.partial(of_table, NETWORKS),
              "one table network": functools.partial(of_table, 1)}, 3, 1 / NETWORKS),
-        **({"Opacus": Comparison(of_opacus() | fits(["DP-SGD"]), row_against_opacus)}
-           if importlib.util.find_spec("opacus") else {}),
+        **(against_opacus() if torch and importlib.util.find_spec("opacus") else {}),
     }  # fmt: skip
 
 
-def row_against_opacus(times: Mapping[str, Times]) -> Row:
-    theirs, ours = times["DP-SGD Opacus"], times["DP-SGD fit"]
-    memory = f"{theirs.peak_mib:.0f} / {ours.peak_mib:.0f}"
-    return Row("DP-SGD: Opacus's ghost clipping / fit", f"{ratio(theirs, ours):.2f}", ">= 1.0", memory)
+def against_opacus() -> dict[str, Comparison]:
+    """The comparison with Opacus, which must be installed."""
+    from benchmarks import opacus_net
+
+    what, goal = "DP-SGD: Opacus's ghost clipping / fit", ">= 1.0"
+    return {
+        "Opacus": Comparison(
+            {"DP-SGD Opacus": opacus_net.train_block} | fits(["DP-SGD"]),
+            lambda found: row_of_rivals(what, goal, found["DP-SGD Opacus"], found["DP-SGD fit"]),
+        )
+    }
+
+
+def row_of_rivals(what: str, goal: str, theirs: Times, ours: Times) -> Row:
+    """How many times as long a step of PyTorch takes as ours, and the memory of both."""
+    return Row(what, f"{ratio(theirs, ours):.2f}", goal, f"{theirs.peak_mib:.0f} / {ours.peak_mib:.0f}")
 
 
 def rows_against_torch(times: dict[str, Times], networks: Iterable[str]) -> list[Row]:
@@ -389,8 +393,7 @@ def rows_against_torch(times: dict[str, Times], networks: Iterable[str]) -> list
     for name in networks:
         ours, rivals = times[f"{name} fit"], [times[f"{name} torch {kind}"] for kind in ("eager", "compiled")]
         best = min(rivals, key=lambda t: np.median(t.seconds))
-        memory = f"{best.peak_mib:.0f} / {ours.peak_mib:.0f}"
-        table.append(Row(f"{name}: faster PyTorch / fit", f"{ratio(best, ours):.2f}", PROBLEMS[name].goal, memory))
+        table.append(row_of_rivals(f"{name}: faster PyTorch / fit", PROBLEMS[name].goal, best, ours))
     return table
 
 
@@ -399,13 +402,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="run few and short rounds, without PyTorch")
     parser.add_argument("names", nargs="*", metavar="NAME", help="a network, or a comparison: measure only these")
     args = parser.parse_args()
-    quick, own = args.quick, comparisons()
+    quick = args.quick
+    torch = importlib.util.find_spec("torch") is not None and not quick
+    own = comparisons(torch)
     names = args.names or [*PROBLEMS, *own]
     if unknown := {*names} - PROBLEMS.keys() - own.keys():
         quoted = lambda names: ", ".join(map(repr, names))
         parser.error(f"there is no {quoted(sorted(unknown))}, expected some of {quoted([*PROBLEMS, *own])}")
     networks, chosen = [name for name in names if name in PROBLEMS], [own[name] for name in names if name in own]
-    torch = importlib.util.find_spec("torch") is not None and not quick
     if args.names and networks and not torch:
         parser.error("there is no PyTorch to compare networks with; install torch, and leave --quick out")
     print(f"{os.cpu_count()} cores of {processor()}, load average {os.getloadavg()[0]:.1f} before the start")

@@ -9,8 +9,8 @@ hyper-parameter optimization" (JMLR 13).
 It needs `pip install -e '.[tune]'`. Expected: the error of the winner on validation data is at most 0.2 points above
 that of the full search. It was the same network in four of five seeds, and was claimed to be in all. Random search
 with as many steps had an error of 6.1 % in the test where halving had 5.1. The structure that Optuna found was better
-than one layer of 32 units in four of five seeds, so that this order is missed too. The run took two minutes of a core
-of a Xeon.
+than one layer of 32 units in four of five seeds, so that this order is missed too. The run took two to three minutes
+of a core of a Xeon.
 
 A seed draws 27 random points of learning rate, weight decay and momentum. The full search trains a network for each for
 2,700 steps. Halving compares all after 390 steps, goes on with nine, and after 1,170 with three. The networks are the
@@ -104,8 +104,9 @@ CLAIMS = (
                "error of the seeds, with learning rates that were found for 32 units; we suspect that one seed's does "
                "not suit 63, and have not tried it. A pilot with 28x28 pixels, three seeds and four trials, on "
                "validation data: -0.8 points."),
-    ours("best_of_60/simulated", at_least=95, unit="%", locator="the best of 60 trials is in the top 5 %, simulated",
-         note="By calculation it is 1 - 0.95^60 = 95.4 %."),
+    ours("best_of_60/simulated", claimed=95.39, tolerance=0.2, better="higher", unit="%",
+         locator="the best of 60 trials is in the top 5 %, simulated",
+         note="By calculation it is 1 - 0.95^60. The tolerance is three standard errors of 100,000 searches."),
     *(Claim(f"regret/{better}_{k}", versus=f"regret/{worse}_{k}", paper="Bergstra & Bengio 2012",
             locator=f"Figure 1, the order with {k} of 3 dimensions that matter, 64 points")
       for better, worse, k in (("random", "grid", 1), ("random", "grid", 2))),
